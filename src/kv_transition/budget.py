@@ -1,0 +1,67 @@
+"""The share of a cache that is kept: a fraction of its entries, or a number of tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import Self
+
+from kv_transition.errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Kept entries per KV head: exactly one of ``fraction`` in (0, 1] and ``tokens`` >= 1.
+
+    Written ``r0.2`` (a canonical decimal) or ``t128`` wherever a budget is part of a name.
+    """
+
+    fraction: Fraction | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def of_fraction(cls, value: float | str, key: str = "budget") -> Self:
+        """A fraction of the cache; ``value`` is taken as the decimal it is written as."""
+        if isinstance(value, bool) or not isinstance(value, (Real, str)):
+            raise UserError(f"{key}: {value!r} is not a number; give a fraction in (0, 1]")
+        try:
+            fraction = Fraction(str(value))
+        except ValueError:
+            raise UserError(f"{key}: {value!r} is not a number; give a fraction in (0, 1]") from None
+        if not 0 < fraction <= 1:
+            raise UserError(f"{key}: {value} lies outside (0, 1]; give the fraction of the cache to keep, such as 0.2")
+        return cls(fraction=fraction)
+
+    @classmethod
+    def of_tokens(cls, value: int, key: str = "budget") -> Self:
+        """An absolute number of entries per KV head."""
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise UserError(f"{key}: tokens must be a whole number of at least 1, not {value!r}")
+        return cls(tokens=int(value))
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """Read ``r0.2`` or ``t128``."""
+        kind, value = name[:1], name[1:]
+        if kind == "r" and value:
+            return cls.of_fraction(value)
+        if kind == "t" and value.isdigit():
+            return cls.of_tokens(int(value))
+        raise UserError(f"budget {name!r} is neither a fraction such as r0.2 nor a number of tokens such as t128")
+
+    @property
+    def is_full(self) -> bool:
+        return self.fraction == 1
+
+    def kept(self, n: int) -> int:
+        """K = ceil(r * N) with r exact, or min(t, N); ``n`` is N, the entries at compression."""
+        if self.tokens is not None:
+            return min(self.tokens, n)
+        return math.ceil(self.fraction * n)
+
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return f"t{self.tokens}"
+        return "r" + (f"{float(self.fraction):.10f}".rstrip("0").rstrip("."))

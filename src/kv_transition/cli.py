@@ -1,0 +1,129 @@
+"""The command line: each command is a target of the workflow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kv_transition.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__import__("kv_transition").__doc__)
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="Experiment file.")]
+Set = Annotated[list[str], typer.Option("--set", help="Change one key, such as model.device=cuda.")]
+Cores = Annotated[str, typer.Option(help="Cores to use.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would run.")]
+Profile = Annotated[Path | None, typer.Option(help="Snakemake profile, for a cluster.")]
+
+DEFAULT = Path("config/config.yaml")
+
+
+class Step(StrEnum):
+    """What can be asked for; each step includes those before it."""
+
+    prepare = "prepare"
+    run = "run"
+    score = "score"
+    analyze = "analyze"
+    report = "report"
+    all = "all"
+
+
+# The rules at which each step ends.
+_UNTIL = {
+    Step.prepare: ["prepare"],
+    Step.run: ["cell"],
+    Step.score: ["score"],
+    Step.analyze: ["plots"],
+    Step.report: ["report"],
+    Step.all: [],
+}
+
+
+def _command(step: Step, doc: str) -> None:
+    def command(
+        config: Config = DEFAULT,
+        set_: Set = [],  # noqa: B006, typer's way to say a list
+        cores: Cores = "all",
+        dry_run: DryRun = False,
+        profile: Profile = None,
+    ) -> None:
+        raise typer.Exit(_snakemake(step, config, set_, cores, dry_run, profile))
+
+    app.command(name=step.value, help=doc)(command)
+
+
+for _step, _doc in {
+    Step.prepare: "Fetch or generate the examples, make prompts, bin them by length.",
+    Step.run: "Run every cell of the grid.",
+    Step.score: "Score the answers and label failures.",
+    Step.analyze: "Estimate, compare, find the transition zone, draw.",
+    Step.report: "Write report.md and report.html.",
+    Step.all: "Everything, from the data set to the report.",
+}.items():
+    _command(_step, _doc)
+
+
+@app.command()
+def where(
+    file: Annotated[str, typer.Argument(help="A file of the experiment, such as report.html.")],
+    config: Config = DEFAULT,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Say where a file of the experiment lies."""
+    from kv_transition.paths import Paths
+
+    settings = _checked(config, set_)
+    typer.echo(Path(Paths(settings.output.dir, settings.experiment).file(file)).resolve())
+
+
+@app.command()
+def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
+    """Check an experiment file without running anything."""
+    from kv_transition import specs
+
+    settings = _checked(config, set_)
+    n = len(specs.cells(settings)) * settings.binning.n_bins * len(settings.dataset.tasks)
+    typer.echo(f"{config} is fine: {n} cells")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of experiment files."""
+    import yaml
+
+    from kv_transition.settings import json_schema
+
+    typer.echo(yaml.safe_dump(json_schema(), sort_keys=False, width=120), nl=False)
+
+
+def _checked(config: Path, assignments: list[str]):
+    from kv_transition import settings as settings_module
+    from kv_transition import specs
+
+    try:
+        settings = settings_module.load(config, assignments)
+        specs.check(settings)
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    return settings
+
+
+def _snakemake(step: Step, config: Path, assignments: list[str], cores: str, dry_run: bool, profile: Path | None) -> int:
+    _checked(config, assignments)  # one sentence now, rather than Snakemake's traceback later
+    command = [sys.executable, "-m", "snakemake", "--configfile", str(config), "--quiet", "rules", "host", "reason"]
+    command += ["--workflow-profile", str(profile)] if profile else ["--cores", cores]
+    if assignments:
+        command += ["--config", f"set={json.dumps(assignments)}"]
+    if dry_run:
+        command += ["--dry-run"]
+    if _UNTIL[step]:
+        command += ["--until", *_UNTIL[step]]
+    return subprocess.call(command)

@@ -1,0 +1,78 @@
+"""Every path under the results directory, for the library and the rules alike.
+
+The functions take plain strings so that Snakemake can pass wildcards: ``paths.cell("{task}", ...)``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+TASK = r"[a-z0-9_]+"
+MODE = r"before_question|after_prompt"
+POLICY = r"[A-Za-z0-9_.-]+"
+BUDGET = r"r[0-9.]+|t[0-9]+"
+BIN = r"[0-9]+"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The files of one experiment under ``{results}/{experiment}/``; prefills are shared beside it."""
+
+    results: str
+    experiment: str
+
+    @property
+    def root(self) -> str:
+        return f"{self.results}/{self.experiment}"
+
+    @property
+    def prefill_store(self) -> str:
+        return f"{self.results}/prefill"
+
+    def table(self, name: str) -> str:
+        """One of the experiment's tables: scores, bin_stats, comparisons, transition."""
+        return f"{self.root}/{name}.parquet"
+
+    def file(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def plot(self, name: str, ext: str) -> str:
+        return f"{self.root}/plots/{name}.{ext}"
+
+    def source(self, task: str) -> str:
+        return f"{self.root}/data/{task}/source.parquet"
+
+    def examples(self, task: str) -> str:
+        return f"{self.root}/data/{task}/examples.parquet"
+
+    def manifest(self, task: str) -> str:
+        return f"{self.root}/data/{task}/manifest.json"
+
+    def bin(self, task: str, bin: int | str) -> str:
+        return f"{self.root}/data/{task}/bin{bin}.parquet"
+
+    def prefill_index(self, task: str, bin: int | str) -> str:
+        return f"{self.root}/prefill/{task}/bin{bin}.json"
+
+    def cell(self, task: str, mode: str, policy: str, budget: str, bin: int | str) -> str:
+        return f"{self.root}/cells/{task}/{mode}/{policy}/{budget}/bin{bin}.parquet"
+
+    def log(self, *parts: str) -> str:
+        return "/".join((self.root, "logs", *parts)) + ".log"
+
+
+_CELL = re.compile(
+    rf"/cells/(?P<task>{TASK})/(?P<mode>{MODE})/(?P<policy>{POLICY})/(?P<budget>{BUDGET})/bin(?P<bin>{BIN})\.parquet$"
+)
+
+
+def cell_key(path: str) -> dict[str, str]:
+    """The task, mode, policy, budget and bin that a cell's path names.
+
+    Raises ValueError if the path is not a cell's.
+    """
+    match = _CELL.search(path)
+    if match is None:
+        raise ValueError(f"{path} is not the path of a cell")
+    return match.groupdict()

@@ -1,0 +1,201 @@
+"""Where a file came from and whether it is whole: hashes of content and code, metadata, atomic writes."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PACKAGE = "kv_transition"
+SOURCE = Path(__file__).parent
+
+# Modules that cannot change a result: they name files, describe them and report errors.
+NEUTRAL = frozenset(f"{PACKAGE}{m}" for m in ("", ".errors", ".paths", ".provenance", ".tables", ".policies.catalog"))
+
+_RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "polars", "flash_attn")
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Hex digest of any JSON value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _module_file(name: str) -> Path | None:
+    """The source of a module of this package, or None for anything else."""
+    head, *rest = name.split(".")
+    if head != PACKAGE:
+        return None
+    base = SOURCE.joinpath(*rest)
+    if (base / "__init__.py").is_file():
+        return base / "__init__.py"
+    file = base.with_suffix(".py")
+    return file if file.is_file() else None
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module
+            # `from package import module` names a module too
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) or not node.body:
+            continue
+        first = node.body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+@cache
+def _parsed(file: Path) -> tuple[str, tuple[str, ...]]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    imports = tuple(_imports(tree))
+    return hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest(), imports
+
+
+def imported_modules(*roots: str) -> set[str]:
+    """The modules of this package that the roots import, directly or not, themselves included.
+
+    Read from the source without importing anything, so that planning stays fast.
+    """
+    seen: set[str] = set()
+    todo = list(roots)
+    while todo:
+        name = todo.pop()
+        file = _module_file(name)
+        if file is None or name in seen or name in NEUTRAL:
+            continue
+        seen.add(name)
+        todo.extend(_parsed(file)[1])
+    return seen
+
+
+def code_hash(*roots: str) -> str:
+    """Digest of what the named modules do: their code and that of all they import from this package.
+
+    Comments, docstrings, formatting and time stamps do not count, so that explaining a line better does not cost
+    a hundred GPU hours.
+    """
+    for root in roots:
+        if _module_file(root) is None:
+            raise ValueError(f"no module {root} in {SOURCE}")
+    parts = sorted((name, _parsed(_module_file(name))[0]) for name in imported_modules(*roots))
+    return digest(parts)
+
+
+@cache
+def git_commit() -> str:
+    """The commit of the checkout, with ``-dirty`` where files differ from it; ``unknown`` outside of one."""
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=SOURCE,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    versions = {}
+    for name in _RECORDED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def file_metadata(**fields: Any) -> dict[str, str]:
+    """Key-value metadata of a Parquet file: the caller's fields, versions, git commit and the time, all as text."""
+    common = {
+        "git_commit": git_commit(),
+        "package_versions": json.dumps(package_versions(), sort_keys=True),
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    own = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in fields.items()}
+    return common | own
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(fd)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; results are for everyone the umask allows
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_table(path: str | os.PathLike[str], table: pa.Table, fields: Mapping[str, Any]) -> None:
+    """Write a Parquet file atomically with ``fields`` (see `file_metadata`) in its key-value metadata."""
+    import pyarrow.parquet as pq
+
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata(file_metadata(**fields)), temporary, compression="zstd")
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The key-value metadata of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    raw = pq.read_schema(path).metadata or {}
+    return {k.decode(): v.decode() for k, v in raw.items() if not k.startswith(b"ARROW")}
+
+
+def rows_to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table of exactly this schema; a missing column is null, an unknown one is an error."""
+    import pyarrow as pa
+
+    rows = list(rows)
+    unknown = {key for row in rows for key in row} - set(schema.names)
+    if unknown:
+        raise ValueError(f"columns {sorted(unknown)} are not in the schema")
+    return pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)

@@ -1,0 +1,306 @@
+"""The experiment as one typed, frozen model. Every default of the project lives here.
+
+``workflow/schemas/config.schema.yaml`` is derived from it (`json_schema`), config/README.md explains each key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kv_transition import paths
+from kv_transition.budget import Budget
+from kv_transition.errors import UserError
+
+Mode = Literal["before_question", "after_prompt"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+Name = Annotated[str, Field(pattern=rf"^({paths.POLICY})$")]
+Task = Annotated[str, Field(pattern=rf"^({paths.TASK})$")]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Dataset(Section):
+    """Where the examples come from."""
+
+    name: Literal["synthetic", "longbench", "jsonl"] = Field("synthetic", description="loader of the examples")
+    tasks: list[Task] = Field(["reader_qa"], min_length=1, description="tasks of the data set")
+    revision: str | None = Field(None, description="commit of the hub repository; required when it is downloaded")
+    path: str | None = Field(None, description="local folder or file that takes the place of the hub repository")
+    split: str = Field("test", description="split of the data set")
+    prompts: str | None = Field(None, description="LongBench's dataset2prompt.json")
+    max_lengths: str | None = Field(None, description="LongBench's dataset2maxlen.json")
+    lengths: list[Annotated[int, Field(ge=64)]] | None = Field(None, description="synthetic: document sizes in tokens")
+    n_per_length: Annotated[int, Field(ge=1)] | None = Field(None, description="synthetic: documents of each size")
+    seed: Seed = Field(0, description="synthetic: seed of the documents")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Dataset:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks lists a task twice; name each once")
+        if self.name == "synthetic" and not (self.lengths and self.n_per_length):
+            raise ValueError("the synthetic data set needs lengths (such as [256, 512]) and n_per_length (such as 40)")
+        if self.name == "jsonl" and not self.path:
+            raise ValueError("a jsonl data set needs path, the .jsonl file or the folder that holds {task}.jsonl")
+        return self
+
+
+class Binning(Section):
+    """Length bins on the untruncated prompt tokens."""
+
+    n_bins: int = Field(5, ge=1, le=50, description="number of length bins")
+    edges: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="n_bins + 1 edges; null: quantiles")
+    n_per_bin: int = Field(20, ge=1, description="examples chosen in each bin")
+    strict: bool = Field(False, description="stop when a bin has fewer examples than n_per_bin")
+    seed: Seed = Field(0, description="seed of the choice")
+
+    @field_validator("edges")
+    @classmethod
+    def _rising(cls, edges: list[int] | None) -> list[int] | None:
+        if edges is not None and any(a >= b for a, b in pairwise(edges)):
+            raise ValueError(f"edges must rise from each to the next, not {edges}")
+        return edges
+
+    @model_validator(mode="after")
+    def _count(self) -> Binning:
+        if self.edges is not None and len(self.edges) != self.n_bins + 1:
+            raise ValueError(f"edges needs n_bins + 1 = {self.n_bins + 1} numbers, not {len(self.edges)}")
+        return self
+
+
+class Model(Section):
+    """The one model of the experiment."""
+
+    name: str = Field("resources/tiny-reader", min_length=1, description="local folder or hub id")
+    revision: str | None = Field(None, description="commit of the hub repository")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and cache")
+    max_length: int = Field(4352, ge=16, description="longest prompt in tokens; longer ones lose their middle")
+    chat_template: Literal["auto", "never"] = Field("auto", description="auto: where the tokenizer has one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+
+
+class Prefill(Section):
+    """Reading each prompt once: the tensors are a cache that may be deleted at any time."""
+
+    store: Literal["auto", "always", "never"] = Field("auto", description="auto: while max_gb and the disk allow")
+    max_gb: float = Field(50.0, gt=0, description="size at which auto stops storing")
+
+
+class TokenBudget(Section):
+    tokens: int = Field(ge=1, description="entries kept per KV head")
+
+
+class KV(Section):
+    """What is forgotten, how and when."""
+
+    modes: list[Mode] = Field(["before_question", "after_prompt"], min_length=1, description="when compression happens")
+    policies: dict[Name, dict[str, Any] | None] = Field(
+        {"full": {}}, min_length=1, description="name: {kind (default: the name), hyper-parameters of the kind}"
+    )
+    budgets: list[float | TokenBudget] | None = Field(
+        None, min_length=1, description="fractions kept in (0, 1], or {tokens: n}"
+    )
+    compression_ratio: list[float] | None = Field(
+        None, min_length=1, description="fractions removed in [0, 1): another way to give budgets, never with them"
+    )
+    first_token: Literal["compressed", "full"] = Field(
+        "compressed", description="after_prompt: which cache the first answer token is read from"
+    )
+
+    @field_validator("policies")
+    @classmethod
+    def _empty_is_default(cls, policies: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+        return {name: options or {} for name, options in policies.items()}
+
+    @model_validator(mode="after")
+    def _budgets_once(self) -> KV:
+        if self.budgets is not None and self.compression_ratio is not None:
+            raise ValueError("budgets and compression_ratio say the same thing; give one of them")
+        if self.budgets is None and self.compression_ratio is None:
+            raise ValueError("budgets is missing; give fractions to keep such as [1.0, 0.5, 0.2]")
+        try:
+            names = [str(budget) for budget in self.all_budgets()]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if len(set(names)) < len(names):
+            raise ValueError(f"budgets lists a budget twice: {', '.join(names)}")
+        return self
+
+    def all_budgets(self) -> list[Budget]:
+        """The budgets in the order of the config."""
+        if self.compression_ratio is not None:
+            for ratio in self.compression_ratio:
+                if not 0 <= ratio < 1:
+                    raise UserError(f"compression_ratio: {ratio} lies outside [0, 1); give the fraction to remove")
+            # Decimal arithmetic: 1 - 0.8 is 0.2, not 0.19999999999999996
+            from decimal import Decimal
+
+            return [
+                Budget.of_fraction(str(1 - Decimal(str(ratio))), "compression_ratio")
+                for ratio in self.compression_ratio
+            ]
+        return [
+            Budget.of_tokens(b.tokens, "budgets") if isinstance(b, TokenBudget) else Budget.of_fraction(b, "budgets")
+            for b in self.budgets or []
+        ]
+
+
+class Decoding(Section):
+    """How answers are generated."""
+
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    max_tokens: Literal["task"] | Annotated[int, Field(ge=1)] = Field("task", description="longest answer in tokens")
+    repeats: int = Field(1, ge=1, description="answers per example")
+    seed: Seed = Field(0, description="seed of sampling and of random policies")
+
+
+class Statistics(Section):
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
+    resamples: int = Field(10000, ge=100, description="bootstrap resamples")
+    seed: Seed = Field(0, description="seed of the bootstrap")
+
+
+class Report(Section):
+    title: str | None = Field(None, description="title of the report; null: the experiment's name")
+
+
+class Output(Section):
+    dir: str = Field("results", min_length=1, description="where everything generated goes")
+
+
+class Hardware(Section):
+    """What one GPU job asks of a cluster."""
+
+    gpu_model: str = Field("a100", pattern=r"^[A-Za-z0-9_.-]+$", description="model of the GPU")
+    runtime_min: int = Field(60, ge=1, description="minutes of the first attempt")
+    mem_gb: int = Field(48, ge=1, description="host memory of the first attempt")
+
+
+class Settings(Section):
+    experiment: str = Field("demo", pattern=r"^[A-Za-z0-9_.-]+$", description="name of the results folder")
+    dataset: Dataset
+    binning: Binning = Binning()
+    model: Model = Model()
+    prefill: Prefill = Prefill()
+    kv: KV
+    decoding: Decoding = Decoding()
+    statistics: Statistics = Statistics()
+    report: Report = Report()
+    output: Output = Output()
+    hardware: Hardware = Hardware()
+
+    @field_validator("experiment")
+    @classmethod
+    def _not_the_store(cls, name: str) -> str:
+        if name in ("prefill", ".", ".."):
+            raise ValueError(f"{name!r} cannot be an experiment's name; that folder is taken")
+        return name
+
+
+def parse(config: Mapping[str, Any]) -> Settings:
+    """Validate a configuration. Raises UserError: one sentence naming the key and what it may be."""
+    try:
+        return Settings.model_validate(_plain(config))
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from None
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Settings:
+    """Read an experiment file; it is whole, nothing is merged into it but ``key.sub=value`` overrides."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no experiment file {path}; see config/ for examples") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(f"{path} is not valid YAML{line}; see config/config.yaml for the form") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no mapping of keys; see config/config.yaml for the form")
+    return parse(override(config, overrides or []))
+
+
+def override(config: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """A copy of the configuration with ``model.device=cpu``-like assignments applied; values are YAML."""
+    result = _plain(config)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise UserError(f"--set {assignment!r} is not of the form key.sub=value, such as model.device=cpu")
+        *parents, last = key.split(".")
+        section = result
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"--set {key}: {parent} is a value, not a section")
+        try:
+            section[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: {text!r} is not a YAML value") from None
+    return result
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of an experiment file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Settings.model_json_schema()}
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings as plain dicts, so that the caller's object is never changed."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _allowed_keys(loc: tuple[int | str, ...]) -> str:
+    section: type[BaseModel] = Settings
+    for part in loc[:-1]:
+        field = section.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return ""
+        section = field.annotation
+    return ", ".join(section.model_fields)
+
+
+# What a key that takes one of several types may be; the library's message speaks of one type only.
+_UNIONS = {
+    r"^kv\.budgets\.\d+": "give a fraction in (0, 1] such as 0.2, or {tokens: n} with n of at least 1",
+    r"^decoding\.max_tokens": "give 'task' or a whole number of at least 1",
+    r"^kv\.policies": "give name: {hyper-parameters}, the name of letters, digits, '_', '.' and '-'",
+}
+
+
+def _sentence(error: ValidationError) -> str:
+    # A union fails once per member; the deepest location is the member the user meant.
+    first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", e["type"] == "value_error"))
+    loc = tuple(part for part in first["loc"] if not re.search(r"[\[\]()]|^(int|float|TokenBudget|literal)", str(part)))
+    key = ".".join(str(part) for part in loc) or "the configuration"
+    kind, given = first["type"], first.get("input")
+    for pattern, allowed in _UNIONS.items():
+        if re.match(pattern, key):
+            return f"{key}: {given!r} is not allowed; {allowed}"
+    if kind == "extra_forbidden":
+        return f"{key}: there is no such key; allowed here: {_allowed_keys(loc)}"
+    if kind == "missing":
+        return f"{key}: this key is required; see config/README.md"
+    if kind == "value_error":
+        text = str(first["ctx"]["error"])
+        # a validator of a section begins with the key inside it that is wrong
+        inside = re.match(r"(\w+): ", text)
+        return f"{key}.{text}" if inside else f"{key}: {text}"
+    if kind == "literal_error":
+        return f"{key}: {given!r} is not allowed; choose one of {first['ctx']['expected']}"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message.replace('input should', 'it should')}, not {given!r}"
