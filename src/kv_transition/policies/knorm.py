@@ -1,0 +1,18 @@
+"""Key norm: entries with small keys are the ones attended to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kv_transition.cache.state import LayerCache
+from kv_transition.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class KNorm(Policy):
+    """Devoto et al., "A simple and effective L2 norm-based strategy for KV cache compression" (arXiv 2406.11430)."""
+
+    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+        return -layer.keys.float().norm(dim=-1)

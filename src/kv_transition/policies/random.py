@@ -1,0 +1,27 @@
+"""Random eviction: the control that any policy has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kv_transition.cache.state import LayerCache
+from kv_transition.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Uniform scores, drawn for each example, layer and KV head.
+
+    per_head: False draws one set for all heads and layers.
+    """
+
+    per_head: bool = True
+
+    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+        # Drawn on the CPU, so that every device forgets the same entries.
+        generator = torch.Generator().manual_seed(seed * 10_007 + (index + 1 if self.per_head else 0))
+        rows = layer.keys.shape[0] if self.per_head else 1
+        return torch.rand(rows, layer.n, generator=generator).to(layer.keys.device)

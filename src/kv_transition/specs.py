@@ -1,0 +1,139 @@
+"""What each job is told: exactly what its result depends on, and a hash of the code that makes it.
+
+A spec reaches its job as JSON on the command line and its rule as a param, so that a change of anything in it, and of
+nothing else, makes the job's files stale.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kv_transition.budget import Budget
+from kv_transition.data.tasks import get_task
+from kv_transition.errors import UserError
+from kv_transition.policies import catalog
+from kv_transition.provenance import code_hash, digest
+from kv_transition.settings import Settings
+
+FULL = "full"
+FULL_BUDGET = "r1"
+
+
+def check(settings: Settings) -> None:
+    """What no single key shows: raises UserError where keys contradict each other or name what is not there."""
+    for name, options in settings.kv.policies.items():
+        kind, _ = catalog.resolve(name, options)
+        if (name == FULL) != (kind == FULL):
+            raise UserError(f"kv.policies.{name}: the full cache is the policy 'full', and it has no variants")
+    for task in settings.dataset.tasks:
+        known = get_task(settings.dataset.name, task)
+        if "before_question" in settings.kv.modes and not known.has_question:
+            raise UserError(f"kv.modes: {task} has no question, so it has no before_question mode; use [after_prompt]")
+    _check_model_folder(settings)
+    for key in ("path", "prompts", "max_lengths"):
+        path = getattr(settings.dataset, key)
+        if path is not None and not Path(path).exists():
+            raise UserError(f"dataset.{key}: there is no file or folder {path}; give one that exists")
+
+
+def _check_model_folder(settings: Settings) -> None:
+    name = settings.model.name
+    folder = Path(name).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.name: the folder {name} holds no config.json; give a transformers model folder")
+        return
+    # org/model is a hub id, unless the first part is a folder here: then a path was meant
+    if name.count("/") != 1 or name[0] in "./~" or Path(name.split("/")[0]).is_dir():
+        raise UserError(f"model.name: there is no folder {name}; give a model folder or a hub id such as org/model")
+
+
+def cells(settings: Settings) -> list[tuple[str, str, str]]:
+    """Every (mode, policy, budget) that is run. The full cache is run once a mode, as budget r1."""
+    grid = []
+    for mode in settings.kv.modes:
+        if FULL in settings.kv.policies:
+            grid.append((mode, FULL, FULL_BUDGET))
+        for policy in settings.kv.policies:
+            if policy != FULL:
+                grid.extend((mode, policy, str(b)) for b in settings.kv.all_budgets() if not b.is_full)
+    return grid
+
+
+def aliases(settings: Settings) -> list[tuple[str, str]]:
+    """(policy, budget) pairs that keep everything: the full cache's rows stand for them."""
+    full_asked = any(budget.is_full for budget in settings.kv.all_budgets())
+    return [(p, FULL_BUDGET) for p in settings.kv.policies if p != FULL] if full_asked else []
+
+
+def _dataset(settings: Settings) -> dict[str, Any]:
+    dataset = settings.dataset.model_dump(exclude={"tasks"})
+    if dataset["path"] is not None:
+        # The files behind a path may change while its name does not.
+        dataset["content"] = _content(dataset["path"])
+    return dataset
+
+
+@cache
+def _content(path: str) -> str:
+    root = Path(path)
+    files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
+    return digest([(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+
+
+def download(settings: Settings) -> dict[str, Any]:
+    dataset = {k: v for k, v in _dataset(settings).items() if k not in ("prompts", "max_lengths")}
+    return {"dataset": dataset, "code": code_hash("kv_transition.data.download")}
+
+
+def prepare(settings: Settings) -> dict[str, Any]:
+    model = settings.model.model_dump(include={"name", "revision", "max_length", "chat_template"})
+    return {
+        "dataset": _dataset(settings),
+        "model": model,
+        "binning": settings.binning.model_dump(),
+        "decoding": settings.decoding.model_dump(include={"max_tokens"}),
+        "modes": list(settings.kv.modes),
+        "code": code_hash("kv_transition.data.prepare"),
+    }
+
+
+def _model(settings: Settings) -> dict[str, Any]:
+    model = settings.model.model_dump(include={"name", "revision", "dtype", "device"})
+    return model | {"fingerprint": _fingerprint(model["name"], model["revision"])}
+
+
+@cache
+def _fingerprint(name: str, revision: str | None) -> str:
+    from kv_transition.engines.fingerprint import fingerprint
+
+    return fingerprint(name, revision)
+
+
+def prefill(settings: Settings) -> dict[str, Any]:
+    return {"model": _model(settings), "code": code_hash("kv_transition.run.prefill")}
+
+
+def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:
+    """The spec of every cell of a (mode, policy, budget); its digest is the ``cell_hash`` of their rows."""
+    kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
+    reading = prefill(settings)
+    return {
+        "mode": mode,
+        "policy": policy,
+        "kind": kind,
+        "hyper_parameters": hyper_parameters,
+        "budget": str(Budget.parse(budget)),
+        "first_token": settings.kv.first_token,
+        "decoding": settings.decoding.model_dump(include={"temperature", "repeats", "seed"}),
+        "model": reading["model"],
+        "prefill_code": reading["code"],
+        "code": code_hash("kv_transition.run.cell", f"kv_transition.policies.{kind}"),
+    }
+
+
+def resolved(settings: Settings) -> dict[str, Any]:
+    """The whole experiment with every default filled in, as the report and the exports show it."""
+    return settings.model_dump(mode="json")

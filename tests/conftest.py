@@ -1,0 +1,23 @@
+"""What all tests share: one torch thread, and word of the tests that real data would switch on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def pytest_configure(config):
+    # Before torch is imported: tests run side by side, and two threads a process would fight for the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def kvt_data():
+    """The folder of real data named by KVT_DATA; tests that need it are skipped without."""
+    from pathlib import Path
+
+    folder = os.environ.get("KVT_DATA")
+    if not folder:
+        pytest.skip("real-input test: set KVT_DATA to the folder of real data")
+    return Path(folder).resolve()

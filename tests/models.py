@@ -1,0 +1,96 @@
+"""Tiny random models of three families, and attention written out in full as an independent truth."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from kv_transition.engines import local
+from kv_transition.engines.local import ATTENTION, LocalEngine
+
+FAMILIES = ["qwen2", "llama", "mistral"]
+VOCABULARY = 97
+
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+
+
+def random_model(family: str, **changes) -> torch.nn.Module:
+    """A seeded model whose attention is peaked, so that it matters what is evicted."""
+    torch.manual_seed(7)
+    shape = _SHAPE | changes
+    config, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[family]
+    if family == "mistral":
+        shape["sliding_window"] = None
+    model = model_class(config(**shape, attn_implementation="eager")).eval()
+    for name, weight in model.named_parameters():
+        if "q_proj.weight" in name or "k_proj.weight" in name:
+            weight.data.mul_(12)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@cache
+def engine(family: str) -> LocalEngine:
+    AttentionInterface.register(ATTENTION, local._attention)
+    model = random_model(family)
+    model.set_attn_implementation(ATTENTION)
+    return LocalEngine(model)
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, VOCABULARY, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _written_out(module, query, key, value, attention_mask, *, scaling, visible, captured=None, **_):
+    """Softmax attention, entry by entry: visible[layer] is a boolean [Hkv, T, T] of who may see whom."""
+    group = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    mask = visible[module.layer_idx].repeat_interleave(group, 0)
+    logits = (query @ keys.transpose(2, 3)).double() * scaling
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    if captured is not None:
+        captured[module.layer_idx] = (weights[0], query[0], key[0], value[0])
+    return (weights.to(value.dtype) @ values).transpose(1, 2), None
+
+
+@cache
+def _written_out_model(family: str) -> torch.nn.Module:
+    AttentionInterface.register("written_out", _written_out)
+    model = random_model(family)
+    model.set_attn_implementation("written_out")
+    return model
+
+
+@torch.no_grad()
+def reference(family: str, ids: list[int], visible: list[torch.Tensor] | None = None):
+    """One forward pass over all tokens, no cache: logits [T, V] and (weights [H, T, T], q, k, v) of each layer."""
+    model = _written_out_model(family)
+    kv_heads, layers = model.config.num_key_value_heads, model.config.num_hidden_layers
+    causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril().expand(kv_heads, -1, -1)
+    captured: dict[int, tuple] = {}
+    output = model(
+        input_ids=torch.tensor([ids]), use_cache=False, visible=visible or [causal] * layers, captured=captured
+    )
+    return output.logits[0].float(), [captured[i] for i in range(layers)]
