@@ -1,0 +1,194 @@
+"""What an answer is worth: LongBench's metrics, and two of our own.
+
+The metrics in ``METRICS`` give what the scoring code of LongBench (Bai et al. 2023, arXiv 2308.14508) gives, its
+oddities included, since their only use is comparison. `exact_match` and `contains` are not LongBench's.
+All values lie in [0, 1]. `docs/scoring.md` has the definitions in prose.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
+
+from kv_transition.errors import UserError
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(r"\d+")
+
+
+@lru_cache(maxsize=1 << 13)
+def normalize(text: str) -> str:
+    """Lower-case, without ASCII punctuation and English articles, words separated by single spaces.
+
+    Punctuation goes before articles do, so that "a-b" is the word "ab" and "the." is an article.
+    """
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def first_line(text: str) -> str:
+    """What LongBench scores of an answer to trec, triviaqa, samsum and lsht."""
+    return text.lstrip("\n").split("\n", 1)[0]
+
+
+def scored_text(text: str, first_line_only: bool) -> str:
+    return first_line(text) if first_line_only else text
+
+
+# ----------------------------------------------------------------------------------------------------
+# LongBench's metrics: (answer, gold, all_classes) -> [0, 1]
+
+Metric = Callable[[str, str, Sequence[str]], float]
+
+
+def qa_f1(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
+    """F1 of the words of the normalised answer and gold, repeated words counted; 0 where either has none."""
+    words, gold_words = normalize(text).split(), normalize(gold).split()
+    common = (Counter(words) & Counter(gold_words)).total()
+    return 2 * common / (len(words) + len(gold_words)) if common else 0.0
+
+
+def rouge_l(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
+    """Summary-level ROUGE-L (Lin 2004, section 3.2) as the package ``rouge`` 1.0.1 computes it.
+
+    Sentences end at every full stop; words are what white space separates, case and punctuation kept. Over all pairs
+    of a gold and an answer sentence, U is the set of words of their longest common subsequences. With the *distinct*
+    words of each side as the denominators, F = 2PR / (P + R + 1e-8). The package ``rouge-score`` differs: it
+    lower-cases, drops punctuation and counts words as often as they occur.
+    """
+    sentences, gold_sentences = _sentences(text), _sentences(gold)
+    if not sentences or not gold_sentences:
+        return 0.0
+    union = set().union(*(_common_subsequence(g, s) for g in gold_sentences for s in sentences))
+    precision = len(union) / len(set().union(*sentences))
+    recall = len(union) / len(set().union(*gold_sentences))
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def _sentences(text: str) -> list[list[str]]:
+    # A blank piece, such as the space after the last full stop, is a sentence of one empty word in the package.
+    return [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece]
+
+
+def _common_subsequence(x: list[str], y: list[str]) -> set[str]:
+    """The words of one longest common subsequence of ``x`` and ``y``: of several, the one that the package takes.
+
+    Bit-parallel (Hyyrö 2004): bit j of ``rises[i]`` says that the length for x[:i + 1] and y[:j + 1] exceeds that
+    for x[:i + 1] and y[:j]. That is all that walking back from the end needs to know.
+    """
+    # A word of y that x does not have is stepped over wherever the walk meets it.
+    vocabulary = set(x)
+    y = [word for word in y if word in vocabulary]
+    if not y:
+        return set()
+    where: dict[str, int] = {}
+    for j, word in enumerate(y):
+        where[word] = where.get(word, 0) | 1 << j
+    every = (1 << len(y)) - 1
+    flat = every
+    rises = []
+    for word in x:
+        matches = flat & where.get(word, 0)
+        flat = (flat + matches | flat - matches) & every
+        rises.append(~flat)
+    words = set()
+    i, j = len(x) - 1, len(y) - 1
+    while i >= 0 and j >= 0:
+        if x[i] == y[j]:
+            words.add(x[i])
+            i, j = i - 1, j - 1
+        elif rises[i] >> j & 1:
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def classification(text: str, gold: str, all_classes: Sequence[str]) -> float:
+    """1 / number of the classes that the answer names, if the gold class is one of them.
+
+    A class counts as named where it is a substring. Classes that are only part of the gold's name do not count.
+    """
+    named = [name for name in all_classes if name in text]
+    # Removing from the list that is walked over skips the class after each removed one; LongBench does so.
+    for name in named:
+        if name in gold and name != gold:
+            named.remove(name)
+    return 1 / len(named) if gold in named else 0.0
+
+
+def count(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
+    """The share of the numbers in the answer that are the gold number, digit by digit."""
+    numbers = _NUMBER.findall(text)
+    return numbers.count(gold) / len(numbers) if numbers else 0.0
+
+
+def retrieval(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
+    """`count` for a gold "Paragraph k"; the answer need not say "Paragraph".
+
+    Raises:
+        UserError: the gold is not of that form.
+    """
+    match = re.search(r"Paragraph (\d+)", gold)
+    if match is None:
+        raise UserError(f'answer {gold!r} does not name its paragraph: the retrieval metric needs "Paragraph 7"')
+    return count(text, match[1])
+
+
+def code_sim(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
+    """Similarity of the gold line and the answer's first line without "`", "#" or "//", in whole percents.
+
+    2M / T with M the characters in matching blocks (Ratcliff and Obershelp): what ``fuzzywuzzy`` computes by
+    ``difflib`` unless python-Levenshtein, which LongBench does not require, is there to give other values.
+    """
+    lines = text.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    return round(100 * SequenceMatcher(None, line, gold).ratio()) / 100
+
+
+METRICS: dict[str, Metric] = {
+    "qa_f1": qa_f1,
+    "rouge_l": rouge_l,
+    "classification": classification,
+    "retrieval": retrieval,
+    "count": count,
+    "code_sim": code_sim,
+}
+
+
+def score_answer(
+    metric: str,
+    text: str,
+    answers: Sequence[str],
+    all_classes: Sequence[str] | None = None,
+    first_line_only: bool = False,
+) -> float:
+    """The best value of the named metric over the gold answers; 0 without any.
+
+    Raises:
+        UserError: there is no such metric, or a gold answer is not of the form that the metric needs.
+    """
+    if metric not in METRICS:
+        raise UserError(f"metric {metric!r} is not known; take one of {', '.join(METRICS)}")
+    text = scored_text(text, first_line_only)
+    return max((METRICS[metric](text, gold, all_classes or ()) for gold in answers), default=0.0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ours. With qa_f1 over the same text: exact_match <= qa_f1 and exact_match <= contains.
+
+
+def exact_match(text: str, answers: Sequence[str]) -> float:
+    """1 if the normalised answer is a normalised gold answer that has a word, else 0."""
+    norm = normalize(text)
+    return float(bool(norm) and any(norm == normalize(gold) for gold in answers))
+
+
+def contains(text: str, answers: Sequence[str]) -> float:
+    """1 if the words of a gold answer stand one after the other in the answer, both normalised, else 0."""
+    words = f" {normalize(text)} "
+    return float(any(f" {gold} " in words for gold in map(normalize, answers) if gold))
