@@ -1,0 +1,47 @@
+# `make demo` and `make test` are all it takes on a machine with Python >= 3.11, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+CONFIG ?= config/config.yaml
+
+.PHONY: demo test test-all lint format schema tiny-reader clean
+
+demo: $(VENV)/ready
+	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --quiet rules host reason
+	@echo
+	@echo "The report is $$(python -m kv_transition where -c $(CONFIG) report.html)"
+
+test: $(VENV)/ready
+	pytest -n 2 -m "not gpu and not slurm and not slow"
+
+test-all: $(VENV)/ready
+	pytest -n 2 -m "not gpu and not slurm"
+
+lint: $(VENV)/ready
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+format: $(VENV)/ready
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflow
+
+# the JSON schema of experiment files, from the settings
+schema: $(VENV)/ready
+	python -m kv_transition schema > workflow/schemas/config.schema.yaml
+
+# train the embedded model again: at most an hour on two cores
+tiny-reader: $(VENV)/ready
+	python resources/tiny-reader/train.py
+
+clean:
+	rm -rf results .snakemake
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@

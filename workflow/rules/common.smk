@@ -1,0 +1,74 @@
+# The experiment, its paths and its grid, for the rules.
+import json
+import os
+import sys
+from functools import cache
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
+
+from kv_transition import settings as settings_module
+from kv_transition import paths as paths_module
+from kv_transition import specs
+from kv_transition.errors import UserError
+from kv_transition.paths import Paths
+from kv_transition.provenance import code_hash
+
+
+def experiment():
+    """The checked configuration; `--config set='model.device=cpu ...'` changes single keys of it."""
+    plain = dict(config)
+    try:
+        assignments = str(plain.pop("set", "")).split()
+        settings = settings_module.parse(settings_module.override(plain, assignments))
+        specs.check(settings)
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    return settings
+
+
+SETTINGS = experiment()
+FILES = Paths(SETTINGS.output.dir, SETTINGS.experiment)
+REPO = os.path.dirname(os.path.dirname(workflow.current_basedir.get_path_or_uri(secret_free=True)))
+TASKS = SETTINGS.dataset.tasks
+BINS = range(SETTINGS.binning.n_bins)
+CELLS = [
+    FILES.cell(task, *key, bin) for task in TASKS for key in specs.cells(SETTINGS) for bin in BINS
+]
+
+ON_GPU = SETTINGS.model.device != "cpu"
+GPU = {
+    "gpu": 1,
+    "gpu_model": SETTINGS.hardware.gpu_model,
+    "mem_mb": lambda wildcards, attempt: SETTINGS.hardware.mem_gb * 1000 * attempt,
+    "runtime": lambda wildcards, attempt: SETTINGS.hardware.runtime_min * attempt,
+} if ON_GPU else {"gpu": 0}
+
+
+wildcard_constraints:
+    task=paths_module.TASK,
+    mode=paths_module.MODE,
+    policy=paths_module.POLICY,
+    budget=paths_module.BUDGET,
+    bin=paths_module.BIN,
+
+
+# Jobs import the package from the checkout, whichever environment they run in: that of conda where it is asked for,
+# else that of snakemake itself. Where prefills are stored changes no result, so it travels beside the params.
+IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+shell.prefix(
+    f"export PYTHONPATH={os.path.join(REPO, 'src')}"
+    f" KVT_PREFILL_STORE={FILES.prefill_store}:{SETTINGS.prefill.store}:{SETTINGS.prefill.max_gb}"
+    + ("" if IN_CONDA else f" PATH={os.path.dirname(sys.executable)}:$PATH")
+    + "; "
+)
+
+
+@cache
+def cell_spec(mode, policy, budget):
+    """A cell's spec and the hash that its rows carry."""
+    return specs.cell(SETTINGS, mode, policy, budget)
+
+
+def as_json(value):
+    return json.dumps(value, sort_keys=True)

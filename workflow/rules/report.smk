@@ -1,0 +1,75 @@
+# Tables become pictures, pictures and tables become a report.
+
+FIGURES = ["acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len"]
+
+
+rule experiment:
+    output:
+        FILES.file("config.yaml"),
+    log:
+        FILES.log("experiment"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        resolved=specs.resolved(SETTINGS),
+    script:
+        "../../scripts/experiment.py"
+
+
+rule plots:
+    input:
+        scores=rules.score.output[0],
+        bin_stats=rules.aggregate.output.bin_stats,
+        transition=rules.transition.output.transition,
+    output:
+        **{
+            f"{figure}_{ext}": (
+                report(
+                    FILES.plot(figure, ext),
+                    caption="../report/plot.rst",
+                    category="Figures",
+                    labels={"figure": figure},
+                )
+                if ext == "svg"
+                else FILES.plot(figure, ext)
+            )
+            for figure in FIGURES
+            for ext in ("svg", "png")
+        },
+        interactive=report(
+            FILES.plot("interactive", "html"),
+            caption="../report/plot.rst",
+            category="Figures",
+            labels={"figure": "interactive"},
+        ),
+    log:
+        FILES.log("plots"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        code=code_hash("kv_transition.analysis.plots"),
+    script:
+        "../../scripts/plots.py"
+
+
+rule report:
+    input:
+        config=rules.experiment.output[0],
+        manifests=[FILES.manifest(task) for task in TASKS],
+        scores=rules.score.output[0],
+        bin_stats=rules.aggregate.output.bin_stats,
+        comparisons=rules.aggregate.output.comparisons,
+        transition=rules.transition.output.transition,
+        plots=rules.plots.output,
+    output:
+        md=FILES.file("report.md"),
+        html=report(FILES.file("report.html"), caption="../report/report.rst", category="Report"),
+    log:
+        FILES.log("report"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        title=SETTINGS.report.title or SETTINGS.experiment,
+        code=code_hash("kv_transition.report.build"),
+    script:
+        "../../scripts/report.py"
