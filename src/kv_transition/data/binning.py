@@ -1,0 +1,78 @@
+"""Length bins, and which examples of a bin are run.
+
+Bins are half-open, ``[edge_i, edge_i+1)``, the last one is closed, ``[edge_n-1, edge_n]``. The length is the number of
+tokens of the whole prompt before truncation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+
+
+def quantile_edges(lengths: Sequence[int], n_bins: int) -> list[int]:
+    """Edges that divide the lengths as evenly as can be without separating equal ones.
+
+    The cut between two bins falls between two different lengths, where the number of examples below is nearest to the
+    quantile (the lower cut if two are as near) and every bin still gets at least one length. An edge is the smallest
+    length of the bin above it; the first and the last are the extremes. With fewer different lengths than bins each
+    length has its own bin and the bins before the last one are empty.
+
+    Args:
+        lengths: at least one, in any order.
+        n_bins: at least 1.
+
+    Returns:
+        ``n_bins + 1`` edges that never fall.
+    """
+    counts = Counter(lengths)
+    values = sorted(counts)
+    below = list(
+        accumulate((counts[value] for value in values), initial=0)
+    )  # below[j]: examples shorter than values[j]
+    edges = [values[0]]
+    cut = 0
+    for b in range(1, n_bins):
+        # a cut before values[j]; as many lengths should be left above as there are bins to come
+        last = max(cut + 1, len(values) - (n_bins - b))
+        candidates = range(cut + 1, min(last + 1, len(values)))
+        cut = min(candidates, key=lambda j: abs(below[j] * n_bins - b * len(lengths)), default=len(values) - 1)
+        edges.append(values[cut])
+    return [*edges, values[-1]]
+
+
+def bin_of(length: float, edges: Sequence[float]) -> int | None:
+    """The bin of a length, counted from 0; None outside of the edges."""
+    if not edges[0] <= length <= edges[-1]:
+        return None
+    return bisect_right(edges, length, 1, len(edges) - 1) - 1
+
+
+def choose(ids: Sequence[str], kinds: Sequence[str], n: int, seed: int) -> list[int]:
+    """Choose ``n`` examples of a bin at random, each kind in proportion to its share of the bin.
+
+    The choice is nested: a larger ``n`` extends the list. The order of the input does not matter, and whether an
+    example comes before another of its kind depends on their ids and the seed only.
+
+    Args:
+        ids: unique names of the examples.
+        kinds: what each example is stratified by; all equal for a simple random choice.
+        n: how many to choose; all if there are fewer.
+        seed: any integer.
+
+    Returns:
+        Positions in ``ids``, in the order of choice.
+    """
+
+    def lot(i: int) -> str:
+        return hashlib.sha256(f"{seed}/{ids[i]}".encode()).hexdigest()
+
+    strata: dict[str, list[int]] = defaultdict(list)
+    for i in sorted(range(len(ids)), key=lot):
+        strata[kinds[i]].append(i)
+    # The j-th of m examples stands at (j + 1/2) / m, so that each kind is spread evenly over the order of choice.
+    place = {i: (j + 0.5) / len(members) for members in strata.values() for j, i in enumerate(members)}
+    return sorted(place, key=lambda i: (place[i], lot(i)))[:n]

@@ -1,0 +1,98 @@
+"""JSON records from local files: one object a line, plain or gzipped, with the place of each for error messages."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kv_transition.data.tasks import get_task
+from kv_transition.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+Record = tuple[str, dict[str, Any]]
+"""Where a record stands ("file, line 3") and its fields."""
+
+
+def find_file(path: Path, name: str) -> Path:
+    """The records of task ``name``: ``path`` itself if it is a file, else ``{name}.jsonl[.gz]`` in that folder.
+
+    Raises:
+        UserError: there is no such file, or there are two.
+    """
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"dataset.path: {path} must end in {' or '.join(SUFFIXES)}")
+        return path
+    if not path.is_dir():
+        raise UserError(f"dataset.path: there is no file or folder {path}")
+    found = [path / (name + suffix) for suffix in SUFFIXES if (path / (name + suffix)).is_file()]
+    if len(found) > 1:
+        raise UserError(f"dataset.path: {path} holds both {found[0].name} and {found[1].name}; keep one of them")
+    if not found:
+        there = sorted(file.name for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        listing = ", ".join(there) or f"no file that ends in {' or '.join(SUFFIXES)}"
+        raise UserError(f"dataset.path: {path} holds no {name}.jsonl or {name}.jsonl.gz; there is {listing}")
+    return found[0]
+
+
+def local_source(dataset: Mapping[str, Any], task: str) -> Path | None:
+    """The local file that a task's examples are read from; None where they are generated or downloaded.
+
+    Args:
+        dataset: the ``dataset`` section of a configuration (name, path).
+        task: name of the task in the configuration.
+    """
+    path = dataset.get("path")
+    if path is None or dataset["name"] == "synthetic":
+        return None
+    if dataset["name"] == "longbench" and not Path(path).exists():
+        return None  # a hub repository
+    return find_file(Path(path), get_task(dataset["name"], task).source_name)
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """Read a ``.jsonl`` or ``.jsonl.gz`` file; blank lines are skipped.
+
+    Raises:
+        UserError: the file cannot be read, or a line of it is not a JSON object.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            yield from parse_lines(lines, str(path))
+    except (EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def parse_lines(lines: Iterable[bytes], name: str) -> Iterator[Record]:
+    """Parse one JSON object a line; ``name`` is what error messages call the file."""
+    for number, line in enumerate(lines, start=1):
+        where = f"{name}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: byte {error.start + 1} is not UTF-8") from None
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: malformed JSON at character {error.pos + 1} ({error.msg})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: a JSON object was expected, not {type(record).__name__}")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: half of a surrogate pair is no character; write the text as UTF-8") from None
+        yield where, record
+
+
+def require(record: Mapping[str, Any], fields: Iterable[str], where: str) -> None:
+    """Raises UserError if one of ``fields`` is missing."""
+    missing = [field for field in fields if field not in record]
+    if missing:
+        raise UserError(f"{where}: the field {missing[0]!r} is missing; required are {', '.join(fields)}")

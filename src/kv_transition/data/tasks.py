@@ -1,0 +1,165 @@
+"""The tasks that can be run, and everything that is particular to one of them.
+
+Which metric a task has, which answers break its form and which tasks get no chat template follow LongBench
+(Bai et al. 2024, arXiv 2308.14508). The prompt wordings and answer lengths here are this project's own; the
+benchmark's are read from its own files where those are given (see `kv_transition.data.templates`).
+
+This module imports the standard library only, so that a configuration can be checked at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from kv_transition import paths
+from kv_transition.errors import UserError
+
+METRICS = ("qa_f1", "rouge_l", "classification", "retrieval", "count", "code_sim")
+PATTERNS = ("short_qa", "trec_class", "paragraph", "number", "free")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the pipeline must know about one task.
+
+    Attributes:
+        name: as in the configuration and in paths.
+        metric: one of ``METRICS``; what ``score`` means for this task.
+        pattern: one of ``PATTERNS``; the form an answer must have not to be a FORMAT_ERROR.
+        template: our wording of the prompt, with ``{context}`` and, where there is a question, ``{input}``.
+        max_new_tokens: our length of the longest answer in tokens.
+        has_question: False for summaries, counts and code, which have no before_question mode.
+        chat_template: False where the prompt is fed as it is even to a chat model.
+        first_line_only: only the first line of an answer counts.
+    """
+
+    name: str
+    metric: str
+    pattern: str
+    template: str
+    max_new_tokens: int
+    has_question: bool = True
+    chat_template: bool = True
+    first_line_only: bool = False
+
+    @property
+    def source_name(self) -> str:
+        """The task's name in LongBench's own files."""
+        return "repobench-p" if self.name == "repobench_p" else self.name
+
+
+_READ = "Read the text below. A question about it follows.\n\n{context}\n\n"
+_SHORT = "Give only the answer, in as few words as possible.\n\nQuestion: {input}\nAnswer:"
+_FEW_SHOT = "{context}\n\n{input}"
+
+_SHORT_QA = Task("", "qa_f1", "short_qa", _READ + _SHORT, max_new_tokens=48)
+_SUMMARY = Task(
+    "",
+    "rouge_l",
+    "free",
+    "Read the text below and summarize it.\n\n{context}\n\nWrite a summary of about one page.\n\nSummary:",
+    max_new_tokens=400,
+    has_question=False,
+)
+_CODE = Task(
+    "",
+    "code_sim",
+    "free",
+    "Below is source code. Write the line that comes next.\n\n{context}{input}\nThe next line is:\n",
+    max_new_tokens=48,
+    has_question=False,
+    chat_template=False,
+)
+
+_LONGBENCH = {
+    **dict.fromkeys(("narrativeqa", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"), _SHORT_QA),
+    "qasper": replace(
+        _SHORT_QA,
+        template=_READ + 'Where the text does not hold the answer, answer "unanswerable". ' + _SHORT,
+    ),
+    "gov_report": _SUMMARY,
+    "multi_news": _SUMMARY,
+    "qmsum": replace(
+        _SUMMARY,
+        template="Read the meeting's transcript below. A request follows.\n\n{context}\n\n"
+        "Reply in a few sentences.\n\nRequest: {input}\nReply:",
+        has_question=True,
+    ),
+    "trec": Task(
+        "",
+        "classification",
+        "trec_class",
+        "Every question below is followed by its type. Name the type of the last one.\n\n" + _FEW_SHOT,
+        max_new_tokens=24,
+        chat_template=False,
+        first_line_only=True,
+    ),
+    "triviaqa": replace(
+        _SHORT_QA,
+        template="Answer the last question from its passage, as the examples before it do.\n\n" + _FEW_SHOT,
+        chat_template=False,
+        first_line_only=True,
+    ),
+    "samsum": replace(
+        _SUMMARY,
+        template="Summarize the last dialogue, as the examples before it do.\n\n" + _FEW_SHOT,
+        max_new_tokens=100,
+        has_question=True,
+        chat_template=False,
+        first_line_only=True,
+    ),
+    "passage_count": Task(
+        "",
+        "count",
+        "number",
+        "Some of the numbered paragraphs below are repeated.\n\n{context}\n\n"
+        "How many different paragraphs are there? Reply with a number only.\n\nAnswer: ",
+        max_new_tokens=16,
+        has_question=False,
+    ),
+    "passage_retrieval_en": Task(
+        "",
+        "retrieval",
+        "paragraph",
+        "Read the numbered paragraphs below. A summary of one of them follows.\n\n{context}\n\n"
+        'Summary: {input}\n\nWhich paragraph is it? Reply with "Paragraph" and its number only.\n\nAnswer: ',
+        max_new_tokens=16,
+    ),
+    "lcc": replace(_CODE, template=_CODE.template.replace("{input}", "")),
+    "repobench_p": _CODE,
+}
+
+# The prompt of `kv_transition.data.synthetic.QUESTION_TEMPLATE`, which the embedded reader is trained on.
+_READER_QA = Task(
+    "",
+    "qa_f1",
+    "short_qa",
+    "{context}\nQuestion : {input} Answer :",
+    max_new_tokens=16,
+    chat_template=False,
+)
+
+_TASKS = {
+    "synthetic": {"reader_qa": replace(_READER_QA, name="reader_qa")},
+    "longbench": {name: replace(task, name=name) for name, task in _LONGBENCH.items()},
+}
+DATASETS = (*_TASKS, "jsonl")
+
+
+def get_task(dataset: str, task: str) -> Task:
+    """The task ``task`` of the data set ``dataset``; a ``jsonl`` data set has any task that its files name.
+
+    Raises:
+        UserError: there is no such data set, or no such task in it.
+    """
+    if dataset not in DATASETS:
+        raise UserError(f"dataset.name: {dataset!r} is not allowed; choose one of {', '.join(DATASETS)}")
+    if dataset == "jsonl":
+        if not re.fullmatch(paths.TASK, task):
+            raise UserError(f"dataset.tasks: {task!r} must be of lower-case letters, digits and '_'")
+        return replace(_SHORT_QA, name=task, max_new_tokens=64)
+    if task not in _TASKS[dataset]:
+        allowed = ", ".join(_TASKS[dataset])
+        raise UserError(f"dataset.tasks: {dataset} has no task {task!r}; choose from {allowed}")
+    return _TASKS[dataset][task]

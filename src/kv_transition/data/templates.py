@@ -1,0 +1,79 @@
+"""The benchmark's own prompt templates and answer lengths, read from its files.
+
+They are LongBench's text (``dataset2prompt.json``, ``dataset2maxlen.json``), so this project does not carry them. They
+are looked for where the configuration says, else in ``config/`` beside local data, else in ``config/`` of the hub
+repository at the data's commit. Own tasks may bring such files too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from kv_transition.data.hub import fetch, hub_source, list_files
+from kv_transition.errors import UserError
+
+FILES = {"prompts": "dataset2prompt.json", "max_lengths": "dataset2maxlen.json"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one of the files says about one task, and which file that was."""
+
+    value: Any
+    source: str
+    sha256: str
+
+
+def official(dataset: Mapping[str, Any], key: str, name: str) -> Entry | None:
+    """The entry of task ``name`` in the file ``key`` ("prompts" or "max_lengths"); None where there is no such file.
+
+    Raises:
+        UserError: a file that the configuration names is missing or lacks the task, or an entry has the wrong type.
+    """
+    given = dataset.get(key)
+    found = _given(given, key) if given is not None else _beside_the_data(dataset, key)
+    if found is None:
+        return None
+    path, source = found
+    content = path.read_bytes()
+    try:
+        entries = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"dataset.{key}: {source} is not valid JSON ({error})") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"dataset.{key}: {source} must hold a JSON object from task to value")
+    if name not in entries:
+        if given is None:
+            return None
+        raise UserError(f"dataset.{key}: {source} has no entry for {name!r}; it has {', '.join(entries)}")
+    value = entries[name]
+    expected = str if key == "prompts" else int
+    if type(value) is not expected or not value or (expected is int and value < 1):
+        what = "a text" if expected is str else "a whole number of at least 1"
+        raise UserError(f"dataset.{key}: in {source} the entry of {name!r} must be {what}, not {value!r}")
+    return Entry(value, source, sha256(content).hexdigest())
+
+
+def _given(path: str, key: str) -> tuple[Path, str]:
+    if not Path(path).is_file():
+        raise UserError(f"dataset.{key}: there is no file {path}; give a {FILES[key]}")
+    return Path(path), path
+
+
+def _beside_the_data(dataset: Mapping[str, Any], key: str) -> tuple[Path, str] | None:
+    if dataset["name"] != "longbench":
+        return None
+    name = f"config/{FILES[key]}"
+    source = hub_source(dataset)
+    if source is not None:
+        if name not in list_files(*source):
+            return None
+        return fetch(*source, name), f"{source[0]}@{source[1]}/{name}"
+    root = Path(dataset["path"])
+    path = (root if root.is_dir() else root.parent) / name
+    return (path, str(path)) if path.is_file() else None
