@@ -172,5 +172,5 @@ def test_a_model_without_evictable_layers_is_refused():
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="model.name"):
+    with pytest.raises(UserError, match=r"model\.name"):
         LocalEngine.from_pretrained(str(tmp_path))

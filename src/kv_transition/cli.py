@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import subprocess
 import sys
 from enum import StrEnum
@@ -116,12 +116,14 @@ def _checked(config: Path, assignments: list[str]):
     return settings
 
 
-def _snakemake(step: Step, config: Path, assignments: list[str], cores: str, dry_run: bool, profile: Path | None) -> int:
+def _snakemake(
+    step: Step, config: Path, assignments: list[str], cores: str, dry_run: bool, profile: Path | None
+) -> int:
     _checked(config, assignments)  # one sentence now, rather than Snakemake's traceback later
     command = [sys.executable, "-m", "snakemake", "--configfile", str(config), "--quiet", "rules", "host", "reason"]
     command += ["--workflow-profile", str(profile)] if profile else ["--cores", cores]
     if assignments:
-        command += ["--config", f"set={json.dumps(assignments)}"]
+        command += ["--config", f"set={shlex.join(assignments)}"]
     if dry_run:
         command += ["--dry-run"]
     if _UNTIL[step]:

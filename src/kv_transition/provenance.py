@@ -90,6 +90,7 @@ def imported_modules(*roots: str) -> set[str]:
         if file is None or name in seen or name in NEUTRAL:
             continue
         seen.add(name)
+        todo.append(name.rpartition(".")[0])  # a package's own code runs before its modules'
         todo.extend(_parsed(file)[1])
     return seen
 
@@ -105,6 +106,26 @@ def code_hash(*roots: str) -> str:
             raise ValueError(f"no module {root} in {SOURCE}")
     parts = sorted((name, _parsed(_module_file(name))[0]) for name in imported_modules(*roots))
     return digest(parts)
+
+
+def content_digest(path: str | os.PathLike[str], suffixes: tuple[str, ...] | None = None) -> str:
+    """Digest of a file's content, or of all files below a folder (those that end in one of ``suffixes``) with their
+    names, whatever their time stamps. Of a file larger than 64 MiB the first and last MiB count, beside its size.
+    """
+    root = Path(path)
+    files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
+    chosen = [f for f in files if suffixes is None or f.suffix in suffixes]
+    return digest([(str(f.relative_to(root)), f.stat().st_size, _file_digest(f)) for f in chosen])
+
+
+def _file_digest(file: Path) -> str:
+    size, mib = file.stat().st_size, 1 << 20
+    with file.open("rb") as handle:
+        if size <= 64 * mib:
+            return hashlib.sha256(handle.read()).hexdigest()
+        head = handle.read(mib)
+        handle.seek(-mib, os.SEEK_END)
+        return hashlib.sha256(head + handle.read()).hexdigest()
 
 
 @cache

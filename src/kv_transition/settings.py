@@ -35,8 +35,8 @@ class Dataset(Section):
 
     name: Literal["synthetic", "longbench", "jsonl"] = Field("synthetic", description="loader of the examples")
     tasks: list[Task] = Field(["reader_qa"], min_length=1, description="tasks of the data set")
-    revision: str | None = Field(None, description="commit of the hub repository; required when it is downloaded")
-    path: str | None = Field(None, description="local folder or file that takes the place of the hub repository")
+    revision: str | None = Field(None, description="commit (40 hex digits) of the hub repository; required when it is downloaded")
+    path: str | None = Field(None, description="local folder or file; longbench also takes a hub repository owner/name")
     split: str = Field("test", description="split of the data set")
     prompts: str | None = Field(None, description="LongBench's dataset2prompt.json")
     max_lengths: str | None = Field(None, description="LongBench's dataset2maxlen.json")

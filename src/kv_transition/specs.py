@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from kv_transition.budget import Budget
+from kv_transition.data.records import local_source
 from kv_transition.data.tasks import get_task
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
-from kv_transition.provenance import code_hash, digest
+from kv_transition.provenance import code_hash, content_digest, digest
 from kv_transition.settings import Settings
 
 FULL = "full"
@@ -31,11 +32,12 @@ def check(settings: Settings) -> None:
         known = get_task(settings.dataset.name, task)
         if "before_question" in settings.kv.modes and not known.has_question:
             raise UserError(f"kv.modes: {task} has no question, so it has no before_question mode; use [after_prompt]")
-    _check_model_folder(settings)
-    for key in ("path", "prompts", "max_lengths"):
+        local_source(settings.dataset.model_dump(), task)  # raises where a local file is missing
+    for key in ("prompts", "max_lengths"):
         path = getattr(settings.dataset, key)
-        if path is not None and not Path(path).exists():
-            raise UserError(f"dataset.{key}: there is no file or folder {path}; give one that exists")
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"dataset.{key}: there is no file {path}; give one that exists")
+    _check_model_folder(settings)
 
 
 def _check_model_folder(settings: Settings) -> None:
@@ -68,30 +70,26 @@ def aliases(settings: Settings) -> list[tuple[str, str]]:
     return [(p, FULL_BUDGET) for p in settings.kv.policies if p != FULL] if full_asked else []
 
 
-def _dataset(settings: Settings) -> dict[str, Any]:
-    dataset = settings.dataset.model_dump(exclude={"tasks"})
-    if dataset["path"] is not None:
-        # The files behind a path may change while its name does not.
-        dataset["content"] = _content(dataset["path"])
-    return dataset
+def _dataset(settings: Settings, *files: str) -> dict[str, Any]:
+    """The data set's keys, with the content of local ``files``: it may change while its name does not."""
+    dataset = settings.dataset.model_dump(exclude={"tasks", "path", "prompts", "max_lengths"} - set(files))
+    contents = {key: _content(dataset[key]) for key in files if dataset[key] and Path(dataset[key]).exists()}
+    return dataset | {"content": contents}
 
 
 @cache
 def _content(path: str) -> str:
-    root = Path(path)
-    files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
-    return digest([(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+    return content_digest(path)
 
 
 def download(settings: Settings) -> dict[str, Any]:
-    dataset = {k: v for k, v in _dataset(settings).items() if k not in ("prompts", "max_lengths")}
-    return {"dataset": dataset, "code": code_hash("kv_transition.data.download")}
+    return {"dataset": _dataset(settings, "path"), "code": code_hash("kv_transition.data.download")}
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
     model = settings.model.model_dump(include={"name", "revision", "max_length", "chat_template"})
     return {
-        "dataset": _dataset(settings),
+        "dataset": _dataset(settings, "path", "prompts", "max_lengths"),
         "model": model,
         "binning": settings.binning.model_dump(),
         "decoding": settings.decoding.model_dump(include={"max_tokens"}),
@@ -107,9 +105,10 @@ def _model(settings: Settings) -> dict[str, Any]:
 
 @cache
 def _fingerprint(name: str, revision: str | None) -> str:
-    from kv_transition.engines.fingerprint import fingerprint
-
-    return fingerprint(name, revision)
+    """What tells one model from another: a hub id and its revision, or the contents of a folder."""
+    if not Path(name).is_dir():
+        return digest([name, revision])
+    return content_digest(name, (".json", ".safetensors", ".bin", ".model"))
 
 
 def prefill(settings: Settings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # The experiment, its paths and its grid, for the rules.
 import json
 import os
+import shlex
 import sys
 from functools import cache
 
@@ -19,7 +20,7 @@ def experiment():
     """The checked configuration; `--config set='model.device=cpu ...'` changes single keys of it."""
     plain = dict(config)
     try:
-        assignments = str(plain.pop("set", "")).split()
+        assignments = shlex.split(str(plain.pop("set", "")))
         settings = settings_module.parse(settings_module.override(plain, assignments))
         specs.check(settings)
     except UserError as error:
@@ -32,17 +33,19 @@ FILES = Paths(SETTINGS.output.dir, SETTINGS.experiment)
 REPO = os.path.dirname(os.path.dirname(workflow.current_basedir.get_path_or_uri(secret_free=True)))
 TASKS = SETTINGS.dataset.tasks
 BINS = range(SETTINGS.binning.n_bins)
-CELLS = [
-    FILES.cell(task, *key, bin) for task in TASKS for key in specs.cells(SETTINGS) for bin in BINS
-]
+CELLS = [FILES.cell(task, *key, bin) for task in TASKS for key in specs.cells(SETTINGS) for bin in BINS]
 
 ON_GPU = SETTINGS.model.device != "cpu"
-GPU = {
-    "gpu": 1,
-    "gpu_model": SETTINGS.hardware.gpu_model,
-    "mem_mb": lambda wildcards, attempt: SETTINGS.hardware.mem_gb * 1000 * attempt,
-    "runtime": lambda wildcards, attempt: SETTINGS.hardware.runtime_min * attempt,
-} if ON_GPU else {"gpu": 0}
+GPU = (
+    {
+        "gpu": 1,
+        "gpu_model": SETTINGS.hardware.gpu_model,
+        "mem_mb": lambda wildcards, attempt: SETTINGS.hardware.mem_gb * 1000 * attempt,
+        "runtime": lambda wildcards, attempt: SETTINGS.hardware.runtime_min * attempt,
+    }
+    if ON_GPU
+    else {"gpu": 0}
+)
 
 
 wildcard_constraints:

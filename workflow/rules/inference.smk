@@ -8,13 +8,13 @@ rule prefill:
         FILES.prefill_index("{task}", "{bin}"),
     log:
         FILES.log("prefill", "{task}", "bin{bin}"),
+    # The longest bins first: they take longest, and nothing then waits for them at the end.
+    priority: lambda wildcards: 100 + int(wildcards.bin)
     conda:
         "../../envs/inference.yaml"
     threads: 4 if ON_GPU else 1
     resources:
         **GPU,
-    # The longest bins first: they take longest, and nothing then waits for them at the end.
-    priority: lambda wildcards: 100 + int(wildcards.bin)
     params:
         spec=as_json(specs.prefill(SETTINGS)),
     shell:
@@ -30,12 +30,12 @@ rule cell:
         FILES.cell("{task}", "{mode}", "{policy}", "{budget}", "{bin}"),
     log:
         FILES.log("cell", "{task}", "{mode}", "{policy}-{budget}", "bin{bin}"),
+    priority: lambda wildcards: int(wildcards.bin)
     conda:
         "../../envs/inference.yaml"
     threads: 4 if ON_GPU else 1
     resources:
         **GPU,
-    priority: lambda wildcards: int(wildcards.bin)
     params:
         spec=lambda wildcards: as_json(cell_spec(wildcards.mode, wildcards.policy, wildcards.budget)),
     shell:

@@ -1,0 +1,134 @@
+"""The house as its plan says: who may import whom, what stays light, and that hashes of code cover what is used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kv_transition import provenance
+from kv_transition.provenance import NEUTRAL, code_hash, imported_modules
+
+SOURCE = Path(provenance.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# from top to bottom; what shares a line may import each other
+LAYERS = [
+    {"cli", "__main__"},
+    {"report"},
+    {"analysis", "eval"},
+    {"run"},
+    {"engines"},
+    {"policies"},
+    {"cache"},
+    {"attention"},
+]
+BESIDE = {"data", "settings", "paths", "provenance", "errors", "budget", "tables", "experiment", "specs"}
+# specs knows what every job depends on, so it reads the catalog of policies
+MAY_LOOK_UP = {"specs": {"policies"}}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def level(name: str) -> int | None:
+    return next((i for i, layer in enumerate(LAYERS) if name in layer), None)
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_imports_go_one_way(file):
+    mine = part(module_name(file))
+    for other in {part(m) for m in imports(file) if m.startswith("kv_transition.")} - {mine, ""}:
+        assert other in BESIDE or level(other) is not None, f"{other} has no place in the plan"
+        if mine in BESIDE:
+            assert other in BESIDE | MAY_LOOK_UP.get(mine, set()), f"{mine} stands beside the layers, not on {other}"
+        elif level(mine) is not None and level(other) is not None:
+            assert level(mine) <= level(other), f"{mine} lies below {other}"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part(module_name(f)) in ("attention", "cache", "policies")])
+def test_the_core_needs_only_torch(file):
+    allowed = {"torch", "triton", "safetensors", "kv_transition"} | set(sys.stdlib_module_names)
+    assert {module.split(".")[0] for module in imports(file)} <= allowed
+
+
+def loaded_modules(code: str) -> set[str]:
+    script = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); {code}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("kv_transition.cli, kv_transition.specs", {"torch", "transformers", "polars", "pyarrow", "scipy", "altair"}),
+        ("kv_transition.data.prepare, kv_transition.data.download", {"torch", "scipy", "polars", "datasets"}),
+        ("kv_transition.run.cell", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
+    ],
+)
+def test_light_paths_stay_light(modules, heavy):
+    assert not loaded_modules(f"import {modules}") & heavy
+
+
+@pytest.mark.parametrize(
+    "roots",
+    [
+        ["kv_transition.run.cell", "kv_transition.policies.h2o_heavy"],
+        ["kv_transition.run.prefill"],
+        ["kv_transition.data.prepare"],
+        ["kv_transition.data.download"],
+        ["kv_transition.eval.score"],
+        ["kv_transition.analysis.aggregate"],
+        ["kv_transition.analysis.transition"],
+        ["kv_transition.analysis.plots"],
+        ["kv_transition.report.build"],
+    ],
+    ids=lambda roots: roots[-1].removeprefix("kv_transition."),
+)
+def test_the_code_hash_covers_what_is_really_imported(roots):
+    loaded = {m for m in loaded_modules(f"import {', '.join(roots)}") if m.startswith("kv_transition")}
+    assert loaded - NEUTRAL <= imported_modules(*roots)
+
+
+def test_a_cells_hash_leaves_out_what_cannot_change_it():
+    covered = imported_modules("kv_transition.run.cell", "kv_transition.policies.snapkv")
+    assert "kv_transition.policies.snapkv" in covered
+    assert not any(part(m) in ("settings", "paths", "report", "analysis", "eval") for m in covered)
+    assert not covered & {"kv_transition.policies.h2o", "kv_transition.policies.catalog", "kv_transition.specs"}
+
+
+def test_code_hash_ignores_words_and_notices_code(tmp_path, monkeypatch):
+    package = tmp_path / "kv_transition"
+    package.mkdir()
+    monkeypatch.setattr(provenance, "SOURCE", package)
+
+    def hashed(main: str, helper: str) -> str:
+        provenance._parsed.cache_clear()
+        (package / "main.py").write_text(main)
+        (package / "helper.py").write_text(helper)
+        return code_hash("kv_transition.main")
+
+    main, helper = "from kv_transition import helper\nX = helper.f(1)\n", "def f(x):\n    return x + 1\n"
+    first = hashed(main, helper)
+    assert hashed(main, '"""Doc."""\n\n\ndef f(x):  # why\n    """More."""\n    return x + 1\n') == first
+    assert hashed(main, "def f(x):\n    return x + 2\n") != first
+    provenance._parsed.cache_clear()

@@ -1,0 +1,191 @@
+"""After a change exactly what it touches runs again, and nothing else: the point of a workflow."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import time
+from collections import Counter
+
+import pyarrow.parquet as pq
+import pytest
+from project import SMALL, Project
+
+# two bins each
+CELLS = {"full": 2, "h2o": 2, "h2o_heavy": 2, "snap": 2}
+ANALYSIS = {"score": 1, "aggregate": 1, "transition": 1, "plots": 1, "report": 1}
+GPU_PATH = {"download", "prepare", "prefill", "cell"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The small experiment, run to its report."""
+    project = Project(tmp_path_factory.mktemp("finished"))
+    project.run()
+    return project
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    """A copy of the finished experiment that a test may change; time stamps and Snakemake's memory come along."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished.folder, folder, symlinks=True)
+    mine = copy.copy(finished)
+    mine.folder = folder
+    return mine
+
+
+def changed(**kv) -> dict:
+    config = copy.deepcopy(SMALL)
+    config["kv"] |= kv
+    return config
+
+
+def cells_of(project, *arguments):
+    """Policies whose cells would run again."""
+    done = project.snakemake("--dry-run", *arguments)
+    lines = [line.split("/cells/")[1] for line in done.stdout.splitlines() if "output:" in line and "/cells/" in line]
+    return Counter(line.split("/")[2] for line in lines)
+
+
+def test_the_report_is_there(finished):
+    html = (finished.results / "report.html").read_text()
+    assert "<html" in html
+    assert (finished.results / "report.md").stat().st_size > 500
+    for figure in ("acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len"):
+        assert (finished.results / "plots" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_has_nothing_to_do(project):
+    assert "Nothing to be done" in project.run()
+
+
+def test_a_deleted_cell_is_run_again_alone(project):
+    (project.results / "cells/reader_qa/before_question/h2o/r0.5/bin1.parquet").unlink()
+    assert project.planned() == {"cell": 1, **ANALYSIS}
+    assert cells_of(project) == {"h2o": 1}
+
+
+def test_a_new_policy_is_one_file_and_one_line_of_config(project):
+    policies = project.folder / "src/kv_transition/policies"
+    source = (policies / "knorm.py").read_text()
+    (policies / "mine.py").write_text(source.replace("return -layer", "return layer"))
+    project.configure(changed(policies=SMALL["kv"]["policies"] | {"mine": {}}))
+    assert project.planned() == {"cell": 2, "grid": 1, "experiment": 1, **ANALYSIS}
+    assert cells_of(project) == {"mine": 2}
+
+
+def test_a_new_budget_runs_its_cells_only(project):
+    project.configure(changed(budgets=[1.0, 0.5, {"tokens": 32}]))
+    assert project.planned() == {"cell": 6, "grid": 1, "experiment": 1, **ANALYSIS}
+    assert cells_of(project) == {"h2o": 2, "h2o_heavy": 2, "snap": 2}
+
+
+def test_an_edited_policy_runs_its_own_cells(project):
+    project.edit("src/kv_transition/policies/snapkv.py", "masked_fill(window, 0)", "masked_fill(window, 0.5)")
+    assert project.planned() == {"cell": 2, "grid": 1, **ANALYSIS}
+    assert cells_of(project) == {"snap": 2}
+
+
+def test_an_edited_parent_runs_its_children_too(project):
+    project.edit("src/kv_transition/policies/h2o.py", "int(k * self.recent_share)", "round(k * self.recent_share)")
+    assert cells_of(project) == {"h2o": 2, "h2o_heavy": 2}
+
+
+def test_a_changed_hyper_parameter_runs_its_variant(project):
+    policies = SMALL["kv"]["policies"] | {"snap": {"kind": "snapkv", "window": 8}}
+    project.configure(changed(policies=policies))
+    assert project.planned() == {"cell": 2, "grid": 1, "experiment": 1, **ANALYSIS}
+    assert cells_of(project) == {"snap": 2}
+
+
+def test_an_unrelated_key_runs_no_cell(project):
+    project.configure(SMALL | {"hardware": {"runtime_min": 5}})
+    assert project.planned() == {"experiment": 1, "report": 1}
+
+
+def test_a_changed_plot_is_drawn_again(project):
+    path = project.folder / "src/kv_transition/analysis/plots.py"
+    path.write_text(path.read_text() + "\n\nCHANGED = True\n")
+    assert project.planned() == {"plots": 1, "report": 1}
+
+
+def test_an_edited_data_module_runs_from_there_on(project):
+    path = project.folder / "src/kv_transition/data/binning.py"
+    path.write_text(path.read_text() + "\n\nCHANGED = True\n")
+    assert project.planned() == {"prepare": 1, "prefill": 2, "cell": 8, **ANALYSIS}
+
+
+def test_without_prefill_tensors_a_new_policy_runs_alone_and_answers_the_same(project):
+    cell = "cells/reader_qa/before_question/{}/r0.5/bin1.parquet"
+    shutil.rmtree(project.folder / "results/prefill")
+    project.configure(changed(policies=SMALL["kv"]["policies"] | {"again": {"kind": "h2o"}}))
+    assert project.planned()["cell"] == 2
+    assert "prefill" not in project.planned()
+    project.run()
+    texts = [pq.read_table(project.results / cell.format(policy))["text"].to_pylist() for policy in ("h2o", "again")]
+    assert texts[0] == texts[1]
+
+
+def test_touching_every_source_runs_nothing_on_the_gpu_path(project):
+    later = time.time() + 5
+    for part in ("src", "scripts", "workflow", "envs", "Snakefile", "small.yaml"):
+        path = project.folder / part
+        for file in [path] if path.is_file() else path.rglob("*"):
+            os.utime(file, (later, later))
+    assert not GPU_PATH & set(project.planned())
+
+
+def test_explaining_code_better_runs_nothing_on_the_gpu_path(project):
+    for file in (project.folder / "src").rglob("*.py"):
+        file.write_text("# A comment.\n" + file.read_text())
+    assert not project.planned()
+
+
+def test_without_snakemakes_memory_scoring_names_the_cells_that_no_longer_fit(project):
+    shutil.rmtree(project.folder / ".snakemake")
+    assert "Nothing to be done" in project.run()
+    policies = SMALL["kv"]["policies"] | {"snap": {"kind": "snapkv", "window": 8}}
+    project.configure(changed(policies=policies))
+    done = project.snakemake()
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "cells/reader_qa/before_question/snap/r0.5/bin0.parquet" in output
+    assert "cells/reader_qa/before_question/h2o" not in output.split("no longer fit")[-1]
+
+
+def test_a_killed_run_is_taken_up_again(project, tmp_path):
+    """A cell that was being written when everything died is run again; the others are kept."""
+    done = pq.read_table(project.results / "cells/reader_qa/before_question/full/r1/bin0.parquet")
+    (project.results / "cells/reader_qa/before_question/full/r1/bin0.parquet").unlink()
+    temporary = project.results / "cells/reader_qa/before_question/full/r1/.bin0.parquet.half"
+    temporary.write_bytes(b"half a file")
+    assert project.planned()["cell"] == 1
+    project.run()
+    again = pq.read_table(project.results / "cells/reader_qa/before_question/full/r1/bin0.parquet")
+    assert again["text"] == done["text"]
+
+
+def test_an_experiment_file_is_whole(project):
+    """The default's policies and keys do not leak into an experiment."""
+    import yaml
+
+    resolved = yaml.safe_load((project.results / "config.yaml").read_text())
+    assert set(resolved["kv"]["policies"]) == set(CELLS)
+    assert resolved["dataset"]["lengths"] == [128, 256]
+
+
+def test_keys_can_be_set_without_editing_a_file(project):
+    done = project.snakemake("--dry-run", "--quiet", "rules", "--config", "set=experiment=other binning.n_per_bin=2")
+    assert done.returncode == 0, done.stderr
+    assert not (project.folder / "results/other").exists()
+    assert "prefill           2" in done.stdout or "prefill" in done.stdout
+
+
+def test_a_bad_configuration_stops_before_any_job_with_one_sentence(project):
+    project.configure(changed(policies={"full": {}, "snapkw": {}}))
+    done = project.snakemake("--quiet", "rules")
+    assert done.returncode != 0
+    assert "kv.policies.snapkw: there is no policy 'snapkw'; choose one of" in done.stdout + done.stderr
+    assert "Execute" not in done.stdout + done.stderr
