@@ -13,6 +13,16 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A checkout of its own with a small experiment, run to its report. Tests leave it as it is."""
+    from project import Project
+
+    project = Project(tmp_path_factory.mktemp("finished"))
+    project.run()
+    return project
+
+
+@pytest.fixture(scope="session")
 def kvt_data():
     """The folder of real data named by KVT_DATA; tests that need it are skipped without."""
     from pathlib import Path

@@ -10,20 +10,12 @@ from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
-from project import SMALL, Project
+from project import SMALL
 
 # two bins each
 CELLS = {"full": 2, "h2o": 2, "h2o_heavy": 2, "snap": 2}
 ANALYSIS = {"score": 1, "aggregate": 1, "transition": 1, "plots": 1, "report": 1}
 GPU_PATH = {"download", "prepare", "prefill", "cell"}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The small experiment, run to its report."""
-    project = Project(tmp_path_factory.mktemp("finished"))
-    project.run()
-    return project
 
 
 @pytest.fixture
@@ -47,14 +39,6 @@ def cells_of(project, *arguments):
     done = project.snakemake("--dry-run", *arguments)
     lines = [line.split("/cells/")[1] for line in done.stdout.splitlines() if "output:" in line and "/cells/" in line]
     return Counter(line.split("/")[2] for line in lines)
-
-
-def test_the_report_is_there(finished):
-    html = (finished.results / "report.html").read_text()
-    assert "<html" in html
-    assert (finished.results / "report.md").stat().st_size > 500
-    for figure in ("acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len"):
-        assert (finished.results / "plots" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_second_run_has_nothing_to_do(project):
@@ -165,27 +149,3 @@ def test_a_killed_run_is_taken_up_again(project, tmp_path):
     project.run()
     again = pq.read_table(project.results / "cells/reader_qa/before_question/full/r1/bin0.parquet")
     assert again["text"] == done["text"]
-
-
-def test_an_experiment_file_is_whole(project):
-    """The default's policies and keys do not leak into an experiment."""
-    import yaml
-
-    resolved = yaml.safe_load((project.results / "config.yaml").read_text())
-    assert set(resolved["kv"]["policies"]) == set(CELLS)
-    assert resolved["dataset"]["lengths"] == [128, 256]
-
-
-def test_keys_can_be_set_without_editing_a_file(project):
-    done = project.snakemake("--dry-run", "--quiet", "rules", "--config", "set=experiment=other binning.n_per_bin=2")
-    assert done.returncode == 0, done.stderr
-    assert not (project.folder / "results/other").exists()
-    assert "prefill           2" in done.stdout or "prefill" in done.stdout
-
-
-def test_a_bad_configuration_stops_before_any_job_with_one_sentence(project):
-    project.configure(changed(policies={"full": {}, "snapkw": {}}))
-    done = project.snakemake("--quiet", "rules")
-    assert done.returncode != 0
-    assert "kv.policies.snapkw: there is no policy 'snapkw'; choose one of" in done.stdout + done.stderr
-    assert "Execute" not in done.stdout + done.stderr

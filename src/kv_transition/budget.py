@@ -10,6 +10,9 @@ from typing import Self
 
 from kv_transition.errors import UserError
 
+_DECIMALS = 10
+"""most decimals of a fraction: its name says it exactly"""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -32,6 +35,8 @@ class Budget:
             raise UserError(f"{key}: {value!r} is not a number; give a fraction in (0, 1]") from None
         if not 0 < fraction <= 1:
             raise UserError(f"{key}: {value} lies outside (0, 1]; give the fraction of the cache to keep, such as 0.2")
+        if 10**_DECIMALS % fraction.denominator:
+            raise UserError(f"{key}: {value} has more than {_DECIMALS} decimals; give a fraction in (0, 1] such as 0.2")
         return cls(fraction=fraction)
 
     @classmethod
@@ -64,4 +69,4 @@ class Budget:
     def __str__(self) -> str:
         if self.tokens is not None:
             return f"t{self.tokens}"
-        return "r" + (f"{float(self.fraction):.10f}".rstrip("0").rstrip("."))
+        return "r" + (f"{float(self.fraction):.{_DECIMALS}f}".rstrip("0").rstrip("."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import json
 import subprocess
 import sys
 from enum import StrEnum
@@ -123,7 +123,7 @@ def _snakemake(
     command = [sys.executable, "-m", "snakemake", "--configfile", str(config), "--quiet", "rules", "host", "reason"]
     command += ["--workflow-profile", str(profile)] if profile else ["--cores", cores]
     if assignments:
-        command += ["--config", f"set={shlex.join(assignments)}"]
+        command += ["--config", f"set={json.dumps(assignments)}"]
     if dry_run:
         command += ["--dry-run"]
     if _UNTIL[step]:

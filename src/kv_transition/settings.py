@@ -27,7 +27,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Dataset(Section):
@@ -35,7 +35,9 @@ class Dataset(Section):
 
     name: Literal["synthetic", "longbench", "jsonl"] = Field("synthetic", description="loader of the examples")
     tasks: list[Task] = Field(["reader_qa"], min_length=1, description="tasks of the data set")
-    revision: str | None = Field(None, description="commit (40 hex digits) of the hub repository; required when it is downloaded")
+    revision: str | None = Field(
+        None, description="commit (40 hex digits) of the hub repository; required when it is downloaded"
+    )
     path: str | None = Field(None, description="local folder or file; longbench also takes a hub repository owner/name")
     split: str = Field("test", description="split of the data set")
     prompts: str | None = Field(None, description="LongBench's dataset2prompt.json")
@@ -47,11 +49,11 @@ class Dataset(Section):
     @model_validator(mode="after")
     def _complete(self) -> Dataset:
         if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError("tasks lists a task twice; name each once")
+            raise ValueError("tasks: a task is listed twice; name each once")
         if self.name == "synthetic" and not (self.lengths and self.n_per_length):
-            raise ValueError("the synthetic data set needs lengths (such as [256, 512]) and n_per_length (such as 40)")
+            raise ValueError("lengths: synthetic needs lengths (such as [256, 512]) and n_per_length (such as 40)")
         if self.name == "jsonl" and not self.path:
-            raise ValueError("a jsonl data set needs path, the .jsonl file or the folder that holds {task}.jsonl")
+            raise ValueError("path: jsonl needs the .jsonl file or the folder that holds {task}.jsonl")
         return self
 
 
@@ -74,7 +76,7 @@ class Binning(Section):
     @model_validator(mode="after")
     def _count(self) -> Binning:
         if self.edges is not None and len(self.edges) != self.n_bins + 1:
-            raise ValueError(f"edges needs n_bins + 1 = {self.n_bins + 1} numbers, not {len(self.edges)}")
+            raise ValueError(f"edges: give n_bins + 1 = {self.n_bins + 1} numbers, not {len(self.edges)}")
         return self
 
 
@@ -117,6 +119,13 @@ class KV(Section):
         "compressed", description="after_prompt: which cache the first answer token is read from"
     )
 
+    @field_validator("modes")
+    @classmethod
+    def _modes_once(cls, modes: list[str]) -> list[str]:
+        if len(set(modes)) < len(modes):
+            raise ValueError(f"a mode is listed twice in {', '.join(modes)}; give each once")
+        return modes
+
     @field_validator("policies")
     @classmethod
     def _empty_is_default(cls, policies: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
@@ -125,15 +134,15 @@ class KV(Section):
     @model_validator(mode="after")
     def _budgets_once(self) -> KV:
         if self.budgets is not None and self.compression_ratio is not None:
-            raise ValueError("budgets and compression_ratio say the same thing; give one of them")
+            raise ValueError("budgets: budgets and compression_ratio say the same thing; give one of them")
         if self.budgets is None and self.compression_ratio is None:
-            raise ValueError("budgets is missing; give fractions to keep such as [1.0, 0.5, 0.2]")
+            raise ValueError("budgets: this key is required; give fractions to keep such as [1.0, 0.5, 0.2]")
         try:
             names = [str(budget) for budget in self.all_budgets()]
         except UserError as error:
             raise ValueError(str(error)) from None
         if len(set(names)) < len(names):
-            raise ValueError(f"budgets lists a budget twice: {', '.join(names)}")
+            raise ValueError(f"budgets: a budget is listed twice in {', '.join(names)}; give each once")
         return self
 
     def all_budgets(self) -> list[Budget]:
@@ -282,10 +291,14 @@ _UNIONS = {
 }
 
 
+# What the library puts into a location for the member of a union, and for a mapping's key.
+_UNION_MEMBER = re.compile(r"\[key\]|(constrained-)?(int|float)|TokenBudget|literal\[.*\]|function-.*\(.*\)")
+
+
 def _sentence(error: ValidationError) -> str:
     # A union fails once per member; the deepest location is the member the user meant.
     first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", e["type"] == "value_error"))
-    loc = tuple(part for part in first["loc"] if not re.search(r"[\[\]()]|^(int|float|TokenBudget|literal)", str(part)))
+    loc = tuple(part for part in first["loc"] if not _UNION_MEMBER.fullmatch(str(part)))
     key = ".".join(str(part) for part in loc) or "the configuration"
     kind, given = first["type"], first.get("input")
     for pattern, allowed in _UNIONS.items():
@@ -302,5 +315,9 @@ def _sentence(error: ValidationError) -> str:
         return f"{key}.{text}" if inside else f"{key}: {text}"
     if kind == "literal_error":
         return f"{key}: {given!r} is not allowed; choose one of {first['ctx']['expected']}"
+    if kind == "too_short":
+        return f"{key}: give at least {first['ctx']['min_length']} entry, not {given!r}"
+    if kind == "model_type":
+        return f"{key}: this is a section of keys, not {given!r}; allowed in it: {_allowed_keys((*loc, ''))}"
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {message.replace('input should', 'it should')}, not {given!r}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_transition.budget import Budget
+from kv_transition.data.hub import hub_source
 from kv_transition.data.records import local_source
 from kv_transition.data.tasks import get_task
 from kv_transition.errors import UserError
@@ -28,6 +29,8 @@ def check(settings: Settings) -> None:
         kind, _ = catalog.resolve(name, options)
         if (name == FULL) != (kind == FULL):
             raise UserError(f"kv.policies.{name}: the full cache is the policy 'full', and it has no variants")
+    if settings.dataset.name == "longbench":
+        hub_source(settings.dataset.model_dump())  # raises where it is neither here nor a pinned repository
     for task in settings.dataset.tasks:
         known = get_task(settings.dataset.name, task)
         if "before_question" in settings.kv.modes and not known.has_question:

@@ -13,14 +13,15 @@ from kv_transition import paths as paths_module
 from kv_transition import specs
 from kv_transition.errors import UserError
 from kv_transition.paths import Paths
-from kv_transition.provenance import code_hash
+from kv_transition.provenance import code_hash, content_digest
 
 
 def experiment():
     """The checked configuration; `--config set='model.device=cpu ...'` changes single keys of it."""
     plain = dict(config)
     try:
-        assignments = shlex.split(str(plain.pop("set", "")))
+        given = plain.pop("set", "")  # text, or a list where values hold blanks
+        assignments = [str(a) for a in given] if isinstance(given, list) else shlex.split(str(given))
         settings = settings_module.parse(settings_module.override(plain, assignments))
         specs.check(settings)
     except UserError as error:

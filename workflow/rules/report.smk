@@ -1,6 +1,6 @@
 # Tables become pictures, pictures and tables become a report.
 
-FIGURES = ["acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len"]
+FIGURES = ["acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len", "failures"]
 
 
 rule experiment:
@@ -71,5 +71,6 @@ rule report:
     params:
         title=SETTINGS.report.title or SETTINGS.experiment,
         code=code_hash("kv_transition.report.build"),
+        templates=content_digest(os.path.join(REPO, "src/kv_transition/report/templates")),
     script:
         "../../scripts/report.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class H2O(Policy):
     statistics = frozenset({"attn_sum"})
     acts_each_step = True
 
-    recent_share: float = 0.5
+    recent_share: Annotated[float, (0, 1)] = 0.5
 
     def protected(self, k: int) -> int:
         return int(k * self.recent_share)

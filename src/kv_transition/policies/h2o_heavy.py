@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from kv_transition.policies.h2o import H2O
 
@@ -11,4 +12,4 @@ from kv_transition.policies.h2o import H2O
 class H2OHeavy(H2O):
     """H2O whose whole budget goes to the entries with the highest accumulated attention."""
 
-    recent_share: float = 0.0
+    recent_share: Annotated[float, (0, 1)] = 0.0

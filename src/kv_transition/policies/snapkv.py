@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class SnapKV(Policy):
     pooling: max or mean over the kernel.
     """
 
-    window: int = 32
-    kernel: int = 7
+    window: Annotated[int, (1, 64)] = 32
+    kernel: Literal[1, 3, 5, 7, 9, 11, 13, 15] = 7
     pooling: Literal["max", "mean"] = "max"
 
     def protected(self, k: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ class StreamingLLM(Policy):
 
     acts_each_step = True
 
-    n_sink: int = 4
-    recent: int | None = None
+    n_sink: Annotated[int, (0, None)] = 4
+    recent: Annotated[int | None, (1, None)] = None
 
     def protected(self, k: int) -> int:
         return min(self.n_sink, k // 2)

@@ -1,0 +1,26 @@
+"""Write report.md and report.html."""
+
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+
+from kv_transition.errors import UserError
+from kv_transition.report.build import build_report
+
+with open(snakemake.log[0], "w", encoding="utf-8") as log, redirect_stderr(log):  # noqa: F821
+    try:
+        build_report(
+            scores=snakemake.input.scores,  # noqa: F821
+            bin_stats=snakemake.input.bin_stats,  # noqa: F821
+            comparisons=snakemake.input.comparisons,  # noqa: F821
+            transition=snakemake.input.transition,  # noqa: F821
+            manifests=list(snakemake.input.manifests),  # noqa: F821
+            config=snakemake.input.config,  # noqa: F821
+            plots_dir=str(Path(snakemake.input.plots[0]).parent),  # noqa: F821
+            output_md=snakemake.output.md,  # noqa: F821
+            output_html=snakemake.output.html,  # noqa: F821
+            title=snakemake.params.title,  # noqa: F821
+        )
+    except UserError as error:
+        print(error, file=log)
+        sys.exit(str(error))

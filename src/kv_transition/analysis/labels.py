@@ -1,0 +1,57 @@
+"""How bins, budgets and modes are written for people."""
+
+from __future__ import annotations
+
+MODES = {"before_question": "before the question", "after_prompt": "after the prompt"}
+
+
+def tokens(count: float) -> str:
+    """``256``, ``1.0k``, ``16k``."""
+    if count < 1000:
+        return f"{count:.0f}"
+    return f"{count / 1000:.1f}k" if count < 9950 else f"{count / 1000:.0f}k"
+
+
+def token_range(low: float, high: float) -> str:
+    """``241–268``, ``0.9–1.1k``."""
+    first, last = tokens(low), tokens(high)
+    if first == last:
+        return first
+    if first.endswith("k") and last.endswith("k"):
+        first = first[:-1]
+    return f"{first}–{last}"
+
+
+def budget(name: str) -> str:
+    """``r0.2`` as ``20 %``, ``t128`` as ``128 tokens``."""
+    if name.startswith("r"):
+        return f"{100 * float(name[1:]):g} %"
+    return f"{name[1:]} tokens"
+
+
+def budget_order(name: str) -> tuple[int, float]:
+    """Sort key: fractions before tokens, large before small."""
+    return (name[0] != "r", -float(name[1:]))
+
+
+def mode(name: str) -> str:
+    return MODES.get(name, name.replace("_", " "))
+
+
+def failure(name: str) -> str:
+    """``EMPTY_OUTPUT`` as ``empty output``; acronyms stay."""
+    return name if name == "OOM" else name.replace("_", " ").lower()
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def interval(estimate: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
+    """``0.97 [0.91, 0.99]``; an open bound is written as an ellipsis."""
+    if estimate is None:
+        return "–"
+    if low is None and high is None:
+        return number(estimate, digits)
+    ends = ("…" if end is None else number(end, digits) for end in (low, high))
+    return f"{number(estimate, digits)} [{', '.join(ends)}]"

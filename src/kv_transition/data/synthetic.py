@@ -1,0 +1,433 @@
+"""A synthetic multi-document question-answering task in a small closed world.
+
+The task has the shape of the multi-document tasks of LongBench: a context of many short passages about
+invented persons and organisations, mixed with filler sentences, and a question whose answer stands in one
+passage (``one_hop``), in two (``chain``) or in none (``unanswerable``). Every word comes from a fixed
+vocabulary, so that a word-level tokenizer never meets an unknown word and one word is one token: the
+length of a document is exact before anything is tokenized. All counts of tokens below include the
+``<bos>`` which the tokenizer puts in front of a context.
+
+Documents belong to the split ``test`` or ``train`` by a hash of their text. The embedded reader
+(``resources/tiny-reader``) is trained on ``train`` documents only and ``reader_qa`` serves ``test``
+documents by default: the two are disjoint whatever the seeds.
+
+This module imports the standard library only.
+"""
+
+# ruff: noqa: SIM905 - lists of words read better as text
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from types import MappingProxyType
+
+# ----------------------------------------------------------------------------------------------------
+# The world: every word there is.
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0, 1, 2, 3
+
+_FUNCTION_WORDS = tuple(
+    """Passage Question Answer Recall : . , The the Where does work? live? Which job have? In which city is based?
+    year was founded? Describe employer of works for lives in serves as operates dates from based unknown""".split()
+)
+_FILLER_WORDS = {
+    "noun": """river mill bridge garden market road forest tower valley field winter summer harvest letter
+        lantern boat cellar kitchen window clock horse stone meadow orchard chapel fence storm candle ladder
+        barrel""".split(),
+    "adjective": """old quiet cold narrow bright broken wooden distant heavy gentle empty crowded pale rough
+        golden silent dusty green early late""".split(),
+    "verb": """stood rested waited turned opened closed faded gathered drifted settled remained returned
+        vanished appeared shifted""".split(),
+    "preposition": "near beside behind above below beyond under along".split(),
+    "adverb": "often rarely slowly quickly again always never once".split(),
+}
+# Filler sentences by length, so that a document can be topped up to within three tokens of its target.
+_FILLER_PATTERNS = {
+    4: "The noun verb .".split(),
+    5: "The adjective noun verb .".split(),
+    6: "The adjective noun adverb verb .".split(),
+    7: "The noun verb preposition the noun .".split(),
+    8: "The adjective noun verb preposition the noun .".split(),
+    9: "The noun adverb verb preposition the adjective noun .".split(),
+}
+_ORGANISATION_TYPES = tuple(
+    """Academy Agency Archive Atelier Bank Brewery Cafe Cinema Clinic Club College Foundry Gallery Group Hotel
+    House Institute Laboratory Library Museum Opera Press Quarry Radio Restaurant Shipyard Studio Theater Trust
+    Workshop""".split()
+)
+_CITY_SUFFIXES = tuple("Bay Beach Creek Falls Grove Heights Hills Junction Park Springs".split())
+_JOBS = tuple(
+    """actor archivist astronomer baker barber blacksmith botanist brewer butcher carpenter cashier chemist clerk
+    composer cook courier dancer dentist diver driver editor engineer farmer florist gardener geologist glazier
+    harpist historian inspector jeweler jockey judge lawyer librarian locksmith mason mechanic merchant miner
+    notary nurse optician painter photographer pilot plumber poet potter sailor sculptor singer surgeon surveyor
+    tailor teacher translator tutor weaver welder""".split()
+)
+_YEARS = tuple(str(year) for year in range(1850, 2020))
+_PASSAGE_NUMBERS = tuple(str(number) for number in range(1, 201))
+
+
+def _invent_names() -> tuple[tuple[str, ...], ...]:
+    """Invent the first names, surnames, organisation names and city names: all different words."""
+    rng = random.Random("the closed world of the tiny reader")
+    onsets = "b br c d dr f g gr h k kl l m n p pr r s st t tr v w z th sh".split()
+    vowels = "a e i o u ae ei ou".split()
+    endings = "n r l s th m nd ro na lia ton den wick mar vis".split()
+    words = chain(_FUNCTION_WORDS, *_FILLER_WORDS.values(), _ORGANISATION_TYPES, _CITY_SUFFIXES, _JOBS)
+    used = {word.lower() for word in words}
+    # Fragments that make a rude word, or a name that a reader of tables takes for a missing value.
+    unwanted = "cum cun fag hor kum nan nig nul pus rap ses sex shi tit".split()
+
+    def invent(count: int, min_syllables: int, max_syllables: int) -> tuple[str, ...]:
+        names: list[str] = []
+        while len(names) < count:
+            syllables = rng.randint(min_syllables, max_syllables)
+            name = "".join(rng.choice(onsets) + rng.choice(vowels) for _ in range(syllables)) + rng.choice(endings)
+            if name not in used and not any(fragment in name for fragment in unwanted):
+                used.add(name)
+                names.append(name.capitalize())
+        return tuple(names)
+
+    return invent(200, 1, 1), invent(400, 1, 2), invent(250, 2, 2), invent(250, 1, 2)
+
+
+FIRST_NAMES, SURNAMES, ORGANISATION_NAMES, CITY_NAMES = _invent_names()
+
+VOCABULARY: tuple[str, ...] = tuple(
+    chain(
+        SPECIAL_TOKENS,
+        _FUNCTION_WORDS,
+        *_FILLER_WORDS.values(),
+        _ORGANISATION_TYPES,
+        _CITY_SUFFIXES,
+        _JOBS,
+        _PASSAGE_NUMBERS,
+        _YEARS,
+        FIRST_NAMES,
+        SURNAMES,
+        ORGANISATION_NAMES,
+        CITY_NAMES,
+    )
+)
+"""All words; the position of a word is its token id."""
+
+# ----------------------------------------------------------------------------------------------------
+# Facts and documents.
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One attribute of a person or an organisation, how it is stated and how it is asked for."""
+
+    subject: str  # "person" or "organisation"
+    statement: Words  # two words between the name and the value: the same shape for every relation
+    question: str  # with {name}
+
+
+RELATIONS: Mapping[str, Relation] = MappingProxyType(
+    {
+        "employer": Relation("person", ("works", "for"), "Where does {name} work?"),
+        "home": Relation("person", ("lives", "in"), "Where does {name} live?"),
+        "job": Relation("person", ("serves", "as"), "Which job does {name} have?"),
+        "city": Relation("organisation", ("operates", "in"), "In which city is {name} based?"),
+        "year": Relation("organisation", ("dates", "from"), "In which year was {name} founded?"),
+    }
+)
+KINDS = ("one_hop", "chain", "unanswerable")
+DEFAULT_KINDS: Mapping[str, float] = MappingProxyType({"one_hop": 0.5, "chain": 0.25, "unanswerable": 0.25})
+UNKNOWN = "unknown"
+
+QUESTION_TEMPLATE = "\nQuestion : {question} Answer :"
+"""What follows the context in a prompt. The model answers with words and ``<eos>``."""
+QUESTION_TOKENS = 11
+"""Most tokens that ``QUESTION_TEMPLATE`` takes with any question."""
+
+MIN_DOCUMENT_TOKENS = 112
+MAX_DOCUMENT_TOKENS = 4352
+_MAX_ORGANISATIONS = 60
+_MAX_FILLERS_PER_PASSAGE = 3
+_LARGEST_PERSON_PASSAGE = 53  # heading 6, facts of at most 7, 7 and 6 words, three fillers of at most 9
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A person or an organisation: its name (two words) and the value of each of its relations."""
+
+    kind: str  # "person" or "organisation"
+    name: Words
+    values: Mapping[str, Words]
+
+    def facts(self) -> Iterator[tuple[str, Words]]:
+        """Yield (relation, sentence) for everything that a document says about this entity."""
+        for relation, value in self.values.items():
+            yield relation, (*self.name, *RELATIONS[relation].statement, *value, ".")
+
+
+@dataclass(frozen=True)
+class Document:
+    """Shuffled passages about persons and the organisations that employ them."""
+
+    passages: tuple[Words, ...]
+    persons: tuple[Entity, ...]
+    organisations: tuple[Entity, ...]
+
+    @property
+    def words(self) -> Words:
+        """All words in order, without ``<bos>``."""
+        return tuple(chain.from_iterable(self.passages))
+
+    @property
+    def text(self) -> str:
+        """The context: words separated by single spaces, one passage a line."""
+        return "\n".join(" ".join(passage) for passage in self.passages)
+
+    @property
+    def split(self) -> str:
+        """``test`` for the tenth of all documents that the SHA-256 of the words selects, else ``train``."""
+        digest = hashlib.sha256(" ".join(self.words).encode()).digest()
+        return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
+
+    @cached_property
+    def employers(self) -> Mapping[Words, Entity]:
+        """The organisations by name."""
+        return {organisation.name: organisation for organisation in self.organisations}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer and the name it asks about."""
+
+    kind: str
+    text: str
+    answer: str
+    name: Words
+
+
+def filler_sentence(rng: random.Random, max_words: int | None = None) -> Words:
+    """Make a sentence that says nothing about anybody.
+
+    With ``max_words`` (at least 4) it is the longest sentence that fits; without, its length is random.
+    """
+    if max_words is None:
+        pattern = _FILLER_PATTERNS[rng.choice(tuple(_FILLER_PATTERNS))]
+    else:
+        pattern = _FILLER_PATTERNS[min(max_words, max(_FILLER_PATTERNS))]
+    return tuple(rng.choice(_FILLER_WORDS[word]) if word in _FILLER_WORDS else word for word in pattern)
+
+
+def place_name(rng: random.Random, city: str) -> Words:
+    """Give a city a suffix more often than not: ``Daena Falls`` or ``Daena``."""
+    return (city, rng.choice(_CITY_SUFFIXES)) if rng.random() < 0.6 else (city,)
+
+
+def job_title(rng: random.Random) -> Words:
+    """Draw a job."""
+    return (rng.choice(_JOBS),)
+
+
+def founding_year(rng: random.Random) -> Words:
+    """Draw a year."""
+    return (rng.choice(_YEARS),)
+
+
+def organisation_type(rng: random.Random) -> str:
+    """Draw the second word of an organisation's name."""
+    return rng.choice(_ORGANISATION_TYPES)
+
+
+def make_document(rng: random.Random, n_tokens: int, filler: float | None = None) -> Document:
+    """Make a document of ``n_tokens`` tokens or up to three fewer.
+
+    Surnames and the first words of organisation names are unique within a document, so that a question
+    about a name has one answer; first names and kinds of organisations repeat. ``filler`` in [0, 1] scales the share of
+    filler sentences; by default each document draws none, some or many.
+
+    Raises:
+        ValueError: ``n_tokens`` is outside [MIN_DOCUMENT_TOKENS, MAX_DOCUMENT_TOKENS].
+    """
+    if not MIN_DOCUMENT_TOKENS <= n_tokens <= MAX_DOCUMENT_TOKENS:
+        raise ValueError(
+            f"a document has {MIN_DOCUMENT_TOKENS} to {MAX_DOCUMENT_TOKENS} tokens, {n_tokens} were requested"
+        )
+    if filler is None:
+        filler = rng.choice((0.0, 0.5, 1.0))
+    surnames = iter(rng.sample(SURNAMES, len(SURNAMES)))
+    organisation_names = iter(rng.sample(ORGANISATION_NAMES, len(ORGANISATION_NAMES)))
+    cities = rng.sample(CITY_NAMES, len(CITY_NAMES))
+    expected_passages = n_tokens / (24 + 8 * filler)
+    n_organisations = max(1, min(_MAX_ORGANISATIONS, int(expected_passages * rng.uniform(0.35, 0.6))))
+
+    room = n_tokens - 1  # <bos>
+    passages: list[list[Words]] = []  # the sentences of each passage, without its number
+
+    def passage(entity: Entity) -> list[Words]:
+        sentences = [sentence for _, sentence in entity.facts()]
+        n_facts = len(sentences)
+        while len(sentences) - n_facts < _MAX_FILLERS_PER_PASSAGE and rng.random() < 0.55 * filler:
+            sentences.append(filler_sentence(rng))
+        rng.shuffle(sentences)
+        return [(":", *entity.name, "."), *sentences]
+
+    def size(sentences: list[Words]) -> int:
+        return 2 + sum(map(len, sentences))  # "Passage" and its number
+
+    organisations: list[Entity] = []
+    while len(organisations) < n_organisations:
+        values = {"city": place_name(rng, cities[len(passages)]), "year": founding_year(rng)}
+        organisation = Entity("organisation", (next(organisation_names), organisation_type(rng)), values)
+        sentences = passage(organisation)
+        if size(sentences) > room - _LARGEST_PERSON_PASSAGE:
+            break
+        organisations.append(organisation)
+        passages.append(sentences)
+        room -= size(sentences)
+
+    persons: list[Entity] = []
+    while True:
+        values = {
+            "employer": rng.choice(organisations).name,
+            "home": place_name(rng, cities[len(passages) % len(cities)]),
+            "job": job_title(rng),
+        }
+        person = Entity("person", (rng.choice(FIRST_NAMES), next(surnames)), values)
+        sentences = passage(person)
+        if size(sentences) > room:
+            break
+        persons.append(person)
+        passages.append(sentences)
+        room -= size(sentences)
+
+    while room >= min(_FILLER_PATTERNS):
+        sentence = filler_sentence(rng, room)
+        sentences = rng.choice(passages)
+        sentences.insert(rng.randint(1, len(sentences)), sentence)
+        room -= len(sentence)
+
+    rng.shuffle(passages)
+    numbered = tuple(
+        ("Passage", number, *chain.from_iterable(sentences))
+        for number, sentences in zip(_PASSAGE_NUMBERS[: len(passages)], passages, strict=True)
+    )
+    return Document(numbered, tuple(persons), tuple(organisations))
+
+
+def draw_document(rng: random.Random, n_tokens: int, split: str, filler: float | None = None) -> Document:
+    """Make documents until one belongs to ``split`` (``train`` or ``test``) and return it.
+
+    Raises:
+        ValueError: the split or the number of tokens is not allowed.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split is train or test, not {split!r}")
+    while True:
+        document = make_document(rng, n_tokens, filler)
+        if document.split == split:
+            return document
+
+
+def ask(rng: random.Random, document: Document, kind: str, relation: str) -> Question:
+    """Ask a question of one ``kind`` about a random entity.
+
+    ``relation`` selects what is asked for; a ``chain`` question always asks for the employer and where it
+    is based, and ignores it.
+
+    Raises:
+        ValueError: ``kind`` or ``relation`` is not known.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"a question is one of {', '.join(KINDS)}, not {kind!r}")
+    if relation not in RELATIONS:
+        raise ValueError(f"a relation is one of {', '.join(RELATIONS)}, not {relation!r}")
+    if kind == "chain":
+        person = rng.choice(document.persons)
+        employer = document.employers[person.values["employer"]]
+        answer = f"{' '.join(employer.name)} , based in {' '.join(employer.values['city'])}"
+        return Question(kind, f"Describe the employer of {' '.join(person.name)} .", answer, person.name)
+    about_person = RELATIONS[relation].subject == "person"
+    if kind == "one_hop":
+        entity = rng.choice(document.persons if about_person else document.organisations)
+        name, answer = entity.name, " ".join(entity.values[relation])
+    else:
+        name, answer = _absent_name(rng, document, about_person), UNKNOWN
+    return Question(kind, RELATIONS[relation].question.format(name=" ".join(name)), answer, name)
+
+
+def _absent_name(rng: random.Random, document: Document, of_person: bool) -> Words:
+    """Draw a name whose distinguishing word (surname, first word of an organisation) is not in the document."""
+    if of_person:
+        present = {person.name[1] for person in document.persons}
+        return rng.choice(FIRST_NAMES), rng.choice([name for name in SURNAMES if name not in present])
+    present = {organisation.name[0] for organisation in document.organisations}
+    return rng.choice([name for name in ORGANISATION_NAMES if name not in present]), organisation_type(rng)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Examples.
+
+
+def _balanced(weights: Mapping[str, float]) -> Iterator[str]:
+    """Yield keys for ever so that every prefix has them in proportion to their weights, as nearly as can be."""
+    counts: Counter[str] = Counter()
+    total = sum(weights.values())
+    while True:
+        n = counts.total() + 1
+        # Rounded, so that ties fall to the first key and not to the last bit of a float.
+        key = max(weights, key=lambda k: round(weights[k] / total * n - counts[k], 9))
+        counts[key] += 1
+        yield key
+
+
+def reader_qa(
+    lengths: Sequence[int],
+    n_per_length: int,
+    seed: int,
+    kinds: Mapping[str, float] | None = None,
+    split: str = "test",
+) -> Iterator[dict]:
+    """Generate raw question-answering examples, a pure function of the arguments.
+
+    Example i of a length does not depend on ``n_per_length``, and its context not on ``kinds``: asking for
+    more examples extends the list, and different kinds of questions can be asked about the same documents.
+
+    Args:
+        lengths: tokens a prompt may take (context with ``<bos>`` and question segment together).
+        n_per_length: examples of each length.
+        seed: any integer.
+        kinds: weight of each kind of question (default: one hop 1/2, chain 1/4, unanswerable 1/4). Kinds
+            and, within a kind, relations are dealt out in turn rather than drawn, so that small samples
+            have the right mix.
+        split: ``test`` or ``train``.
+
+    Yields:
+        ``{"example_id", "question", "context", "answers": [str], "meta": {"kind", "length"}}``.
+
+    Raises:
+        ValueError: a length, kind, weight or split is not allowed.
+    """
+    weights = DEFAULT_KINDS if kinds is None else kinds
+    if not set(weights) <= set(KINDS) or min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
+        raise ValueError(f"kinds maps some of {', '.join(KINDS)} to weights >= 0, not all 0; got {dict(weights)}")
+    weights = {kind: weight for kind, weight in weights.items() if weight > 0}
+    for length in lengths:
+        asked: Counter[str] = Counter()
+        for i, kind in zip(range(n_per_length), _balanced(weights), strict=False):
+            name = f"reader_qa-{split}-{seed}-{length}-{i:05d}"
+            document = draw_document(random.Random(name), length - QUESTION_TOKENS, split)
+            relation = tuple(RELATIONS)[asked[kind] % len(RELATIONS)]
+            asked[kind] += 1
+            question = ask(random.Random(f"{name}-{kind}"), document, kind, relation)
+            yield {
+                "example_id": name,
+                "question": question.text,
+                "context": document.text,
+                "answers": [question.answer],
+                "meta": {"kind": kind, "length": length},
+            }

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from kv_transition.analysis import intervals
+
+Z = 1.959963984540054
+SCORES = st.lists(st.floats(0, 1).map(lambda v: round(v, 3)), min_size=1, max_size=25)
+
+
+def one(values, **kwargs):
+    return intervals.bounded_mean(np.array([values], dtype=float), 0.95, **kwargs)
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    middle, half = p + Z**2 / (2 * n), Z * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
+    return (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
+
+
+@pytest.mark.parametrize(("right", "n"), [(18, 20), (1, 5), (3, 7), (50, 100)])
+def test_coin_data_have_wilsons_interval(right, n):
+    found = one([1] * right + [0] * (n - right))
+    assert (found.low[0], found.high[0]) == pytest.approx(wilson(right / n, n))
+    assert found.method[0] == intervals.WILSON
+
+
+@given(SCORES)
+def test_bounds_enclose_the_mean_and_stay_in_range(values):
+    found = one(values)
+    assert 0 <= found.low[0] <= found.estimate[0] + 1e-12
+    assert found.estimate[0] - 1e-12 <= found.high[0] <= 1
+    assert found.high[0] > found.low[0], "no finite sample pins a mean down"
+
+
+@given(SCORES)
+def test_mirrored_scores_have_the_mirrored_interval(values):
+    found, mirrored = one(values), one([1 - v for v in values])
+    assert found.low[0] == pytest.approx(1 - mirrored.high[0], abs=1e-9)
+
+
+@given(st.lists(SCORES, min_size=1, max_size=5))
+def test_cells_do_not_touch_each_other_and_padding_does_not_count(cells):
+    width = max(map(len, cells)) + 2
+    padded = np.array([cell + [np.nan] * (width - len(cell)) for cell in cells])
+    for function in (intervals.bounded_mean, intervals.bounded_std, intervals.mean):
+        together = function(padded, 0.95)
+        for i, cell in enumerate(cells):
+            alone = function(np.array([cell]), 0.95)
+            for field in ("estimate", "low", "high", "n"):
+                assert getattr(together, field)[i] == pytest.approx(getattr(alone, field)[0], nan_ok=True)
+
+
+def test_graded_scores_need_fewer_examples_than_coins():
+    graded, coins = one([0.45, 0.5, 0.55, 0.5] * 5), one([0, 1, 0, 1] * 5)
+    assert graded.high[0] - graded.low[0] < 0.5 * (coins.high[0] - coins.low[0])
+    assert graded.method[0] == intervals.WILSON_EFFECTIVE
+
+
+def test_degenerate_cells_are_wide_or_null():
+    cells = np.array([[np.nan] * 20, [1.0] + [np.nan] * 19, [1.0] * 20, [0.0] * 20, [0.4] * 20])
+    found = intervals.bounded_mean(cells, 0.95)
+    assert found.row(0) == {"estimate": None, "ci_low": None, "ci_high": None, "n": 0, "method": intervals.WILSON}
+    assert found.high[1] - found.low[1] > 0.7
+    assert found.high[2] == 1
+    assert found.low[2] == pytest.approx(wilson(1, 20)[0])
+    assert found.low[3] == 0
+    assert 0.05 < found.high[4] - found.low[4] < 0.3
+    spread = intervals.bounded_std(cells, 0.95)
+    assert np.isnan(spread.low[:2]).all()
+    assert spread.estimate[4] == pytest.approx(0)
+    assert spread.high[2] == pytest.approx((wilson(1, 20)[0] * (1 - wilson(1, 20)[0])) ** 0.5)
+
+
+def test_equal_pairs_do_not_prove_equality():
+    found = one([0.0] * 20, bounds=(-1, 1))
+    # the rule of three: with 0 differing pairs of 20 up to 3 / 20 may differ
+    assert found.low[0] == pytest.approx(-found.high[0])
+    assert found.high[0] == pytest.approx(3 / 20, abs=0.02)
+
+
+def test_a_value_out_of_bounds_is_refused():
+    with pytest.raises(ValueError, match="outside"):
+        one([0.5, 1.2])
+
+
+def test_median_has_the_textbook_order_statistics():
+    values = np.arange(1.0, 21)[None]
+    found = intervals.percentile(values, 0.5, 0.95)
+    assert (found.estimate[0], found.low[0], found.high[0]) == (10.5, 6, 15)
+
+
+def test_percentiles_leave_open_what_few_examples_cannot_bound():
+    found = intervals.percentile(np.array([[1.0, 2, 3, 4, 5]]), 0.5, 0.95).row(0)
+    assert (found["ci_low"], found["ci_high"]) == (None, None)
+    upper = intervals.percentile(np.arange(1.0, 21)[None], 0.95, 0.95).row(0)
+    assert upper["ci_low"] is not None
+    assert upper["ci_high"] is None
+    assert "too small" in upper["method"]
+
+
+def test_student_mean_agrees_with_scipy_and_has_no_bounds_from_one_value():
+    values = np.array([[3.0, 5, 4, 8, 6], [7, np.nan, np.nan, np.nan, np.nan]])
+    found = intervals.mean(values, 0.95)
+    expected = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
+    assert (found.low[0], found.high[0]) == pytest.approx((expected.low, expected.high))
+    assert found.row(1)["ci_low"] is None
+
+
+def test_ratio_of_equal_scores_is_one_but_not_surely():
+    score = np.array([[1.0] * 18 + [0.0] * 2])
+    found = intervals.ratio(score, score, 0.95)
+    assert found.estimate[0] == 1
+    assert 0.8 < found.low[0] < 0.95
+    assert 1.05 < found.high[0] < 1.25
+
+
+def test_ratio_without_a_denominator_is_null():
+    found = intervals.ratio(np.array([[0.0, 0, 1], [0, 0, 0]]), np.zeros((2, 3)), 0.95)
+    assert found.row(0)["estimate"] is None
+    assert found.row(1)["ci_low"] is None
+
+
+def test_ratio_solves_fiellers_condition():
+    rng = np.random.default_rng(0)
+    y = (rng.random((1, 60)) < 0.8).astype(float)
+    x = y * (rng.random((1, 60)) < 0.7)
+    found = intervals.ratio(x, y, 0.95)
+    added_x, added_y = np.append(x[0], [1, 0]), np.append(y[0], [0, 1])
+    for rho in (found.low[0], found.high[0]):
+        difference = added_x - rho * added_y
+        t = difference.mean() / (difference.std(ddof=1) / len(difference) ** 0.5)
+        assert abs(t) == pytest.approx(stats.t.ppf(0.975, len(difference) - 1))
+
+
+@pytest.mark.parametrize("differences", [[0.5, 1, 1, 0.25], [1, -1, 0, 0, 1], [0, 0, 0], [-0.3]])
+def test_small_permutation_tests_are_exact(differences):
+    observed = abs(sum(differences))
+    flips = list(itertools.product((1, -1), repeat=len(differences)))
+    extreme = sum(abs(sum(s * d for s, d in zip(f, differences, strict=True))) >= observed - 1e-9 for f in flips)
+    p = intervals.sign_flip_p(np.array([[*differences, np.nan]]), 10_000, 0)
+    assert p[0] == pytest.approx(extreme / len(flips))
+
+
+def test_large_permutation_tests_agree_with_scipy():
+    differences = np.random.default_rng(3).normal(0.3, 0.6, (2, 25))
+    found = intervals.sign_flip_p(differences, 10_000, 0)
+    for row, p in zip(differences, found, strict=True):
+        expected = stats.permutation_test(
+            (row,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(1)
+        )
+        assert p == pytest.approx(expected.pvalue, abs=0.012)
+
+
+def test_intervals_cover_the_truth():
+    rng = np.random.default_rng(5)
+    covered = []
+    for n in (5, 20):
+        for zero, one_, mean_of_rest in ((0.9, 0.1, 0.5), (0.05, 0.95, 0.5), (0.1, 0.6, 0.5), (0.0, 0.0, 0.5)):
+            u, rest = rng.random((2000, n)), rng.beta(2, 2, (2000, n))
+            values = np.where(u < zero, 0, np.where(u < zero + one_, 1, rest))
+            truth = one_ + (1 - zero - one_) * mean_of_rest
+            found = intervals.bounded_mean(values, 0.95)
+            covered.append(np.mean((found.low <= truth) & (truth <= found.high)))
+    assert np.mean(covered) >= 0.94
+    assert min(covered) >= 0.90

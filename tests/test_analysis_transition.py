@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from simulated_scores import LENGTHS, cell_rows, demo, table
+from statsmodels.stats.multitest import multipletests
+
+from kv_transition.analysis import transition
+from kv_transition.analysis.aggregate import Statistics
+
+SETTINGS = Statistics(resamples=500)
+
+
+def run(right, failed=None, *, full=1.0, n=20, policy_values=None):
+    """Both verdicts for a policy with exactly these shares of right and of failed answers per bin."""
+    rows = []
+    failed = failed or [0.0] * len(right)
+    for b, (share, lost) in enumerate(zip(right, failed, strict=True)):
+        index = np.arange(n)[:, None]
+        none = np.zeros((n, 1), bool)
+        at = {"bin": b, "length": LENGTHS[b % 5] * (1 + b // 5)}
+        rows += cell_rows(np.where(index < round(full * n), 1.0, 0.0), none, **at)
+        values = np.where(index < round(share * n), 1.0, 0.0)
+        rows += cell_rows(values, index >= n - round(lost * n), policy="snapkv", budget="r0.2", **at)
+    frame = pl.from_arrow(transition.transitions(table(rows), SETTINGS))
+    assert frame.height == 2
+    return {row["detector"]: row for row in frame.iter_rows(named=True)}
+
+
+def test_early_failures_then_collapse_is_a_zone():
+    found = run([1.0, 1.0, 0.65, 0.6, 0.1], failed=[0, 0, 0.35, 0.4, 0.5])["definition"]
+    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("zone", 2, 4)
+    assert found["collapse_probability"] > 0.8
+    assert 0 < found["onset_probability"] <= 1
+    for part in ("snapkv at 20 %", "unstable from", "failures 0.35 against 0.00", "collapsed at", "n = 20"):
+        assert part in found["reason"]
+
+
+def test_a_collapse_without_a_sign_is_a_cliff():
+    found = run([1.0, 0.95, 1.0, 0.1, 0.05])["definition"]
+    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("cliff", None, 3)
+
+
+def test_flat_and_high_is_stable():
+    found = run([1.0, 1.0, 0.95, 1.0, 0.9])["definition"]
+    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("stable", None, None)
+    details = json.loads(found["details"])
+    assert details["probability_no_collapse"] == 1
+
+
+def test_failures_without_collapse_are_unstable():
+    found = run([1.0, 1.0, 0.7, 0.65, 0.65], failed=[0, 0, 0.3, 0.35, 0.35])["definition"]
+    assert (found["outcome"], found["collapse_bin"]) == ("unstable", None)
+    assert found["onset_bin"] in (2, 3)
+
+
+def test_all_failed_is_a_collapse_in_the_shortest_bin():
+    both = run([0.0] * 5, failed=[1.0] * 5)
+    assert (both["definition"]["outcome"], both["definition"]["collapse_bin"]) == ("cliff", 0)
+    assert "lies below the lengths measured" in both["definition"]["reason"]
+    assert both["definition"]["collapse_probability"] == 1
+
+
+def test_a_mean_near_the_criterion_is_undecided():
+    found = run([1.0, 0.5, 0.5, 0.5, 0.5])["definition"]
+    assert found["outcome"] == "undecided"
+    assert "either side" in found["reason"]
+
+
+def test_few_examples_are_undecided_not_stable():
+    for n in (1, 2, 4):
+        found = run([1.0] * 5, n=n)["definition"]
+        assert found["outcome"] == "undecided"
+        assert f"n = {n}" in found["reason"]
+
+
+def test_a_single_bin_is_enough_to_be_stable_or_collapsed_but_not_for_z_scores():
+    both = run([1.0])
+    assert both["definition"]["outcome"] == "stable"
+    assert both["zscore"]["outcome"] == "undecided"
+    assert run([0.0])["definition"]["outcome"] == "cliff"
+
+
+def test_a_full_cache_that_scores_nothing_decides_nothing():
+    found = run([0.0] * 3, full=0.0)["definition"]
+    assert found["outcome"] == "undecided"
+    assert "full cache itself" in found["reason"]
+
+
+def test_without_a_full_cache_nothing_is_decided():
+    rows = cell_rows(np.ones((20, 1)), np.zeros((20, 1), bool), policy="h2o", budget="r0.5")
+    frame = pl.from_arrow(transition.transitions(table(rows), SETTINGS))
+    assert set(frame["outcome"]) == {"undecided"}
+
+
+def test_lost_answers_count_as_failures_worth_nothing():
+    rows = []
+    for b in range(3):
+        rows += cell_rows(np.ones((20, 1)), np.zeros((20, 1), bool), bin=b)
+        lost = cell_rows(np.ones((20, 1)), np.full((20, 1), b == 2), policy="h2o", budget="r0.5", bin=b)
+        rows += [row | ({"score": None, "failure": "OOM"} if b == 2 else {}) for row in lost]
+    frame = pl.from_arrow(transition.transitions(table(rows), SETTINGS)).filter(detector="definition")
+    assert frame.row(0, named=True)["collapse_bin"] == 2
+
+
+def test_disagreement_between_repeats_is_instability():
+    rows, rng = [], np.random.default_rng(0)
+    for b in range(4):
+        none = np.zeros((20, 4), bool)
+        rows += cell_rows(np.tile(rng.random((20, 1)) < 0.9, 4).astype(float), none, bin=b)
+        steady = np.tile(rng.random((20, 1)) < 0.9, 4).astype(float)
+        shaky = (rng.random((20, 4)) < 0.8).astype(float)
+        rows += cell_rows(shaky if b >= 2 else steady, none, policy="random", budget="r0.5", bin=b)
+    found = pl.from_arrow(transition.transitions(table(rows), SETTINGS)).row(0, named=True)
+    assert (found["outcome"], found["onset_bin"]) == ("unstable", 2)
+    assert "repeats" in found["reason"]
+
+
+def test_polarised_scores_are_dispersion_beyond_the_mean():
+    rng, rows = np.random.default_rng(1), []
+    for b in range(4):
+        none = np.zeros((40, 1), bool)
+        rows += cell_rows(rng.beta(12, 8, (40, 1)), none, bin=b)
+        polar = (rng.random((40, 1)) < 0.55).astype(float)
+        rows += cell_rows(polar if b >= 2 else rng.beta(12, 8, (40, 1)), none, policy="h2o", budget="r0.5", bin=b)
+    found = pl.from_arrow(transition.transitions(table(rows), SETTINGS)).row(0, named=True)
+    assert (found["outcome"], found["onset_bin"]) == ("unstable", 2)
+    assert "differ more than the mean implies" in found["reason"]
+
+
+def test_zscores_by_hand():
+    found = run([1.0, 1.0, 1.0, 0.6, 0.3], failed=[0, 0, 0, 0.4, 0.1])["zscore"]
+    details = json.loads(found["details"])["bins"]
+    rates = np.array([0, 0, 0, 0.4, 0.1])
+    expected = (rates - rates.mean()) / rates.std()
+    assert [b["z_fail"] for b in details] == pytest.approx(expected)
+    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("zone", 3, 4)
+
+
+def test_holm_for_many_rows_is_that_of_statsmodels():
+    p = np.random.default_rng(0).random((50, 10)) ** 3
+    adjusted = transition._holm(p, np.full(50, 10))
+    for row, found in zip(p, adjusted, strict=True):
+        assert found == pytest.approx(multipletests(row, method="holm")[1])
+
+
+def test_sign_test_by_hand():
+    assert transition.sign_test_p(np.array([5]), np.array([0]), 20) == pytest.approx([1 / 32])
+    assert transition.sign_test_p(np.array([0]), np.array([0]), 20) == pytest.approx([1])
+    assert transition.sign_test_p(np.array([3]), np.array([1]), 20) == pytest.approx([5 / 16])
+
+
+def test_every_pair_has_a_row_of_each_detector_and_aliases_have_none():
+    scores = demo(n=6)
+    frame = pl.from_arrow(transition.transitions(scores, SETTINGS))
+    assert frame.height == 2 * 2 * 5 * 2
+    assert not frame.select(pl.col(pl.Float64).is_nan().any()).row(0).count(True)
+    assert set(frame["outcome"]) <= set(transition.OUTCOMES)
+    assert all(reason.endswith(".") and "nan" not in reason for reason in frame["reason"])
+    assert "NaN" not in "".join(frame["details"])
+    again = pl.from_arrow(transition.transitions(scores, SETTINGS))
+    assert frame.equals(again)
+
+
+def test_nothing_unstable_raises_few_alarms():
+    rng, alarms = np.random.default_rng(7), 0
+    for _ in range(60):
+        bins = []
+        for b in range(5):
+            mean = 0.7 - 0.05 * b
+            full, policy = (rng.beta(4 * m, 4 * (1 - m), 20) for m in (mean, 0.8 * mean))
+            failed, full_failed = (rng.random((2, 20)) < 0.1).astype(float)
+            none = np.full(20, np.nan)
+            bins.append(transition.Bin(b, (b, b + 1), policy, failed, full, full_failed, none, none))
+        alarms += transition.detect(bins, "x", Statistics(resamples=200)).onset is not None
+    assert alarms <= 8  # 5 % of 60 is 3; more than 8 has a probability below 1 % then
