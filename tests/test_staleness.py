@@ -37,8 +37,9 @@ def changed(**kv) -> dict:
 def cells_of(project, *arguments):
     """Policies whose cells would run again."""
     done = project.snakemake("--dry-run", *arguments)
-    lines = [line.split("/cells/")[1] for line in done.stdout.splitlines() if "output:" in line and "/cells/" in line]
-    return Counter(line.split("/")[2] for line in lines)
+    outputs = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
+    cells = [line.split("/cells/")[1] for line in outputs if line.startswith("output: ") and "/cells/" in line]
+    return Counter(cell.split("/")[2] for cell in cells)
 
 
 def test_a_second_run_has_nothing_to_do(project):

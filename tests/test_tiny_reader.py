@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,7 @@ def trainer():
     """The training script as a module."""
     spec = importlib.util.spec_from_file_location("tiny_reader_train", FOLDER / "train.py")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    importlib.sys.modules[spec.name] = module
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
 

@@ -218,8 +218,10 @@ class Settings(Section):
 
 def parse(config: Mapping[str, Any]) -> Settings:
     """Validate a configuration. Raises UserError: one sentence naming the key and what it may be."""
+    # A resolved experiment, as it lies beside its results, says what made it; so it can be run again as it is.
+    sections = {key: value for key, value in _plain(config).items() if key != "provenance"}
     try:
-        return Settings.model_validate(_plain(config))
+        return Settings.model_validate(sections)
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
 

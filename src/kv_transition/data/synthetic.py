@@ -57,9 +57,11 @@ _FILLER_PATTERNS = {
     9: "The noun adverb verb preposition the adjective noun .".split(),
 }
 _ORGANISATION_TYPES = tuple(
-    """Academy Agency Archive Atelier Bank Brewery Cafe Cinema Clinic Club College Foundry Gallery Group Hotel
-    House Institute Laboratory Library Museum Opera Press Quarry Radio Restaurant Shipyard Studio Theater Trust
-    Workshop""".split()
+    """Academy Agency Archive Atelier Bakery Bank Brewery Bureau Cafe Cannery Cinema Circus Clinic Club College
+    Council Dairy Distillery Factory Farm Fleet Forge Foundry Gallery Garage Group Hospital Hotel House Institute
+    Journal Laboratory Library Mine Museum Observatory Opera Orchestra Pharmacy Press Quarry Radio Railway Refinery
+    Restaurant School Shipyard Society Stables Store Studio Tavern Theater Transport Trust Vineyard Warehouse Winery
+    Workshop Zoo""".split()
 )
 _CITY_SUFFIXES = tuple("Bay Beach Creek Falls Grove Heights Hills Junction Park Springs".split())
 _JOBS = tuple(
@@ -152,7 +154,7 @@ QUESTION_TOKENS = 11
 
 MIN_DOCUMENT_TOKENS = 112
 MAX_DOCUMENT_TOKENS = 4352
-_MAX_ORGANISATIONS = 60
+_MAX_ORGANISATIONS = 50
 _MAX_FILLERS_PER_PASSAGE = 3
 _LARGEST_PERSON_PASSAGE = 53  # heading 6, facts of at most 7, 7 and 6 words, three fillers of at most 9
 
@@ -246,8 +248,8 @@ def organisation_type(rng: random.Random) -> str:
 def make_document(rng: random.Random, n_tokens: int, filler: float | None = None) -> Document:
     """Make a document of ``n_tokens`` tokens or up to three fewer.
 
-    Surnames and the first words of organisation names are unique within a document, so that a question
-    about a name has one answer; first names and kinds of organisations repeat. ``filler`` in [0, 1] scales the share of
+    Surnames and both words of organisation names are unique within a document, so that the last word of a
+    name is enough to tell whom a question is about; first names repeat. ``filler`` in [0, 1] scales the share of
     filler sentences; by default each document draws none, some or many.
 
     Raises:
@@ -260,7 +262,11 @@ def make_document(rng: random.Random, n_tokens: int, filler: float | None = None
     if filler is None:
         filler = rng.choice((0.0, 0.5, 1.0))
     surnames = iter(rng.sample(SURNAMES, len(SURNAMES)))
-    organisation_names = iter(rng.sample(ORGANISATION_NAMES, len(ORGANISATION_NAMES)))
+    organisation_names = zip(
+        rng.sample(ORGANISATION_NAMES, _MAX_ORGANISATIONS),
+        rng.sample(_ORGANISATION_TYPES, _MAX_ORGANISATIONS),
+        strict=True,
+    )
     cities = rng.sample(CITY_NAMES, len(CITY_NAMES))
     expected_passages = n_tokens / (24 + 8 * filler)
     n_organisations = max(1, min(_MAX_ORGANISATIONS, int(expected_passages * rng.uniform(0.35, 0.6))))
@@ -282,7 +288,7 @@ def make_document(rng: random.Random, n_tokens: int, filler: float | None = None
     organisations: list[Entity] = []
     while len(organisations) < n_organisations:
         values = {"city": place_name(rng, cities[len(passages)]), "year": founding_year(rng)}
-        organisation = Entity("organisation", (next(organisation_names), organisation_type(rng)), values)
+        organisation = Entity("organisation", next(organisation_names), values)
         sentences = passage(organisation)
         if size(sentences) > room - _LARGEST_PERSON_PASSAGE:
             break
@@ -361,12 +367,13 @@ def ask(rng: random.Random, document: Document, kind: str, relation: str) -> Que
 
 
 def _absent_name(rng: random.Random, document: Document, of_person: bool) -> Words:
-    """Draw a name whose distinguishing word (surname, first word of an organisation) is not in the document."""
+    """Draw a name whose last word, and for an organisation the first too, is not in the document."""
+    entities = document.persons if of_person else document.organisations
+    present = {word for entity in entities for word in entity.name}
     if of_person:
-        present = {person.name[1] for person in document.persons}
-        return rng.choice(FIRST_NAMES), rng.choice([name for name in SURNAMES if name not in present])
-    present = {organisation.name[0] for organisation in document.organisations}
-    return rng.choice([name for name in ORGANISATION_NAMES if name not in present]), organisation_type(rng)
+        return rng.choice(FIRST_NAMES), rng.choice([word for word in SURNAMES if word not in present])
+    first, second = ([w for w in words if w not in present] for words in (ORGANISATION_NAMES, _ORGANISATION_TYPES))
+    return rng.choice(first), rng.choice(second)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -23,9 +23,12 @@ FIGURES = {
     "failures": ("Kinds of failure", "What the failed answers look like, over all lengths."),
     "std_vs_len": ("Spread", "Standard deviation of the score between examples. For scores of 0 and 1 it is a function "
                    "of the mean and shows nothing of its own."),
-    "latency_vs_len": ("Time", "Median time to the whole answer: reading, compressing, decoding; at batch size 1 with "
-                       "nothing else running."),
+    "latency_vs_len": ("Time", "Median time to the whole answer: reading, compressing, decoding; at batch size 1."),
 }  # fmt: skip
+CLOCKS = {
+    "process": "Times are CPU seconds of the one thread that a job runs on, whatever the other cores do meanwhile.",
+    "wall": "Times are the wall clock's, from answers with nothing else running on the device.",
+}
 TINY_READER = "tiny-reader"
 
 
@@ -144,6 +147,7 @@ def report_context(
         "warnings": [(m.get("task", "?"), w) for m in data for w in m.get("warnings", [])],
         "limits": limits(experiment, tables),
         "future": future(experiment, tables),
+        "clock": CLOCKS.get(read_metadata(scores).get("clock", ""), CLOCKS["wall"]),
         "commit": _commit(experiment),
     }
 
@@ -222,7 +226,11 @@ def setup(
     ]
     rows += [
         (label, metadata[key])
-        for key, label in (("attn_implementation", "Attention"), ("hardware", "Hardware"))
+        for key, label in (
+            ("attention", "Attention"),
+            ("attention_statistics", "Attention statistics"),
+            ("device", "Hardware"),
+        )
         if metadata.get(key)
     ]
     return rows
