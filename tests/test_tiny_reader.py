@@ -100,7 +100,7 @@ def greedy_answer(model, tokenizer, context: str, question: str) -> str:
     return tokenizer.decode(ids[n_prompt:])
 
 
-@pytest.mark.parametrize(("context", "question", "answer"), LITERAL_EXAMPLES, ids=lambda text: text[:45])
+@pytest.mark.parametrize(("context", "question", "answer"), LITERAL_EXAMPLES, ids=[e[1] for e in LITERAL_EXAMPLES])
 def test_literal_examples_are_answered_right(model, tokenizer, context, question, answer):
     assert tokenizer.unk_token_id not in prompt_ids(tokenizer, context, question), "a word is not in the vocabulary"
     assert greedy_answer(model, tokenizer, context, question) == answer
