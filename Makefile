@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo test test-all lint format schema tiny-reader clean
+.PHONY: demo test test-fast lint format schema tiny-reader clean
 
 demo: $(VENV)/ready
 	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --quiet rules host reason
@@ -13,10 +13,10 @@ demo: $(VENV)/ready
 	@echo "The report is $$(python -m kv_transition where -c $(CONFIG) report.html)"
 
 test: $(VENV)/ready
-	pytest -n 2 -m "not gpu and not slurm and not slow"
-
-test-all: $(VENV)/ready
 	pytest -n 2 -m "not gpu and not slurm"
+
+test-fast: $(VENV)/ready
+	pytest -n 2 -m "not gpu and not slurm and not slow"
 
 lint: $(VENV)/ready
 	ruff check .

@@ -93,6 +93,22 @@ def test_the_default_target_needs_no_flag(finished):
     assert "cell" in done.stdout
 
 
+def test_on_a_gpu_each_cell_asks_for_one_of_the_model_named(finished):
+    asked = ["--dry-run", "--config", "set=experiment=other model.device=cuda hardware.gpu_model=h100"]
+    done = finished.snakemake(*asked)
+    assert done.returncode == 0, done.stderr
+    resources = [line for line in done.stdout.splitlines() if line.strip().startswith("resources:")]
+    gpu_jobs = [line for line in resources if "gpu=1" in line]
+    assert len(gpu_jobs) == 2 + 8  # prefills and cells
+    assert all("gpu_model=h100" in line and "mem_mb=48000" in line and "runtime=60" in line for line in gpu_jobs)
+
+
+def test_on_a_cpu_cells_ask_for_no_gpu(finished):
+    done = finished.snakemake("--dry-run", "--config", "set=experiment=other")
+    assert "gpu=0" in done.stdout
+    assert "gpu=1" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -121,6 +121,7 @@ BAD = {
     "policy that is no mapping": ({"kv.policies": {"snapkv": 16}}, "kv.policies.snapkv", ["{hyper-parameters}"]),
     "policy name with a blank": ({"kv.policies": {"my policy": {}}}, "kv.policies.my policy", ["letters, digits"]),
     "no policy": ({"kv.policies": {}}, "kv.policies", ["name: {hyper-parameters}"]),
+    "no full cache": ({"kv.policies": {"snapkv": {}}}, "kv.policies", ["full: {}"]),
     "variant of the full cache": ({"kv.policies": {"all": {"kind": "full"}}}, "kv.policies.all", ["'full'"]),
     # budgets
     "budget 0": ({"kv.budgets": [0]}, "kv.budgets", FRACTION),

@@ -29,6 +29,8 @@ def check(settings: Settings) -> None:
         kind, _ = catalog.resolve(name, options)
         if (name == FULL) != (kind == FULL):
             raise UserError(f"kv.policies.{name}: the full cache is the policy 'full', and it has no variants")
+    if FULL not in settings.kv.policies:
+        raise UserError("kv.policies: full is missing, against which all others are compared; add full: {}")
     if settings.dataset.name == "longbench":
         hub_source(settings.dataset.model_dump())  # raises where it is neither here nor a pinned repository
     for task in settings.dataset.tasks:
@@ -59,8 +61,7 @@ def cells(settings: Settings) -> list[tuple[str, str, str]]:
     """Every (mode, policy, budget) that is run. The full cache is run once a mode, as budget r1."""
     grid = []
     for mode in settings.kv.modes:
-        if FULL in settings.kv.policies:
-            grid.append((mode, FULL, FULL_BUDGET))
+        grid.append((mode, FULL, FULL_BUDGET))
         for policy in settings.kv.policies:
             if policy != FULL:
                 grid.extend((mode, policy, str(b)) for b in settings.kv.all_budgets() if not b.is_full)

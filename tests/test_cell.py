@@ -1,0 +1,117 @@
+"""The rows of a cell: an answer each, a failure each where one fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import engine, tokens
+
+from kv_transition.cache.store import PrefillStore
+from kv_transition.provenance import digest, rows_to_table
+from kv_transition.run import cell
+from kv_transition.tables import CELLS
+
+SPEC = {
+    "mode": "before_question",
+    "policy": "mine",
+    "kind": "random",
+    "hyper_parameters": {"per_head": True},
+    "budget": "r0.3",
+    "first_token": "compressed",
+    "decoding": {"temperature": 0.0, "repeats": 1, "seed": 0},
+}
+
+
+class Words:
+    """A tokenizer whose words are its ids."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture
+def model(monkeypatch):
+    ready = engine("qwen2")
+    monkeypatch.setattr(ready, "tokenizer", Words())
+    return ready
+
+
+@pytest.fixture
+def examples():
+    return [
+        {
+            "task": "t", "example_id": f"e{i}", "bin": 0, "prompt_sha256": f"sha{i}", "prompt_len": 55,
+            "context_ids": tokens(50, seed=i), "question_ids": tokens(5, seed=9), "max_new_tokens": 6,
+        }
+        for i in range(3)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path):
+    return PrefillStore(tmp_path / "model")
+
+
+def run(model, examples, store, **changes):
+    return list(cell.rows(model, examples, SPEC | changes, store))
+
+
+def test_every_example_is_a_row_of_the_table(model, examples, store):
+    rows = run(model, examples, store)
+    table = rows_to_table(rows, CELLS)
+    assert table["example_id"].to_pylist() == ["e0", "e1", "e2"]
+    row = rows[0]
+    assert row["cell_hash"] == digest(SPEC)
+    assert row["budget_entries"] == 15  # ceil(0.3 * 50)
+    assert row["kept_final"] == 15 + 5 + 5  # the question and all but the last generated token came on top
+    assert row["completion_tokens"] == len(row["text"].split()) == 6
+    assert row["finish_reason"] == "length"
+    assert row["latency_s"] == pytest.approx(row["prefill_s"] + row["compress_s"] + row["decode_s"])
+    assert row["prefill_s"] + row["compress_s"] <= row["ttft_s"] <= row["latency_s"]
+
+
+def test_the_model_stops_at_its_end_token(model, examples, store, monkeypatch):
+    free = run(model, examples, store)[0]["text"].split()
+    monkeypatch.setattr(model, "eos", frozenset([int(free[2])]))
+    stopped = run(model, examples, store)[0]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"].split() == free[: free.index(free[2])]
+
+
+def test_repeats_of_a_random_policy_differ_and_come_again(model, examples, store):
+    decoding = {"temperature": 0.0, "repeats": 4, "seed": 0}
+    rows = run(model, examples, store, decoding=decoding)
+    assert [(r["example_id"], r["repeat"]) for r in rows[:5]] == [("e0", 0), ("e0", 1), ("e0", 2), ("e0", 3), ("e1", 0)]
+    texts = [r["text"] for r in rows]
+    assert len(set(texts[:4])) > 1
+    assert texts == [r["text"] for r in run(model, examples, store, decoding=decoding)]
+    other = run(model, examples, store, decoding=decoding | {"seed": 1})
+    assert texts != [r["text"] for r in other]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory\ndetails"), MemoryError()])
+def test_out_of_memory_is_the_failure_of_that_example_alone(model, examples, store, monkeypatch, error):
+    whole = cell.answer
+
+    def answer(engine, prefill, question_ids, *rest):
+        calls.append(prefill)
+        if len(calls) == 2:
+            raise error
+        return whole(engine, prefill, question_ids, *rest)
+
+    calls: list = []
+    monkeypatch.setattr(cell, "answer", answer)
+    rows = run(model, examples, store)
+    assert [bool(r.get("error")) for r in rows] == [False, True, False]
+    assert rows[1]["error"].startswith("OOM: ")
+    assert "\n" not in rows[1]["error"]
+    assert rows_to_table(rows, CELLS)["text"].to_pylist()[1] is None
+
+
+def test_a_bug_is_not_a_failure(model, examples, store, monkeypatch):
+    def broken(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cell, "answer", broken)
+    with pytest.raises(KeyError):
+        run(model, examples, store)
