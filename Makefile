@@ -8,7 +8,7 @@ CONFIG ?= config/config.yaml
 .PHONY: demo test test-fast lint format schema tiny-reader clean
 
 demo: $(VENV)/ready
-	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --quiet rules host reason
+	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --logger rich --quiet rules host reason
 	@echo
 	@echo "The report is $$(python -m kv_transition where -c $(CONFIG) report.html)"
 

@@ -120,7 +120,8 @@ def _snakemake(
     step: Step, config: Path, assignments: list[str], cores: str, dry_run: bool, profile: Path | None
 ) -> int:
     _checked(config, assignments)  # one sentence now, rather than Snakemake's traceback later
-    command = [sys.executable, "-m", "snakemake", "--configfile", str(config), "--quiet", "rules", "host", "reason"]
+    command = [sys.executable, "-m", "snakemake", "--configfile", str(config)]
+    command += ["--logger", "rich", "--quiet", "rules", "host", "reason"]
     command += ["--workflow-profile", str(profile)] if profile else ["--cores", cores]
     if assignments:
         command += ["--config", f"set={json.dumps(assignments)}"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
@@ -126,7 +127,7 @@ class LocalEngine:
                 model = AutoModelForCausalLM.from_pretrained(
                     name, revision=revision, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"model.name: {name!r} cannot be loaded ({reason}); give a model folder or a hub id"
