@@ -103,7 +103,8 @@ def inline_svg(svg: str, name: str, alt: str) -> str:
     ):
         svg = re.sub(pattern, replacement, svg)
     # As wide as the page allows, but no wider than it was drawn: a single panel is not blown up.
-    svg = re.sub(r"^<svg([^>]*?) width=\"([\d.]+)\" height=\"[\d.]+\"", r'<svg\1 style="max-width:\2px;min-width:min(40rem,\2px)"', svg)
+    bounds = r'style="max-width:\2px;min-width:min(40rem,\2px)"'
+    svg = re.sub(r"^<svg([^>]*?) width=\"([\d.]+)\" height=\"[\d.]+\"", rf"<svg\1 {bounds}", svg)
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1))
 
 
