@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from hashlib import sha256
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +13,6 @@ from data_helpers import KVT_DATA, example, needs_data, word_tokenizer, write_js
 
 from kv_transition import provenance, tables
 from kv_transition.data import prepare as job
-from kv_transition.data import synthetic
 from kv_transition.data.download import download
 from kv_transition.data.tasks import get_task
 from kv_transition.data.tokens import load_tokenizer
@@ -277,7 +277,7 @@ def test_synthetic_lengths_become_the_bins(tmp_path):
     spec = {
         "dataset": {"name": "synthetic", "path": None, "lengths": lengths, "n_per_length": 8, "seed": 0},
         "model": {
-            "name": str(word_tokenizer(tmp_path / "model", vocabulary=synthetic.VOCABULARY)),
+            "name": str(Path(__file__).parents[1] / "resources" / "tiny-reader"),
             "max_length": 2048,
             "chat_template": "auto",
         },

@@ -351,9 +351,11 @@ def run_script(experiment):
     experiment.write()
     log = experiment.root / "score.log"
     cells = list(experiment.cells)
+    grid = experiment.root / "grid.json"
+    grid.write_text(json.dumps(dict.fromkeys(cells, HASH)))
     snakemake = SimpleNamespace(
-        input=SimpleNamespace(cells=cells, bins=list(experiment.bins), manifests=experiment.manifests),
-        params=SimpleNamespace(expected=dict.fromkeys(cells, HASH), aliases=[("h2o", "r1")]),
+        input=SimpleNamespace(grid=str(grid), cells=cells, bins=list(experiment.bins), manifests=experiment.manifests),
+        params=SimpleNamespace(aliases=[("h2o", "r1")]),
         output=[experiment.output],
         log=[str(log)],
     )
