@@ -14,15 +14,13 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "src"))
+from kv_transition.data import synthetic
 
-from kv_transition.data import synthetic  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 PROCESSES = 2

@@ -30,7 +30,6 @@ import json
 import math
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -44,10 +43,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "src"))
+from kv_transition.data import synthetic
 
-from kv_transition.data import synthetic  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 PAD, BOS, EOS, UNK = range(4)
 WORD_ID = {word: i for i, word in enumerate(synthetic.VOCABULARY)}
