@@ -102,9 +102,8 @@ def inline_svg(svg: str, name: str, alt: str) -> str:
         (r'href="#', rf'href="#{name}-'),
     ):
         svg = re.sub(pattern, replacement, svg)
-    # As wide as the page allows, but not much wider than it was drawn: a single panel is not blown up.
-    bounds = r'style="max-width:min(62rem,calc(1.3*\2px));min-width:min(40rem,\2px)"'
-    svg = re.sub(r"^<svg([^>]*?) width=\"([\d.]+)\" height=\"[\d.]+\"", rf"<svg\1 {bounds}", svg)
+    # The style sheet lets it be as wide as the page, but not much wider than it was drawn.
+    svg = re.sub(r"^<svg([^>]*?) width=\"([\d.]+)\" height=\"[\d.]+\"", r'<svg\1 style="--drawn:\2px"', svg)
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1))
 
 
