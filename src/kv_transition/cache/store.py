@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from kv_transition.cache.state import CacheState, LayerCache
 from kv_transition.errors import UserError
+from kv_transition.provenance import atomic_path
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,21 @@ class PrefillStore:
 
     def save(self, prompt_sha256: str, prefill: Prefill) -> bool:
         """Store unless the mode forbids it; says whether it was stored. The file appears whole or not at all."""
-        tensors, facts = _pack(prefill)
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        if not self._may_store(size):
+        if self.mode == "never":
             return False
-        self.root.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.root, prefix=f".{prompt_sha256[:12]}.")
-        os.close(handle)
+        tensors, facts = _pack(prefill)
+        if self.mode == "auto" and not self._has_room(sum(t.numel() * t.element_size() for t in tensors.values())):
+            return False
         try:
-            save_file(tensors, temporary, metadata=facts)
-            os.replace(temporary, self.path(prompt_sha256))
+            with atomic_path(self.path(prompt_sha256)) as temporary:
+                save_file(tensors, temporary, metadata=facts)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self.root}: writing a prefill failed ({error}); free disk or set prefill.store: never"
             ) from error
-        finally:
-            Path(temporary).unlink(missing_ok=True)
         return True
 
-    def _may_store(self, size: int) -> bool:
-        if self.mode != "auto":
-            return self.mode == "always"
+    def _has_room(self, size: int) -> bool:
         existing = self.root if self.root.exists() else next(p for p in self.root.absolute().parents if p.exists())
         disk = shutil.disk_usage(existing)
         used = sum(f.stat().st_size for f in self.root.parent.rglob("*.safetensors")) if self.root.exists() else 0
