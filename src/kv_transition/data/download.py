@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from kv_transition import provenance, tables
-from kv_transition.data import jsonl, longbench
+from kv_transition.data import jsonl, longbench, ruler
 from kv_transition.data.hub import hub_source
 from kv_transition.data.records import Record, local_source
 from kv_transition.data.tasks import Task, get_task
@@ -42,7 +42,7 @@ def load_synthetic(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
         raise UserError(f"dataset: {error}") from None
 
 
-LOADERS = {"synthetic": load_synthetic, "longbench": longbench.load, "jsonl": jsonl.load}
+LOADERS = {"synthetic": load_synthetic, "ruler": ruler.load, "longbench": longbench.load, "jsonl": jsonl.load}
 
 
 def normalize(records: Iterable[Record], task: Task) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kv_transition import provenance, tables
+from kv_transition.data import ruler
 from kv_transition.data.binning import bin_of, choose, quantile_edges
 from kv_transition.data.prompts import Prompt, PromptBuilder, Template
 from kv_transition.data.tasks import Task, get_task
@@ -81,6 +82,28 @@ def choose_wording(dataset: Mapping[str, Any], task: Task, max_tokens: int | str
         "max_new_tokens": {"value": limit, "source": limit_source, "sha256": length.sha256 if length else None},
     }
     return Wording(template, limit, manifest, warnings)
+
+
+def write_to_length(rows: Sequence[Row], build: PromptBuilder) -> list[Row]:
+    """The examples of a ruler task with their documents in the place of their plans, see `ruler.write`.
+
+    Raises:
+        UserError: a document would be truncated, or is too short for what has to stand in it.
+    """
+    lengths = [json.loads(row["meta"])["length"] for row in rows]
+    if max(lengths) > build.max_length:
+        raise UserError(
+            f"model.max_length: {build.max_length} would cut the middle out of documents of {max(lengths)} tokens "
+            f"(dataset.lengths), and answers with it; give at least {max(lengths)}"
+        )
+
+    def document(row: Row, length: int) -> str:
+        def measure(context: str) -> int:
+            return build.plain_len(context, row["question"])
+
+        return ruler.write(row["task"], row["example_id"], row["context"], length, measure)
+
+    return [row | {"context": document(row, length)} for row, length in zip(rows, lengths, strict=True)]
 
 
 def divide(rows: Sequence[Row], prompts: Sequence[Prompt], binning: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
@@ -168,6 +191,8 @@ def prepare(spec: Mapping[str, Any], task_name: str, source: str, outdir: str) -
     build = PromptBuilder(tokenizer, wording.template, model["max_length"], chat)
 
     rows = pq.read_table(source, schema=tables.SOURCE).to_pylist()
+    if dataset["name"] == "ruler":
+        rows = write_to_length(rows, build)
     prompts = [build(row["context"], row["question"]) for row in rows]
     bins, bin_warnings = divide(rows, prompts, spec["binning"])
     warnings = [*wording.warnings, *_prompt_warnings(model, prompts), *bin_warnings]

@@ -127,6 +127,11 @@ class PromptBuilder:
         *segments, question_cut = cut
         return Prompt(*self._as_fed(*segments), token_len, truncated=True, question_cut=question_cut)
 
+    def plain_len(self, context: str, question: str) -> int:
+        """Tokens of the prompt before truncation, special ones included and a chat template not."""
+        before, after = self.template.fill(context, question)
+        return len(self._encode(before, special=True).input_ids) + len(self._encode(after, special=False).input_ids)
+
     def truncate(self, context: str, question: str) -> tuple[str, str, bool] | None:
         """Leave the middle out of a prompt that is longer than ``max_length`` tokens.
 

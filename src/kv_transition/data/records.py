@@ -48,7 +48,7 @@ def local_source(dataset: Mapping[str, Any], task: str) -> Path | None:
         task: name of the task in the configuration.
     """
     path = dataset.get("path")
-    if path is None or dataset["name"] == "synthetic":
+    if path is None or dataset["name"] in ("synthetic", "ruler"):
         return None
     if dataset["name"] == "longbench" and not Path(path).exists():
         return None  # a hub repository

@@ -1,8 +1,9 @@
 """The tasks that can be run, and everything that is particular to one of them.
 
 Which metric a task has, which answers break its form and which tasks get no chat template follow LongBench
-(Bai et al. 2024, arXiv 2308.14508). The prompt wordings and answer lengths here are this project's own; the
-benchmark's are read from its own files where those are given (see `kv_transition.data.templates`).
+(Bai et al. 2024, arXiv 2308.14508) and, for the ruler tasks, RULER (Hsieh et al. 2024, arXiv 2404.06654). The prompt
+wordings and answer lengths here are this project's own; LongBench's are read from its own files where those are given
+(see `kv_transition.data.templates`).
 
 This module imports the standard library only, so that a configuration can be checked at once.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from kv_transition import paths
 from kv_transition.errors import UserError
 
-METRICS = ("qa_f1", "rouge_l", "classification", "retrieval", "count", "code_sim")
+METRICS = ("qa_f1", "rouge_l", "classification", "retrieval", "count", "code_sim", "string_match_all")
 PATTERNS = ("short_qa", "trec_class", "paragraph", "number", "free")
 
 
@@ -140,8 +141,42 @@ _READER_QA = Task(
     chat_template=False,
 )
 
+# Every answer of these is wanted, not the best of several. What the documents say is in `kv_transition.data.ruler`.
+_NEEDLE = Task(
+    "",
+    "string_match_all",
+    "number",
+    "Locker codes are mentioned in the text below. Remember them: a question about them follows.\n\n{context}\n\n"
+    "Question: {input}\nReply with the code only.\nAnswer:",
+    max_new_tokens=48,
+)
+_RULER = {
+    "niah_single": _NEEDLE,
+    "niah_multikey": _NEEDLE,
+    "niah_multivalue": replace(
+        _NEEDLE, template=_NEEDLE.template.replace("the code only", "all of them"), max_new_tokens=128
+    ),
+    "variable_tracking": Task(
+        "",
+        "string_match_all",
+        "free",
+        "Variables are set in the text below, to a value or to what another variable has. Keep track of them: a "
+        "question about them follows.\n\n{context}\n\nQuestion: {input}\nReply with the names of all of them.\nAnswer:",
+        max_new_tokens=48,
+    ),
+    "common_words": Task(
+        "",
+        "string_match_all",
+        "free",
+        "Below is a list of invented words, some of which stand in it many times.\n\n{context}\n\n"
+        "Question: {input}\nReply with these words only.\nAnswer:",
+        max_new_tokens=48,
+    ),
+}
+
 _TASKS = {
     "synthetic": {"reader_qa": replace(_READER_QA, name="reader_qa")},
+    "ruler": {name: replace(task, name=name) for name, task in _RULER.items()},
     "longbench": {name: replace(task, name=name) for name, task in _LONGBENCH.items()},
 }
 DATASETS = (*_TASKS, "jsonl")

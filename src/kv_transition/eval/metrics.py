@@ -1,7 +1,8 @@
-"""What an answer is worth: LongBench's metrics, and two of our own.
+"""What an answer is worth: LongBench's metrics, RULER's, and two of our own.
 
 The metrics in ``METRICS`` give what the scoring code of LongBench (Bai et al. 2023, arXiv 2308.14508) gives, its
-oddities included, since their only use is comparison. `exact_match` and `contains` are not LongBench's.
+oddities included, since their only use is comparison; ``string_match_all`` is RULER's (Hsieh et al. 2024,
+arXiv 2404.06654). `exact_match` and `contains` are neither's.
 All values lie in [0, 1]. `docs/scoring.md` has the definitions in prose.
 """
 
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
+from statistics import fmean
 
 from kv_transition.errors import UserError
 
@@ -150,6 +152,11 @@ def code_sim(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
     return round(100 * SequenceMatcher(None, line, gold).ratio()) / 100
 
 
+def string_match(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
+    """1 if the gold stands anywhere in the answer, case aside, else 0."""
+    return float(gold.lower() in text.lower())
+
+
 METRICS: dict[str, Metric] = {
     "qa_f1": qa_f1,
     "rouge_l": rouge_l,
@@ -157,7 +164,10 @@ METRICS: dict[str, Metric] = {
     "retrieval": retrieval,
     "count": count,
     "code_sim": code_sim,
+    "string_match_all": string_match,
 }
+# The metrics under which all of the gold answers are wanted: their mean counts instead of the best.
+WANTS_ALL = frozenset({"string_match_all"})
 
 
 def score_answer(
@@ -167,7 +177,7 @@ def score_answer(
     all_classes: Sequence[str] | None = None,
     first_line_only: bool = False,
 ) -> float:
-    """The best value of the named metric over the gold answers; 0 without any.
+    """The best value of the named metric over the gold answers, or their mean where all are wanted; 0 without any.
 
     Raises:
         UserError: there is no such metric, or a gold answer is not of the form that the metric needs.
@@ -175,7 +185,10 @@ def score_answer(
     if metric not in METRICS:
         raise UserError(f"metric {metric!r} is not known; take one of {', '.join(METRICS)}")
     text = scored_text(text, first_line_only)
-    return max((METRICS[metric](text, gold, all_classes or ()) for gold in answers), default=0.0)
+    values = [METRICS[metric](text, gold, all_classes or ()) for gold in answers]
+    if metric in WANTS_ALL and values:
+        return fmean(values)
+    return max(values, default=0.0)
 
 
 # ----------------------------------------------------------------------------------------------------

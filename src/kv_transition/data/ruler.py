@@ -1,0 +1,378 @@
+"""Long documents at exact token lengths for any tokenizer: needles, variables and word counts.
+
+The tasks follow the idea of RULER (Hsieh et al. 2024, arXiv 2404.06654). Wording, filler and words are this project's
+own, and so are some choices: names and counted words are invented, filler is prose composed at random,
+variable_tracking always has a second chain that has to be told apart, and common_words fits into a thousand tokens
+(5 words of 12 occurrences among others of at most 3, instead of 10 of 30). So scores are not RULER's.
+
+An example is made in two steps, since its length depends on the model's tokenizer and nothing else of it does:
+
+- `load` draws question, answers and *plan*: what has to stand in the document, one line each, as depth, tab, text.
+  A depth in [0, 1) is the share of the filler that comes before.
+- `write` turns the plan into the document: as much filler around it as makes the prompt as long as it was asked.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+from kv_transition.data.records import Record
+from kv_transition.data.tasks import get_task
+from kv_transition.errors import UserError
+
+N_KEYS = 4
+N_VALUES = 4
+N_HOPS = 4
+N_CHAINS = 2
+N_COMMON = 5
+COMMON_TIMES = 12
+RARE_TIMES = 3
+
+# Invented words have three of these syllables. No word of the filler or of the sentences below is of that form.
+_SYLLABLES = [consonant + vowel for consonant in "bdklmnprstvz" for vowel in "aeiou"]
+_RARE_WORDS_AT_ONCE = 40
+
+_SPARE_UNITS = 64
+_ATTEMPTS = 12
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+Plan = list[tuple[float, str]]
+"""Depth and text of all that a document must hold, in the order of depth."""
+
+
+def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
+    """Yield the examples of ``task``; their context is a plan, see `write`.
+
+    Example i of a length is a function of task, seed, length and i alone, so that a larger ``n_per_length`` extends
+    the list. Asked needles lie at depths that cover the document evenly, however many examples there are.
+
+    Raises:
+        UserError: there is no such task, lengths or n_per_length are missing, or the split is another than test.
+    """
+    get_task("ruler", task)
+    for key in ("lengths", "n_per_length"):
+        if not dataset.get(key):
+            raise UserError(f"dataset.{key}: the ruler data set needs it")
+    if dataset.get("split", "test") != "test":
+        raise UserError(f"dataset.split: ruler has the split test only, not {dataset['split']!r}")
+    for length in dataset["lengths"]:
+        series = f"{task}-{dataset.get('seed', 0)}-{length}"
+        start = random.Random(series).random()
+        for i in range(dataset["n_per_length"]):
+            name = f"{series}-{i:05d}"
+            # multiples of the golden ratio leave no gap: every prefix of them covers [0, 1) nearly evenly
+            depth = (start + i * _GOLDEN_RATIO) % 1
+            question, answers, plan, meta = _DRAW[task](random.Random(name), depth)
+            lines = [f"{depth:.4f}\t{text}" for depth, text in sorted(plan, key=lambda item: item[0])]
+            record = {
+                "example_id": name,
+                "question": question,
+                "context": "\n".join(lines),
+                "answers": answers,
+                "all_classes": None,
+                "meta": {"length": length, **meta},
+            }
+            yield f"{task}, example {name}", record
+
+
+def write(task: str, example_id: str, plan: str, length: int, measure: Callable[[str], int]) -> str:
+    """The document of an example: the plan's texts among filler, each at its depth.
+
+    The prompt has exactly ``length`` tokens if there is filler whose tokens add up to that, else as few less as the
+    filler allows. With every tokenizer tried it is exact unless hardly any filler fits.
+
+    Args:
+        task: name of the task.
+        example_id: the seed of the filler.
+        plan: a ``context`` of `load`.
+        length: tokens wanted of the prompt.
+        measure: the tokens of the whole prompt with the given document, special tokens and question included.
+
+    Raises:
+        UserError: the prompt is longer than that without any filler.
+    """
+    fixed = [(float(depth), text) for depth, _, text in (line.partition("\t") for line in plan.split("\n"))]
+    least = measure(_lay_out(fixed, []))
+    if least > length:
+        raise UserError(
+            f"dataset.lengths: {length} tokens are too few for {task}, whose prompt takes {least} before any filler "
+            "with this tokenizer; give lengths well above that"
+        )
+    rng = random.Random(f"{example_id} filler")
+    filler = words(rng, {text for _, text in fixed}) if task == "common_words" else sentences(rng)
+    spare = list(islice(filler, _SPARE_UNITS))
+    cost = _costs(spare, measure)
+    mean = fmean(cost)
+    units: list[str] = []
+
+    def room(n: int, tail: Sequence[str] = ()) -> int:
+        """Tokens that are still wanted with the first ``n`` units of filler and ``tail`` after them."""
+        units.extend(islice(filler, max(0, n - len(units))))
+        return length - measure(_lay_out(fixed, [*units[:n], *tail]))
+
+    # So many units that a few are missing; which of the spare ones fill the rest exactly is looked for then.
+    n, left = 0, length - least
+    while (left < 2 * mean and n > 0) or left > 8 * mean:
+        n = max(0, n + round(left / mean) - 4)
+        left = room(n)
+
+    best, best_left, wanted = units[:n], left, left
+    for _ in range(_ATTEMPTS):
+        tail = [spare[i] for i in _subset(cost, wanted)]
+        left = room(n, tail)
+        if 0 <= left < best_left:
+            best, best_left = [*units[:n], *tail], left
+        if left == 0:
+            break
+        # tokens may merge across units, so that the parts do not quite add up
+        wanted += left
+        spare, cost = spare[1:] + spare[:1], cost[1:] + cost[:1]
+    return _lay_out(fixed, best)
+
+
+def _lay_out(fixed: Plan, filler: Sequence[str]) -> str:
+    """A text of depth d stands behind floor(d (n + 1)) of the n units of filler."""
+    places = [math.floor(depth * (len(filler) + 1)) for depth, _ in fixed]
+    parts: list[str] = []
+    done = 0
+    for place, (_, text) in zip(places, fixed, strict=True):
+        parts += [*filler[done:place], text]
+        done = place
+    return " ".join([*parts, *filler[done:]])
+
+
+def _costs(units: Sequence[str], measure: Callable[[str], int]) -> list[int]:
+    """The tokens that each unit adds behind another one."""
+    before = measure(units[0])
+    return [measure(f"{units[0]} {unit}") - before for unit in units]
+
+
+def _subset(cost: Sequence[int], wanted: int) -> tuple[int, ...]:
+    """Which of the costs add up to ``wanted``, or to as little less as can be (subset sum by dynamic programming)."""
+    reached: dict[int, tuple[int, ...]] = {0: ()}
+    for i, price in enumerate(cost):
+        new = {total + price: (*chosen, i) for total, chosen in reached.items() if total + price <= wanted}
+        reached = new | reached
+        if wanted in reached:
+            break
+    return reached[max(reached)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Filler
+
+
+def sentences(rng: random.Random) -> Iterator[str]:
+    """Plain sentences for ever, of 4 to 37 words, without names, digits or anything that a task asks about."""
+    while True:
+        parts = [rng.choice(_PEOPLE), rng.choice(_DEEDS)]
+        if rng.random() < 0.5:
+            parts.insert(0, f"{rng.choice(_TIMES)},")
+        if rng.random() < 0.6:
+            parts.append(rng.choice(_PLACES))
+        if rng.random() < 0.4:
+            parts.append(rng.choice(_CIRCUMSTANCES))
+        sentence = " ".join(parts)
+        yield f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def words(rng: random.Random, others: set[str]) -> Iterator[str]:
+    """Invented words for ever, each at most RARE_TIMES times and none of ``others``."""
+    fresh = _invented(rng, others)
+    while True:
+        block = list(islice(fresh, _RARE_WORDS_AT_ONCE)) * RARE_TIMES
+        rng.shuffle(block)
+        yield from block
+
+
+def _invented(rng: random.Random, others: set[str] = frozenset()) -> Iterator[str]:
+    """Different invented words, none of ``others``. All are of one length, so none is part of another."""
+    seen = set(others)
+    while True:
+        word = "".join(rng.choices(_SYLLABLES, k=3))
+        if word not in seen:
+            seen.add(word)
+            yield word
+
+
+_TIMES = (
+    "at dawn",
+    "after the rain",
+    "before supper",
+    "late in autumn",
+    "on market days",
+    "towards evening",
+    "when the bells had stopped",
+    "in the first warm week of spring",
+    "on the way home",
+    "during the long frost",
+    "every other week",
+    "once the guests were gone",
+    "as soon as the ice had melted",
+    "around noon",
+    "in those years",
+    "while the fog still lay on the fields",
+)
+_PEOPLE = (
+    "the miller",
+    "a tired ferryman",
+    "the schoolteacher",
+    "two carpenters",
+    "the baker and his sister",
+    "an old shepherd",
+    "the children",
+    "a travelling clockmaker",
+    "the night watch",
+    "some of the neighbours",
+    "the gardener",
+    "her uncle",
+    "the youngest apprentice",
+    "a group of students",
+    "the innkeeper",
+    "the man with the grey hat",
+    "three fishermen",
+    "the organist",
+    "a stranger",
+    "the women from the laundry",
+)
+_DEEDS = (
+    "mended the fence",
+    "carried water",
+    "sang an old song",
+    "counted the sheep twice",
+    "waited for the coach",
+    "painted the shutters green",
+    "told a story that nobody believed",
+    "sharpened the scythes",
+    "baked bread with caraway",
+    "sat down and said nothing",
+    "looked for the lost umbrella",
+    "swept the yard",
+    "hung the nets up to dry",
+    "argued about the weather",
+    "played cards",
+    "gathered plums and a few late pears",
+    "wrote a letter and then burned it",
+    "watched the clouds",
+    "lit a small fire",
+    "repaired the roof of the barn",
+    "learned to walk on stilts",
+    "brewed strong coffee for everybody",
+    "fed the geese",
+    "moved the heavy oak table",
+)
+_PLACES = (
+    "behind the chapel",
+    "along the harbour wall",
+    "in the kitchen",
+    "near the bridge",
+    "at the edge of the forest",
+    "under the chestnut trees",
+    "by the well",
+    "between the two orchards",
+    "on the north side of the hill",
+    "in front of the post office",
+    "upstairs",
+    "across the river",
+    "in the shade of the tower",
+    "outside the gate",
+    "at the far end of the village",
+    "next to the stables",
+)
+_CIRCUMSTANCES = (
+    "because the wind had turned",
+    "while the kettle boiled",
+    "although it was getting cold",
+    "without a word of thanks",
+    "as their parents had done",
+    "and nobody asked why",
+    "until the lamps were lit",
+    "for the sake of peace",
+    "in spite of the noise from the street",
+    "so that there would be enough for the winter",
+    "with great patience",
+    "as if there were no hurry at all",
+)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The tasks: question, answers, plan and what goes into ``meta``
+
+Drawn = tuple[str, list[str], Plan, dict[str, Any]]
+
+
+def _niah_single(rng: random.Random, depth: float) -> Drawn:
+    return _needles(rng, depth, 1)
+
+
+def _niah_multikey(rng: random.Random, depth: float) -> Drawn:
+    return _needles(rng, depth, N_KEYS)
+
+
+def _needles(rng: random.Random, depth: float, n_keys: int) -> Drawn:
+    """Codes of several names at random depths; the first is asked for and lies at ``depth``."""
+    names = list(islice(_invented(rng), n_keys))
+    codes = _numbers(rng, n_keys, 7)
+    depths = [_cut(depth), *(_cut(rng.random()) for _ in names[1:])]
+    plan = [(at, f"The locker code of {name} is {code}.") for at, name, code in zip(depths, names, codes, strict=True)]
+    return f"What is the locker code of {names[0]}?", codes[:1], plan, {"depths": depths[:1]}
+
+
+def _niah_multivalue(rng: random.Random, depth: float) -> Drawn:
+    """Several codes of one name, a quarter of the document apart."""
+    name = next(_invented(rng))
+    codes = _numbers(rng, N_VALUES, 7)
+    depths = sorted(_cut((depth + j / N_VALUES) % 1) for j in range(N_VALUES))
+    plan = [(at, f"One locker code of {name} is {code}.") for at, code in zip(depths, codes, strict=True)]
+    return f"What are all the locker codes of {name}?", codes, plan, {"depths": depths}
+
+
+def _variable_tracking(rng: random.Random, depth: float) -> Drawn:
+    """Chains of variables, each with the value of the one before it; the first chain's are asked for."""
+    names = list(islice(_invented(rng), N_CHAINS * (N_HOPS + 1)))
+    values = _numbers(rng, N_CHAINS, 5)
+    plan: Plan = []
+    chains = [names[i::N_CHAINS] for i in range(N_CHAINS)]
+    for i, (chain, value) in enumerate(zip(chains, values, strict=True)):
+        # the first statement may lie anywhere, the others behind it
+        first = depth / 2 if i == 0 else rng.random() / 2
+        depths = [_cut(first), *sorted(_cut(rng.uniform(first, 1)) for _ in chain[1:])]
+        sources = [value, *(f"variable {name}" for name in chain)]
+        plan += [
+            (at, f"Variable {name} is set to {source}.")
+            for at, name, source in zip(depths, chain, sources[:-1], strict=True)
+        ]
+        if i == 0:
+            meta = {"depths": depths}
+    return f"Which variables have the value {values[0]}?", chains[0], plan, meta
+
+
+def _common_words(rng: random.Random, depth: float) -> Drawn:
+    """A few words that stand in a list of words far more often than all others."""
+    common = list(islice(_invented(rng), N_COMMON))
+    plan = [(_cut(rng.random()), word) for word in common for _ in range(COMMON_TIMES)]
+    return "Which five words stand in the list most often?", common, plan, {}
+
+
+_DRAW: dict[str, Callable[[random.Random, float], Drawn]] = {
+    "niah_single": _niah_single,
+    "niah_multikey": _niah_multikey,
+    "niah_multivalue": _niah_multivalue,
+    "variable_tracking": _variable_tracking,
+    "common_words": _common_words,
+}
+
+
+def _cut(depth: float) -> float:
+    """Four digits, and below 1 whatever it was."""
+    return math.floor(depth * 10_000) / 10_000
+
+
+def _numbers(rng: random.Random, n: int, digits: int) -> list[str]:
+    """Different numbers of so many digits, as text."""
+    return [str(number) for number in rng.sample(range(10 ** (digits - 1), 10**digits), n)]
