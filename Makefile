@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo test test-fast lint format schema tiny-reader clean
+.PHONY: demo test test-fast lint format schema policies-doc tiny-reader clean
 
 demo: $(VENV)/ready
 	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --logger rich --quiet rules host reason
@@ -32,6 +32,10 @@ format: $(VENV)/ready
 # the JSON schema of experiment files, from the settings
 schema: $(VENV)/ready
 	python -m kv_transition schema > workflow/schemas/config.schema.yaml
+
+# docs/policies.md, from the policies' source
+policies-doc: $(VENV)/ready
+	python -m kv_transition.policies.describe > docs/policies.md
 
 # train the embedded model again: at most an hour on two cores
 tiny-reader: $(VENV)/ready

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import torch
 from transformers import (
     AttentionInterface,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -15,8 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from kv_transition.engines import local
-from kv_transition.engines.local import ATTENTION, LocalEngine
+from kv_transition.engines.local import LocalEngine
+from kv_transition.engines.reading import ATTENTION, attention_function
 
 FAMILIES = ["qwen2", "llama", "mistral"]
 VOCABULARY = 97
@@ -53,10 +56,38 @@ def random_model(family: str, **changes) -> torch.nn.Module:
 
 @cache
 def engine(family: str) -> LocalEngine:
-    AttentionInterface.register(ATTENTION, local._attention)
+    AttentionInterface.register(ATTENTION, attention_function)
     model = random_model(family)
     model.set_attn_implementation(ATTENTION)
     return LocalEngine(model)
+
+
+def sliding_model() -> tuple[LocalEngine, torch.nn.Module]:
+    """A Gemma-3-shaped model, five layers with a window of 16 tokens to one without, and its twin in plain attention."""
+    AttentionInterface.register(ATTENTION, attention_function)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        max_position_embeddings=1024,
+    )
+    twins = []
+    for implementation in (ATTENTION, "eager"):
+        torch.manual_seed(7)
+        model = Gemma3ForCausalLM(copy.deepcopy(config)).eval()
+        for name, weight in model.named_parameters():
+            if "q_norm" in name or "k_norm" in name:
+                weight.data.add_(1.5)
+        model.requires_grad_(False)
+        model.generation_config.eos_token_id = None
+        model.set_attn_implementation(implementation)
+        twins.append(model)
+    return LocalEngine(twins[0]), twins[1]
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:

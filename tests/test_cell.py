@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import engine, tokens
 
+from kv_transition.budget import Budget
 from kv_transition.cache.store import PrefillStore
+from kv_transition.policies.catalog import create, hyper_parameters
 from kv_transition.provenance import digest, rows_to_table
 from kv_transition.run import cell
+from kv_transition.run.decode import Setting
 from kv_transition.tables import CELLS
 
 SPEC = {
@@ -18,7 +23,7 @@ SPEC = {
     "hyper_parameters": {"per_head": True},
     "budget": "r0.3",
     "first_token": "compressed",
-    "decoding": {"temperature": 0.0, "repeats": 1, "seed": 0},
+    "decoding": {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0},
 }
 
 
@@ -53,7 +58,7 @@ def store(tmp_path):
 
 
 def run(model, examples, store, **changes):
-    return list(cell.rows(model, examples, SPEC | changes, store))
+    return cell.rows(model, examples, SPEC | changes, store)
 
 
 def test_every_example_is_a_row_of_the_table(model, examples, store):
@@ -79,7 +84,7 @@ def test_the_model_stops_at_its_end_token(model, examples, store, monkeypatch):
 
 
 def test_repeats_of_a_random_policy_differ_and_come_again(model, examples, store):
-    decoding = {"temperature": 0.0, "repeats": 4, "seed": 0}
+    decoding = SPEC["decoding"] | {"repeats": 4}
     rows = run(model, examples, store, decoding=decoding)
     assert [(r["example_id"], r["repeat"]) for r in rows[:5]] == [("e0", 0), ("e0", 1), ("e0", 2), ("e0", 3), ("e1", 0)]
     texts = [r["text"] for r in rows]
@@ -90,21 +95,25 @@ def test_repeats_of_a_random_policy_differ_and_come_again(model, examples, store
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory\ndetails"), MemoryError()])
-def test_out_of_memory_is_the_failure_of_that_example_alone(model, examples, store, monkeypatch, error):
-    whole = cell.answer
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_out_of_memory_is_the_failure_of_that_example_alone(model, examples, store, monkeypatch, error, batch):
+    """A batch that holds the example is halved until it stands alone."""
+    whole = cell.finish
+    too_large = examples[1]["context_ids"]
 
-    def answer(engine, prefill, question_ids, *rest):
-        calls.append(prefill)
-        if len(calls) == 2:
+    def finish(engine, states, setting, answers):
+        if any(state.length == len(too_large) + 5 for state in states):
             raise error
-        return whole(engine, prefill, question_ids, *rest)
+        return whole(engine, states, setting, answers)
 
-    calls: list = []
-    monkeypatch.setattr(cell, "answer", answer)
-    rows = run(model, examples, store)
+    too_large.append(5)
+    expected = [row["text"] for row in run(model, examples, store, budget="t15")]
+    monkeypatch.setattr(cell, "finish", finish)
+    rows = run(model, examples, store, budget="t15", decoding=SPEC["decoding"] | {"batch": batch})
     assert [bool(r.get("error")) for r in rows] == [False, True, False]
     assert rows[1]["error"].startswith("OOM: ")
     assert "\n" not in rows[1]["error"]
+    assert [rows[0]["text"], rows[2]["text"]] == [expected[0], expected[2]]
     assert rows_to_table(rows, CELLS)["text"].to_pylist()[1] is None
 
 
@@ -112,6 +121,41 @@ def test_a_bug_is_not_a_failure(model, examples, store, monkeypatch):
     def broken(*_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cell, "answer", broken)
+    monkeypatch.setattr(cell, "finish", broken)
     with pytest.raises(KeyError):
         run(model, examples, store)
+
+
+def test_a_batch_gives_the_rows_of_one_by_one(model, examples, store):
+    decoding = SPEC["decoding"] | {"repeats": 2}
+    alone = run(model, examples, store, decoding=decoding)
+    together = run(model, examples, store, decoding=decoding | {"batch": 4})
+    assert [r["batch_size"] for r in together] == [4, 4, 4, 4, 2, 2]
+    for name in ("example_id", "repeat", "text", "kept_final", "kept_mean", "cache_bytes", "full_bytes"):
+        assert [r[name] for r in together] == [r[name] for r in alone], name
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(20, 60), st.integers(1, 9)), min_size=1, max_size=12),
+    size=st.integers(1, 5),
+    kind=st.sampled_from(["h2o", "knorm", "full"]),
+    mode=st.sampled_from(["before_question", "after_prompt"]),
+    budget=st.sampled_from(["r0.3", "t16"]),
+    ragged=st.booleans(),
+)
+def test_what_is_decoded_together_fits_together(sizes, size, kind, mode, budget, ragged):
+    """Each answer is in one batch; a policy that acts each step, and a device that gains nothing, get no padding."""
+    units = [({"context_ids": [0] * c, "question_ids": [0] * q}, i) for i, (c, q) in enumerate(sizes)]
+    policy = create(kind, hyper_parameters(kind))
+    setting = Setting(policy, Budget.parse("r1" if kind == "full" else budget), mode)
+    made = list(cell.batches(units, size, setting, ragged=ragged))
+    assert sorted(number for batch in made for _, number in batch) == list(range(len(sizes)))
+    assert all(1 <= len(batch) <= size for batch in made)
+    for batch in made:
+        held = set()
+        for example, _ in batch:
+            c, q = len(example["context_ids"]), len(example["question_ids"])
+            n = c if mode == "before_question" else c + q
+            k = n if kind == "full" else setting.budget.kept(n)
+            held.add(k + (q if mode == "before_question" and kind != "h2o" else 0))
+        assert len(held) == 1 or (ragged and kind != "h2o")

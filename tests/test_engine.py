@@ -6,16 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, engine, random_model, reference, tokens
+from models import FAMILIES, engine, random_model, reference, sliding_model, tokens
 
 from kv_transition.budget import Budget
 from kv_transition.cache.state import WINDOW, same
-from kv_transition.engines.local import LocalEngine, _refuse_unsupported
+from kv_transition.engines.loading import refuse_unsupported
+from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create, hyper_parameters, kinds
-from kv_transition.run.cell import Setting, answer, compress, hold
+from kv_transition.run.decode import Answer, Setting, answer, answer_all
 
 KINDS = [kind for kind in kinds() if kind != "full"]
+DROPPING = [kind for kind in KINDS if kind not in ("entropy_merge", "quantized")]
+"""policies that leave what they keep as it was"""
 
 
 def policy(kind: str):
@@ -32,6 +35,9 @@ def test_state_holds_what_attention_written_out_has(family):
         group = weights.shape[0] // keys.shape[0]
         received = weights.sum(1).view(keys.shape[0], group, -1).mean(1)  # column sums, mean over the group
         torch.testing.assert_close(layer.attn_sum, received.float(), rtol=1e-5, atol=1e-5)
+        entropy = torch.special.entr(weights).sum(-1).mean(0).float()
+        for head in range(keys.shape[0]):
+            torch.testing.assert_close(layer.query_entropy[head], entropy, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(layer.keys, keys, rtol=0, atol=1e-5)
         torch.testing.assert_close(layer.values, values, rtol=0, atol=1e-5)
         torch.testing.assert_close(layer.recent_queries, queries[:, -WINDOW:], rtol=0, atol=1e-5)
@@ -62,16 +68,17 @@ def _visible(history, total, layers, kv_heads):
     masks = torch.ones(total, total, dtype=torch.bool).tril().repeat(layers, kv_heads, 1, 1)
     for start, stop, state in history:
         for number, layer in enumerate(state.layers):
+            positions = [head for part in layer.parts for head in part.positions]
             for head in range(kv_heads):
                 rows = masks[number, head, start:stop]
                 rows[:, :start] = False
-                rows[:, layer.positions[head]] = True
+                rows[:, positions[head]] = True
                 rows[:, start:] = torch.ones(stop - start, total - start, dtype=torch.bool).tril()
     return list(masks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPPING)
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 def test_physical_eviction_equals_masking(family, kind, mode):
     """Every policy: the logits of all later tokens equal those of a full cache whose evicted entries are masked."""
@@ -81,7 +88,7 @@ def test_physical_eviction_equals_masking(family, kind, mode):
     setting = Setting(policy(kind), Budget.parse("r0.3"), mode)
     state = prefill.context if mode == "before_question" else prefill.prompt
     k = setting.budget.kept(state.length)
-    state = compress(setting, state, k, seed=3, keep_last=mode == "after_prompt")
+    state = setting.compress(state, k, seed=3, keep_last=mode == "after_prompt")
     history, got = [], []
     if mode == "before_question":
         blocks = [question, *([token] for token in later)]
@@ -90,11 +97,11 @@ def test_physical_eviction_equals_masking(family, kind, mode):
         blocks = [question[-1:], *([token] for token in later)]
     for block in blocks:
         history.append((state.length, state.length + len(block), state))
-        state = hold(setting, model.extend(state, block, setting.policy.statistics), k, seed=3)
+        state = setting.hold(model.extend(state, block, setting.while_decoding), k)
         got.append(state.logits)
 
     ids = context + question + later
-    shape = (len(state.layers), state.layers[0].keys.shape[0])
+    shape = (len(state.layers), prefill.context.layers[0].keys.shape[0])
     expected, _ = reference(family, ids, _visible(history, len(ids), *shape))
     unmasked, _ = reference(family, ids)
     ends = [stop - 1 for _, stop, _ in history]
@@ -102,7 +109,7 @@ def test_physical_eviction_equals_masking(family, kind, mode):
     assert (expected[ends] - unmasked[ends]).abs().max() > 1e-2, "the eviction made no difference: nothing was tested"
 
 
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("kind", [kind for kind in kinds() if kind != "quantized"])
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 def test_a_budget_of_one_gives_the_tokens_of_the_full_cache(kind, mode):
     """And those are the tokens of transformers' own generate()."""
@@ -118,7 +125,7 @@ def test_a_budget_of_one_gives_the_tokens_of_the_full_cache(kind, mode):
     assert got.cache_bytes == got.full_bytes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "quantized"])
 def test_the_cache_holds_what_the_budget_says(kind):
     """K after compression; while decoding, K for policies that act each step, else K and all that came."""
     context, question = tokens(80, seed=5), tokens(10, seed=6)
@@ -127,7 +134,9 @@ def test_the_cache_holds_what_the_budget_says(kind):
     prefill = model.prefill(context, question)
     got = answer(model, prefill, question, Setting(chosen, Budget.parse("r0.25"), "before_question"), 5, seed=1)
     assert got.budget_entries == 20
-    assert got.kept == ([20] * 5 if chosen.acts_each_step else [30, 31, 32, 33, 34])
+    # heads of different lengths keep K on average, up to the rounding of shares to whole entries
+    expected = [20] * 5 if chosen.acts_each_step else [30, 31, 32, 33, 34]
+    assert got.kept == pytest.approx(expected, abs=1e-9)
     entries_bytes = 3 * 2 * 8 * 2 * 4  # layers, KV heads, channels, keys and values, fp32
     assert got.cache_bytes == got.kept[-1] * entries_bytes
     assert got.full_bytes == (90 + 4) * entries_bytes
@@ -163,11 +172,138 @@ def test_an_unknown_statistic_is_refused_by_name():
         engine("qwen2").extend(None, [1, 2], frozenset({"hidden_states"}))
 
 
+def test_a_statistic_that_was_not_kept_up_cannot_be_taken_up_again():
+    before = engine("qwen2").extend(None, tokens(12), frozenset({"recent_queries"}))
+    assert before.layers[0].attn_sum is None
+    with pytest.raises(UserError, match="attn_sum"):
+        engine("qwen2").extend(before, [3], frozenset({"attn_sum"}))
+    with pytest.raises(UserError, match="h2o reads attn_sum"):
+        policy("h2o").compress(before, 5)
+
+
+def test_two_continuations_of_one_state_do_not_meet():
+    """The first moves into the room behind the entries; the second must not overwrite it."""
+    model = engine("llama")
+    start = model.extend(None, tokens(20), room=8)
+    one, two = model.extend(start, [1, 2, 3]), model.extend(start, [4, 5, 6])
+    further = model.extend(one, [7])
+    assert same(further, model.extend(None, [*tokens(20), 1, 2, 3, 7]), atol=1e-4)
+    assert same(two, model.extend(None, [*tokens(20), 4, 5, 6]), atol=1e-4)
+
+
+def test_reading_in_chunks_of_any_size_gives_the_same_prefill():
+    whole = engine("qwen2").prefill(tokens(70), tokens(9, seed=1))
+    chunked = LocalEngine(engine("qwen2").model, chunk_tokens=16).prefill(tokens(70), tokens(9, seed=1))
+    assert same(whole.context, chunked.context, atol=1e-4)
+    assert same(whole.prompt, chunked.prompt, atol=1e-4)
+
+
+def test_query_moments_are_those_of_the_unrotated_queries():
+    """Against the projections themselves, taken before the rotation."""
+    model, ids = engine("llama"), tokens(40)
+    projected = {}
+    hooks = [
+        layer.self_attn.q_proj.register_forward_hook(lambda _m, _i, out, number=number: projected.update({number: out}))
+        for number, layer in enumerate(model.model.model.layers)
+    ]
+    whole = model.extend(None, ids)
+    for hook in hooks:
+        hook.remove()
+    parts = model.extend(model.extend(model.extend(None, ids[:3]), ids[3:17]), ids[17:])
+    for number, (a, b) in enumerate(zip(whole.layers, parts.layers, strict=True)):
+        queries = projected[number][0, 4:].view(36, a.recent_queries.shape[0], -1).transpose(0, 1)
+        for state in (a, b):
+            torch.testing.assert_close(state.query_mean, queries.mean(1), rtol=0, atol=1e-5)
+            cov = torch.stack([torch.cov(q.T, correction=0) for q in queries])
+            torch.testing.assert_close(state.query_cov, cov, rtol=1e-4, atol=1e-5)
+
+
+def _batched(kind, budget, mode, lengths):
+    """Tokens and anatomy of answers decoded as a batch, and one by one."""
+    model, setting = engine("qwen2"), Setting(policy(kind), Budget.parse(budget), mode)
+    prompts = [(tokens(n, seed=n), tokens(6, seed=100 + n)) for n in lengths]
+    prefills = [model.prefill(*prompt) for prompt in prompts]
+    questions = [question for _, question in prompts]
+    together = answer_all(model, prefills, questions, setting, [Answer(n, 4 + n % 5) for n in lengths])
+    alone = [
+        answer(model, prefill, question, setting, 4 + n % 5, seed=n)
+        for n, prefill, question in zip(lengths, prefills, questions, strict=True)
+    ]
+    return together, alone
+
+
+@pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
+@pytest.mark.parametrize(
+    ("kind", "budget", "lengths"),
+    [(kind, "t17", [50, 61, 50, 72]) for kind in KINDS if kind != "quantized"]
+    + [("quantized", "r1", [50, 50])]
+    + [(kind, "r0.4", [50, 61, 39]) for kind in ("snapkv", "knorm", "adakv", "pyramidkv") if kind in KINDS]
+    + [("full", "r1", [50, 20, 61])],
+)
+def test_a_batch_answers_as_one_by_one(kind, budget, lengths, mode):
+    together, alone = _batched(kind, budget, mode, lengths)
+    for a, b in zip(together, alone, strict=True):
+        assert a.batch_size == len(lengths)
+        for name in ("tokens", "finish_reason", "kept", "cache_bytes", "full_bytes", "budget_entries"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name)), name
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    """Five layers with a sliding window to one without, and its plain twin."""
+    return sliding_model()
+
+
+def test_sliding_window_layers_see_their_window_only(gemma):
+    model, plain = gemma
+    ids = tokens(70)
+    expected = plain(torch.tensor([ids])).logits[0].float()
+    state = None
+    for start, stop in [(0, 45), (45, 46), (46, 60), (60, 61), (61, 70)]:
+        state = model.extend(state, ids[start:stop])
+        torch.testing.assert_close(state.logits, expected[stop - 1], rtol=0, atol=1e-5)
+    again = model.extend(state.without_last(), ids[-1:])
+    torch.testing.assert_close(again.logits, expected[-1], rtol=0, atol=1e-5)
+    assert [layer.n for layer in again.layers] == [16] * 5 + [70]
+
+
+@pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
+def test_only_full_attention_layers_are_evicted(gemma, mode):
+    model, _ = gemma
+    prefill = model.prefill(tokens(60), tokens(5, seed=1))
+    got = answer(model, prefill, tokens(5, seed=1), Setting(policy("h2o"), Budget.parse("r0.25"), mode), 6, seed=0)
+    k = 15 if mode == "before_question" else 17
+    assert got.kept == [k] * 6
+    one = 2 * 8 * 2 * 4  # KV heads, channels, keys and values, fp32
+    assert got.cache_bytes == k * one
+    assert got.total_bytes == (k + 5 * 16) * one
+    assert got.full_bytes == 70 * one
+
+
+def test_ragged_batches_of_a_sliding_window_model(gemma):
+    """Short prompts are padded inside the window, too."""
+    model, _ = gemma
+    prompts = [(tokens(n, seed=n), tokens(3, seed=n + 1)) for n in (7, 30, 12)]
+    prefills = [model.prefill(*prompt) for prompt in prompts]
+    setting = Setting(policy("full"), Budget.parse("r1"), "after_prompt")
+    questions = [question for _, question in prompts]
+    together = answer_all(model, prefills, questions, setting, [Answer(0, 24) for _ in prompts])
+    alone = [answer(model, *pair, setting, 24, seed=0) for pair in zip(prefills, questions, strict=True)]
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+
+
 def test_a_model_without_evictable_layers_is_refused():
     sliding = random_model("mistral").config
     sliding.sliding_window = 8
-    with pytest.raises(UserError, match="full attention"):
-        _refuse_unsupported(sliding, "some/model")
+    with pytest.raises(UserError, match="nothing to evict"):
+        refuse_unsupported(sliding, "some/model")
+
+
+def test_layers_of_another_kind_are_named():
+    config = random_model("qwen2").config
+    config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    with pytest.raises(UserError, match="linear_attention"):
+        refuse_unsupported(config, "some/model")
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):

@@ -1,162 +1,197 @@
-"""Every policy's choice against its definition written out as loops over explicit attention matrices."""
+"""What holds for every policy, whatever it is that it keeps."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCABULARY, engine, reference, tokens
+from policy_states import best, grown, positions_of, random_state
 
+from kv_transition.cache.batch import row, stack
+from kv_transition.cache.quantize import Packed
+from kv_transition.cache.state import same
 from kv_transition.errors import UserError
-from kv_transition.policies import catalog
 from kv_transition.policies.base import top
-from kv_transition.policies.catalog import create, hyper_parameters, kinds
+from kv_transition.policies.catalog import create, kinds, statistics
 
-N = 75
-
-
-@pytest.fixture(scope="module")
-def prompt():
-    """A prompt read by the engine, and its attention written out: weights [H, N, N], q, k, v of each layer."""
-    # no token twice: rotation keeps norms, so equal tokens would be exact ties up to rounding
-    ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(11))[:N].tolist()
-    return engine("qwen2").extend(None, ids), reference("qwen2", ids)[1]
-
-
-def best(scores: list[float], k: int) -> list[int]:
-    """Indices of the k highest scores, the lower index first among equals."""
-    return sorted(sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:k])
-
-
-def chosen(kind: str, state, k: int, seed: int = 0, **options) -> list[list[list[int]]]:
-    compressed = create(kind, hyper_parameters(kind) | options).compress(state, k, seed=seed)
-    return [layer.positions.tolist() for layer in compressed.layers]
+MERGING = {"entropy_merge"}
+KEEPING_ALL = {"full", "quantized"}
+BY_LAYER = {"pyramidkv"}
+EVICTING = [kind for kind in kinds() if kind not in KEEPING_ALL]
+VARIANTS = [
+    *((kind, {}) for kind in EVICTING),
+    ("streaming_llm", {"positions": "cache"}),
+    ("streaming_llm", {"n_sink": 20, "recent": 5}),
+    ("random", {"per_head": False}),
+    ("snapkv", {"pooling": "mean", "window": 5}),
+    ("adakv", {"floor": 1.0}),
+    ("entropy_merge", {"count_bias": True, "max_span": 3, "recent": 2}),
+]
+NAMES = [f"{kind}-{options}" if options else kind for kind, options in VARIANTS]
 
 
-def group_mean(weights: torch.Tensor, head: int, rows, column: int) -> float:
-    """Attention to an entry, summed over queries, averaged over the two query heads of a KV head."""
-    return sum(float(weights[2 * head + g, i, column]) for i in rows for g in range(2)) / 2
-
-
-@pytest.mark.parametrize("k", [1, 2, 9, 40])
-@pytest.mark.parametrize(("kind", "share"), [("h2o", 0.5), ("h2o_heavy", 0.0)])
-def test_h2o_keeps_the_most_attended_and_the_recent(prompt, k, kind, share):
-    state, layers = prompt
-    for (weights, *_), got in zip(layers, chosen(kind, state, k), strict=True):
-        for head in range(2):
-            scores = [group_mean(weights, head, range(N), j) for j in range(N)]
-            for j in range(N - int(k * share), N):
-                scores[j] = math.inf
-            assert got[head] == best(scores, k)
-
-
-@pytest.mark.parametrize("k", [2, 9, 40, 70])
-@pytest.mark.parametrize("pooling", ["max", "mean"])
-@pytest.mark.parametrize(("window", "kernel"), [(32, 7), (8, 5), (16, 1)])
-def test_snapkv_pools_what_the_window_attends_to(prompt, k, pooling, window, kernel):
-    state, layers = prompt
-    got = chosen("snapkv", state, k, window=window, kernel=kernel, pooling=pooling)
-    for (weights, *_), got_layer in zip(layers, got, strict=True):
-        for head in range(2):
-            w = min(window, k // 2)
-            prefix = [group_mean(weights, head, range(N - w, N), j) for j in range(N - w)]
-            padded = [0.0] * (kernel // 2) + prefix + [0.0] * (kernel // 2)
-            spans = [padded[j : j + kernel] for j in range(N - w)]
-            pooled = [max(span) if pooling == "max" else sum(span) / kernel for span in spans]
-            expected = best(pooled, k - w) + list(range(N - w, N))
-            # max pooling gives exact ties; sums in another order may only swap near-ties of the mean
-            if pooling == "mean":
-                assert len(set(got_layer[head]) ^ set(expected)) <= 2
-            else:
-                assert got_layer[head] == expected
-
-
-@pytest.mark.parametrize("k", [2, 9, 40])
-def test_tova_keeps_one_set_a_layer_by_the_last_query(prompt, k):
-    state, layers = prompt
-    for (weights, *_), got in zip(layers, chosen("tova", state, k), strict=True):
-        scores = [float(weights[:, N - 1, j].mean()) for j in range(N)]
-        scores[N - 1] = math.inf
-        assert got == [best(scores, k)] * 2
-
-
-@pytest.mark.parametrize("k", [1, 9, 40])
-def test_knorm_keeps_the_smallest_keys(prompt, k):
-    state, layers = prompt
-    for (_, _, keys, _), got in zip(layers, chosen("knorm", state, k), strict=True):
-        for head in range(2):
-            norms = [-math.sqrt(sum(float(x) ** 2 for x in keys[head, j])) for j in range(N)]
-            assert got[head] == best(norms, k)
-
-
-@pytest.mark.parametrize(
-    ("options", "k", "expected"),
-    [
-        ({}, 10, [0, 1, 2, 3, *range(N - 6, N)]),
-        ({}, 4, [0, 1, N - 2, N - 1]),  # sinks take at most half
-        ({"n_sink": 0}, 3, [N - 3, N - 2, N - 1]),
-        ({"n_sink": 2, "recent": 5}, 30, [0, 1, *range(N - 5, N)]),
-    ],
-)
-def test_streaming_llm_keeps_sinks_and_the_end(prompt, options, k, expected):
-    assert chosen("streaming_llm", prompt[0], k, **options) == [[expected] * 2] * 3
-
-
-def test_random_differs_between_layers_heads_and_seeds_and_repeats_itself(prompt):
-    state, _ = prompt
-    first = chosen("random", state, 20, seed=1)
-    sets = [tuple(head) for layer in first for head in layer]
-    assert len(set(sets)) == len(sets)
-    assert first == chosen("random", state, 20, seed=1)
-    assert first != chosen("random", state, 20, seed=2)
-
-
-def test_random_for_all_heads_draws_one_set(prompt):
-    sets = {tuple(head) for layer in chosen("random", prompt[0], 20, per_head=False) for head in layer}
-    assert len(sets) == 1
-
-
-def test_random_keeps_every_entry_equally_often(prompt):
-    """600 draws of 15 of 75: each entry is kept with p = 0.2, within five standard errors."""
-    state, _ = prompt
-    kept = torch.zeros(N)
-    for seed in range(100):
-        for layer in chosen("random", state, 15, seed=seed):
-            for head in layer:
-                kept[head] += 1
-    error = math.sqrt(600 * 0.2 * 0.8)
-    assert (kept - 120).abs().max() < 5 * error
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
-    kind=st.sampled_from([k for k in kinds() if k != "full"]),
+    variant=st.sampled_from(VARIANTS),
     n=st.integers(1, 60),
     k=st.integers(1, 70),
     seed=st.integers(0, 2**40),
     keep_last=st.booleans(),
 )
-def test_what_holds_for_every_policy(kind, n, k, seed, keep_last):
-    """K entries or all, rising, no position twice, the last one kept if asked, survivors untouched, input unchanged."""
-    state = engine("llama").extend(None, tokens(n, seed=n))
-    policy = create(kind, hyper_parameters(kind))
-    assert policy.protected(k) <= max(1, k // 2)
+def test_a_budget_is_kept_to(variant, n, k, seed, keep_last):
+    """K entries or all, rising, no position twice, the last one kept if asked, the same again, the input unchanged."""
+    kind, options = variant
+    state, _ = random_state(n, seed=n)
+    policy = create(kind, options)
+    k_kept = policy.keep(k)
     compressed = policy.compress(state, k, seed=seed, keep_last=keep_last)
-    for before, after in zip(state.layers, compressed.layers, strict=True):
-        assert before.n == n
-        assert after.n == min(k, n)
-        assert (after.positions.diff(dim=1) > 0).all()
-        if keep_last:
-            assert (after.positions[:, -1] == n - 1).all()
-        for head in range(2):
-            at = after.positions[head]
-            for name in ("keys", "values", "attn_sum"):
-                assert torch.equal(getattr(after, name)[head], getattr(before, name)[head, at])
+    assert same(state, random_state(n, seed=n)[0])
+    assert compressed.entries == min(k_kept, n)
+    assert compressed.length == n
+    for layer in compressed.layers:
+        if kind not in BY_LAYER:
+            assert layer.n == min(k_kept, n)
+        for part in layer.parts:
+            assert part.n >= 1
+            assert (part.positions.diff(dim=-1) > 0).all()
+            assert part.positions.min() >= 0
+            assert part.positions.max() < n
+            assert part.keys.shape[-2] == part.values.shape[-2] == part.attn_sum.shape[-1] == part.n
+            if keep_last:
+                assert (part.positions[:, -1] == n - 1).all()
     again = policy.compress(state, k, seed=seed, keep_last=keep_last)
-    assert all(torch.equal(a.positions, b.positions) for a, b in zip(compressed.layers, again.layers, strict=True))
+    assert same(compressed, again)
+    if k_kept >= n:
+        assert same(compressed, state)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 10, 40, 64])
+@pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=NAMES)
+def test_survivors_keep_all_they_had(kind, options, k):
+    state, _ = random_state(70)
+    compressed = create(kind, options).compress(state, k)
+    for before, after in zip(state.layers, compressed.layers, strict=True):
+        first = 0
+        for part in after.parts:
+            heads = part.positions.shape[0]
+            for own in range(heads):
+                for entry, position in enumerate(part.positions[own].tolist()):
+                    merged = part.angles is not None and float(part.angles[own, entry]) != position
+                    if kind in MERGING and (
+                        merged or float(part.attn_sum[own, entry]) != float(before.attn_sum[first + own, position])
+                    ):
+                        continue
+                    for name in ("values", "attn_sum", "query_entropy"):
+                        old, new = getattr(before, name)[first + own, position], getattr(part, name)[own, entry]
+                        assert torch.equal(old, new)
+                    if not merged:
+                        old, new = before.keys[first + own, position], part.keys[own, entry]
+                        torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
+            first += heads
+
+
+@pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=NAMES)
+def test_protected_entries_take_at_most_half(kind, options):
+    policy = create(kind, options)
+    for k in range(1, 200):
+        half = policy.keep(k) - policy.recent if options.get("recent") and kind == "streaming_llm" else 0
+        assert 0 <= policy.protected(k) <= max(k // 2, half)
+
+
+@pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=NAMES)
+def test_a_conversation_is_compressed_again_and_again(kind, options):
+    """After each turn the budget holds, and entries that were evicted never come back."""
+    state, _ = random_state(50)
+    policy = create(kind, options)
+    gone: list[list[set[int]]] = [[set() for _ in range(2)] for _ in range(3)]
+    for turn, k in enumerate([25, 30, 31, 12]):
+        before = positions_of(state)
+        state = policy.compress(state, k, seed=turn)
+        assert state.entries <= policy.keep(k)
+        if kind not in BY_LAYER:
+            assert state.entries == policy.keep(k)
+        after = positions_of(state)
+        for layer in range(3):
+            for head in range(2):
+                now = set(after[layer][head])
+                assert len(now) == len(after[layer][head])
+                if kind not in MERGING:
+                    assert now <= set(before[layer][head])
+                    gone[layer][head] |= set(before[layer][head]) - now
+                    assert not now & gone[layer][head]
+        state = grown(state, 17, seed=turn)
+
+
+@pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=NAMES)
+@pytest.mark.parametrize("k", [1, 2, 7, 30])
+def test_the_last_token_can_be_taken_back_and_read_again(kind, options, k):
+    state, _ = random_state(60)
+    compressed = create(kind, options).compress(state, k, keep_last=True)
+    shorter = compressed.without_last()
+    assert shorter.length == 59
+    assert shorter.entries == compressed.entries - 1
+
+
+@pytest.mark.parametrize("kind", EVICTING)
+def test_only_declared_statistics_are_read(kind):
+    """The choice is the same without the statistics that a policy does not name; without others there is a sentence."""
+    state, _ = random_state(60)
+    policy = create(kind, {})
+    every = {"attn_sum", "query_entropy", "recent_queries", "query_mean", "query_cov"}
+    needed = statistics(kind)
+    bare = replace(state, layers=tuple(layer.without(frozenset(every - needed)) for layer in state.layers))
+    assert positions_of(policy.compress(bare, 20)) == positions_of(policy.compress(state, 20))
+    for name in needed:
+        poor = replace(state, layers=tuple(layer.without(frozenset({name})) for layer in state.layers))
+        with pytest.raises(UserError, match=f"{kind} reads {name}"):
+            policy.compress(poor, 20)
+
+
+@pytest.mark.parametrize(("kind", "options"), [*VARIANTS, ("quantized", {})], ids=[*NAMES, "quantized"])
+def test_layers_with_a_sliding_window_are_left_alone(kind, options):
+    state, _ = random_state(40)
+    sliding = replace(state.layers[1], window=40)
+    state = replace(state, layers=(state.layers[0], sliding, state.layers[2]))
+    compressed = create(kind, options).compress(state, 10)
+    after = compressed.layers[1]
+    assert torch.equal(after.positions, sliding.positions)
+    assert torch.equal(after.values, sliding.values)
+    if compressed.shift == 0:
+        assert after is sliding
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("streaming_llm", {}),
+        ("streaming_llm", {"positions": "cache"}),
+        ("h2o", {}),
+        ("h2o_heavy", {}),
+        ("tova", {}),
+        ("quantized", {}),
+    ],
+)
+def test_a_batch_is_treated_as_its_sequences_one_by_one(kind, options):
+    """Policies that act each step, on sequences of different lengths that hold equally many entries."""
+    policy = create(kind, options)
+    singles = []
+    for n, seed in ((30, 1), (52, 2), (90, 3)):
+        singles.append(grown(policy.compress(random_state(n, seed=seed)[0], 20), 1, seed=seed))
+    if kind == "quantized":
+        singles = [grown(policy.compress(random_state(30, seed=s)[0], 1), 1, seed=s) for s in range(3)]
+    every = frozenset({"attn_sum", "recent_queries"})
+    batch = policy.compress(stack([replace(s, logits=torch.zeros(5)) for s in singles], every), 20)
+    for number, single in enumerate(singles):
+        alone, together = policy.compress(single, 20), row(batch, number)
+        assert positions_of(alone) == positions_of(together)
+        assert alone.shift == together.shift
+        for a, b in zip(alone.layers, together.layers, strict=True):
+            x, y = (t.keys.dense() if isinstance(t.keys, Packed) else t.keys for t in (a, b))
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
@@ -165,35 +200,45 @@ def test_top_breaks_ties_towards_the_lower_index(scores, data):
     assert top(torch.tensor([scores], dtype=torch.float32), k)[0].tolist() == best(scores, k)
 
 
+def test_full_keeps_everything():
+    state, _ = random_state(20)
+    assert create("full", {}).compress(state, 3) is state
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_packs_everything_whatever_the_budget(bits, dtype):
+    state, _ = random_state(30, dtype=dtype)
+    policy = create("quantized", {"bits": bits})
+    packed = policy.compress(state, 5)
+    assert packed.entries == 30
+    # 8 channels in one group: their codes, and scale and zero point
+    pair = 8 if dtype == torch.float32 else 4
+    assert packed.nbytes == 3 * 2 * 2 * 30 * (bits + pair)
+    for before, after in zip(state.layers, packed.layers, strict=True):
+        assert torch.equal(after.keys.dense(), Packed.pack(before.keys, bits).dense())
+        assert torch.equal(after.values.dense(), Packed.pack(before.values, bits).dense())
+    assert policy.compress(packed, 5).layers == packed.layers
+    # new tokens are quantized as they come, and the last one can be taken back
+    longer = grown(packed, 2)
+    assert longer.layers[0].keys.shape[-2] == 32
+    shorter = longer.without_last()
+    assert shorter.layers[0].n == 31
+    assert torch.equal(shorter.layers[0].keys.dense()[:, :30], packed.layers[0].keys.dense())
+
+
 def test_the_catalog_reads_from_the_source_what_the_classes_say():
-    import dataclasses
+    from kv_transition.policies import catalog
 
     for kind in kinds():
         policy = create(kind, {})
         declared = {field.name: field.default for field in dataclasses.fields(policy)}
-        assert declared == hyper_parameters(kind)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("snapkw", {}, ["snapkw", "snapkv", "h2o"]),
-        ("mine", {"kind": "nothing"}, ["mine", "nothing", "streaming_llm"]),
-        ("snapkv", {"windows": 3}, ["kv.policies.snapkv.windows", "window", "kernel", "pooling"]),
-        ("snapkv", {"window": "wide"}, ["kv.policies.snapkv.window", "'wide'", "32"]),
-        ("random", {"per_head": 1}, ["kv.policies.random.per_head", "True"]),
-        ("streaming_llm", {"recent": "many"}, ["kv.policies.streaming_llm.recent", "many"]),
-    ],
-)
-def test_a_wrong_policy_is_named_with_what_would_be_right(name, options, words):
-    with pytest.raises(UserError) as error:
-        catalog.resolve(name, options)
-    assert all(word in str(error.value) for word in words)
-
-
-def test_a_variant_inherits_defaults_and_keeps_its_name():
-    assert catalog.resolve("snapkv_w16", {"kind": "snapkv", "window": 16}) == (
-        "snapkv",
-        {"window": 16, "kernel": 7, "pooling": "max"},
-    )
-    assert catalog.resolve("streaming_llm", {"recent": 100})[1] == {"n_sink": 4, "recent": 100}
+        assert declared == catalog.hyper_parameters(kind)
+        assert policy.statistics == catalog.statistics(kind)
+        assert policy.acts_each_step == catalog.acts_each_step(kind)
+        ignores = policy.ignores_budget
+        if isinstance(ignores, tuple):
+            name, value = ignores
+            assert catalog.ignores_budget(kind, declared | {name: value})
+            ignores = declared[name] == value
+        assert ignores == catalog.ignores_budget(kind, declared)

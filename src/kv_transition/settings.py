@@ -33,7 +33,7 @@ class Section(BaseModel):
 class Dataset(Section):
     """Where the examples come from."""
 
-    name: Literal["synthetic", "longbench", "jsonl"] = Field("synthetic", description="loader of the examples")
+    name: Literal["synthetic", "ruler", "longbench", "jsonl"] = Field("synthetic", description="loader of the examples")
     tasks: list[Task] = Field(["reader_qa"], min_length=1, description="tasks of the data set")
     revision: str | None = Field(
         None, description="commit (40 hex digits) of the hub repository; required when it is downloaded"
@@ -42,16 +42,16 @@ class Dataset(Section):
     split: str = Field("test", description="split of the data set")
     prompts: str | None = Field(None, description="LongBench's dataset2prompt.json")
     max_lengths: str | None = Field(None, description="LongBench's dataset2maxlen.json")
-    lengths: list[Annotated[int, Field(ge=64)]] | None = Field(None, description="synthetic: document sizes in tokens")
-    n_per_length: Annotated[int, Field(ge=1)] | None = Field(None, description="synthetic: documents of each size")
-    seed: Seed = Field(0, description="synthetic: seed of the documents")
+    lengths: list[Annotated[int, Field(ge=64)]] | None = Field(None, description="synthetic, ruler: sizes in tokens")
+    n_per_length: Annotated[int, Field(ge=1)] | None = Field(None, description="synthetic, ruler: how many of each")
+    seed: Seed = Field(0, description="synthetic, ruler: seed of the documents")
 
     @model_validator(mode="after")
     def _complete(self) -> Dataset:
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError("tasks: a task is listed twice; name each once")
-        if self.name == "synthetic" and not (self.lengths and self.n_per_length):
-            raise ValueError("lengths: synthetic needs lengths (such as [256, 512]) and n_per_length (such as 40)")
+        if self.name in ("synthetic", "ruler") and not (self.lengths and self.n_per_length):
+            raise ValueError(f"lengths: {self.name} needs lengths (such as [256, 512]) and n_per_length (such as 40)")
         if self.name == "jsonl" and not self.path:
             raise ValueError("path: jsonl needs the .jsonl file or the folder that holds {task}.jsonl")
         return self
@@ -80,6 +80,14 @@ class Binning(Section):
         return self
 
 
+class Quantization(Section):
+    """Weights in 4 bit, by bitsandbytes."""
+
+    kind: Literal["nf4", "fp4"] = Field("nf4", description="number format of the weights")
+    double_quantization: bool = Field(True, description="quantize the quantization constants as well")
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the products")
+
+
 class Model(Section):
     """The one model of the experiment."""
 
@@ -89,13 +97,26 @@ class Model(Section):
     max_length: int = Field(4352, ge=16, description="longest prompt in tokens; longer ones lose their middle")
     chat_template: Literal["auto", "never"] = Field("auto", description="auto: where the tokenizer has one")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    device_map: Literal["auto", "balanced", "sequential"] | None = Field(
+        None, description="how to lay a model over several GPUs; null: all of it on one device"
+    )
+    quantization: Quantization | None = Field(None, description="weights in 4 bit; null: in dtype")
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="attention output; auto: flash_attention_2 where it can run, else sdpa"
+    )
+    attention_statistics: Literal["auto", "blocks", "flash", "triton"] = Field(
+        "auto", description="what computes the attention statistics; auto: the fastest that can run"
+    )
 
 
 class Prefill(Section):
     """Reading each prompt once: the tensors are a cache that may be deleted at any time."""
 
     store: Literal["auto", "always", "never"] = Field("auto", description="auto: while max_gb and the disk allow")
-    max_gb: float = Field(50.0, gt=0, description="size at which auto stops storing")
+    max_gb: float = Field(50.0, gt=0, description="largest size of the store; the least recently used go first")
+    chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="longest piece of a prompt read at a time; null: all of it"
+    )
 
 
 class TokenBudget(Section):
@@ -170,6 +191,7 @@ class Decoding(Section):
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     max_tokens: Literal["task"] | Annotated[int, Field(ge=1)] = Field("task", description="longest answer in tokens")
     repeats: int = Field(1, ge=1, description="answers per example")
+    batch: int = Field(1, ge=1, description="answers decoded together; latencies are those of the batch")
     seed: Seed = Field(0, description="seed of sampling and of random policies")
 
 

@@ -33,6 +33,12 @@ def check(settings: Settings) -> None:
         raise UserError("kv.policies: full is missing, against which all others are compared; add full: {}")
     if settings.dataset.name == "longbench":
         hub_source(settings.dataset.model_dump())  # raises where it is neither here nor a pinned repository
+    if settings.dataset.name == "ruler" and max(settings.dataset.lengths) > settings.model.max_length:
+        longest = max(settings.dataset.lengths)
+        raise UserError(
+            f"model.max_length: {settings.model.max_length} would cut the middle out of documents of {longest} tokens "
+            "(dataset.lengths); give at least that"
+        )
     for task in settings.dataset.tasks:
         known = get_task(settings.dataset.name, task)
         if "before_question" in settings.kv.modes and not known.has_question:
@@ -58,20 +64,36 @@ def _check_model_folder(settings: Settings) -> None:
 
 
 def cells(settings: Settings) -> list[tuple[str, str, str]]:
-    """Every (mode, policy, budget) that is run. The full cache is run once a mode, as budget r1."""
+    """Every (mode, policy, budget) that is run.
+
+    The full cache, and policies whose footprint is their own, are run once a mode, as budget r1.
+    """
     grid = []
     for mode in settings.kv.modes:
         grid.append((mode, FULL, FULL_BUDGET))
         for policy in settings.kv.policies:
-            if policy != FULL:
+            if _once(settings, policy):
+                grid.append((mode, policy, FULL_BUDGET))
+            elif policy != FULL:
                 grid.extend((mode, policy, str(b)) for b in settings.kv.all_budgets() if not b.is_full)
     return grid
+
+
+def _once(settings: Settings, policy: str) -> bool:
+    return policy != FULL and catalog.ignores_budget(*catalog.resolve(policy, settings.kv.policies[policy]))
 
 
 def aliases(settings: Settings) -> list[tuple[str, str]]:
     """(policy, budget) pairs that keep everything: the full cache's rows stand for them."""
     full_asked = any(budget.is_full for budget in settings.kv.all_budgets())
-    return [(p, FULL_BUDGET) for p in settings.kv.policies if p != FULL] if full_asked else []
+    policies = [policy for policy in settings.kv.policies if policy != FULL and not _once(settings, policy)]
+    return [(policy, FULL_BUDGET) for policy in policies] if full_asked else []
+
+
+def statistics(settings: Settings) -> list[str]:
+    """The attention statistics that some cell of the experiment reads, sorted."""
+    kinds = [catalog.resolve(name, options)[0] for name, options in settings.kv.policies.items()]
+    return sorted(frozenset().union(*(catalog.statistics(kind) for kind in kinds)))
 
 
 def _dataset(settings: Settings, *files: str) -> dict[str, Any]:
@@ -94,7 +116,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
     model = settings.model.model_dump(include={"name", "revision", "max_length", "chat_template"})
     return {
         "dataset": _dataset(settings, "path", "prompts", "max_lengths"),
-        "model": model,
+        "model": model | {"tokenizer": _tokenizer_content(model["name"])},
         "binning": settings.binning.model_dump(),
         "decoding": settings.decoding.model_dump(include={"max_tokens"}),
         "modes": list(settings.kv.modes),
@@ -102,9 +124,18 @@ def prepare(settings: Settings) -> dict[str, Any]:
     }
 
 
+@cache
+def _tokenizer_content(name: str) -> str | None:
+    """Of a local model's folder without its weights; None for a hub id, whose revision says it."""
+    return content_digest(name, (".json", ".model", ".jinja")) if Path(name).is_dir() else None
+
+
 def _model(settings: Settings) -> dict[str, Any]:
-    model = settings.model.model_dump(include={"name", "revision", "dtype", "device"})
-    return model | {"fingerprint": _fingerprint(model["name"], model["revision"])}
+    model = settings.model.model_dump(exclude={"max_length", "chat_template"})
+    return model | {
+        "chunk_tokens": settings.prefill.chunk_tokens,
+        "fingerprint": _fingerprint(model["name"], model["revision"]),
+    }
 
 
 @cache
@@ -130,10 +161,11 @@ def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, A
         "hyper_parameters": hyper_parameters,
         "budget": str(Budget.parse(budget)),
         "first_token": settings.kv.first_token,
-        "decoding": settings.decoding.model_dump(include={"temperature", "repeats", "seed"}),
+        "decoding": settings.decoding.model_dump(include={"temperature", "repeats", "batch", "seed"}),
         "model": reading["model"],
         "prefill_code": reading["code"],
-        "code": code_hash("kv_transition.run.cell", f"kv_transition.policies.{kind}"),
+        "code": code_hash("kv_transition.run.cell", *catalog.modules(kind)),
+        "policy_content": catalog.content(kind),
     }
 
 

@@ -58,11 +58,13 @@ wildcard_constraints:
 
 
 # Jobs import the package from the checkout, whichever environment they run in: that of conda where it is asked for,
-# else that of snakemake itself. Where prefills are stored changes no result, so it travels beside the params.
+# else that of snakemake itself. Where prefills are stored, and which statistics they hold beyond those that a cell asks
+# for, changes no result, so it travels beside the params.
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 shell.prefix(
     f"export PYTHONPATH={os.path.join(REPO, 'src')}"
     f" KVT_PREFILL_STORE={FILES.prefill_store}:{SETTINGS.prefill.store}:{SETTINGS.prefill.max_gb}"
+    f" KVT_STATISTICS={','.join(specs.statistics(SETTINGS))}"
     + ("" if IN_CONDA else f" PATH={os.path.dirname(sys.executable)}:$PATH")
     + "; "
 )

@@ -1,52 +1,170 @@
-"""Exact attention statistics in O(N) memory: blocks of queries against all keys, in plain torch."""
+"""Exact attention statistics in O(N) memory: blocks of queries against the keys they see, in plain torch.
+
+The reference that the other implementations are held against, the only one with windows and biases, and the fastest
+on a CPU.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""Largest block of attention probabilities held at a time: what a CPU's cache holds, what fills a GPU"""
+"""Aim for the size of a block of logits: what a CPU's cache holds, what fills a GPU"""
+
+_MIN_ROWS = 64
+"""Rows of a block at least, however long they are: a thinner matrix product waits for memory"""
+
+_NEVER = -1e30
+"""Logit of what is not seen. Finite, since 0 * -inf would be NaN in an entropy."""
+
+
+def block_statistics(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    *,
+    column_sums: bool,
+    entropy: bool,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Column sums [*B, Hkv, n] and entropy [*B, q], fp32; None for what is not asked.
+
+    Arguments and meaning as in `statistics.attention_statistics`. Beside its results it holds the keys of one head in
+    fp32 and one block of logits (two with the entropy): O(n).
+    """
+    *batch, heads, q, d = queries.shape
+    kv_heads, n = keys.shape[-3:-1]
+    group = heads // kv_heads
+    grouped = queries.reshape(-1, group, q, d)
+    flat = keys.reshape(-1, n, d)
+    # Logits to base 2: on a CPU exp2 takes a third of exp's time.
+    scale *= math.log2(math.e)
+    if bias is not None:
+        bias = bias.expand(keys.shape[:-1]).reshape(-1, 1, n).float() * math.log2(math.e)
+        bias.clamp_(min=_NEVER)
+    sums = torch.zeros(len(flat), n, dtype=torch.float32, device=keys.device) if column_sums else None
+    entropies = torch.empty(len(flat), q, dtype=torch.float32, device=keys.device) if entropy else None
+
+    together, rows = _block(len(flat), group, q, n, window, keys.device.type)
+    future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device).triu_(1)
+    for head in range(0, len(flat), together):
+        some = slice(head, head + together)
+        some_keys = flat[some].float()
+        for start in range(0, q, rows):
+            stop = min(start + rows, q)
+            b = stop - start
+            # the entries that the last of these rows sees, from the oldest that the first one sees
+            end = n - q + stop
+            begin = 0 if window is None else max(0, end - b - window + 1)
+            block = grouped[some, :, start:stop].float().mul(scale).flatten(1, 2)
+            logits = torch.bmm(block, some_keys[:, begin:end].mT)
+            if bias is not None:
+                logits += bias[some, :, begin:end]
+            by_row = logits.view(-1, group, b, end - begin)
+            by_row[..., -b:].masked_fill_(future[:b, :b], _NEVER)
+            if window is not None and end - begin > window:
+                # Row i of the block sees columns from `end - begin - b - window + 1 + i` on.
+                out = end - begin - window
+                by_row[..., :out].masked_fill_(future[:b, :b].mT[:, b - 1 - out : b - 1], _NEVER)
+
+            top = logits.amax(-1, keepdim=True)
+            logits.sub_(top)
+            weights = logits.exp2() if entropy else logits.exp2_()
+            total = weights.sum(-1, keepdim=True)
+            share = total.reciprocal()
+            if bias is not None:
+                # a row that sees nothing at all gives nothing
+                share.mul_(top > _NEVER / 2)
+            if sums is not None:
+                sums[some, begin:end] += torch.bmm(share.mT, weights).squeeze(1)
+            if entropies is not None:
+                # -sum p log p = log(total) - sum(weights * logits) / total; neither term cancels the other
+                row = total.log2_().sub_(torch.linalg.vecdot(weights, logits)[..., None].mul_(share))
+                if bias is not None:
+                    row.mul_(share > 0)
+                entropies[some, start:stop] = row.view(-1, group, b).sum(1)
+    if sums is not None:
+        sums = sums.div_(group).view(*batch, kv_heads, n)
+    if entropies is not None:
+        entropies = entropies.view(*batch, kv_heads, q).sum(-2).mul_(math.log(2) / heads)
+    return sums, entropies
+
+
+def _block(count: int, group: int, q: int, n: int, window: int | None, device_type: str) -> tuple[int, int]:
+    """How many of ``count`` KV heads to take together, and how many queries of each."""
+    width = n if window is None else min(n, 2 * window)
+    room = _BLOCK_BYTES.get(device_type, 64 << 20) // (4 * group * width)
+    # Half of the square on the diagonal is the future and computed in vain, so it is kept small beside the rest.
+    most = max(_MIN_ROWS, min(-(-q // 8), n if window is None else window))
+    rows = min(q, most, max(room, -(-_MIN_ROWS // group)))
+    return min(count, max(1, room // rows)), rows
+
+
+def one_query_statistics(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    *,
+    column_sums: bool,
+    entropy: bool,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`block_statistics` for q = 1, which decoding calls once per layer and token: one row, and no more than needed."""
+    n = keys.shape[-2]
+    hidden = 0 if window is None else max(0, n - window)
+    if hidden:
+        keys = keys[..., hidden:, :]
+        bias = None if bias is None else bias[..., hidden:]
+    logits = _logits(queries, keys, scale).squeeze(-2)  # [*B, Hkv, G, n]
+    if bias is not None:
+        logits += bias[..., None, :]
+    weights = logits.softmax(-1)
+    if bias is not None:
+        # a row of nothing but -inf
+        weights.nan_to_num_(0)
+    sums = weights.mean(-2) if column_sums else None
+    if hidden and column_sums:
+        sums = functional.pad(sums, (hidden, 0))
+    entropies = torch.special.entr(weights).sum(-1).mean((-2, -1))[..., None] if entropy else None
+    return sums, entropies
 
 
 def attention_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Attention that each entry receives from the newest queries, mean over the group: [Hkv, n] fp32.
+    """Column sums alone, [*B, Hkv, n] fp32, of `block_statistics`."""
+    return block_statistics(queries, keys, scale, column_sums=True, entropy=False)[0]
 
-    queries: [H, q, d] rotated, of the newest q tokens. keys: [Hkv, n, d] rotated, n >= q, those tokens' entries last,
-    so that query i sees the entries up to n - q + i. This is the column sum of the softmax matrix, the score of H2O's
-    heavy hitters (arXiv 2306.14048, section 4).
+
+def window_sums(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    key_positions: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention that each entry receives from a few given queries, mean over the group: [*B, Hkv, n] fp32.
+
+    queries: [*B, H, w, d] rotated, at ``query_positions`` [w] or [*B, w]. keys: [*B, Hkv, n, d] rotated, at
+    ``key_positions`` [*B, Hkv, n]: any entries, some of the queries' own perhaps evicted. bias: [*B, Hkv, n], added to
+    the logits. A query that sees nothing adds nothing. Memory is O(w n).
     """
-    heads, q, d = queries.shape
-    kv_heads, n, _ = keys.shape
-    grouped = queries.reshape(kv_heads, heads // kv_heads, q, d)
-    sums = torch.zeros(kv_heads, n, dtype=torch.float32, device=keys.device)
-    block = max(1, min(q, _BLOCK_BYTES.get(keys.device.type, 64 << 20) // (4 * heads * n)))
-    for start in range(0, q, block):
-        stop = min(start + block, q)
-        visible = n - q + stop
-        logits = _logits(grouped[:, :, start:stop], keys[:, :visible], scale)
-        # entry j lies in the future of row i when j > n - q + start + i
-        future = torch.ones(stop - start, visible, dtype=torch.bool, device=keys.device).triu_(n - q + start + 1)
-        probabilities = logits.masked_fill_(future, -torch.inf).softmax(-1)
-        sums[:, :visible] += probabilities.sum(2).mean(1)
-    return sums
-
-
-def window_sums(queries: Tensor, query_positions: Tensor, keys: Tensor, key_positions: Tensor, scale: float) -> Tensor:
-    """Attention that each entry receives from a few given queries, mean over the group: [Hkv, n] fp32.
-
-    queries: [H, w, d] rotated, at ``query_positions`` [w]. keys: [Hkv, n, d] rotated, at ``key_positions`` [Hkv, n]:
-    any entries, some of the queries' own perhaps evicted. Memory is O(w n).
-    """
-    heads, w, d = queries.shape
-    kv_heads = keys.shape[0]
-    logits = _logits(queries.reshape(kv_heads, heads // kv_heads, w, d), keys, scale)
-    future = key_positions[:, None, None, :] > query_positions[None, None, :, None]
-    return logits.masked_fill_(future, -torch.inf).softmax(-1).sum(2).mean(1)
+    logits = _logits(queries, keys, scale)
+    if bias is not None:
+        logits += bias[..., None, None, :]
+    future = key_positions[..., None, None, :] > query_positions[..., None, None, :, None]
+    weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
+    return weights.nan_to_num_(0).sum(-2).mean(-2)
 
 
 def _logits(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """[Hkv, G, b, d] x [Hkv, n, d] -> [Hkv, G, b, n] fp32; the products in fp32 whatever the cache's dtype."""
-    kv_heads, group, b, d = queries.shape
-    flat = queries.reshape(kv_heads, group * b, d).float()
-    return torch.bmm(flat, keys.float().transpose(1, 2)).mul_(scale).view(kv_heads, group, b, -1)
+    """[*B, H, q, d] x [*B, Hkv, n, d] -> [*B, Hkv, G, q, n] fp32; the products in fp32 whatever the cache's dtype."""
+    *batch, heads, q, d = queries.shape
+    kv_heads, n = keys.shape[-3:-1]
+    rows = queries.reshape(*batch, kv_heads, heads // kv_heads * q, d).float()
+    return (rows * scale @ keys.float().mT).view(*batch, kv_heads, heads // kv_heads, q, n)

@@ -8,107 +8,265 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from kv_transition.cache.quantize import Packed
+from kv_transition.cache.rotary import Rotary
+
 WINDOW = 64
 """Queries kept per layer: any attention window of up to this many last queries can be recomputed."""
+
+STATISTICS = frozenset({"attn_sum", "query_entropy", "recent_queries", "query_mean", "query_cov"})
+"""What can be kept up while reading; a policy names those it reads"""
+
+_PER_ENTRY = ("keys", "values", "positions", "attn_sum", "query_entropy", "angles", "bias")
+
+
+@dataclass
+class Room:
+    """Storage with room for more entries. States that share it each see their own first entries of it."""
+
+    keys: Tensor
+    """[..., Hkv, capacity, d]"""
+    values: Tensor
+    used: int
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's memory of one sequence. Survivors of a compression keep all they had.
+    """One layer's memory. Survivors of a compression keep all they had.
 
-    H query heads in Hkv groups, n entries per KV head in rising order of position, d channels.
+    H query heads in Hkv groups, n entries per KV head in rising order of position, d channels. The tensors of one
+    sequence are written here; those of a batch have one more dimension in front, and as many entries in each sequence.
+    A statistic that was not kept up is None.
     """
 
-    keys: Tensor
-    """[Hkv, n, d], rotated to the entries' true positions"""
-    values: Tensor
+    keys: Tensor | Packed
+    """[Hkv, n, d], rotated to the entries' true positions, or to ``angles``"""
+    values: Tensor | Packed
     """[Hkv, n, d]"""
     positions: Tensor
-    """[Hkv, n] int64, the place of each entry in the text"""
-    attn_sum: Tensor
-    """[Hkv, n] fp32, attention received from every query so far, mean over the group's query heads"""
-    recent_queries: Tensor
-    """[H, w, d] rotated, the last w <= WINDOW queries"""
+    """[Hkv, n] int64, the place of each entry in the text; -1 is padding"""
     scale: float
     """factor of query-key products before the softmax"""
+    attn_sum: Tensor | None = None
+    """[Hkv, n] fp32, attention received from every query so far, mean over the group's query heads"""
+    query_entropy: Tensor | None = None
+    """[Hkv, n] fp32, nats: entropy of the attention of the query at the entry's position, mean over all H heads"""
+    recent_queries: Tensor | None = None
+    """[H, w, d] rotated, the last w <= WINDOW queries"""
+    query_mean: Tensor | None = None
+    """[H, d] fp32, un-rotated, of all queries after the first 4"""
+    query_cov: Tensor | None = None
+    """[H, d, d] fp32, of the same queries (divided by their number)"""
+    rotary: Rotary | None = None
+    """how keys and queries are rotated; None where the model does it in a way that is not known here"""
+    angles: Tensor | None = None
+    """[Hkv, n] fp32, the position that each key is rotated to, where that is not its place in the text"""
+    bias: Tensor | None = None
+    """[Hkv, n] fp32, added to the attention logits: log m of an entry that stands for m, -inf of padding"""
+    anchors: Tensor | None = None
+    """[Hkv, s, d], keys of the first entries as they were before they were turned: to turn them again starts here"""
+    window: int | None = None
+    """a sliding-window layer sees this many tokens, itself included, and is never evicted"""
+    room: Room | None = field(default=None, repr=False, compare=False)
 
     @property
     def n(self) -> int:
-        return self.keys.shape[1]
-
-    def select(self, index: Tensor) -> LayerCache:
-        """Keep the entries ``index`` [Hkv, K], rising in each row."""
-        wide = index.unsqueeze(-1).expand(-1, -1, self.keys.shape[-1])
-        return replace(
-            self,
-            keys=self.keys.gather(1, wide),
-            values=self.values.gather(1, wide),
-            positions=self.positions.gather(1, index),
-            attn_sum=self.attn_sum.gather(1, index),
-        )
-
-    def first(self, n: int) -> LayerCache:
-        """The first ``n`` entries, as views."""
-        return replace(
-            self,
-            keys=self.keys[:, :n],
-            values=self.values[:, :n],
-            positions=self.positions[:, :n],
-            attn_sum=self.attn_sum[:, :n],
-        )
-
-
-@dataclass(frozen=True)
-class CacheState:
-    """A sequence as the model remembers it.
-
-    Immutable: `extend` and `compress` return new states, which may share memory with the old one.
-    """
-
-    layers: tuple[LayerCache, ...]
-    length: int
-    """tokens read so far; the position of the next one"""
-    logits: Tensor | None = field(default=None, repr=False)
-    """[V] fp32, of the next token; None before the first token"""
+        return self.positions.shape[-1]
 
     @property
-    def entries(self) -> float:
-        """Entries per KV head, mean over layers."""
-        return sum(layer.n for layer in self.layers) / len(self.layers)
+    def parts(self) -> tuple[LayerCache, ...]:
+        """The layer in pieces of equally many entries per head, in the order of the heads."""
+        return (self,)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, measured from the tensors."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))
+        return _nbytes(self.keys) + _nbytes(self.values)
 
-    def select(self, indices: Sequence[Tensor]) -> CacheState:
-        """Keep ``indices[l]`` [Hkv, K_l] of each layer; the next token's logits stay."""
-        return replace(self, layers=tuple(layer.select(i) for layer, i in zip(self.layers, indices, strict=True)))
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, angles: Tensor | None, room: int) -> LayerCache:
+        """With new entries behind the old: keys, values [Hkv, q, d], positions and angles [Hkv, q].
+
+        Statistics of the new entries begin at 0. room: entries to leave space for, should storage have to be made.
+        """
+        n, q = self.n, keys.shape[-2]
+        grown = {"positions": torch.cat([self.positions, positions], -1)}
+        if self.angles is not None or angles is not None:
+            old = self.positions.to(torch.float32) if self.angles is None else self.angles
+            new = positions.to(torch.float32) if angles is None else angles
+            grown["angles"] = torch.cat([old, new], -1)
+        for name in ("attn_sum", "query_entropy", "bias"):
+            if (old := getattr(self, name)) is not None:
+                grown[name] = torch.cat([old, old.new_zeros(positions.shape)], -1)
+        if isinstance(self.keys, Packed):
+            return replace(self, keys=self.keys.append(keys), values=self.values.append(values), **grown)
+        own = self.room
+        # Another state may have appended to the same storage already: then this one moves to its own.
+        if own is None or own.used != n or own.keys.shape[-2] < n + q:
+            shape = (*keys.shape[:-2], n + q + room)
+            own = Room(keys.new_empty(*shape, keys.shape[-1]), values.new_empty(*shape, values.shape[-1]), n)
+            own.keys[..., :n, :] = self.keys
+            own.values[..., :n, :] = self.values
+        own.keys[..., n : n + q, :] = keys
+        own.values[..., n : n + q, :] = values
+        own.used = n + q
+        return replace(self, keys=own.keys[..., : n + q, :], values=own.values[..., : n + q, :], room=own, **grown)
+
+    def select(self, index: Tensor) -> LayerCache:
+        """Keep the entries ``index`` [Hkv, K], rising in each row."""
+        chosen = {}
+        for name in _PER_ENTRY:
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            chosen[name] = _rows(tensor, index) if name in ("keys", "values") else tensor.gather(-1, index)
+        return replace(self, room=None, **chosen)
+
+    def cut(self, start: int, stop: int) -> LayerCache:
+        """The entries from ``start`` to ``stop``, as views; statistics of the layer as a whole stay."""
+        chosen = {}
+        for name in _PER_ENTRY:
+            tensor = getattr(self, name)
+            if isinstance(tensor, Packed):
+                chosen[name] = tensor.cut(start, stop)
+            elif tensor is not None:
+                chosen[name] = tensor[..., start:stop, :] if name in ("keys", "values") else tensor[..., start:stop]
+        return replace(self, room=self.room if start == 0 else None, **chosen)
+
+    def without(self, statistics: frozenset[str]) -> LayerCache:
+        """Without these statistics, because they will not be kept up."""
+        return replace(self, **dict.fromkeys(statistics))
+
+
+@dataclass(frozen=True)
+class SplitLayer:
+    """A layer whose KV heads hold different numbers of entries: each piece a `LayerCache` of one or more heads."""
+
+    parts: tuple[LayerCache, ...]
+
+    @property
+    def n(self) -> float:
+        """Entries per KV head, mean over the heads."""
+        heads = [part.positions.shape[-2] for part in self.parts]
+        return sum(part.n * h for part, h in zip(self.parts, heads, strict=True)) / sum(heads)
+
+    @property
+    def window(self) -> None:
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def cut(self, start: int, stop: int) -> SplitLayer:
+        """The entries from ``start`` (counted from the front) to ``stop`` (negative: counted from the end)."""
+        return SplitLayer(tuple(part.cut(start, part.n + stop if stop < 0 else stop) for part in self.parts))
+
+    def without(self, statistics: frozenset[str]) -> SplitLayer:
+        return SplitLayer(tuple(part.without(statistics) for part in self.parts))
+
+
+Layer = LayerCache | SplitLayer
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """A sequence, or a batch of them, as the model remembers it.
+
+    Immutable: `extend` and `compress` return new states, which may share memory with the old one.
+    """
+
+    layers: tuple[Layer, ...]
+    length: int | Tensor
+    """tokens read so far; of a batch [B, 1, 1] int64"""
+    logits: Tensor | None = field(default=None, repr=False)
+    """[V] fp32, of the next token; None before the first token. Of a batch [B, V]"""
+    shift: int | Tensor = 0
+    """how far the next token's rotary position lies before its place in the text; of a batch [B, 1, 1] int64"""
+
+    @property
+    def evictable(self) -> tuple[Layer, ...]:
+        """The full-attention layers; those with a sliding window forget by themselves."""
+        return tuple(layer for layer in self.layers if layer.window is None)
+
+    @property
+    def entries(self) -> float:
+        """Entries per KV head, mean over the evictable layers."""
+        layers = self.evictable
+        return sum(layer.n for layer in layers) / len(layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that a budget is about: those of the evictable layers."""
+        return sum(layer.nbytes for layer in self.evictable)
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes of all keys and values, sliding-window layers included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def select(self, indices: Sequence[Tensor | None]) -> CacheState:
+        """Keep ``indices[l]`` [Hkv, K_l] of each layer (None: all of it); the next token's logits stay."""
+        pairs = zip(self.layers, indices, strict=True)
+        return replace(self, layers=tuple(layer if i is None else layer.select(i) for layer, i in pairs))
 
     def without_last(self) -> CacheState:
         """Forget that the last token was read, so that it can be read again against what is left.
 
-        Every head must still hold the last token's entry, which is then its last one.
+        Every head must still hold the last token's entry, which is then its last one. What its attention added to
+        other entries' statistics stays.
         """
         last = self.length - 1
+        layers = []
         for layer in self.layers:
-            if not bool((layer.positions[:, -1] == last).all()):
+            if not all(bool((part.positions[..., -1] == last).all()) for part in layer.parts):
                 raise ValueError("the last token's entry has been evicted; it cannot be taken back")
-        layers = tuple(
-            replace(layer.first(layer.n - 1), recent_queries=layer.recent_queries[:, :-1]) for layer in self.layers
-        )
-        return CacheState(layers=layers, length=last)
+            parts = tuple(
+                replace(
+                    part.cut(0, part.n - 1),
+                    recent_queries=None if part.recent_queries is None else part.recent_queries[..., :-1, :],
+                )
+                for part in layer.parts
+            )
+            layers.append(SplitLayer(parts) if isinstance(layer, SplitLayer) else parts[0])
+        return CacheState(layers=tuple(layers), length=last, shift=self.shift)
 
 
-def tensors_of(layer: LayerCache) -> dict[str, Tensor]:
-    return {f.name: value for f in fields(layer) if isinstance(value := getattr(layer, f.name), Tensor)}
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """The vectors ``index`` [*, K] of x [*, n, d]: whole rows are moved, where gather would look up each number."""
+    d = x.shape[-1]
+    if x.dim() == 3 and not x.is_contiguous():  # a part of a larger storage is not copied whole
+        return torch.stack([head.index_select(0, chosen) for head, chosen in zip(x, index, strict=True)])
+    first = torch.arange(index.shape[:-1].numel(), device=index.device).view(*index.shape[:-1], 1) * x.shape[-2]
+    return x.reshape(-1, d).index_select(0, (index + first).flatten()).view(*index.shape, d)
+
+
+def _nbytes(stored: Tensor | Packed) -> int:
+    return stored.nbytes if isinstance(stored, Packed) else stored.numel() * stored.element_size()
+
+
+def tensors_of(layer: Layer) -> dict[str, Tensor]:
+    """Every tensor of a layer by its name; those of a packed or split one by a dotted name."""
+    found: dict[str, Tensor] = {}
+    if isinstance(layer, SplitLayer):
+        for number, part in enumerate(layer.parts):
+            found |= {f"{number}.{name}": tensor for name, tensor in tensors_of(part).items()}
+        return found
+    for f in fields(layer):
+        value = getattr(layer, f.name)
+        if isinstance(value, Tensor):
+            found[f.name] = value
+        elif isinstance(value, Packed):
+            found |= {f"{f.name}.{name}": tensor for name, tensor in value.tensors().items()}
+    return found
 
 
 def same(a: CacheState, b: CacheState, *, rtol: float = 0.0, atol: float = 0.0) -> bool:
-    """Whether two states agree in every tensor."""
-    if a.length != b.length or len(a.layers) != len(b.layers):
+    """Whether two states of single sequences agree in every tensor."""
+    if a.length != b.length or a.shift != b.shift or len(a.layers) != len(b.layers):
         return False
     pairs = [(tensors_of(x), tensors_of(y)) for x, y in zip(a.layers, b.layers, strict=True)]
+    if any(x.keys() != y.keys() for x, y in pairs):
+        return False
     tensors = [(x[k], y[k]) for x, y in pairs for k in x]
     if a.logits is not None and b.logits is not None:
         tensors.append((a.logits, b.logits))

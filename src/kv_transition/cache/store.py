@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import platform
 import shutil
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kv_transition.cache.state import CacheState, LayerCache
+from kv_transition.cache import file
+from kv_transition.cache.state import STATISTICS, CacheState
 from kv_transition.errors import UserError
-from kv_transition.provenance import atomic_path
+from kv_transition.provenance import write_json
+
+PREFILL = "kv_transition prefill 1"
+"""kind of a file that holds a prefill; the number is that of the format"""
+
+_ADVICE = "delete it and it will be computed again"
+_SHARED = {"keys": -2, "values": -2, "positions": -1, "query_entropy": -1}
+"""what the context's entries have in common with the same entries of the prompt, and the dimension of the entries"""
 
 
 @dataclass(frozen=True)
@@ -39,12 +54,18 @@ class Prefill:
 class PrefillStore:
     """The prefills of one model under one version of the engine; ``root`` names both by a hash.
 
-    ``mode`` is ``always``, ``never``, or ``auto``: while the store is below ``max_gb`` and a tenth of the disk is free.
+    The stores of all models lie side by side, and ``max_gb`` is for all of them: when it is reached the least recently
+    used prefills go. On a local disk one that goes while another job reads it is not lost to that job.
+
+    mode: ``always`` stores, ``never`` neither stores nor reads, ``auto`` stores while reading a prefill back takes less
+    time than reading the prompt again and a tenth of the disk stays free. facts: what a stored prefill must have been
+    made with, such as model, tokenizer and dtype.
     """
 
     root: Path
     mode: str = "auto"
     max_gb: float = 50.0
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, prompt_sha256: str) -> Path:
         return self.root / f"{prompt_sha256}.safetensors"
@@ -52,84 +73,162 @@ class PrefillStore:
     def __contains__(self, prompt_sha256: str) -> bool:
         return self.path(prompt_sha256).is_file()
 
-    def load(self, prompt_sha256: str, device: str = "cpu") -> Prefill | None:
-        """The stored prefill, or None if there is none. Raises UserError if the file is damaged."""
-        path = self.path(prompt_sha256)
+    def statistics(self, prompt_sha256: str) -> frozenset[str] | None:
+        """The statistics that a stored prefill has; None if there is none. Raises UserError as `load` does."""
         try:
-            with safe_open(path, framework="pt", device=device) as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-                return _unpack(tensors, facts)
+            with file.opened(self.path(prompt_sha256), PREFILL, self.facts, _ADVICE) as stored:
+                return frozenset(stored.description["statistics"])
         except FileNotFoundError:
             return None
-        except (SafetensorError, KeyError, ValueError, OSError):
-            raise UserError(f"{path} is not a whole prefill; delete it and it will be computed again") from None
+
+    def load(
+        self, prompt_sha256: str, device: file.Devices = "cpu", statistics: frozenset[str] | None = None
+    ) -> Prefill | None:
+        """The stored prefill with these statistics and no others (None: all that it has).
+
+        None if there is no prefill, or one without a statistic that is asked for. On the CPU its tensors are read when
+        they are first touched. Raises UserError if the file is damaged or was made with another model.
+        """
+        if self.mode == "never":
+            return None
+        path = self.path(prompt_sha256)
+        try:
+            with file.opened(path, PREFILL, self.facts, _ADVICE) as stored:
+                about = stored.description
+                wanted = STATISTICS if statistics is None else statistics
+                if statistics is not None and not statistics <= set(about["statistics"]):
+                    return None
+                prefill = Prefill(
+                    context=stored.state(about["context"], device, STATISTICS - wanted),
+                    prompt=stored.state(about["prompt"], device, STATISTICS - wanted),
+                    context_s=about["context_s"],
+                    question_s=about["question_s"],
+                )
+        except FileNotFoundError:
+            return None
+        with suppress(OSError):  # gone by now, or someone else's
+            os.utime(path)
+        return prefill
 
     def save(self, prompt_sha256: str, prefill: Prefill) -> bool:
-        """Store unless the mode forbids it; says whether it was stored. The file appears whole or not at all."""
+        """Store unless the mode, the size or the disk forbids it; says whether it was stored.
+
+        The file appears whole or not at all, in place of one that had other statistics. Raises UserError if it cannot
+        be written; for a full disk only in mode ``always``.
+        """
         if self.mode == "never":
             return False
-        tensors, facts = _pack(prefill)
-        if self.mode == "auto" and not self._has_room(sum(t.numel() * t.element_size() for t in tensors.values())):
+        path = self.path(prompt_sha256)
+        beginning, tensors = file.lay_out(PREFILL, *_flatten(prefill), self.facts)
+        size = len(beginning) + sum(tensor.nbytes for tensor in tensors)
+        if self.mode == "auto" and not self._worth_it(size, prefill.prompt_s):
+            return False
+        if not self._make_room(size, path):
+            _say_once(f"prefill.max_gb: {self.max_gb} GB are too small for a prefill; not every prompt is stored")
             return False
         try:
-            with atomic_path(self.path(prompt_sha256)) as temporary:
-                save_file(tensors, temporary, metadata=facts)
-        except (OSError, SafetensorError) as error:
+            file.write(path, beginning, tensors)
+        except OSError as error:
+            if self.mode == "auto" and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _say_once(f"{self.root}: {error.strerror}; not every prompt is stored")
+                return False
+            reason = error.strerror or error
             raise UserError(
-                f"{self.root}: writing a prefill failed ({error}); free disk or set prefill.store: never"
+                f"{self.root}: writing a prefill failed ({reason}); free some disk or set prefill.store: never"
             ) from error
+        # Another job may have stored one at the same time: the last of the two sees both.
+        self._make_room(size, path)
+        if self.mode == "auto":
+            self._measure(path, size)
         return True
 
-    def _has_room(self, size: int) -> bool:
-        existing = self.root if self.root.exists() else next(p for p in self.root.absolute().parents if p.exists())
+    def _worth_it(self, size: int, seconds: float) -> bool:
+        """Whether reading ``size`` bytes back takes less than the ``seconds`` that it saves, and the disk has room."""
+        existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         disk = shutil.disk_usage(existing)
-        used = sum(f.stat().st_size for f in self.root.parent.rglob("*.safetensors")) if self.root.exists() else 0
-        return used + size <= self.max_gb * 1e9 and disk.free - size > disk.total / 10
+        speed = self._measured().get("bytes_per_second")
+        return disk.free - size > disk.total / 10 and (speed is None or size / speed < seconds)
+
+    def _make_room(self, size: int, path: Path) -> bool:
+        """Delete the least recently used prefills until ``size`` more bytes fit; whether they do now.
+
+        ``path`` is about to be written or just was: it is neither counted nor deleted. What other jobs are writing is
+        counted, and left alone.
+        """
+        limit = self.max_gb * 1e9 - size
+        if limit < 0:
+            return False
+        others = sorted(self._files(path))
+        used = sum(bytes_ for _, bytes_, _ in others)
+        for _, bytes_, other in others:
+            if used <= limit:
+                break
+            if not other.name.startswith("."):
+                with suppress(OSError):  # someone else's
+                    other.unlink(missing_ok=True)
+                    used -= bytes_
+        return used <= limit
+
+    def _files(self, but: Path) -> Iterator[tuple[float, int, Path]]:
+        """When each prefill of any store was last used, its bytes and its path."""
+        for path in self.root.parent.glob("*/*.safetensors"):
+            if path != but:
+                with suppress(FileNotFoundError):  # deleted by another job
+                    found = path.stat()
+                    yield found.st_mtime, found.st_size, path
+
+    @property
+    def _speed_file(self) -> Path:
+        return self.root.parent / f"read-speed-{platform.node()}.json"
+
+    def _measured(self) -> dict[str, float]:
+        try:
+            return json.loads(self._speed_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _measure(self, path: Path, size: int) -> None:
+        """Measure once for each host how fast a prefill is read back, and again when one is much larger than that was:
+        the time of small ones is the disk's latency."""
+        if size <= 4 * self._measured().get("bytes", 0):
+            return
+        with suppress(OSError):  # deleted by another job, or a store that may only be read
+            write_json(self._speed_file, {"bytes": size, "bytes_per_second": size / _read_s(path)})
 
 
-def _pack(prefill: Prefill) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Tensor] = {}
-    for name in ("keys", "values"):
-        tensors[name] = torch.stack([getattr(layer, name) for layer in prefill.prompt.layers])
-    for moment, state in (("context", prefill.context), ("prompt", prefill.prompt)):
-        for name in ("attn_sum", "recent_queries"):
-            tensors[f"{moment}.{name}"] = torch.stack([getattr(layer, name) for layer in state.layers])
-        if state.logits is not None:
-            tensors[f"{moment}.logits"] = state.logits
-    facts = {
-        "context_length": str(prefill.context.length),
-        "prompt_length": str(prefill.prompt.length),
-        "scales": ",".join(repr(layer.scale) for layer in prefill.prompt.layers),
-        "context_s": repr(prefill.context_s),
-        "question_s": repr(prefill.question_s),
+def _read_s(path: Path) -> float:
+    """Seconds that reading a file takes, from the disk itself where the system can be told to forget the file."""
+    buffer = bytearray(1 << 22)
+    with path.open("rb", buffering=0) as stored:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stored.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        started = time.perf_counter()
+        while stored.readinto(buffer):
+            pass
+        return time.perf_counter() - started
+
+
+def _flatten(prefill: Prefill) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of both states, each once, and the plain rest of the prefill."""
+    context_tensors, context = file.flatten(prefill.context, "context.")
+    tensors, prompt = file.flatten(prefill.prompt, "prompt.")
+    for number, layer in enumerate(prefill.context.layers):
+        if layer.window is not None:
+            continue  # holds its last entries at either moment
+        own, longer = context["layers"][number]["layer"], prompt["layers"][number]["layer"]
+        for name, dim in _SHARED.items():
+            if "tensor" in own.get(name, {}) and "tensor" in longer.get(name, {}):
+                del context_tensors[own[name]["tensor"]]
+                own[name] = longer[name] | {"first": layer.n, "dim": dim}
+    return tensors | context_tensors, {
+        "context": context,
+        "prompt": prompt,
+        "context_s": prefill.context_s,
+        "question_s": prefill.question_s,
+        "statistics": sorted(file.statistics_of(prefill.context) & file.statistics_of(prefill.prompt)),
     }
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, facts
 
 
-def _unpack(tensors: dict[str, Tensor], facts: dict[str, str]) -> Prefill:
-    scales = [float(scale) for scale in facts["scales"].split(",")]
-    kv_heads = tensors["keys"].shape[1]
-
-    def state(moment: str) -> CacheState:
-        n = int(facts[f"{moment}_length"])
-        positions = torch.arange(n, device=tensors["keys"].device).expand(kv_heads, n)
-        layers = tuple(
-            LayerCache(
-                keys=tensors["keys"][i, :, :n],
-                values=tensors["values"][i, :, :n],
-                positions=positions,
-                attn_sum=tensors[f"{moment}.attn_sum"][i],
-                recent_queries=tensors[f"{moment}.recent_queries"][i],
-                scale=scale,
-            )
-            for i, scale in enumerate(scales)
-        )
-        return CacheState(layers=layers, length=n, logits=tensors.get(f"{moment}.logits"))
-
-    return Prefill(
-        context=state("context"),
-        prompt=state("prompt"),
-        context_s=float(facts["context_s"]),
-        question_s=float(facts["question_s"]),
-    )
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -2,144 +2,90 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
-from kv_transition.attention.blocks import attention_sums
-from kv_transition.cache.state import WINDOW, CacheState, LayerCache
+from kv_transition.attention import statistics as attention_statistics
+from kv_transition.cache.state import STATISTICS, CacheState
 from kv_transition.cache.store import Prefill
+from kv_transition.engines import attend, loading
+from kv_transition.engines.reading import Reading
 from kv_transition.errors import UserError
-
-ATTENTION = "kv_transition"
-"""name of our attention function in transformers; the kernel under it is torch's SDPA"""
-
-STATISTICS = frozenset({"attn_sum"})
-"""running statistics that this engine can keep up"""
-
-
-class _Reading:
-    """One forward pass over new tokens on top of a state; transformers takes it for its cache.
-
-    `update` is called by each layer with its new keys and values, `attend` by our attention function afterwards.
-    """
-
-    def __init__(self, state: CacheState, statistics: frozenset[str]):
-        self.state = state
-        self.statistics = statistics
-        self.layers: list[LayerCache] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """keys, values: [1, Hkv, q, d] of the new tokens -> of all entries."""
-        if layer_idx < len(self.state.layers):
-            old = self.state.layers[layer_idx]
-            keys = torch.cat([old.keys[None], keys], dim=2)
-            values = torch.cat([old.values[None], values], dim=2)
-        return keys, values
-
-    def get_seq_length(self, *_: Any) -> int:
-        return self.state.length
-
-    def attend(self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
-        """queries [H, q, d] of the new tokens; keys and values [Hkv, n, d] of all entries."""
-        q = queries.shape[1]
-        kv_heads = keys.shape[0]
-        new = torch.arange(self.state.length, self.state.length + q, device=keys.device).expand(kv_heads, q)
-        kept_up = "attn_sum" in self.statistics
-        # What is not kept up is NaN rather than a number that looks like a statistic.
-        fresh = torch.full((kv_heads, q), 0.0 if kept_up else torch.nan, dtype=torch.float32, device=keys.device)
-        if self.state.layers:
-            old = self.state.layers[layer_idx]
-            positions = torch.cat([old.positions, new], dim=1)
-            recent = torch.cat([old.recent_queries, queries], dim=1)
-            attn_sum = torch.cat([old.attn_sum, fresh], dim=1)
-        else:
-            positions, recent, attn_sum = new, queries, fresh
-        if kept_up:
-            attn_sum = attn_sum + attention_sums(queries, keys, scale)
-        # a copy, lest a view of 64 queries keeps those of the whole prompt alive
-        recent = recent[:, -WINDOW:].clone()
-        self.layers.append(LayerCache(keys, values, positions, attn_sum, recent, scale))
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    reading: _Reading,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """query [1, H, q, d] on key, value [1, Hkv, n, d], the new tokens' entries last -> [1, q, H, d].
-
-    Evicted states have entries that no mask of transformers describes, different numbers in each layer even; so
-    the mask is made here: a new token sees every entry that is left, and the new ones up to itself.
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, n = query.shape[2], key.shape[2]
-    mask = causal_lower_right(q, n) if 1 < q < n else None
-    output = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=1 < q == n, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    reading.attend(module.layer_idx, query[0], key[0], value[0], scale)
-    return output.transpose(1, 2), None
 
 
 class LocalEngine:
-    """Greedy or sampled decoding of one sequence at a time, with a cache that anyone may thin out between steps."""
+    """Reads tokens on top of a cache that anyone may thin out between readings."""
 
     name = "local"
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any = None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        attention: str = "auto",
+        statistics: str = "auto",
+        chunk_tokens: int | None = None,
+    ):
+        """attention, statistics: which implementation computes them. chunk_tokens: longest piece read at a time, so
+        that the activations of a long prompt fit beside its cache; None: any length at once."""
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.device = next(model.parameters()).device
+        self.device = model.get_input_embeddings().weight.device
+        self.chunk_tokens = chunk_tokens
+        self.windows = loading.layer_windows(model.config)
+        self.rotaries = loading.layer_rotaries(model)
         eos = model.generation_config.eos_token_id
         self.eos: frozenset[int] = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        dtype = model.dtype
+        self.attention = attend.choose(attention, self.device, dtype)
+        self.statistics_asked = statistics
+        self.statistics_by = (
+            attention_statistics.choose(self.device.type, dtype) if statistics == "auto" else statistics
+        )
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, revision: str | None = None, dtype: str = "float32", device: str = "auto"
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        quantization: Mapping[str, Any] | None = None,
+        device_map: str | None = None,
+        attention: str = "auto",
+        statistics: str = "auto",
+        chunk_tokens: int | None = None,
     ) -> LocalEngine:
         """Load a model from a folder or the hub. Raises UserError where that fails or the model cannot be evicted."""
-        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-
-        # Only the attention function: transformers then makes no mask of its own (see `_attention`).
-        AttentionInterface.register(ATTENTION, _attention)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("model.device: this machine has no cuda device; set model.device to cpu or auto")
-        try:
-            config = AutoConfig.from_pretrained(name, revision=revision)
-            _refuse_unsupported(config, name)
-            with _quiet():
-                model = AutoModelForCausalLM.from_pretrained(
-                    name, revision=revision, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
-                )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"model.name: {name!r} cannot be loaded ({reason}); give a model folder or a hub id"
-            ) from error
+        model = loading.load_model(
+            name, revision=revision, dtype=dtype, device=device, quantization=quantization, device_map=device_map
+        )
         from kv_transition.data.tokens import load_tokenizer
 
-        return cls(model.to(device), load_tokenizer(name, revision))
+        tokenizer = load_tokenizer(name, revision)
+        return cls(model, tokenizer, attention=attention, statistics=statistics, chunk_tokens=chunk_tokens)
 
     @property
     def description(self) -> dict[str, str]:
         """How attention and its statistics were computed, for the results."""
-        return {"attention": "sdpa", "attention_statistics": "blocks", "device": self.device_name}
+        if self.attention == "sdpa":
+            version = torch.__version__
+        else:
+            from importlib.metadata import version as version_of
+
+            version = version_of("flash_attn")
+        return {
+            "attention": self.attention,
+            "attention_version": version,
+            "attention_statistics": self.statistics_by,
+            "device": self.device_name,
+        }
 
     @property
     def device_name(self) -> str:
@@ -147,43 +93,81 @@ class LocalEngine:
 
     @torch.inference_mode()
     def extend(
-        self, state: CacheState | None, tokens: Sequence[int], statistics: frozenset[str] = STATISTICS
+        self,
+        state: CacheState | None,
+        tokens: Sequence[int] | Sequence[Sequence[int]],
+        statistics: frozenset[str] = STATISTICS,
+        room: int = 0,
     ) -> CacheState:
         """Read ``tokens`` (at least one) on top of a state; None is the empty one. The state itself is unchanged.
 
-        statistics: which running statistics to keep up; a policy names those it reads.
+        tokens: of a batch, equally many for each sequence. statistics: which of them to keep up; the others are dropped.
+        room: entries to leave space for, so that reading on need not move what was read.
         """
-        unknown = statistics - STATISTICS
-        if unknown:
-            raise UserError(f"the local engine cannot keep up the statistics {', '.join(sorted(unknown))}")
         state = state or CacheState(layers=(), length=0)
-        reading = _Reading(state, statistics)
-        length = state.length + len(tokens)
+        self._require(statistics, state)
+        ids = torch.tensor(tokens, device=self.device).reshape(-1, len(tokens) if _is_flat(tokens) else len(tokens[0]))
+        total = ids.shape[1]
+        chunk = self.chunk_tokens or total
+        for start in range(0, total, chunk):
+            piece = ids[:, start : start + chunk]
+            state = self._read(state, piece, statistics, room + total - start - piece.shape[1])
+        return state
+
+    def _read(self, state: CacheState, ids: Tensor, statistics: frozenset[str], room: int) -> CacheState:
+        reading = Reading(
+            state,
+            ids.shape[1],
+            statistics=statistics,
+            room=room,
+            rotaries=self.rotaries,
+            windows=self.windows,
+            implementations=(self.attention, self.statistics_asked),
+            device=self.device,
+        )
         output = self.model(
-            input_ids=torch.tensor([list(tokens)], device=self.device),
-            # After an eviction a position is no longer the number of entries before it.
-            position_ids=torch.arange(state.length, length, device=self.device)[None],
+            input_ids=ids,
+            position_ids=reading.position_ids,
             past_key_values=reading,
             use_cache=True,
             logits_to_keep=1,
             reading=reading,
         )
-        return CacheState(layers=tuple(reading.layers), length=length, logits=output.logits[0, -1].float())
+        logits = output.logits[:, -1].float()
+        return CacheState(
+            layers=tuple(reading.read),
+            length=state.length + ids.shape[1],
+            logits=logits if isinstance(state.length, Tensor) else logits[0],
+            shift=state.shift,
+        )
 
-    def prefill(self, context: Sequence[int], question: Sequence[int]) -> Prefill:
+    def _require(self, statistics: frozenset[str], state: CacheState) -> None:
+        if unknown := statistics - STATISTICS:
+            known = ", ".join(sorted(STATISTICS))
+            raise UserError(f"the local engine cannot keep up {', '.join(sorted(unknown))}; it keeps up {known}")
+        for part in (part for layer in state.evictable[:1] for part in layer.parts[:1]):
+            unknowable = frozenset() if part.rotary else {"query_mean", "query_cov"}
+            if gone := sorted(name for name in statistics - unknowable if getattr(part, name) is None):
+                raise UserError(f"{', '.join(gone)} cannot be kept up on a cache that was read without; read it again")
+
+    def prefill(
+        self, context: Sequence[int], question: Sequence[int], statistics: frozenset[str] = STATISTICS
+    ) -> Prefill:
         """Read a prompt with the full cache, once for both modes."""
         started = self.clock()
-        after_context = self.extend(None, context)
+        after_context = self.extend(None, context, statistics, room=len(question))
         between = self.clock()
-        after_prompt = self.extend(after_context, question) if len(question) else after_context
+        after_prompt = self.extend(after_context, question, statistics) if len(question) else after_context
         return Prefill(after_context, after_prompt, between - started, self.clock() - between)
 
-    def next_token(self, state: CacheState, temperature: float, generator: torch.Generator | None) -> int:
-        """The next token: the most likely one at temperature 0, else a sample."""
+    def next_tokens(
+        self, state: CacheState, temperature: float, generators: Sequence[torch.Generator | None]
+    ) -> list[int]:
+        """The next token of each sequence of a batch: the most likely one at temperature 0, else a sample."""
         if temperature == 0:
-            return int(state.logits.argmax())
+            return state.logits.argmax(-1).tolist()
         probabilities = (state.logits / temperature).softmax(-1).cpu()
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+        return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)]
 
     def clock(self) -> float:
         """Seconds. On a GPU the wall's, once its queue is empty; on a CPU this process's own, which jobs on the other
@@ -202,24 +186,5 @@ class LocalEngine:
         return peak
 
 
-def _refuse_unsupported(config: Any, name: str) -> None:
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    if kinds != {"full_attention"} or (window and not getattr(text, "layer_types", None)):
-        raise UserError(
-            f"model.name: {name!r} has layers other than full attention ({', '.join(sorted(kinds))}); "
-            "this version evicts full-attention models only"
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar over the weights' shards."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
+def _is_flat(tokens: Sequence[Any]) -> bool:
+    return not isinstance(tokens[0], Sequence)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kv_transition.cache.state import CacheState, LayerCache
+from kv_transition.cache.state import CacheState, Layer, LayerCache
+from kv_transition.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,11 @@ class Policy:
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset()
-    """running statistics that must be kept up while decoding: ``attn_sum``"""
+    """statistics of the cache that it reads, of `cache.state.STATISTICS`"""
     acts_each_step: ClassVar[bool] = False
     """holds the cache at K while decoding, rather than compressing once"""
+    ignores_budget: ClassVar[bool | tuple[str, str]] = False
+    """the footprint follows from its hyper-parameters: always, or where one (name, value) of them is set"""
 
     def protected(self, k: int) -> int:
         """Entries that are kept whatever their score; at most half of the ``k`` kept ones."""
@@ -40,30 +43,64 @@ class Policy:
         """Entries that are kept when ``k`` may be."""
         return k
 
+    def layer_budget(self, k: int, index: int, layers: int, n: int) -> int:
+        """Entries that layer ``index`` of ``layers`` evictable ones keeps; ``k`` on average over them.
+
+        n: entries that the fullest of these layers has.
+        """
+        return k
+
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """The state with at most ``k`` entries per KV head; unchanged where a layer has no more than that.
+        """The state with ``k`` entries per KV head on average; unchanged where there are no more than that.
 
         keep_last: keep the newest entry in every head, because the last token is about to be read again.
+        Raises UserError if a statistic that the policy reads was not kept up.
         """
         k = self.keep(k)
-        indices = []
-        for number, layer in enumerate(state.layers):
-            if layer.n <= k:
-                indices.append(_everything(layer))
-                continue
-            score = self.score(layer, number, k, state.length, seed)
-            if keep_last:
-                score = score.clone()
-                score[:, -1] = torch.inf
-            indices.append(top(score, k).expand(layer.keys.shape[0], -1))
-        return state.select(indices)
+        evictable = [number for number, layer in enumerate(state.layers) if layer.window is None]
+        compressed = list(state.layers)
+        n = max((int(layer.n) for layer in state.evictable), default=0)
+        for rank, number in enumerate(evictable):
+            layer = state.layers[number]
+            self._require_statistics(layer)
+            budget = self.layer_budget(k, rank, len(evictable), n)
+            if layer.n > budget:
+                length = on_device_of(layer, state.length)
+                compressed[number] = self.compress_layer(layer, number, budget, length, seed, keep_last)
+        return replace(state, layers=tuple(compressed))
+
+    def compress_layer(self, layer: Layer, index: int, k: int, length: int, seed: int, keep_last: bool) -> Layer:
+        """The layer with its ``k`` best entries in each KV head."""
+        score = self.score(layer, index, k, length, seed)
+        if keep_last:
+            score = score.clone()
+            score[..., -1] = torch.inf
+        return layer.select(top(score, k).expand(*layer.positions.shape[:-1], -1))
+
+    def record(self, state: CacheState, k: int, *, keep_last: bool = False) -> dict[str, float | None]:
+        """What is worth recording of ``compress`` with these arguments, beside the footprint."""
+        return {}
+
+    def _require_statistics(self, layer: Layer) -> None:
+        for part in layer.parts:
+            if missing := sorted(name for name in self.statistics if getattr(part, name) is None):
+                raise UserError(
+                    f"the policy {type(self).__module__.rpartition('.')[2]} reads {', '.join(missing)}, "
+                    "which this cache was read without; read the prompt again with these statistics"
+                )
+
+
+def on_device_of(layer: Layer, number: int | Tensor) -> int | Tensor:
+    """A number, or those of a batch where the layer is: the layers of a large model lie on several devices."""
+    return number.to(layer.parts[0].positions.device) if isinstance(number, Tensor) else number
 
 
 def top(score: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` highest scores [..., n] -> [..., k], rising; ties go to the lower index."""
+    n = score.shape[-1]
+    if k == n - 1:  # each step of a policy that acts while decoding: the last of the lowest goes
+        gone = n - 1 - score.flip(-1).argmin(-1, keepdim=True)
+        rest = torch.arange(k, device=score.device)
+        return rest + (rest >= gone)
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
     return order[..., :k].sort(dim=-1).values
-
-
-def _everything(layer: LayerCache) -> Tensor:
-    return torch.arange(layer.n, device=layer.keys.device).expand(layer.keys.shape[0], -1)

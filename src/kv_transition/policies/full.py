@@ -10,7 +10,10 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keeps every entry; the reference of every comparison."""
+    """Keeps every entry; the reference of every comparison.
+
+    Cost: none.
+    """
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
         return state

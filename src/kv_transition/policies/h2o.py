@@ -14,15 +14,25 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Zhang et al., "H2O: heavy-hitter oracle" (arXiv 2306.14048), through decoding: sums grow with every query.
+    """Keeps the newest entries and, of the others, those with the largest sum of the attention received from all
+    queries so far; the sums of what is left go on growing with every token that is read or generated.
 
-    recent_share: share of the budget that goes to the newest tokens, rounded down.
+    Source: Zhang et al., "H2O: heavy-hitter oracle for efficient generative inference of large language models",
+    arXiv 2306.14048.
+
+    Cost: the sums are kept up while reading, O(N^2) time beside the attention itself and O(N) memory; a choice is a
+    sort, O(N log N).
+
+    Differences: the heads of a group share their entries, so a KV head's sum is the mean over its query heads. kvpress
+    has no policy like it: its ObservedAttention divides each sum by the number of queries that could see the entry,
+    keeps nothing for being recent, and acts on the prompt only.
     """
 
     statistics = frozenset({"attn_sum"})
     acts_each_step = True
 
     recent_share: Annotated[float, (0, 1)] = 0.5
+    """share of the budget that goes to the newest tokens, rounded down"""
 
     def protected(self, k: int) -> int:
         return int(k * self.recent_share)

@@ -13,15 +13,19 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Uniform scores, drawn for each example, layer and KV head.
+    """Keeps entries by uniform scores, drawn for each example, layer and KV head.
 
-    per_head: False draws one set for all heads and layers.
+    Cost: O(N) time, no statistic.
+
+    Differences: kvpress' RandomPress draws the same pattern in every layer when it is given a seed, and without one
+    depends on the global generator.
     """
 
     per_head: bool = True
+    """false: one draw for all heads and layers, as in the memory study's control"""
 
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         # Drawn on the CPU, so that every device forgets the same entries.
         generator = torch.Generator().manual_seed(seed * 10_007 + (index + 1 if self.per_head else 0))
-        rows = layer.keys.shape[0] if self.per_head else 1
-        return torch.rand(rows, layer.n, generator=generator).to(layer.keys.device)
+        rows = layer.positions.shape[-2] if self.per_head else 1
+        return torch.rand(rows, layer.n, generator=generator).to(layer.positions.device)

@@ -16,31 +16,42 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Li et al., "SnapKV: LLM knows what you are looking for before generation" (arXiv 2404.14469).
+    """Keeps the last ``window`` entries and, of those before, the ones that these queries attend to: attention summed
+    over the window, mean over the group, pooled over neighbours in the cache.
 
-    window: last queries that observe, and whose entries are kept. kernel: width of the pooling over positions (odd).
-    pooling: max or mean over the kernel.
+    Source: Li et al., "SnapKV: LLM knows what you are looking for before generation", arXiv 2404.14469.
+
+    Cost: one attention of the window over all entries, O(w N d) time and O(w N) memory while it lasts.
+
+    Differences: the window takes at most half of the budget, and only its queries observe; kvpress keeps and observes
+    with the whole window whatever K is, so that the sets differ where K is below twice the window. kvpress has window
+    64, kernel 5 and mean pooling by default, scales by 1 / sqrt(d) whatever the model's own scale, rounds attention to
+    the model's dtype, and pools each query head before it averages over the group, which is another thing under max
+    pooling.
     """
 
+    statistics = frozenset({"recent_queries"})
+
     window: Annotated[int, (1, 64)] = 32
+    """last queries that observe, and whose entries are kept"""
     kernel: Literal[1, 3, 5, 7, 9, 11, 13, 15] = 7
+    """neighbours that are pooled"""
     pooling: Literal["max", "mean"] = "max"
+    """how they are pooled"""
 
     def protected(self, k: int) -> int:
         return min(self.window, k // 2)
 
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         # A tiny budget leaves no room for the window; the last query still observes.
-        observers = max(1, min(self.protected(k), layer.recent_queries.shape[1]))
-        at = torch.arange(length - observers, length, device=layer.keys.device)
-        queries = layer.recent_queries[:, -observers:]
-        attention = window_sums(queries, at, layer.keys, layer.positions, layer.scale)
+        observers = max(1, min(self.protected(k), layer.recent_queries.shape[-2]))
+        at = length - observers + torch.arange(observers, device=layer.positions.device)
+        queries = layer.recent_queries[..., -observers:, :]
+        attention = window_sums(queries, at, layer.keys, layer.positions, layer.scale, bias=layer.bias)
         window = layer.positions >= length - self.protected(k)
         return self._pooled(attention.masked_fill(window, 0)).masked_fill(window, torch.inf)
 
     def _pooled(self, attention: Tensor) -> Tensor:
         """[Hkv, n] -> [Hkv, n], over neighbours in the cache."""
-        padding = self.kernel // 2
-        if self.pooling == "max":
-            return functional.max_pool1d(attention[:, None], self.kernel, stride=1, padding=padding)[:, 0]
-        return functional.avg_pool1d(attention[:, None], self.kernel, stride=1, padding=padding)[:, 0]
+        pool = functional.max_pool1d if self.pooling == "max" else functional.avg_pool1d
+        return pool(attention.unsqueeze(-2), self.kernel, stride=1, padding=self.kernel // 2).squeeze(-2)

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from kv_transition.cache.state import LayerCache
-from kv_transition.policies.base import Policy
+from kv_transition.cache.state import CacheState, LayerCache
+from kv_transition.errors import UserError
+from kv_transition.policies.base import Policy, on_device_of
 
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """Xiao et al., "Efficient streaming language models with attention sinks" (arXiv 2309.17453).
+    """Keeps the first tokens of the text, which attention uses as a sink, and the newest ones.
 
-    Keys keep their original rotation; the paper re-rotates them to their place in the cache.
+    With ``positions: cache`` attention sees the distances between places in the cache, where the sinks stand right
+    before the recent tokens, so that no distance is ever longer than the cache. This is the paper's way, and works past
+    the length that a model was trained for. It is done by turning the sinks alone after each step, always from their
+    original keys: rotary attention sees differences of positions only. When the next token's rotary position reaches
+    2 K, everything is turned back so that it is K, which happens at most once to any key but a sink's.
 
-    n_sink: first tokens of the text that are never evicted. recent: newest tokens kept; None: the rest of the budget.
+    Source: Xiao et al., "Efficient streaming language models with attention sinks", arXiv 2309.17453.
+
+    Cost: O(N) time, no statistic; with ``positions: cache`` a turn of the sinks at each step.
+
+    Differences: the prompt is read with the full cache before anything is evicted; the paper streams from the start.
+    kvpress' StreamingLLMPress keeps the original positions, acts on the prompt only, and keeps all sinks however small
+    K is; here they take at most half of it.
     """
 
     acts_each_step = True
 
     n_sink: Annotated[int, (0, None)] = 4
+    """first tokens of the text that are never evicted"""
     recent: Annotated[int | None, (1, None)] = None
+    """newest tokens kept; null: the rest of the budget. A count of both asks for a budget of as many tokens at least"""
+    positions: Literal["original", "cache"] = "original"
+    """places that keys are rotated to: those in the text, or those in the cache"""
 
     def protected(self, k: int) -> int:
-        return min(self.n_sink, k // 2)
+        rest = k // 2 if self.recent is None else max(k // 2, k - self.recent)
+        return min(self.n_sink, rest)
 
     def keep(self, k: int) -> int:
         return k if self.recent is None else min(k, self.protected(k) + self.recent)
@@ -35,3 +51,63 @@ class StreamingLLM(Policy):
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         sinks = layer.positions < self.protected(k)
         return layer.positions.to(torch.float64).masked_fill(sinks, torch.inf)
+
+    def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
+        """As any policy; raises UserError if keys are to be turned and it is not known how the model does it."""
+        kept = super().compress(state, k, seed=seed, keep_last=keep_last)
+        evicted = any(new is not old for new, old in zip(kept.layers, state.layers, strict=True))
+        if self.positions == "original" or not evicted:
+            return kept
+        if any(layer.rotary is None for layer in kept.layers):
+            raise UserError(
+                "the policy streaming_llm turns keys under positions: cache, and how this model rotates its keys is "
+                "not known here; use positions: original for this model"
+            )
+        k = self.keep(k)
+        # fewer than protected where an earlier, smaller budget had no place for them
+        sinks = int((kept.evictable[0].positions < self.protected(k)).sum(-1).amin())
+        following = state.length - state.shift
+        # how far everything is turned back: an int, or [B, 1, 1]
+        back = (following - k) * (following >= 2 * k)
+        if isinstance(back, Tensor) and not back.any():
+            back = 0
+        layers = (
+            _turned_back(layer, back) if layer.window is not None else _closed(layer, sinks, following, back)
+            for layer in kept.layers
+        )
+        return replace(kept, layers=tuple(layers), shift=state.shift + back)
+
+
+def _turned_back(layer: LayerCache, back: int | Tensor) -> LayerCache:
+    """The layer with every key rotated ``back`` positions less."""
+    if not isinstance(back, Tensor) and back == 0:
+        return layer
+    angles = _angles(layer) - on_device_of(layer, back)
+    turned = layer.rotary.turn(layer.keys, angles - _angles(layer))
+    return replace(layer, keys=turned, angles=angles, room=None)
+
+
+def _closed(layer: LayerCache, sinks: int, following: int | Tensor, back: int | Tensor) -> LayerCache:
+    """The layer turned back, and without a gap between the sinks and the others."""
+    anchors = _anchors(layer, sinks)
+    layer = _turned_back(layer, back)
+    n = layer.n
+    following = on_device_of(layer, following - back)
+    places = following - n + torch.arange(n, device=layer.positions.device)
+    angles = places.float().expand(layer.positions.shape)
+    turned = layer.rotary.turn(anchors, angles[..., :sinks] - layer.positions[..., :sinks])
+    keys = torch.cat([turned, layer.keys[..., sinks:, :]], -2)
+    return replace(layer, keys=keys, angles=angles, anchors=anchors, room=None)
+
+
+def _anchors(layer: LayerCache, sinks: int) -> Tensor:
+    """The sinks' original keys: turning a key that was turned before, and rounded, would add up errors."""
+    shape = (*layer.keys.shape[:-2], sinks, layer.keys.shape[-1])
+    if layer.anchors is not None and layer.anchors.shape == shape:
+        return layer.anchors
+    back = layer.positions[..., :sinks] - _angles(layer)[..., :sinks]
+    return layer.rotary.turn(layer.keys[..., :sinks, :], back)
+
+
+def _angles(layer: LayerCache) -> Tensor:
+    return layer.positions.float() if layer.angles is None else layer.angles

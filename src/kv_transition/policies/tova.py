@@ -14,18 +14,26 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """Oren et al., "Transformers are multi-state RNNs" (arXiv 2401.06104): one set per layer, averaged over its heads.
-
+    """Keeps the entries that the last query attends to most, averaged over all heads of the layer: one set a layer.
     The last token itself always stays.
+
+    Source: Oren et al., "Transformers are multi-state RNNs", arXiv 2401.06104.
+
+    Cost: one query's attention over all entries, O(N d) time and O(N) memory, again at each step.
+
+    Differences: kvpress acts on the prompt only, and scales by 1 / sqrt(d) whatever the model's own scale.
     """
 
+    statistics = frozenset({"recent_queries"})
     acts_each_step = True
 
     def protected(self, k: int) -> int:
         return min(1, k // 2)
 
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
-        last = torch.tensor([length - 1], device=layer.keys.device)
-        attention = window_sums(layer.recent_queries[:, -1:], last, layer.keys, layer.positions, layer.scale)
+        last = length - 1 + torch.arange(1, device=layer.positions.device)
+        queries = layer.recent_queries[..., -1:, :]
+        at = last.view(*last.shape[:-2], 1)  # [1], or [B, 1]
+        attention = window_sums(queries, at, layer.keys, layer.positions, layer.scale, bias=layer.bias)
         # Every head holds the same entries, since one set has always been chosen for the whole layer.
-        return attention.mean(0, keepdim=True).masked_fill(layer.positions[:1] == last, torch.inf)
+        return attention.mean(-2, keepdim=True).masked_fill(layer.positions[..., :1, :] == last, torch.inf)

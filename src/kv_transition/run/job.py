@@ -18,6 +18,11 @@ STORE_VARIABLE = "KVT_PREFILL_STORE"
 """``root:mode:max_gb`` of the prefill store: where tensors lie changes no result, so no rule depends on it"""
 
 
+STATISTICS_VARIABLE = "KVT_STATISTICS"
+"""comma-separated statistics that the experiment's policies read: which of them a prefill holds beyond those that a
+cell asks for changes no result either"""
+
+
 def arguments(doc: str | None, argv: list[str] | None, *files: str) -> argparse.Namespace:
     """Parse ``--spec`` (JSON: everything the result depends on), ``--threads`` and the named files."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
@@ -32,6 +37,11 @@ def store_settings() -> tuple[str, str, float]:
     """Root, mode and size in GB of the prefill store."""
     root, mode, max_gb = os.environ.get(STORE_VARIABLE, "results/prefill:auto:50").rsplit(":", 2)
     return root, mode, float(max_gb)
+
+
+def statistics() -> frozenset[str]:
+    """Statistics that some cell of the experiment reads."""
+    return frozenset(filter(None, os.environ.get(STATISTICS_VARIABLE, "").split(",")))
 
 
 def read_bin(path: str) -> list[dict[str, Any]]:
@@ -53,7 +63,15 @@ def load_engine(model: dict[str, Any], threads: int) -> LocalEngine:
 
     torch.set_num_threads(threads)
     return LocalEngine.from_pretrained(
-        model["name"], revision=model["revision"], dtype=model["dtype"], device=model["device"]
+        model["name"],
+        revision=model["revision"],
+        dtype=model["dtype"],
+        device=model["device"],
+        quantization=model["quantization"],
+        device_map=model["device_map"],
+        attention=model["attn_implementation"],
+        statistics=model["attention_statistics"],
+        chunk_tokens=model["chunk_tokens"],
     )
 
 

@@ -23,13 +23,20 @@ def store_of(model: dict[str, Any], code: str, root: str, mode: str, max_gb: flo
     return PrefillStore(Path(root) / digest({"model": model, "code": code}), mode, max_gb)
 
 
-def read_once(engine: LocalEngine, store: PrefillStore, example: dict[str, Any]) -> tuple[Prefill, float]:
-    """The prefill of an example and the seconds that loading it took: from the store, else by reading the prompt."""
+def read_once(
+    engine: LocalEngine, store: PrefillStore, example: dict[str, Any], statistics: frozenset[str]
+) -> tuple[Prefill, float]:
+    """The prefill of an example and the seconds that loading it took: from the store, else by reading the prompt.
+
+    statistics: those that the prefill must have. One that is read now also gets those that the experiment's other cells
+    read and those of the stored prefill that it takes the place of.
+    """
     started = engine.clock()
-    prefill = store.load(example["prompt_sha256"], str(engine.device))
+    prefill = store.load(example["prompt_sha256"], str(engine.device), statistics)
     if prefill is not None:
         return prefill, engine.clock() - started
-    prefill = engine.prefill(example["context_ids"], example["question_ids"])
+    wanted = statistics | job.statistics() | (store.statistics(example["prompt_sha256"]) or frozenset())
+    prefill = engine.prefill(example["context_ids"], example["question_ids"], wanted)
     store.save(example["prompt_sha256"], prefill)
     return prefill, 0.0
 
@@ -46,11 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     store = store_of(spec["model"], spec["code"], *job.store_settings())
     unread = list(missing(store, examples))
     if unread:  # otherwise there is no need to load the model
+        import torch
+
         engine = job.load_engine(spec["model"], arguments.threads)
         for number, example in enumerate(unread, 1):
             try:
-                read_once(engine, store, example)
-            except MemoryError:
+                read_once(engine, store, example, frozenset())
+            except (torch.OutOfMemoryError, MemoryError):
                 # The cell meets the same example and makes it a row with its failure.
                 print(f"{example['example_id']}: out of memory, left to the cells", file=sys.stderr)
             print(f"read {number} of {len(unread)} prompts ({example['prompt_len']} tokens)", file=sys.stderr)

@@ -1,0 +1,88 @@
+"""Exact attention statistics from torch's own flash-attention kernels, by way of the log-sum-exp that they return.
+
+Entropy: with the keys in the place of the values, attention returns each query's mean key, and
+H_i = LSE_i - scale * q_i . (mean key of i).
+
+Column sums: exp(s_ij - LSE_i) summed over i is the softmax denominator of *entry j looking back at the queries*. So
+keys and queries change places, and both are reversed in time, since entry j is seen by the queries from j on. The
+-LSE_i is added to the logits by a few more channels, which hold it on the queries' side and a constant on the keys'.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_CHANNELS = 8
+"""Channels added to carry the log-sum-exp: three are needed, on a GPU their number must be a multiple of 8."""
+
+
+def flash_statistics(
+    queries: Tensor, keys: Tensor, scale: float, *, column_sums: bool, entropy: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Column sums [*B, Hkv, n] and entropy [*B, q], fp32; None for what is not asked.
+
+    Arguments and meaning as in `statistics.attention_statistics`, without window and bias. The heads of a group are
+    taken one after the other, so that copies stay as large as the keys. In half precision the mean key is rounded
+    to it, and with it the entropy; LSE_i and s_ij are subtracted from each other, so that the absolute error is some
+    1e-7 of the largest logit even in fp32.
+    """
+    batched = queries.ndim == 4
+    if not batched:
+        queries, keys = queries[None], keys[None]
+    batch, heads, q, d = queries.shape
+    kv_heads, n = keys.shape[1:3]
+    group = heads // kv_heads
+    # Everyone sees the old entries; among the new ones a query sees those up to its own.
+    old, new = keys.split([n - q, q], dim=2)
+    if column_sums:
+        # a power of two near 1 / scale, exact in every dtype, which keeps what is carried in fp16's range
+        unit = 2.0 ** round(-math.log2(scale))
+        extended = torch.cat([keys, keys.new_full((batch, kv_heads, n, _CHANNELS), unit)], -1)
+        old_extended, new_extended = extended.split([n - q, q], dim=2)
+        new_extended = new_extended.flip(2)
+    sums = torch.zeros(batch, kv_heads, n, dtype=torch.float32, device=keys.device)
+    entropies = torch.zeros(batch, q, dtype=torch.float32, device=keys.device)
+    for member in queries.view(batch, kv_heads, group, q, d).unbind(2):
+        mean_key, lse = _attention(member, new, causal=True, scale=scale)
+        if n > q:
+            mean_old, lse_old = _attention(member, old, causal=False, scale=scale)
+            share_old = torch.sigmoid(lse_old - lse)
+            mean_key = torch.lerp(mean_key.float(), mean_old.float(), share_old[..., None])
+            lse = torch.logaddexp(lse, lse_old)
+        if entropy:
+            mean_logit = torch.linalg.vecdot(member.float(), mean_key.float()).mul_(scale)
+            entropies += (lse - mean_logit).clamp_(min=0).sum(1)
+        if column_sums:
+            carrying = torch.cat([member, _parts(lse / (-scale * unit), member.dtype)], -1)
+            _, received = _attention(new_extended, carrying.flip(2), causal=True, scale=scale)
+            sums[:, :, n - q :] += received.flip(2).exp()
+            if n > q:
+                _, received = _attention(old_extended, carrying, causal=False, scale=scale)
+                sums[:, :, : n - q] += received.exp()
+    sums = sums.div_(group) if column_sums else None
+    entropies = entropies.div_(heads) if entropy else None
+    if not batched:
+        sums, entropies = (None if x is None else x[0] for x in (sums, entropies))
+    return sums, entropies
+
+
+def _attention(queries: Tensor, keys: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Mean key [B, H, q, d] and log-sum-exp [B, H, q] fp32 of each query."""
+    if queries.is_cuda:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        mean_key, lse, *_ = flash(queries, keys, keys, 0.0, causal, False, scale=scale)
+        return mean_key, lse
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, keys, 0.0, causal, scale=scale)
+
+
+def _parts(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., q] fp32 -> [..., q, `_CHANNELS`], numbers of ``dtype`` whose sum is the value to fp32's precision."""
+    parts = values.new_zeros(*values.shape, _CHANNELS, dtype=dtype)
+    rest = values
+    for channel in range(3):
+        parts[..., channel] = rest
+        rest = rest - parts[..., channel]
+    return parts

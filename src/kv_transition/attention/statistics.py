@@ -1,0 +1,152 @@
+"""What attention statistics are, and which implementation computes them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kv_transition.attention.blocks import block_statistics, one_query_statistics
+from kv_transition.errors import UserError
+
+IMPLEMENTATIONS = ("blocks", "flash", "triton")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the attention that new queries pay; None for what was not asked.
+
+    column_sums: [*B, Hkv, n] fp32, attention that each entry receives from the new queries, mean over the G query
+    heads of its group: H2O's score (arXiv 2306.14048, section 4).
+    entropy: [*B, q] fp32, nats, of each new query's row of attention, mean over all H heads.
+    """
+
+    column_sums: Tensor | None
+    entropy: Tensor | None
+
+
+def attention_statistics(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    *,
+    column_sums: bool,
+    entropy: bool,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    implementation: str = "auto",
+) -> Statistics:
+    """Exact statistics of softmax attention in memory that grows with n, not with q times n.
+
+    queries: [*B, H, q, d] rotated, of the newest q tokens. keys: [*B, Hkv, n, d] rotated, n >= q, those tokens' entries
+    last, so that query i sees the entries up to n - q + i; with ``window`` only the last ``window`` of those. *B is
+    empty or one dimension; fp32, bf16 or fp16.
+    bias: [*B, Hkv, n], added to the logits: the log of its count for a merged entry, -inf for padding. A query that
+    sees nothing but -inf adds nothing and has entropy 0. The queries of right padding do see entries: leave them out.
+    implementation: one of `IMPLEMENTATIONS`, or auto, see `choose`. A single query needs no more than one row of
+    attention, which is computed as such, in torch, whatever the implementation.
+
+    Raises UserError if the implementation asked for cannot serve the call (q > 1).
+    """
+    wanted = {"column_sums": column_sums, "entropy": entropy}
+    # before all else: decoding comes here once per layer and token
+    if queries.shape[-2] == 1:
+        return Statistics(*one_query_statistics(queries, keys, scale, **wanted, window=window, bias=bias))
+    chosen = choose(
+        queries.device.type,
+        queries.dtype,
+        window=window,
+        bias=bias is not None,
+        head_dim=queries.shape[-1],
+        implementation=implementation,
+    )
+    if chosen == "flash":
+        from kv_transition.attention.flash import flash_statistics
+
+        return Statistics(*flash_statistics(queries, keys, scale, **wanted))
+    if chosen == "triton":
+        from kv_transition.attention.triton_kernels import triton_statistics
+
+        return Statistics(*triton_statistics(queries, keys, scale, **wanted, window=window, bias=bias))
+    return Statistics(*block_statistics(queries, keys, scale, **wanted, window=window, bias=bias))
+
+
+def choose(
+    device_type: str,
+    dtype: torch.dtype,
+    *,
+    window: int | None = None,
+    bias: bool = False,
+    head_dim: int | None = None,
+    implementation: str = "auto",
+) -> str:
+    """The implementation that serves such calls: ``blocks``, ``flash`` or ``triton``. The name goes into the results.
+
+    auto is ``triton`` on a GPU (compute capability 8.0 or newer, fp16 or bf16, Triton installed), else ``blocks``.
+    `flash` is never chosen by itself: FIGURES. It knows no ``window`` and no ``bias``. The other two serve both.
+
+    Raises UserError if ``implementation`` cannot serve.
+    """
+    if implementation == "auto":
+        return "triton" if _why_not_triton(device_type, dtype, head_dim) is None else "blocks"
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(
+            f"model.attention_statistics: {implementation!r} is none of auto, {', '.join(IMPLEMENTATIONS)}; use auto"
+        )
+    reason = None
+    if implementation == "flash":
+        reason = _why_not_flash(device_type, dtype, head_dim, window, bias)
+    elif implementation == "triton":
+        reason = _why_not_triton(device_type, dtype, head_dim)
+    if reason:
+        raise UserError(f"model.attention_statistics: {implementation} {reason}; use auto or blocks")
+    return implementation
+
+
+def _why_not_flash(
+    device_type: str, dtype: torch.dtype, head_dim: int | None, window: int | None, bias: bool
+) -> str | None:
+    if window is not None:
+        return "knows no sliding window"
+    if bias:
+        return "knows no bias of the logits, which merged entries and padding need"
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda" or not _ampere():
+        return "needs a CPU, or a GPU of compute capability 8.0 or newer"
+    if dtype not in _HALF:
+        return "needs float16 or bfloat16 on a GPU"
+    # Eight channels more carry the log-sum-exp; the kernel ends at 256.
+    if head_dim is not None and (head_dim % 8 or head_dim > 248):
+        return f"needs a head dimension that is a multiple of 8 and at most 248 on a GPU, not {head_dim}"
+    return None
+
+
+def _why_not_triton(device_type: str, dtype: torch.dtype, head_dim: int | None) -> str | None:
+    if not _triton_installed():
+        return "needs the package triton, which is not installed"
+    if head_dim is not None and head_dim > 256:
+        return f"needs a head dimension of at most 256, not {head_dim}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        served = device_type == "cpu" and dtype == torch.float32
+        return None if served else "needs a CPU and float32 while TRITON_INTERPRET is 1"
+    if device_type != "cuda" or not _ampere():
+        return "needs a GPU of compute capability 8.0 or newer"
+    if dtype not in _HALF:
+        return "needs float16 or bfloat16"
+    return None
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _ampere() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

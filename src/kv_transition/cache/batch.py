@@ -1,0 +1,150 @@
+"""Several sequences' memories as one, so that a model's weights are read once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kv_transition.cache.quantize import Packed
+from kv_transition.cache.state import CacheState, Layer, LayerCache, SplitLayer
+
+
+def stack(states: Sequence[CacheState], statistics: frozenset[str]) -> CacheState:
+    """One state of a batch from states of single sequences, whose layers are alike; other statistics are dropped.
+
+    Sequences that hold fewer entries than the longest are padded in front: padding is at position -1 and has a bias of
+    -inf, so that nothing attends to it. Policies that act each step are given no padded batch.
+    """
+    layers = tuple(_stack_layers(layers, statistics) for layers in zip(*(s.layers for s in states), strict=True))
+    device = states[0].logits.device
+    return CacheState(
+        layers=layers,
+        length=torch.tensor([s.length for s in states], device=device).view(-1, 1, 1),
+        logits=torch.stack([s.logits.to(device) for s in states]),
+        shift=torch.tensor([s.shift for s in states], device=device).view(-1, 1, 1)
+        if any(s.shift for s in states)
+        else 0,
+    )
+
+
+def take(state: CacheState, rows: Sequence[int]) -> CacheState:
+    """The sequences ``rows`` of a batch."""
+    index = torch.tensor(rows)
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor.index_select(0, index.to(tensor.device))
+
+    return CacheState(
+        layers=tuple(_map(layer, chosen) for layer in state.layers),
+        length=chosen(state.length),
+        logits=chosen(state.logits),
+        shift=chosen(state.shift) if isinstance(state.shift, Tensor) else state.shift,
+    )
+
+
+def row(state: CacheState, number: int) -> CacheState:
+    """One sequence of a batch by itself, without its padding, as views."""
+
+    def alone(layer: Layer) -> Layer:
+        return _rebuilt(layer, [_unpadded(_map(part, lambda tensor: tensor[number])) for part in layer.parts])
+
+    return CacheState(
+        layers=tuple(alone(layer) for layer in state.layers),
+        length=int(state.length[number]),
+        logits=state.logits[number],
+        shift=int(state.shift[number]) if isinstance(state.shift, Tensor) else state.shift,
+    )
+
+
+def _unpadded(layer: LayerCache) -> LayerCache:
+    padding = int((layer.positions[0] < 0).sum())
+    return layer.cut(padding, layer.n) if padding else layer
+
+
+def _stack_layers(layers: Sequence[Layer], statistics: frozenset[str]) -> Layer:
+    stacked = [_stack(parts, statistics) for parts in zip(*(layer.parts for layer in layers), strict=True)]
+    return _rebuilt(layers[0], stacked)
+
+
+def _stack(layers: Sequence[LayerCache], statistics: frozenset[str]) -> LayerCache:
+    n = max(layer.n for layer in layers)
+    padding = [n - layer.n for layer in layers]
+    first = layers[0]
+
+    def joined(tensors: Sequence[Tensor], dim: int, fill: float = 0) -> Tensor:
+        if any(padding):
+            # functional.pad counts dimensions from the last
+            behind = [0, 0] * (-dim - 1)
+            tensors = [functional.pad(t, [*behind, p, 0], value=fill) for t, p in zip(tensors, padding, strict=True)]
+        return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+    def stored(name: str) -> Tensor | Packed:
+        values = [getattr(layer, name) for layer in layers]
+        if isinstance(values[0], Packed):
+            if any(padding):
+                raise ValueError("quantized sequences of different lengths cannot be padded into one batch")
+            return values[0].joined(values)
+        return joined(values, -2)
+
+    changed: dict[str, Tensor | None] = {"query_mean": None, "query_cov": None}
+    for name in ("attn_sum", "query_entropy"):
+        kept = name in statistics and getattr(first, name) is not None
+        changed[name] = joined([getattr(layer, name) for layer in layers], -1) if kept else None
+    if "recent_queries" in statistics and first.recent_queries is not None:
+        shortest = min(layer.recent_queries.shape[-2] for layer in layers)
+        recent = [layer.recent_queries[..., layer.recent_queries.shape[-2] - shortest :, :] for layer in layers]
+        changed["recent_queries"] = torch.stack(recent)
+    else:
+        changed["recent_queries"] = None
+    if any(padding) or any(layer.bias is not None for layer in layers):
+        zeros = torch.zeros_like(first.positions, dtype=torch.float32)
+        biases = [zeros.new_zeros(layer.positions.shape) if layer.bias is None else layer.bias for layer in layers]
+        changed["bias"] = joined(biases, -1, -torch.inf)
+    anchors = [layer.anchors for layer in layers]
+    alike = all(a is not None and a.shape == anchors[0].shape for a in anchors)
+    changed["anchors"] = torch.stack(anchors) if alike else None
+    if any(layer.angles is not None for layer in layers):
+        angles = [layer.positions.float() if layer.angles is None else layer.angles for layer in layers]
+        changed["angles"] = joined(angles, -1)
+    return replace(
+        first,
+        keys=stored("keys"),
+        values=stored("values"),
+        positions=joined([layer.positions for layer in layers], -1, -1),
+        room=None,
+        **changed,
+    )
+
+
+def _map(layer: Layer, change) -> Layer:
+    """The layer with ``change`` applied to each of its tensors."""
+    if isinstance(layer, SplitLayer):
+        return SplitLayer(tuple(_map(part, change) for part in layer.parts))
+    changed = {}
+    for name in (
+        "keys",
+        "values",
+        "positions",
+        "attn_sum",
+        "query_entropy",
+        "recent_queries",
+        "query_mean",
+        "query_cov",
+        "angles",
+        "bias",
+        "anchors",
+    ):
+        tensor = getattr(layer, name)
+        if isinstance(tensor, Packed):
+            changed[name] = tensor.map(change)
+        elif tensor is not None:
+            changed[name] = change(tensor)
+    return replace(layer, room=None, **changed)
+
+
+def _rebuilt(like: Layer, parts: Sequence[LayerCache]) -> Layer:
+    return SplitLayer(tuple(parts)) if isinstance(like, SplitLayer) else parts[0]

@@ -1,0 +1,273 @@
+"""A `CacheState` in one safetensors file: written without a second copy in memory, read lazily.
+
+The header holds, besides the tensors' names, what kind of file this is, facts about the model that made it, and a plain
+description from which the state is made again. On a CPU the tensors read back lie in the file's pages and cost memory
+and time when they are first touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, TensorSpec, safe_open
+from torch import Tensor
+
+from kv_transition.cache.quantize import Packed
+from kv_transition.cache.rotary import Rotary
+from kv_transition.cache.state import STATISTICS, CacheState, LayerCache, SplitLayer
+from kv_transition.errors import UserError
+from kv_transition.provenance import atomic_path
+
+STATE = "kv_transition cache 1"
+"""kind of a file that holds one state; the number is that of the format"""
+
+Device = str | torch.device
+Devices = Device | Sequence[Device]
+"""one for all layers, or one for each"""
+
+_ALIGNMENT = 64
+"""bytes; that of torch's own memory"""
+_ADVICE = "make the cache again with the model that is to go on from it"
+
+
+def save(state: CacheState, path: str | Path, facts: Mapping[str, str]) -> None:
+    """Write a state; the file appears whole or not at all.
+
+    facts: what says whether another process can go on from it, such as model, tokenizer and dtype, and anything else
+    worth telling. Raises UserError if the file cannot be written.
+    """
+    try:
+        write(path, *lay_out(STATE, *flatten(state), facts))
+    except OSError as error:
+        raise UserError(
+            f"{path}: writing the cache failed ({error.strerror or error}); free some disk or give another path"
+        ) from error
+
+
+def load(path: str | Path, device: Devices = "cpu", expect: Mapping[str, str] | None = None) -> CacheState:
+    """The state that `save` wrote, bit for bit.
+
+    Raises UserError if there is no such file, if it is damaged or of another kind, or if one of its facts is not the
+    expected one.
+    """
+    try:
+        with opened(path, STATE, expect or {}, _ADVICE) as file:
+            return file.state(file.description, device)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}; give a cache that was saved before") from None
+
+
+def read_facts(path: str | Path) -> dict[str, str]:
+    """What was said about a state when it was saved. Raises UserError as `load` does."""
+    try:
+        with opened(path, STATE, {}, _ADVICE) as file:
+            return file.facts
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}; give a cache that was saved before") from None
+
+
+def lay_out(
+    kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any], facts: Mapping[str, str]
+) -> tuple[bytes, list[Tensor]]:
+    """A safetensors file in two pieces: its beginning, and the tensors in the order in which they follow."""
+    # In an order that leaves no tensor less aligned than one in memory, nor than its own elements need.
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % _ALIGNMENT != 0, -item[1].element_size()))
+    plain = json.dumps({"facts": dict(facts), "description": description})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "kind": kind, "state": plain}}
+    end = 0
+    for name, tensor in ordered:
+        spec = TensorSpec(dtype=str(tensor.dtype).partition(".")[2], shape=tensor.shape, data_ptr=0, data_len=0)
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]
+
+
+def write(path: str | Path, beginning: bytes, tensors: Sequence[Tensor]) -> None:
+    """Write what `lay_out` made, atomically. Raises OSError if the disk is full or the like.
+
+    safetensors' own writer takes contiguous tensors on the CPU only, all at once. The states' keys and values are
+    views of storage with room for more, or lie on a GPU, so they would have to be copied first. Here they are written
+    one after the other, a view row by row.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(beginning)
+        for tensor in tensors:
+            for piece in (tensor,) if tensor.is_contiguous() else tensor:
+                file.write(piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that is open for reading."""
+
+    facts: dict[str, str]
+    description: dict[str, Any]
+    tensor: Callable[[str, Device], Tensor]
+    """by its name, on a device; on the CPU it is unread until it is touched"""
+
+    def state(
+        self, description: Mapping[str, Any], device: Devices = "cpu", without: frozenset[str] = frozenset()
+    ) -> CacheState:
+        """The state of a description made by `flatten`, on a device, without some of its statistics."""
+        layers = description["layers"]
+        one = isinstance(device, (str, torch.device))
+        devices = [device] * len(layers) if one else list(device)
+        if len(devices) != len(layers):
+            raise UserError(
+                f"the cache has {len(layers)} layers, not {len(devices)}; go on from it with the model that made it"
+            )
+        rotaries = [_rotary(plain) for plain in description["rotaries"]]
+        make = [_Maker(self.tensor, on, rotaries, without) for on in devices]
+        return CacheState(
+            layers=tuple(maker(layer) for maker, layer in zip(make, layers, strict=True)),
+            **{name: make[-1](description[name]) for name in ("length", "logits", "shift")},
+        )
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes again, on a device, what `_plain` has described."""
+
+    tensor: Callable[[str, Device], Tensor]
+    device: Device
+    rotaries: Sequence[Rotary]
+    without: frozenset[str]
+
+    def __call__(self, plain: Any) -> Any:
+        match plain:
+            case {"tensor": name, "first": n, "dim": dim}:
+                return self.tensor(name, self.device).narrow(dim, 0, n)
+            case {"tensor": name}:
+                return self.tensor(name, self.device)
+            case {"range": [start, *shape]}:
+                return _range(start, shape[-1], self.device).expand(shape)
+            case {"packed": facts, "tensors": tensors}:
+                return Packed.from_tensors({name: self(each) for name, each in tensors.items()}, facts)
+            case {"rotary": number}:
+                return self.rotaries[number]
+            case {"parts": parts}:
+                return SplitLayer(tuple(self(part) for part in parts))
+            case {"layer": values}:
+                return LayerCache(**{name: self(each) for name, each in values.items() if name not in self.without})
+            case _:
+                return plain
+
+
+@contextmanager
+def opened(path: str | Path, kind: str, expect: Mapping[str, str], advice: str) -> Iterator[File]:
+    """An open file of this kind, whose facts are the expected ones.
+
+    Raises FileNotFoundError, and UserError with ``advice`` on what to do if the file is damaged or not as expected.
+    """
+    try:
+        with _handle(path) as handle:
+            header = handle.metadata() or {}
+            if header.get("kind") != kind:
+                found = header.get("kind", "something else")
+                raise UserError(f"{path} is not a whole file of the kind {kind!r} but {found!r}; {advice}")
+            plain = json.loads(header["state"])
+            for name, value in expect.items():
+                if (other := plain["facts"].get(name)) != value:
+                    raise UserError(f"{path} was made with another {name} ({other}, not {value}); {advice}")
+            # remembered, so that two states of one file share what they have in common
+            tensor = cache(lambda name, device: handle.get_tensor(name).to(device))
+            yield File(plain["facts"], plain["description"], tensor)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not whole; {advice}") from error
+
+
+@contextmanager
+def _handle(path: str | Path) -> Iterator[Any]:
+    """safetensors' view of a file, which it opens twice: itself for the header, and through torch for the tensors.
+
+    Raises FileNotFoundError if the file vanishes, or another takes its place, in between.
+    """
+    with open(path, "rb") as held:
+        try:
+            handle = safe_open(path, framework="pt")
+        except RuntimeError as error:
+            os.stat(path)
+            raise OSError(str(error)) from error
+        if not os.path.samestat(os.fstat(held.fileno()), os.stat(path)):
+            raise FileNotFoundError(path)
+        with handle:
+            yield handle
+
+
+def flatten(state: CacheState, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state as named tensors, and the plain rest (JSON) from which `File.state` makes it again.
+
+    The tensors are the state's own, not copies. Positions that follow each other are part of the plain rest.
+    """
+    tensors: dict[str, Tensor] = {}
+    rotaries: dict[Rotary, int] = {}
+    layers = [_plain(layer, f"{prefix}layers.{i}", tensors, rotaries) for i, layer in enumerate(state.layers)]
+    rest = ("length", "logits", "shift")
+    return tensors, {
+        "layers": layers,
+        **{name: _plain(getattr(state, name), f"{prefix}{name}", tensors, rotaries) for name in rest},
+        "rotaries": [asdict(rotary) for rotary in rotaries],
+    }
+
+
+def _plain(value: Any, name: str, tensors: dict[str, Tensor], rotaries: dict[Rotary, int]) -> Any:
+    """The description of a value, whose tensors and rotations are added to those that are there."""
+    match value:
+        case LayerCache():
+            # what a policy adds in a class of its own it makes anew: a file tells no one which class to build
+            kept = {f.name: getattr(value, f.name) for f in fields(LayerCache) if f.name != "room"}
+            own = {k: _plain(v, f"{name}.{k}", tensors, rotaries) for k, v in kept.items() if v is not None}
+            if start_and_shape := _as_range(value.positions):
+                del tensors[own["positions"]["tensor"]]
+                own["positions"] = {"range": start_and_shape}
+            return {"layer": own}
+        case SplitLayer(parts=parts):
+            return {"parts": [_plain(part, f"{name}.{i}", tensors, rotaries) for i, part in enumerate(parts)]}
+        case Packed():
+            named = {k: _plain(v, f"{name}.{k}", tensors, rotaries) for k, v in value.tensors().items()}
+            return {"packed": value.facts(), "tensors": named}
+        case Rotary():
+            return {"rotary": rotaries.setdefault(value, len(rotaries))}
+        case Tensor():
+            tensors[name] = value
+            return {"tensor": name}
+        case _:
+            return value
+
+
+def statistics_of(state: CacheState) -> frozenset[str]:
+    """The statistics that every evictable layer of a state has."""
+    parts = [part for layer in state.evictable for part in layer.parts]
+    return frozenset(name for name in STATISTICS if all(getattr(part, name) is not None for part in parts))
+
+
+def _as_range(positions: Tensor) -> list[int] | None:
+    """[start, *shape] of positions that are start, start + 1, ... in each head; None of any others."""
+    if positions.numel() == 0:
+        return [0, *positions.shape]
+    start = int(positions.flatten()[0])
+    if torch.equal(positions, _range(start, positions.shape[-1], positions.device).expand_as(positions)):
+        return [start, *positions.shape]
+    return None
+
+
+def _range(start: int, n: int, device: Device) -> Tensor:
+    return torch.arange(start, start + n, device=device)
+
+
+def _rotary(plain: Mapping[str, Any]) -> Rotary:
+    return Rotary(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})

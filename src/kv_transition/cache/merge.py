@@ -1,0 +1,82 @@
+"""Merging: runs of neighbouring entries become one entry each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kv_transition.cache.state import LayerCache
+
+Span = tuple[int, int]
+"""entries from the first to before the second"""
+
+
+def outcome(n: int, spans: Sequence[Span]) -> Tensor:
+    """The first entry of everything that is left when each span of n entries becomes one: [K] int64, rising."""
+    first = torch.ones(n, dtype=torch.bool)
+    for start, stop in spans:
+        first[start + 1 : stop] = False
+    return first.nonzero().squeeze(-1)
+
+
+def members(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    """Entries of each span, padded to the longest with its last: [S, m] int64, and which of them are real, [S, m]."""
+    start, stop = torch.tensor(spans).unbind(-1)
+    index = start[:, None] + torch.arange(int((stop - start).max()))
+    return torch.minimum(index, stop[:, None] - 1), index < stop[:, None]
+
+
+def merge(layer: LayerCache, spans: Sequence[Span], *, count_bias: bool) -> LayerCache:
+    """The layer with each span, rising and apart, as one entry; all other entries are untouched.
+
+    A head's weights within a span are its ``attn_sum``, or equal ones where that is zero throughout. Weighted means are
+    taken of values, of un-rotated keys (the new key is rotated to the mean of their positions, a fraction), of
+    positions (rounded) and of query_entropy; attn_sum adds up.
+    count_bias: add the log of the number of tokens that an entry stands for to its attention logit.
+    """
+    if not spans:
+        return layer
+    kept = outcome(layer.n, spans)
+    slots = torch.searchsorted(kept, torch.tensor([start for start, _ in spans])).to(layer.keys.device)
+    index, real = (tensor.to(layer.keys.device) for tensor in members(spans))
+    merged = layer.select(kept.to(layer.keys.device).expand(*layer.positions.shape[:-1], -1))
+
+    weights = layer.attn_sum[..., index].masked_fill(~real, 0)
+    total = weights.sum(-1, keepdim=True)
+    even = (real / real.sum(-1, keepdim=True)).expand_as(weights)
+    weights = torch.where(total > 0, weights / total, even)
+
+    def mean(entries: Tensor) -> Tensor:
+        """[..., Hkv, n] -> [..., Hkv, S]"""
+        return (weights * entries[..., index]).sum(-1)
+
+    def mean_vector(vectors: Tensor) -> Tensor:
+        """[..., Hkv, S, m, d] -> [..., Hkv, S, d]"""
+        return (weights.unsqueeze(-1) * vectors.float()).sum(-2)
+
+    old = layer.positions.to(torch.float32) if layer.angles is None else layer.angles
+    at = mean(old)
+    # R(at) sum_i w_i R(-a_i) k_i = sum_i w_i R(at - a_i) k_i: one turn, and by a few positions only
+    turned = layer.rotary.turn(layer.keys[..., index, :].float(), at.unsqueeze(-1) - old[..., index])
+    positions = mean(layer.positions.to(torch.float32)).round().to(torch.int64)
+    first, last = layer.positions[..., index[:, 0]], layer.positions[..., index[:, -1]]
+    angles = merged.positions.to(torch.float32) if merged.angles is None else merged.angles
+
+    changed = {
+        "keys": merged.keys.index_copy(-2, slots, mean_vector(turned).to(merged.keys.dtype)),
+        "values": merged.values.index_copy(-2, slots, mean_vector(layer.values[..., index, :]).to(merged.values.dtype)),
+        "positions": merged.positions.index_copy(-1, slots, positions.clamp(first, last)),
+        "angles": angles.index_copy(-1, slots, at),
+        "attn_sum": merged.attn_sum.index_copy(-1, slots, total.squeeze(-1)),
+    }
+    if layer.query_entropy is not None:
+        changed["query_entropy"] = merged.query_entropy.index_copy(-1, slots, mean(layer.query_entropy))
+    if count_bias:
+        counts = torch.zeros_like(layer.attn_sum) if layer.bias is None else layer.bias
+        biases = torch.zeros_like(merged.attn_sum) if merged.bias is None else merged.bias
+        log_count = counts[..., index].masked_fill(~real, -torch.inf).logsumexp(-1)
+        changed["bias"] = biases.index_copy(-1, slots, log_count)
+    return replace(merged, **changed)

@@ -1,0 +1,186 @@
+"""Loading a transformers model so that its memory can be read and thinned out."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from kv_transition.cache.rotary import Rotary
+from kv_transition.engines.reading import ATTENTION, attention_function
+from kv_transition.errors import UserError
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    quantization: Mapping[str, Any] | None = None,
+    device_map: str | None = None,
+) -> torch.nn.Module:
+    """The model on its device. Raises UserError where loading fails or nothing in the model can be evicted.
+
+    quantization: {"kind": "nf4", "double_quantization": bool, "compute_dtype": str} of bitsandbytes. device_map:
+    accelerate's way to lay a model over several GPUs, such as ``auto``.
+    """
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    # Only the attention function: transformers then makes no mask of its own (see `Reading`).
+    AttentionInterface.register(ATTENTION, attention_function)
+    device = usable_device(device)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": ATTENTION}
+    if quantization is not None:
+        options["quantization_config"] = _bitsandbytes(quantization)
+    if device_map is not None or quantization is not None:
+        _require("accelerate", "model.device_map" if device_map is not None else "model.quantization")
+        options["device_map"] = device_map or {"": device}
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        refuse_unsupported(config, name)
+        with _quiet():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, output_loading_info=True, **options
+            )
+        # transformers would go on with random numbers
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"model.name: {name!r} lacks {len(missing)} weights, such as {missing[0]}; get it anew")
+        return model if "device_map" in options else model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model.name: {name!r} does not fit the memory of {device}; set model.quantization, a half model.dtype, "
+            "or model.device_map where there are several GPUs"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.name: {name!r} cannot be loaded ({reason}); give a model folder or a hub id") from error
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Where token ids go in."""
+    return _device(model.get_input_embeddings())
+
+
+def layer_devices(model: torch.nn.Module) -> list[torch.device]:
+    """Where each layer computes, and what it remembers lies."""
+    return [_device(layer) for layer in model.get_decoder().layers]
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    # weights that accelerate has put aside are on no device until they are used
+    used_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if used_on is None else torch.device(used_on)
+
+
+def usable_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device: this machine has no cuda device; set model.device to cpu or auto")
+    return device
+
+
+def _bitsandbytes(quantization: Mapping[str, Any]) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    _require("bitsandbytes", "model.quantization")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization["kind"],
+        bnb_4bit_use_double_quant=quantization["double_quantization"],
+        bnb_4bit_compute_dtype=getattr(torch, quantization["compute_dtype"]),
+    )
+
+
+def _require(package: str, key: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{key}: the package {package} is not installed; install it (envs/inference.yaml has the version)"
+        )
+
+
+def refuse_unsupported(config: Any, name: str) -> None:
+    """Raises UserError for a model whose layers are of another kind, or that has none that can be evicted."""
+    kinds = layer_kinds(config)
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(
+            f"model.name: {name!r} has layers of the kind {', '.join(sorted(unknown))}; "
+            "models of full and sliding-window attention can be evicted"
+        )
+    if "full_attention" not in kinds:
+        raise UserError(
+            f"model.name: every layer of {name!r} has a sliding window and forgets by itself, so there is nothing to "
+            "evict; choose a model with full-attention layers"
+        )
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """``full_attention``, ``sliding_attention`` or another kind, of each layer."""
+    text = config.get_text_config()
+    if kinds := getattr(text, "layer_types", None):
+        return list(kinds)
+    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    return ["sliding_attention" if sliding else "full_attention"] * text.num_hidden_layers
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """Tokens that each layer sees, None for all of them."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return [window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
+
+
+def layer_rotaries(model: torch.nn.Module) -> list[Rotary | None]:
+    """How each layer rotates its keys and queries; None where that cannot be told for certain."""
+    kinds = layer_kinds(model.config)
+    # not that of a vision tower beside it
+    decoder = model.get_decoder()
+    embedding = next((m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    by_kind = {kind: _rotary(embedding, kind) for kind in set(kinds)}
+    return [by_kind[kind] for kind in kinds]
+
+
+def _rotary(embedding: torch.nn.Module | None, kind: str) -> Rotary | None:
+    inv_freq = getattr(embedding, f"{kind}_inv_freq", getattr(embedding, "inv_freq", None))
+    if inv_freq is None:
+        return None
+    rotary = Rotary(tuple(inv_freq.float().tolist()))
+    return rotary if _as_the_model(rotary, embedding, kind) else None
+
+
+def _as_the_model(rotary: Rotary, embedding: torch.nn.Module, kind: str) -> bool:
+    """Whether the model's own rotation by one and by seven positions differs by what `Rotary` says it does."""
+    apply = getattr(sys.modules[type(embedding).__module__], "apply_rotary_pos_emb", None)
+    if apply is None:
+        return False
+    device = next(embedding.buffers()).device
+    d = 2 * len(rotary.inv_freq)
+    x = torch.linspace(-1, 1, d, device=device).expand(1, 1, 2, d)
+    at = torch.tensor([[1, 7]], device=device)
+    takes_kind = "layer_type" in inspect.signature(embedding.forward).parameters
+    cos, sin = embedding(x, at, layer_type=kind) if takes_kind else embedding(x, at)
+    if cos.shape[-1] != d:
+        return False
+    turned, _ = apply(x, x, cos, sin)
+    by = torch.tensor([6.0], device=device)
+    return torch.allclose(rotary.turn(turned[0, 0, :1], by), turned[0, 0, 1:], atol=1e-4)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar over the weights' shards."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

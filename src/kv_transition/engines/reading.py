@@ -1,0 +1,205 @@
+"""One forward pass of a transformers model over new tokens, on top of what it remembers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kv_transition.attention.statistics import attention_statistics
+from kv_transition.cache.quantize import Packed
+from kv_transition.cache.rotary import Rotary
+from kv_transition.cache.state import STATISTICS, WINDOW, CacheState, Layer, LayerCache, SplitLayer
+from kv_transition.engines.attend import attend
+from kv_transition.errors import UserError
+
+ATTENTION = "kv_transition"
+"""name of our attention function in transformers"""
+
+_SINKS = 4
+"""first tokens, whose queries are no sample of the others': left out of the queries' moments"""
+
+
+class Reading:
+    """New tokens on top of a state; transformers takes it for its cache.
+
+    `update` is called by each layer with its new keys and values, then `attend` by our attention function. Evicted
+    states have entries that no mask of transformers describes, different numbers in each layer even; so nothing is
+    masked there: a new token sees every entry that is left, and the new ones up to itself.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        state: CacheState,
+        q: int,
+        *,
+        statistics: frozenset[str],
+        room: int,
+        rotaries: list[Rotary | None],
+        windows: list[int | None],
+        implementations: tuple[str, str],
+        device: torch.device,
+    ):
+        """room: entries to leave space for. rotaries, windows: of each layer. implementations: output, statistics."""
+        self.state = state
+        self.statistics = statistics
+        self.room = room
+        self.rotaries, self.windows = rotaries, windows
+        self.output_by, self.statistics_by = implementations
+        self.read: list[Layer] = []
+        steps = torch.arange(q, device=device)
+        # [q], or [B, 1, q] of a batch
+        self.positions = state.length + steps
+        self.turned = self.positions - state.shift
+        self.shifted = isinstance(state.shift, Tensor) or state.shift != 0
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[B, q]: after an eviction a token's position is no longer the number of entries before it."""
+        return self.turned.reshape(-1, self.turned.shape[-1])
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new tokens' own keys and values: those before are not transformers' business."""
+        return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """queries [B, H, q, d], keys and values [B, Hkv, q, d] of the new tokens -> output [B, H, q, d]."""
+        batched = isinstance(self.state.length, Tensor)
+        if not batched:
+            queries, keys, values = queries[0], keys[0], values[0]
+        old = self.state.layers[layer] if self.state.layers else self._empty(layer, queries, keys, scale)
+        group = queries.shape[-3] // keys.shape[-3]
+        outputs, parts, first = [], [], 0
+        for part in old.parts:
+            heads = part.positions.shape[-2]
+            kv, own = slice(first, first + heads), slice(first * group, (first + heads) * group)
+            output, grown = self._attend_part(
+                part, queries[..., own, :, :], keys[..., kv, :, :], values[..., kv, :, :], batched
+            )
+            outputs.append(output)
+            parts.append(grown)
+            first += heads
+        self.read.append(SplitLayer(tuple(parts)) if isinstance(old, SplitLayer) else parts[0])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _attend_part(
+        self, old: LayerCache, queries: Tensor, keys: Tensor, values: Tensor, batched: bool
+    ) -> tuple[Tensor, LayerCache]:
+        device = keys.device
+        at = keys.shape[:-1]
+        positions = self.positions.to(device).expand(at)
+        angles = self.turned.to(device, torch.float32).expand(at) if self.shifted else None
+        new = old.append(keys, values, positions, angles, self.room)
+        k, v = (t.dense() if isinstance(t, Packed) else t for t in (new.keys, new.values))
+        output = attend(
+            queries if batched else queries[None],
+            k if batched else k[None],
+            v if batched else v[None],
+            new.scale,
+            window=new.window,
+            bias=None if new.bias is None else new.bias if batched else new.bias[None],
+            implementation=self.output_by,
+        )
+        if new.window is not None:
+            # one more than the next token sees, so that the last token can be taken back
+            return output, replace(new.cut(max(0, new.n - new.window), new.n), room=None)
+        return output, self._with_statistics(new, queries, k)
+
+    def _with_statistics(self, new: LayerCache, queries: Tensor, keys: Tensor) -> LayerCache:
+        kept = self.statistics
+        changed: dict[str, Tensor | None] = dict.fromkeys(STATISTICS - kept)
+        if kept & {"attn_sum", "query_entropy"}:
+            found = attention_statistics(
+                queries,
+                keys,
+                new.scale,
+                column_sums="attn_sum" in kept,
+                entropy="query_entropy" in kept,
+                bias=new.bias,
+                implementation=self.statistics_by,
+            )
+            if "attn_sum" in kept:
+                changed["attn_sum"] = new.attn_sum + found.column_sums
+            if "query_entropy" in kept:
+                q = queries.shape[-2]
+                own = found.entropy.unsqueeze(-2).expand(*new.positions.shape[:-1], q)
+                changed["query_entropy"] = torch.cat([new.query_entropy[..., :-q], own], -1)
+        if "recent_queries" in kept:
+            # a copy, lest a view of 64 queries keeps those of the whole prompt alive
+            changed["recent_queries"] = torch.cat([new.recent_queries, queries], -2)[..., -WINDOW:, :].clone()
+        if kept & {"query_mean", "query_cov"} and new.rotary is not None:
+            changed["query_mean"], changed["query_cov"] = self._moments(new, queries)
+        return replace(new, **changed)
+
+    def _moments(self, old: LayerCache, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of all queries after the first ones, un-rotated, with the new ones taken in."""
+        if isinstance(self.state.length, Tensor):
+            raise UserError("query_mean and query_cov are kept up for one sequence at a time, not for a batch")
+        seen = max(self.state.length - _SINKS, 0)
+        skipped = max(_SINKS - self.state.length, 0)
+        queries, turned = queries[:, skipped:], self.turned[skipped:].to(queries.device)
+        m = queries.shape[1]
+        if m == 0:
+            return old.query_mean, old.query_cov
+        plain = old.rotary.turn(queries.float(), -turned)
+        mean = plain.mean(1)
+        centred = plain - mean.unsqueeze(1)
+        scatter = centred.transpose(1, 2) @ centred
+        # Chan, Golub and LeVeque (1979): two samples' moments in one
+        between = mean - old.query_mean
+        total = seen + m
+        outer = between.unsqueeze(2) * between.unsqueeze(1)
+        cov = (old.query_cov * seen + scatter + outer * (seen * m / total)) / total
+        return old.query_mean + between * (m / total), cov
+
+    def _empty(self, layer: int, queries: Tensor, keys: Tensor, scale: float) -> LayerCache:
+        heads, d = queries.shape[-3], queries.shape[-1]
+        at = (*keys.shape[:-2], 0)
+        window, rotary = self.windows[layer], self.rotaries[layer]
+        kept = self.statistics if window is None else frozenset()
+        fp32 = {"dtype": torch.float32, "device": keys.device}
+        statistics = {
+            "attn_sum": lambda: torch.zeros(at, **fp32),
+            "query_entropy": lambda: torch.zeros(at, **fp32),
+            "recent_queries": lambda: queries[..., :0, :],
+            "query_mean": lambda: torch.zeros(heads, d, **fp32) if rotary else None,
+            "query_cov": lambda: torch.zeros(heads, d, d, **fp32) if rotary else None,
+        }
+        return LayerCache(
+            keys=keys[..., :0, :],
+            values=keys.new_empty(*keys.shape[:-2], 0, keys.shape[-1]),
+            positions=torch.zeros(at, dtype=torch.int64, device=keys.device),
+            scale=scale,
+            rotary=rotary,
+            window=window,
+            **{name: make() for name, make in statistics.items() if name in kept},
+        )
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    reading: Reading,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer: query [B, H, q, d], key and value [B, Hkv, q, d] -> [B, q, H, d]."""
+    if softcap is not None:
+        raise UserError(
+            f"model.name: {type(module).__name__} caps its attention logits, which the attention statistics here do "
+            "not; choose a model without a soft cap"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return reading.attend(module.layer_idx, query, key, value, scale).transpose(1, 2), None

@@ -1,0 +1,141 @@
+"""docs/policies.md, from the policies' own words.
+
+    python -m kv_transition.policies.describe > docs/policies.md
+
+A policy's docstring holds its definition in paragraphs, and paragraphs that begin with ``Source:``, ``Cost:`` or
+``Differences:``. The docstring below each of its fields says what it means.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import textwrap
+
+from kv_transition.policies import catalog
+from kv_transition.policies.catalog import Class, Field
+
+_HEAD = """# Policies
+
+What each policy keeps, exactly. This page is made from the source by `python -m kv_transition.policies.describe`.
+
+N entries are in the cache when it is compressed, and a budget keeps K of them in each KV head, protected ones included
+(K = ceil(r N), or a number of tokens). d is the number of channels of a head, H and Hkv the numbers of query and KV
+heads. Query heads that share a KV head form a group. For every policy:
+
+- The K entries with the highest scores stay; equal scores go to the lower position. What stays keeps its statistics.
+- Protected entries take at most half of K.
+- A policy that acts when compressing lets the cache grow by what is read and generated afterwards; one that acts at
+  each step holds it at K.
+- Where the last token of the prompt is read again (mode `after_prompt`), its entry stays whatever its score.
+- Layers with a sliding window are left alone.
+- kvpress keeps int(N (1 - compression_ratio)) entries, rounded down from the fraction removed; this project rounds the
+  fraction kept up, so the two may differ by one entry at the same nominal budget.
+
+Statistics are kept up while reading, only those that a policy names:
+
+| statistic | of each layer |
+|---|---|
+| `attn_sum` | attention that each entry received from all queries so far, mean over the group |
+| `query_entropy` | entropy of the attention of the query at each entry, nats, mean over the heads |
+| `recent_queries` | the last 64 queries, from which their attention is computed again |
+| `query_mean`, `query_cov` | mean and covariance of the un-rotated queries after the first 4 |
+"""
+
+_TAIL = """
+## From elsewhere
+
+- **A file**: `kind: path/to/file.py`, or `path/to/file.py:ClassName` where it defines several policies. It is read
+  without being run to check the configuration, and its content is part of what makes results stale. It may import
+  from this project and from installed packages, not from files beside it.
+- **An installed package**: its entry points in the group `kv_transition.policies` are kinds, by their names.
+- **kvpress**: `kvpress.SnapKVPress` and so on name a press of the installed kvpress, with the arguments of its
+  constructor as hyper-parameters. It reads the prompt anew, since presses need the model's hidden states.
+
+CONTRIBUTING.md says how a policy is written.
+"""
+
+
+_LABELS = ("Source", "Cost", "Differences")
+
+
+def page() -> str:
+    """The whole page."""
+    kinds = [kind for kind in catalog.kinds() if catalog.content(kind) is None]
+    rows = [f"| [`{kind}`](#{kind}) | {_title(kind)} | {_acts(kind)} | {_statistics(kind)} |" for kind in kinds]
+    table = ["", "| policy | in short | acts | statistics |", "|---|---|---|---|", *rows]
+    return "\n".join([_HEAD.rstrip(), *table, *map(_section, kinds)]) + "\n" + _TAIL
+
+
+def _section(kind: str) -> str:
+    found = catalog.describe(kind)
+    parts = [_title(kind)]
+    for parent in found.parents:
+        if parent.file.stem.startswith("_"):
+            parts += _definition(parent)
+        else:
+            parts.append(f"Builds on [{parent.file.stem}](#{parent.file.stem}).")
+    parts = [f"\n## {kind}", *map(_wrapped, [*parts, *_definition(found)])]
+    if found.fields:
+        rows = [_row(name, field) for name, field in found.fields.items()]
+        parts.append("\n".join(["| hyper-parameter | default | allowed | meaning |", "|---|---|---|---|", *rows]))
+    labelled = _labelled(found)
+    facts = [f"- Acts: {_acts(kind)}{_budget(found)}.", f"- Statistics: {_statistics(kind)}."]
+    facts += [f"- {label}: {labelled[label]}" for label in _LABELS if label in labelled]
+    return "\n\n".join([*parts, "\n".join(_wrapped(fact, "  ") for fact in facts)])
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _title(kind: str) -> str:
+    """The line at the head of the module, after the name."""
+    line = ast.get_docstring(ast.parse(catalog.source(kind).read_text(encoding="utf-8"))).splitlines()[0]
+    return line[0].upper() + line[1:]
+
+
+def _paragraphs(found: Class) -> list[str]:
+    """Paragraphs, each in one line; code in the form of Markdown."""
+    joined = [" ".join(paragraph.split()) for paragraph in found.doc.split("\n\n")]
+    return [re.sub(r"``(.+?)``", r"`\1`", paragraph) for paragraph in joined]
+
+
+def _labelled(found: Class) -> dict[str, str]:
+    labels = (paragraph.partition(": ") for paragraph in _paragraphs(found))
+    return {label: text for label, _, text in labels if label in _LABELS}
+
+
+def _definition(found: Class) -> list[str]:
+    return [p for p in _paragraphs(found) if p.partition(": ")[0] not in _LABELS]
+
+
+def _acts(kind: str) -> str:
+    return "at each step" if catalog.acts_each_step(kind) else "never" if kind == "full" else "when compressing"
+
+
+def _budget(found: Class) -> str:
+    match found.variables.get("ignores_budget", False):
+        case True:
+            return "; run once, whatever the budgets"
+        case [name, value]:
+            return f"; run once, whatever the budgets, where `{name}: {value}`"
+    return ""
+
+
+def _statistics(kind: str) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(catalog.statistics(kind))) or "none"
+
+
+def _row(name: str, field: Field) -> str:
+    allowed = field.allowed
+    words = re.sub(r"^(give|choose one of) ", "", allowed[1]) if allowed else field.types[1].partition(" like")[0]
+    if allowed and field.default is None:
+        words += " or null"
+    default = field.default if isinstance(field.default, str) else json.dumps(field.default)
+    return f"| `{name}` | `{default}` | {words} | {field.meaning} |"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

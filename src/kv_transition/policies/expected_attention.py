@@ -1,0 +1,65 @@
+"""Expected attention: what queries yet to come will attend to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from kv_transition.cache.state import CacheState, LayerCache
+from kv_transition.errors import UserError
+from kv_transition.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Policy):
+    """Keeps the entries with the most expected attention times the norm of their value. Future queries of a head are
+    taken to be normal with the mean and covariance of its queries so far (without the first 4 tokens'), turned by the
+    mean rotation R over the next ``n_future`` positions. A key k expects exp(s m.k + s^2 k.C k / 2), with m = R mean,
+    C = R cov R^T and s the scale of attention logits; this is normalised over the entries after the sinks, and averaged
+    over the group.
+
+    Source: Devoto, Jeblick and Jegou, "Expected attention: KV cache compression by estimating attention from future
+    queries distribution", arXiv 2510.00636.
+
+    Cost: O(H N d^2) time, and the queries' moments while reading, O(H N d^2) time and O(H d^2) memory a layer.
+
+    Differences: kvpress scales by 1 / sqrt(d) whatever the model's own scale, and keeps all 4 sinks however small K is;
+    here they take at most half of it.
+    """
+
+    statistics = frozenset({"query_mean", "query_cov"})
+
+    n_sink: Annotated[int, (0, None)] = 4
+    """first tokens of the text that are never evicted"""
+    n_future: Annotated[int, (1, None)] = 512
+    """positions ahead that are averaged over"""
+
+    def protected(self, k: int) -> int:
+        return min(self.n_sink, k // 2)
+
+    def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
+        """As any policy; raises UserError too where it is not known how the model rotates its queries."""
+        if any(part.rotary is None for layer in state.evictable for part in layer.parts):
+            raise UserError(
+                "the policy expected_attention turns queries to later positions, and how this model rotates its "
+                "queries is not known here; choose another policy for this model"
+            )
+        return super().compress(state, k, seed=seed, keep_last=keep_last)
+
+    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+        keys = layer.keys.float()
+        kv_heads = keys.shape[0]
+        ahead = length + torch.arange(self.n_future, device=keys.device)
+        mean = layer.rotary.mean_turn(layer.query_mean, ahead).unflatten(0, (kv_heads, -1))  # [Hkv, G, d]
+        # rows, then columns: cov R^T, then R cov R^T
+        half = layer.rotary.mean_turn(layer.query_cov, ahead)
+        cov = layer.rotary.mean_turn(half.mT, ahead).unflatten(0, (kv_heads, -1))  # [Hkv, G, d, d]
+        logits = mean @ keys.mT * layer.scale  # [Hkv, G, n]
+        for g in range(logits.shape[1]):
+            logits[:, g] += ((keys @ cov[:, g]) * keys).sum(-1) * (layer.scale**2 / 2)
+        sinks = layer.positions < self.protected(k)
+        expected = logits.masked_fill(sinks.unsqueeze(1), -torch.inf).softmax(-1).mean(1)
+        return (expected * layer.values.float().norm(dim=-1)).masked_fill(sinks, torch.inf)

@@ -1,0 +1,50 @@
+"""PyramidKV: much for the lower layers, little for the upper ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import Annotated
+
+from kv_transition.policies.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV's choice with a budget for each layer that falls linearly from the lowest to the highest: the window w and
+    from 2 (K - w) - min at the bottom to min = (K - w) / beta at the top, K on average. Where the bottom would get more
+    entries than there are, it keeps all and the line is turned about its middle, so that the rest goes to the layers
+    above.
+
+    Fractions are rounded by largest remainder, so that the layers' budgets add up to K times their number exactly. A
+    layer that holds fewer entries than its budget keeps them all, and what it leaves is not handed on. Each layer's
+    window is at most half of its own budget.
+
+    Source: Cai et al., "PyramidKV: dynamic KV cache compression based on pyramidal information funneling",
+    arXiv 2406.02069.
+
+    Cost: as snapkv.
+
+    Differences: as snapkv; and kvpress gives layer l round(max - l step) entries, the window included, and falls back
+    to plain SnapKV where the top layer would get fewer entries than the window.
+    """
+
+    beta: Annotated[float, (1, None)] = 20.0
+    """how steep: the top layer keeps 1 / beta of the mean share"""
+
+    def layer_budget(self, k: int, index: int, layers: int, n: int) -> int:
+        """n: entries that a layer may have at most."""
+        if layers == 1:
+            return k
+        # at least one entry in every layer
+        base = max(1, self.protected(k))
+        mean = Fraction(k - base)
+        top = mean / Fraction(self.beta)
+        bottom = min(2 * mean - top, Fraction(n - base))
+        top = 2 * mean - bottom
+        shares = [bottom - (bottom - top) * layer / (layers - 1) for layer in range(layers)]
+        left = sum(shares) - sum(map(floor, shares))
+        # ties go to the lower layer, since sorting is stable
+        rounded_up = sorted(range(layers), key=lambda layer: floor(shares[layer]) - shares[layer])[: int(left)]
+        return base + floor(shares[index]) + (index in rounded_up)

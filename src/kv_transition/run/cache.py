@@ -1,0 +1,117 @@
+"""A compressed cache that outlives its process: read a text, forget down to a budget, save; go on from it later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kv_transition.budget import Budget
+from kv_transition.cache import file
+from kv_transition.cache.state import CacheState
+from kv_transition.data.tokens import tokenizer_sha256
+from kv_transition.engines.local import LocalEngine
+from kv_transition.errors import UserError
+from kv_transition.policies.catalog import create as create_policy
+from kv_transition.run.decode import Answer, Setting, decode
+
+_SAMPLE = 64
+"""numbers of each weight that tell one model from another"""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A text as the model remembers it under a policy and a budget."""
+
+    state: CacheState
+    kind: str
+    hyper_parameters: dict
+    budget: Budget
+    k: int
+    """entries per KV head that a policy which acts each step goes on holding"""
+
+    @property
+    def setting(self) -> Setting:
+        return _setting(self.kind, self.hyper_parameters, self.budget)
+
+
+def _setting(kind: str, hyper_parameters: dict, budget: Budget) -> Setting:
+    return Setting(create_policy(kind, hyper_parameters), budget, "before_question")
+
+
+def create(
+    engine: LocalEngine, text: str, kind: str, hyper_parameters: dict, budget: Budget, *, seed: int = 0
+) -> Cache:
+    """Read a text and compress it. kind, hyper_parameters: of a policy, as `policies.catalog.resolve` gives them.
+
+    Raises UserError if the text is empty.
+    """
+    if not text:
+        raise UserError("the text is empty; give one with at least one token")
+    tokens = engine.tokenizer(text, verbose=False).input_ids
+    setting, k = _setting(kind, hyper_parameters, budget), budget.kept(len(tokens))
+    state = engine.extend(None, tokens, setting.policy.statistics)
+    return Cache(setting.compress(state, k, seed), kind, hyper_parameters, budget, k)
+
+
+def save(engine: LocalEngine, cache: Cache, path: str | Path) -> None:
+    """Write a cache with what says how it was made. Raises UserError if that fails."""
+    made = {
+        "kind": cache.kind,
+        "hyper_parameters": json.dumps(cache.hyper_parameters),
+        "budget": str(cache.budget),
+        "k": str(cache.k),
+    }
+    file.save(cache.state, path, identity(engine) | made)
+
+
+def load(engine: LocalEngine, path: str | Path) -> Cache:
+    """The cache that `save` wrote. Raises UserError if it is damaged or was made with another model."""
+    state = file.load(path, devices(engine), identity(engine))
+    made = file.read_facts(path)
+    try:
+        return Cache(
+            state, made["kind"], json.loads(made["hyper_parameters"]), Budget.parse(made["budget"]), int(made["k"])
+        )
+    except KeyError as error:
+        raise UserError(f"{path} does not say its {error}; make it with `cache create`") from None
+
+
+def continue_from(
+    engine: LocalEngine, cache: Cache, text: str, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+) -> tuple[str, Answer]:
+    """Read more text on top of a cache and generate; the cache itself stays as it is and can be gone on from again.
+
+    Raises UserError if the text is empty.
+    """
+    if not text:
+        raise UserError("the prompt is empty; give one with at least one token")
+    tokens = engine.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    setting = replace(cache.setting, temperature=temperature)
+    answer = Answer(seed, max_new_tokens, budget_entries=cache.k)
+    room = 0 if setting.while_decoding else max_new_tokens
+    state = setting.hold(engine.extend(cache.state, tokens, setting.while_decoding, room), cache.k)
+    (state,) = decode(engine, [state], setting, [answer])
+    answer.cache_bytes, answer.total_bytes = state.nbytes, state.total_nbytes
+    return engine.tokenizer.decode(answer.tokens, skip_special_tokens=True), answer
+
+
+def identity(engine: LocalEngine) -> dict[str, str]:
+    """What another process must have in common to go on from a cache: dtype, tokenizer and weights."""
+    weights = hashlib.sha256()
+    for name, weight in engine.model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLE)].float().cpu()
+        weights.update(f"{name} {tuple(weight.shape)} {sample.tolist()}".encode())
+    return {
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "tokenizer": tokenizer_sha256(engine.tokenizer)[:16],
+        "model": weights.hexdigest()[:16],
+    }
+
+
+def devices(engine: LocalEngine) -> list[str]:
+    """The device of each layer of the model, which may lie on several GPUs."""
+    layers = engine.model.get_decoder().layers
+    return [str(next(layer.parameters()).device) for layer in layers]

@@ -1,0 +1,119 @@
+"""`python -m kv_transition cache create|continue`: a compressed cache on disk, made once and gone on from at will."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kv_transition.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, help="Save a compressed cache and go on from it.")
+
+Model = Annotated[str, typer.Option(help="Model folder or hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Commit of the hub repository.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+
+
+@app.command()
+def create(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="File with the text to remember.")],
+    policy: Annotated[str, typer.Option(help="What is forgotten: the kind of a policy.")],
+    budget: Annotated[str, typer.Option(help="What is kept: a fraction such as 0.2, or tokens such as t128.")],
+    output: Annotated[Path, typer.Option(help="Where the cache is written.")],
+    option: Annotated[list[str], typer.Option(help="Hyper-parameter of the policy, such as window=16.")] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Seed of a random policy.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    revision: Revision = None,
+    device: Device = "auto",
+) -> None:
+    """Read a text, forget down to the budget and save what is left."""
+
+    def run() -> None:
+        from kv_transition.budget import Budget
+        from kv_transition.policies.catalog import is_press, resolve
+
+        # what can be wrong is said before a model is loaded
+        kept = Budget.parse(budget) if budget[:1] in ("r", "t") else Budget.of_fraction(budget, "--budget")
+        kind, hyper_parameters = resolve(policy, _options(option))
+        if is_press(kind):
+            raise UserError(
+                f"--policy: {kind} compresses while it reads a prompt only; choose a policy of this project"
+            )
+        content = _read(text)
+
+        from kv_transition.engines.local import LocalEngine
+        from kv_transition.run import cache
+
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"--dtype: {dtype!r} is not allowed; choose one of float32, bfloat16, float16")
+        engine = LocalEngine.from_pretrained(model, revision=revision, dtype=dtype, device=device)
+        made = cache.create(engine, content, kind, hyper_parameters, kept, seed=seed)
+        cache.save(engine, made, output)
+        typer.echo(
+            f"{output}: {made.state.entries:g} of {made.state.length} entries per KV head, {made.state.nbytes} bytes",
+            err=True,
+        )
+
+    _one_sentence(run)
+
+
+@app.command("continue")
+def continue_(
+    cache_file: Annotated[Path, typer.Argument(metavar="CACHE", help="A file that `cache create` made.")],
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to read on top of the cache.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    revision: Revision = None,
+    device: Device = "auto",
+) -> None:
+    """Read a prompt on top of a saved cache and print what the model says."""
+
+    def run() -> None:
+        from kv_transition.cache import file
+
+        dtype = file.read_facts(cache_file).get("dtype", "float32")
+
+        from kv_transition.engines.local import LocalEngine
+        from kv_transition.run import cache
+
+        engine = LocalEngine.from_pretrained(model, revision=revision, dtype=dtype, device=device)
+        said, _ = cache.continue_from(
+            engine, cache.load(engine, cache_file), prompt, max_tokens, temperature=temperature, seed=seed
+        )
+        typer.echo(said)
+
+    _one_sentence(run)
+
+
+def _options(given: list[str]) -> dict[str, object]:
+    import yaml
+
+    options = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise UserError(f"--option: {each!r} is not of the form name=value, such as window=16")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"--text: {path} cannot be read ({reason}); give a text file") from None
+
+
+def _one_sentence(run: Callable[[], None]) -> None:
+    try:
+        run()
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None

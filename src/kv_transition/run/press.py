@@ -1,0 +1,40 @@
+"""Answers under a press of kvpress, which reads the prompt itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kv_transition.cache.state import CacheState
+from kv_transition.engines.kvpress_press import read
+from kv_transition.engines.local import LocalEngine
+from kv_transition.policies.base import Policy
+from kv_transition.run.decode import Answer, Setting, let_in
+
+
+@dataclass(frozen=True)
+class Press(Policy):
+    """Stands for a press in a `Setting`: it has compressed the cache before there is a state."""
+
+    kind: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def begin(
+    engine: LocalEngine, context_ids: Sequence[int], question_ids: Sequence[int], setting: Setting, answer: Answer
+) -> CacheState:
+    """Read with the press and let the question in; the state from which the first token is drawn.
+
+    The press acts while it reads, so what it takes is part of ``prefill_s``.
+    """
+    before_question = setting.mode == "before_question"
+    prompt = [*context_ids] if before_question else [*context_ids, *question_ids]
+    answer.budget_entries = k = setting.entries(len(prompt))
+    # after the prompt, the last token is read against what the press left of the others, and counts against K
+    tokens, last = (prompt, question_ids) if before_question else (prompt[:-1], prompt[-1:])
+    started = engine.clock()
+    state = read(engine, tokens, setting.policy.kind, setting.policy.arguments, k - (not before_question), answer.seed)
+    answer.prefill_s = engine.clock() - started
+    answer.token_bytes = state.nbytes / state.entries
+    return let_in(engine, state, last, setting, answer)
