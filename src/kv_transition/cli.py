@@ -12,8 +12,10 @@ from typing import Annotated
 import typer
 
 from kv_transition.errors import UserError
+from kv_transition.run.cache_commands import app as cache_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__import__("kv_transition").__doc__)
+app.add_typer(cache_app, name="cache")
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="Experiment file.")]
 Set = Annotated[list[str], typer.Option("--set", help="Change one key, such as model.device=cuda.")]

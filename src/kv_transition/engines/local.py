@@ -72,6 +72,11 @@ class LocalEngine:
         return cls(model, tokenizer, attention=attention, statistics=statistics, chunk_tokens=chunk_tokens)
 
     @property
+    def layer_devices(self) -> list[str]:
+        """Where each layer lies: a large model may be laid over several GPUs."""
+        return [str(next(layer.parameters()).device) for layer in self.model.get_decoder().layers]
+
+    @property
     def description(self) -> dict[str, str]:
         """How attention and its statistics were computed, for the results."""
         if self.attention == "sdpa":

@@ -68,7 +68,7 @@ def save(engine: LocalEngine, cache: Cache, path: str | Path) -> None:
 
 def load(engine: LocalEngine, path: str | Path) -> Cache:
     """The cache that `save` wrote. Raises UserError if it is damaged or was made with another model."""
-    state = file.load(path, devices(engine), identity(engine))
+    state = file.load(path, engine.layer_devices, identity(engine))
     made = file.read_facts(path)
     try:
         return Cache(
@@ -109,9 +109,3 @@ def identity(engine: LocalEngine) -> dict[str, str]:
         "tokenizer": tokenizer_sha256(engine.tokenizer)[:16],
         "model": weights.hexdigest()[:16],
     }
-
-
-def devices(engine: LocalEngine) -> list[str]:
-    """The device of each layer of the model, which may lie on several GPUs."""
-    layers = engine.model.get_decoder().layers
-    return [str(next(layer.parameters()).device) for layer in layers]

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     engine = job.load_engine(spec["model"], arguments.threads)
     model_load_s = time.perf_counter() - started
-    store = store_of(spec["model"], spec["prefill_code"], *job.store_settings())
+    store = store_of(spec["model"], spec["prefill_code"], arguments.bin)
     table = rows_to_table(rows(engine, examples, spec, store), CELLS)
     facts = {
         "config_hash": digest({key: value for key, value in spec.items() if key not in ("code", "prefill_code")}),

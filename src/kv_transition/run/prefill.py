@@ -14,13 +14,19 @@ from typing import Any
 
 from kv_transition.cache.store import Prefill, PrefillStore
 from kv_transition.engines.local import LocalEngine
-from kv_transition.provenance import digest, write_json
+from kv_transition.provenance import digest, read_metadata, write_json
 from kv_transition.run import job
 
 
-def store_of(model: dict[str, Any], code: str, root: str, mode: str, max_gb: float) -> PrefillStore:
-    """The store of this model under this version of the reading code."""
-    return PrefillStore(Path(root) / digest({"model": model, "code": code}), mode, max_gb)
+def store_of(model: dict[str, Any], code: str, bin_path: str) -> PrefillStore:
+    """The store of this model under this version of the reading code, for the prompts of a bin."""
+    root, mode, max_gb = job.store_settings()
+    facts = {
+        "model": model["fingerprint"],
+        "dtype": model["dtype"],
+        "tokenizer": read_metadata(bin_path).get("tokenizer_sha256", ""),
+    }
+    return PrefillStore(Path(root) / digest({"model": model, "code": code}), mode, max_gb, facts)
 
 
 def read_once(
@@ -32,7 +38,7 @@ def read_once(
     read and those of the stored prefill that it takes the place of.
     """
     started = engine.clock()
-    prefill = store.load(example["prompt_sha256"], str(engine.device), statistics)
+    prefill = store.load(example["prompt_sha256"], engine.layer_devices, statistics)
     if prefill is not None:
         return prefill, engine.clock() - started
     wanted = statistics | job.statistics() | (store.statistics(example["prompt_sha256"]) or frozenset())
@@ -41,32 +47,45 @@ def read_once(
     return prefill, 0.0
 
 
-def missing(store: PrefillStore, examples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    if store.mode != "never":
-        yield from (example for example in examples if example["prompt_sha256"] not in store)
+def missing(
+    store: PrefillStore, examples: list[dict[str, Any]], statistics: frozenset[str]
+) -> Iterator[dict[str, Any]]:
+    """The examples that have no stored prefill with these statistics; none where nothing is stored."""
+    for example in examples if store.mode != "never" else []:
+        there = store.statistics(example["prompt_sha256"])
+        if there is None or not statistics <= there:
+            yield example
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = job.arguments(__doc__, argv, "--bin", "--index")
     spec = arguments.spec
     examples = job.read_bin(arguments.bin)
-    store = store_of(spec["model"], spec["code"], *job.store_settings())
-    unread = list(missing(store, examples))
+    store = store_of(spec["model"], spec["code"], arguments.bin)
+    unread = list(missing(store, examples, job.statistics()))
     if unread:  # otherwise there is no need to load the model
-        import torch
-
-        engine = job.load_engine(spec["model"], arguments.threads)
-        for number, example in enumerate(unread, 1):
-            try:
-                read_once(engine, store, example, frozenset())
-            except (torch.OutOfMemoryError, MemoryError):
-                # The cell meets the same example and makes it a row with its failure.
-                print(f"{example['example_id']}: out of memory, left to the cells", file=sys.stderr)
-            print(f"read {number} of {len(unread)} prompts ({example['prompt_len']} tokens)", file=sys.stderr)
+        read(job.load_engine(spec["model"], arguments.threads), store, unread)
     write_json(
         arguments.index,
         {"code": spec["code"], "model": spec["model"], "prompts": [e["prompt_sha256"] for e in examples]},
     )
+
+
+def read(engine: LocalEngine, store: PrefillStore, examples: list[dict[str, Any]]) -> None:
+    """Read and store, as long as the store takes what is read."""
+    import torch
+
+    for number, example in enumerate(examples, 1):
+        try:
+            read_once(engine, store, example, job.statistics())
+        except (torch.OutOfMemoryError, MemoryError):
+            # The cell meets the same example and makes it a row with its failure.
+            print(f"{example['example_id']}: out of memory, left to the cells", file=sys.stderr)
+            continue
+        if example["prompt_sha256"] not in store:
+            print("the store takes no more; the cells read the other prompts themselves", file=sys.stderr)
+            return
+        print(f"read {number} of {len(examples)} prompts ({example['prompt_len']} tokens)", file=sys.stderr)
 
 
 if __name__ == "__main__":
