@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo test test-fast lint format schema policies-doc tiny-reader clean
+.PHONY: demo test test-fast lint format schema policies-doc kernels tiny-reader bench bench-peers clean
 
 demo: $(VENV)/ready
 	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --logger rich --quiet rules host reason
@@ -37,9 +37,24 @@ schema: $(VENV)/ready
 policies-doc: $(VENV)/ready
 	python -m kv_transition.policies.describe > docs/policies.md
 
+# what the tests of the Triton kernels need, in torch's interpreter and compiler: a gigabyte
+kernels: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-deps triton==3.9.0
+
 # train the embedded model again: at most an hour on two cores
 tiny-reader: $(VENV)/ready
 	python resources/tiny-reader/train.py
+
+# kvpress in an environment of its own, to be compared with
+bench-peers: .venv-kvpress/ready
+
+.venv-kvpress/ready: benchmarks/peers/requirements.txt
+	PYTHON=$(PYTHON) benchmarks/peers/install.sh
+	touch $@
+
+# about an hour on two cores; writes benchmarks/results and docs/benchmarks.md
+bench: $(VENV)/ready .venv-kvpress/ready
+	python benchmarks/run.py
 
 clean:
 	rm -rf results .snakemake

@@ -42,7 +42,7 @@ def stories(engine: LocalEngine) -> list[list[int]]:
     said = [[start] for _ in generators]
     state = stack([engine.extend(None, [start], frozenset()) for _ in generators], frozenset())
     while len(said[0]) < TOKENS:
-        tokens = engine.next_tokens(state, 1.0, generators)
+        tokens = engine.next_tokens(state.logits, 1.0, generators)
         for sequence, token in zip(said, tokens, strict=True):
             sequence.append(token)
         state = engine.extend(state, [[token] for token in tokens], frozenset(), room=TOKENS)

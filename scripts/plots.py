@@ -11,6 +11,7 @@ with open(snakemake.log[0], "w", encoding="utf-8") as log, redirect_stderr(log):
         write_plots(
             snakemake.input.scores,  # noqa: F821
             snakemake.input.bin_stats,  # noqa: F821
+            snakemake.input.comparisons,  # noqa: F821
             snakemake.input.transition,  # noqa: F821
             dict(snakemake.output.items()),  # noqa: F821
         )

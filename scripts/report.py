@@ -20,6 +20,7 @@ with open(snakemake.log[0], "w", encoding="utf-8") as log, redirect_stderr(log):
             output_md=snakemake.output.md,  # noqa: F821
             output_html=snakemake.output.html,  # noqa: F821
             title=snakemake.params.title,  # noqa: F821
+            extra=snakemake.params.extra,  # noqa: F821
         )
     except UserError as error:
         print(error, file=log)

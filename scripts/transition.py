@@ -1,4 +1,4 @@
-"""Find the transition zone of every policy and budget."""
+"""Find the transition zone of every policy, along the lengths and along the budgets."""
 
 import sys
 from contextlib import redirect_stderr
@@ -12,6 +12,7 @@ with open(snakemake.log[0], "w", encoding="utf-8") as log, redirect_stderr(log):
             snakemake.input.scores,  # noqa: F821
             snakemake.output.transition,  # noqa: F821
             snakemake.params.statistics,  # noqa: F821
+            snakemake.output.get("budget_transition"),  # noqa: F821
         )
     except UserError as error:
         print(error, file=log)

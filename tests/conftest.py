@@ -12,6 +12,13 @@ def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_ignore_collect(collection_path, config):
+    # A GPU machine has torch and little else: there the other files cannot even be imported.
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py" and "gpu" not in collection_path.stem:
+        return True
+    return None
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A checkout of its own with a small experiment, run to its report. Tests leave it as it is."""

@@ -63,7 +63,7 @@ def engine(family: str) -> LocalEngine:
 
 
 def sliding_model() -> tuple[LocalEngine, torch.nn.Module]:
-    """A Gemma-3-shaped model, five layers with a window of 16 tokens to one without, and its twin in plain attention."""
+    """A Gemma-3-shaped model, five layers with a window of 16 tokens to one without, and its plain twin."""
     AttentionInterface.register(ATTENTION, attention_function)
     config = Gemma3TextConfig(
         vocab_size=VOCABULARY,

@@ -28,8 +28,12 @@ def cell_rows(
     length: int = 256,
     timed: bool = True,
     seed: int = 0,
+    per_document: int = 1,
 ) -> list[dict]:
-    """One cell from ``scores [examples, repeats]`` and ``failures`` of the same shape (True where it failed)."""
+    """One cell from ``scores [examples, repeats]`` and ``failures`` of the same shape (True where it failed).
+
+    ``per_document`` examples in a row share a document.
+    """
     rng = np.random.default_rng(seed + 1000 * bin)
     share = 1.0 if budget[0] == "r" and budget[1:] == "1" else float(budget[1:]) if budget[0] == "r" else 0.1
     rows = []
@@ -73,6 +77,7 @@ def cell_rows(
                     "contains": float(score == 1 and not failed),
                     "failure": ("EMPTY_OUTPUT", "DEGENERATE", "TRUNCATED")[i % 3] if failed else None,
                     "alias": False,
+                    "cluster": f"document-{bin}-{i // per_document}" if per_document > 1 else None,
                 }
             )
     return rows

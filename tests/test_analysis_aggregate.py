@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from kv_transition.analysis.aggregate import Statistics, bin_stats, comparisons, write_aggregates
 from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata
-from kv_transition.tables import BIN_STATS, COMPARISONS
+from kv_transition.tables import BIN_STATS, COMPARISONS, NONINFERIORITY, SMALLEST_BUDGET
 
 SETTINGS = Statistics(resamples=2000)
 
@@ -172,3 +172,42 @@ def test_files_are_the_same_twice_and_carry_the_metadata_of_their_source(tmp_pat
     metadata = read_metadata(tmp_path / "a1.parquet")
     assert metadata["model"] == "tiny"
     assert metadata["git_commit"] != "old"
+
+
+def test_examples_of_one_document_are_fewer_than_they_seem():
+    values = np.repeat([1, 1, 0, 1], 5)
+    alone = stat(bin_stats(table(cell_rows(*scores_of(values))), SETTINGS), "score_mean")
+    shared = stat(bin_stats(table(cell_rows(*scores_of(values), per_document=5)), SETTINGS), "score_mean")
+    assert (alone["n"], alone["clusters"]) == (20, 20)
+    assert (shared["n"], shared["clusters"]) == (20, 4)
+    assert shared["estimate"] == alone["estimate"]
+    assert shared["ci_high"] - shared["ci_low"] > 1.5 * (alone["ci_high"] - alone["ci_low"])
+    assert "clusters" in shared["method"]
+
+
+def test_scores_without_the_column_of_documents_are_read_as_before():
+    rows = table(cell_rows(*scores_of([1, 0, 1])))
+    assert bin_stats(rows.drop_columns(["cluster"]), SETTINGS) == bin_stats(rows, SETTINGS)
+
+
+def test_a_score_out_of_range_is_named_and_one_that_is_no_number_is_lost():
+    rows = cell_rows(*scores_of([1, 0, 1]))
+    with pytest.raises(UserError, match=r"score of example reader_qa-0-1 in cell .* is 1\.2; .* between 0 and 1"):
+        bin_stats(table([rows[0], rows[1] | {"score": 1.2}, rows[2]]), SETTINGS)
+    row = stat(bin_stats(table([rows[0], rows[1] | {"score": float("nan")}, rows[2]]), SETTINGS), "score_mean")
+    assert (row["n"], row["estimate"]) == (2, 1)
+
+
+def test_the_other_tables_are_written_where_they_have_a_path(tmp_path, simulated):
+    scores = tmp_path / "scores.parquet"
+    pq.write_table(simulated, scores)
+    paths = {name: str(tmp_path / f"{name}.parquet") for name in ("pairs", "noninferiority", "smallest")}
+    write_aggregates(
+        str(scores), str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"), {"resamples": 200},
+        **{f"{name}_path": path for name, path in paths.items()},
+    )  # fmt: skip
+    for name, schema in (("pairs", COMPARISONS), ("noninferiority", NONINFERIORITY), ("smallest", SMALLEST_BUDGET)):
+        found = pq.read_table(paths[name])
+        assert found.num_rows > 0
+        assert found.schema.names == schema.names
+        assert no_nan(found)

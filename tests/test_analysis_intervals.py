@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.api import OLS
 
 from kv_transition.analysis import intervals
 
@@ -65,7 +66,14 @@ def test_graded_scores_need_fewer_examples_than_coins():
 def test_degenerate_cells_are_wide_or_null():
     cells = np.array([[np.nan] * 20, [1.0] + [np.nan] * 19, [1.0] * 20, [0.0] * 20, [0.4] * 20])
     found = intervals.bounded_mean(cells, 0.95)
-    assert found.row(0) == {"estimate": None, "ci_low": None, "ci_high": None, "n": 0, "method": intervals.WILSON}
+    assert found.row(0) == {
+        "estimate": None,
+        "ci_low": None,
+        "ci_high": None,
+        "n": 0,
+        "clusters": 0,
+        "method": intervals.WILSON,
+    }
     assert found.high[1] - found.low[1] > 0.7
     assert found.high[2] == 1
     assert found.low[2] == pytest.approx(wilson(1, 20)[0])
@@ -169,3 +177,97 @@ def test_intervals_cover_the_truth():
             covered.append(np.mean((found.low <= truth) & (truth <= found.high)))
     assert np.mean(covered) >= 0.94
     assert min(covered) >= 0.90
+
+
+def test_the_spread_is_covered_where_its_rare_zero_is_not_in_the_sample():
+    rng, n, covered = np.random.default_rng(6), 20, []
+    for zero, a, b in ((0.02, 8, 2), (0.05, 8, 2), (0.0, 5, 1), (0.0, 2, 5)):
+        values = np.where(rng.random((800, n)) < zero, 0, rng.beta(a, b, (800, n)))
+        mean = (1 - zero) * a / (a + b)
+        square = (1 - zero) * a * (a + 1) / ((a + b) * (a + b + 1))
+        found = intervals.bounded_std(values, 0.95)
+        truth = (square - mean**2) ** 0.5
+        covered.append(np.mean((found.low <= truth) & (truth <= found.high)))
+    assert np.mean(covered) >= 0.94
+    assert min(covered) >= 0.90
+
+
+# ----------------------------------------------------------------------------------------------------
+# Clusters
+
+
+def functions():
+    return {
+        "rate": lambda v, c: intervals.bounded_mean(v, 0.95, clusters=c),
+        "std": lambda v, c: intervals.bounded_std(v, 0.95, c),
+        "mean": lambda v, c: intervals.mean(v, 0.95, c),
+        "median": lambda v, c: intervals.percentile(v, 0.5, 0.95, c),
+        "ratio": lambda v, c: intervals.ratio(v, np.clip(v + 0.1, 0, 1), 0.95, c),
+    }
+
+
+@pytest.mark.parametrize("name", functions())
+@given(SCORES)
+def test_one_example_a_cluster_is_no_cluster_at_all(name, values):
+    function, row = functions()[name], np.array([values])
+    alone, singles = function(row, None), function(row, np.arange(len(values))[None].astype(float))
+    for field in ("estimate", "low", "high", "n"):
+        assert getattr(singles, field)[0] == pytest.approx(getattr(alone, field)[0], nan_ok=True, abs=1e-9)
+    assert singles.method[0] == alone.method[0]
+
+
+@pytest.mark.parametrize("name", functions())
+def test_copies_of_examples_tell_nothing_new(name):
+    rng = np.random.default_rng(8)
+    values = rng.beta(2, 2, (1, 12))
+    copies, codes = np.repeat(values, 4, axis=1), np.repeat(np.arange(12.0), 4)[None]
+    once, fourfold = functions()[name](values, None), functions()[name](copies, codes)
+    assert (fourfold.n[0], fourfold.clusters[0]) == (48, 12)
+    assert fourfold.high[0] - fourfold.low[0] >= 0.9 * (once.high[0] - once.low[0])
+    if name in ("rate", "mean", "median", "ratio"):
+        assert (fourfold.low[0], fourfold.high[0]) == pytest.approx((once.low[0], once.high[0]), abs=1e-9)
+    assert "clusters" in fourfold.method[0]
+
+
+def test_cluster_robust_mean_agrees_with_statsmodels():
+    rng = np.random.default_rng(4)
+    codes = rng.integers(0, 7, 40)
+    values = rng.normal(3, 1, 7)[codes] + rng.normal(0, 1, 40)
+    found = intervals.mean(values[None], 0.95, codes[None].astype(float))
+    fit = OLS(values, np.ones(40)).fit(cov_type="cluster", cov_kwds={"groups": codes}, use_t=True)
+    assert (found.low[0], found.high[0]) == pytest.approx(tuple(fit.conf_int()[0]), abs=1e-6)
+
+
+def test_a_rate_over_clusters_by_hand():
+    # three documents of two answers, 2, 1 and 0 of them right: m = 1/2, cluster residuals 1, 0 and -1
+    values, codes = np.array([[1.0, 1, 1, 0, 0, 0]]), np.array([[0.0, 0, 1, 1, 2, 2]])
+    phi = min((2 / 0.25 + 2 * 2**2) / (6 - 2 + 2 * 2), 2)
+    shrink = Z / stats.t.ppf(0.975, 3 - 1 + 2)
+    expected = wilson(0.5, 6 / phi * shrink**2)
+    found = intervals.bounded_mean(values, 0.95, clusters=codes)
+    assert (found.low[0], found.high[0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_answers_count_as_often_as_there_are_documents():
+    values, codes = np.ones((1, 20)), np.repeat(np.arange(4.0), 5)[None]
+    found = intervals.bounded_mean(values, 0.95, clusters=codes)
+    assert found.low[0] <= wilson(1, 4)[0] + 1e-9
+
+
+def test_clustered_intervals_cover_where_ignoring_documents_does_not():
+    rng, rows, documents, each = np.random.default_rng(9), 1500, 10, 5
+    rates = rng.beta(0.6, 0.6, (rows, documents)).repeat(each, axis=1)
+    values = (rng.random(rates.shape) < rates).astype(float)
+    codes = np.tile(np.arange(documents).repeat(each).astype(float), (rows, 1))
+    shares = []
+    for clusters in (codes, None):
+        found = intervals.bounded_mean(values, 0.95, clusters=clusters)
+        shares.append(np.mean((found.low <= 0.5) & (found.high >= 0.5)))
+    assert shares[0] >= 0.92
+    assert shares[1] < 0.85
+
+
+def test_clusters_flip_as_a_whole():
+    differences, codes = np.array([[0.5, 0.5, 1, 0, -0.2]]), np.array([[0.0, 0, 1, 1, 2]])
+    by_document = intervals.sign_flip_p(np.array([[1.0, 1.0, -0.2]]), 1000, 0)
+    assert intervals.sign_flip_p(differences, 1000, 0, codes)[0] == pytest.approx(by_document[0])

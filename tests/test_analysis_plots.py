@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from simulated_scores import POLICIES, demo
 
-from kv_transition.analysis import plots
+from kv_transition.analysis import plots, tradeoff
 from kv_transition.analysis.aggregate import write_aggregates
+from kv_transition.analysis.results import read_results
 from kv_transition.analysis.transition import write_transition
 from kv_transition.errors import UserError
 
@@ -17,11 +18,11 @@ STATISTICS = {"confidence": 0.95, "resamples": 300, "seed": 0}
 
 
 def analysed(folder: Path, scores: pa.Table) -> list[str]:
-    """The tables that figures are drawn from: paths of scores, bin_stats and transition."""
-    paths = [str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "transition")]
+    """The tables that figures are drawn from: paths of scores, bin_stats, comparisons and transition."""
+    paths = [str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")]
     pq.write_table(scores, paths[0])
-    write_aggregates(paths[0], paths[1], str(folder / "comparisons.parquet"), STATISTICS)
-    write_transition(paths[0], paths[2], STATISTICS)
+    write_aggregates(*paths[:3], STATISTICS)
+    write_transition(paths[0], paths[3], STATISTICS)
     return paths
 
 
@@ -56,7 +57,7 @@ def test_drawing_twice_gives_the_same_bytes(tmp_path, tables):
 
 
 def test_failures_add_up_to_the_rate_in_the_table(tables):
-    results = plots.read_results(*tables)
+    results = read_results(*tables)
     parts, totals = plots.failure_rows(results)
     for whole in totals:
         key = {k: whole[k] for k in ("task", "mode", "policy", "budget")}
@@ -81,7 +82,7 @@ def test_small_experiments_are_drawn(tmp_path, keep):
     else:
         rows = [r for r in rows if r["policy"] in ("full", "h2o") and r["bin"] == 0 and r["mode"] == "after_prompt"]
     paths = analysed(tmp_path, pa.Table.from_pylist(rows, schema=demo(n=1).schema))
-    outputs = {f"{name}_svg": str(tmp_path / f"{name}.svg") for name in (*plots.FIGURES, "failures")}
+    outputs = {f"{name}_svg": str(tmp_path / f"{name}.svg") for name in plots.FIGURE_NAMES}
     plots.write_plots(*paths, outputs | {"interactive": str(tmp_path / "i.html")})
     assert "n = 2" in text_of((tmp_path / "acc_vs_len.svg").read_text())
 
@@ -89,10 +90,50 @@ def test_small_experiments_are_drawn(tmp_path, keep):
 def test_aliases_of_the_full_cache_are_not_drawn(tmp_path):
     rows = demo(n=2).to_pylist()
     rows += [r | {"policy": "tova", "alias": True} for r in rows if r["policy"] == "full"]
-    results = plots.read_results(*analysed(tmp_path, pa.Table.from_pylist(rows, schema=demo(n=1).schema)))
+    results = read_results(*analysed(tmp_path, pa.Table.from_pylist(rows, schema=demo(n=1).schema)))
     assert {budget for _, _, budget in results.panels} == {"r0.5", "r0.2"}
 
 
+def test_the_front_is_what_no_other_point_beats(tables):
+    results = read_results(*tables)
+    points = tradeoff.front(results)
+    assert len(points) == 2 * (1 + 5 * 2)
+    for mode in ("before_question", "after_prompt"):
+        own = [(p["bytes"], p["estimate"], p["best"]) for p in points if p["mode"] == mode]
+        for size, score, best in own:
+            dominated = any(
+                (s <= size and e >= score) and (s, e) != (size, score) for s, e, _ in own
+            )  # worse in one, better in none
+            assert best == (not dominated)
+        assert max(own, key=lambda p: p[1])[2], "the highest score is always on the front"
+
+
+def test_footprints_are_mean_shares_of_bytes(tables):
+    results = read_results(*tables)
+    found = tradeoff.footprints(results)
+    for policy, budget in (("h2o", "r0.2"), ("full", "r1")):
+        rows = results.scores.filter(mode="after_prompt", policy=policy, budget=budget).to_dicts()
+        shares = [row["cache_bytes"] / row["full_bytes"] for row in rows]
+        row = found["reader_qa", "after_prompt", policy, budget]
+        assert row["estimate"] == pytest.approx(sum(shares) / len(shares))
+        assert row["n"] == 100
+
+
+def test_without_bytes_there_is_a_word_instead_of_a_front(tmp_path):
+    rows = [r | {"cache_bytes": None, "full_bytes": None} for r in demo(n=2).to_pylist()]
+    paths = analysed(tmp_path, pa.Table.from_pylist(rows, schema=demo(n=1).schema))
+    plots.write_plots(*paths, {"front_svg": str(tmp_path / "f.svg")})
+    assert "bytes of the cache were not measured" in text_of((tmp_path / "f.svg").read_text())
+    assert tradeoff.front_explorer(read_results(*paths)) is None
+
+
+def test_differences_are_written_with_their_sign():
+    row = {"estimate": -0.314, "ci_low": -0.41, "ci_high": 0.001}
+    assert tradeoff.signed(row) == "−0.31 [−0.41, 0.00]"
+    assert tradeoff.signed({"estimate": 0.5, "ci_low": None, "ci_high": 0.62}) == "+0.50 […, +0.62]"
+    assert tradeoff.signed({"estimate": None, "ci_low": None, "ci_high": None}) == "–"
+
+
 def test_an_unknown_figure_is_named(tables, tmp_path):
-    with pytest.raises(UserError, match="no figure is called 'pie_svg'"):
+    with pytest.raises(UserError, match="no figure is called 'pie'"):
         plots.write_plots(*tables, {"pie_svg": str(tmp_path / "p.svg")})

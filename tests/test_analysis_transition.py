@@ -6,10 +6,13 @@ import numpy as np
 import polars as pl
 import pytest
 from simulated_scores import LENGTHS, cell_rows, demo, table
+from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from kv_transition.analysis import transition
-from kv_transition.analysis.aggregate import Statistics
+from kv_transition.analysis import instability, transition
+from kv_transition.analysis.examples import Statistics
+from kv_transition.analysis.multiplicity import holm
+from kv_transition.analysis.verdict import BUDGET
 
 SETTINGS = Statistics(resamples=500)
 
@@ -141,16 +144,16 @@ def test_zscores_by_hand():
 
 
 def test_holm_for_many_rows_is_that_of_statsmodels():
-    p = np.random.default_rng(0).random((50, 10)) ** 3
-    adjusted = transition._holm(p, np.full(50, 10))
+    p = np.random.default_rng(0).random((6, 10)) ** 3
+    adjusted = holm(p, np.full(6, 10))
     for row, found in zip(p, adjusted, strict=True):
         assert found == pytest.approx(multipletests(row, method="holm")[1])
 
 
 def test_sign_test_by_hand():
-    assert transition.sign_test_p(np.array([5]), np.array([0]), 20) == pytest.approx([1 / 32])
-    assert transition.sign_test_p(np.array([0]), np.array([0]), 20) == pytest.approx([1])
-    assert transition.sign_test_p(np.array([3]), np.array([1]), 20) == pytest.approx([5 / 16])
+    assert instability.sign_test_p(np.array([5]), np.array([0])) == pytest.approx([1 / 32])
+    assert instability.sign_test_p(np.array([0]), np.array([0])) == pytest.approx([1])
+    assert instability.sign_test_p(np.array([3]), np.array([1])) == pytest.approx([5 / 16])
 
 
 def test_every_pair_has_a_row_of_each_detector_and_aliases_have_none():
@@ -174,6 +177,154 @@ def test_nothing_unstable_raises_few_alarms():
             full, policy = (rng.beta(4 * m, 4 * (1 - m), 20) for m in (mean, 0.8 * mean))
             failed, full_failed = (rng.random((2, 20)) < 0.1).astype(float)
             none = np.full(20, np.nan)
-            bins.append(transition.Bin(b, (b, b + 1), policy, failed, full, full_failed, none, none))
+            bins.append(transition.Point(b, (b, b + 1), policy, failed, full, full_failed, none, none))
         alarms += transition.detect(bins, "x", Statistics(resamples=200)).onset is not None
     assert alarms <= 8  # 5 % of 60 is 3; more than 8 has a probability below 1 % then
+
+
+# ----------------------------------------------------------------------------------------------------
+# Constructed truths
+
+
+def constructed(right, lost, *, n=60, graded_from=None, seed=0):
+    """Transition tables of a policy whose answers are right and fail with these probabilities per bin.
+
+    From ``graded_from`` on, graded scores (beta of precision 12, as before it) become 0 or 1 at the same mean.
+    """
+    rng, rows, none = np.random.default_rng(seed), [], np.zeros((n, 1), bool)
+    for b, (share, rate) in enumerate(zip(right, lost, strict=True)):
+        at = {"bin": b, "length": LENGTHS[b]}
+        if graded_from is None:
+            full, own = (rng.random((n, 1)) < 0.95).astype(float), (rng.random((n, 1)) < share).astype(float)
+        else:
+            full, own = rng.beta(12 * 0.6, 12 * 0.4, (n, 1)), rng.beta(12 * share, 12 * (1 - share), (n, 1))
+            own = (rng.random((n, 1)) < share).astype(float) if b >= graded_from else own
+        rows += cell_rows(full, none, **at)
+        rows += cell_rows(own, rng.random((n, 1)) < rate, policy="snapkv", budget="r0.2", **at)
+    frame = pl.from_arrow(transition.transitions(table(rows), SETTINGS)).filter(detector="definition")
+    return frame.row(0, named=True)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_three_constructed_truths_are_found(seed):
+    zone = constructed([0.95, 0.95, 0.9, 0.9, 0.1], [0.0, 0.0, 0.35, 0.4, 0.4], seed=seed)
+    assert (zone["outcome"], zone["onset_bin"], zone["collapse_bin"]) == ("zone", 2, 4)
+    cliff = constructed([0.95, 0.95, 0.93, 0.1, 0.08], [0.0] * 5, seed=seed)
+    assert (cliff["outcome"], cliff["onset_bin"], cliff["collapse_bin"]) == ("cliff", None, 3)
+    polarised = constructed([0.6] * 5, [0.0] * 5, graded_from=3, seed=seed)
+    assert (polarised["outcome"], polarised["onset_bin"], polarised["collapse_bin"]) == ("unstable", 3, None)
+    calm = constructed([0.95, 0.95, 0.93, 0.93, 0.9], [0.0] * 5, seed=seed)
+    assert (calm["outcome"], calm["onset_bin"], calm["collapse_bin"]) == ("stable", None, None)
+
+
+def test_the_sentence_tells_the_whole_story():
+    found = run([1.0, 1.0, 0.65, 0.6, 0.1], failed=[0, 0, 0.35, 0.4, 0.5])["definition"]
+    assert found["sentence"].startswith("snapkv at 20 %, after the prompt: reliable up to ")
+    for part in (
+        "1.00 [0.84, 1.00], full cache 1.00, n = 20",
+        "failures 0.00 -> 0.35 [0.18, 0.57], n = 20",
+        "collapsed",
+    ):
+        assert part in found["sentence"]
+
+
+def test_what_lies_open_is_not_called_reliable():
+    found = run([1.0, 0.6, 0.1], full=1.0)["definition"]
+    assert found["outcome"] == "cliff"
+    assert "reliable up to 271 tokens" in found["sentence"]
+    assert "open from 271 to" in found["sentence"]
+
+
+def budgets(shares, lost, n=40):
+    rows, none, index = (
+        cell_rows(np.ones((n, 1)), np.zeros((n, 1), bool)),
+        np.zeros((n, 1), bool),
+        np.arange(n)[:, None],
+    )
+    for budget, (share, rate) in zip(("r0.5", "r0.3", "r0.2", "r0.1"), zip(shares, lost, strict=True), strict=True):
+        values = np.where(index < round(share * n), 1.0, 0.0)
+        rows += cell_rows(values, index >= n - round(rate * n), policy="h2o", budget=budget)
+    return pl.from_arrow(transition.budget_transitions(table(rows + [r | {"budget": "t64"} for r in
+        cell_rows(np.ones((n, 1)), none, policy="h2o", budget="r0.1")]), SETTINGS))  # fmt: skip
+
+
+def test_along_the_budgets_of_a_bin():
+    frame = budgets([1.0, 1.0, 0.7, 0.1], [0.0, 0.0, 0.3, 0.5])
+    assert set(frame["kind"]) == {"r", "t"}
+    row = frame.filter(kind="r", detector="definition").row(0, named=True)
+    assert (row["outcome"], row["onset_budget"], row["collapse_budget"]) == ("zone", "r0.2", "r0.1")
+    assert "reliable down to 30 %" in row["sentence"]
+    assert "collapsed below" in row["sentence"]
+    assert frame.filter(kind="t", detector="definition")["outcome"][0] == "stable"
+    assert frame.filter(kind="t", detector="zscore")["outcome"][0] == "undecided"
+
+
+def test_budgets_within_a_bin_are_resampled_together():
+    rng, none = np.random.default_rng(3), np.full(30, np.nan)
+    score = rng.beta(2, 2, 30)
+    points = [
+        transition.Point(0, (1, 2), score, np.zeros(30), np.ones(30), np.zeros(30), none, none, budget)
+        for budget in ("r0.5", "r0.2")
+    ]
+    first, second = instability.resampled(points, 50, 0)
+    assert (first == second).all()
+    found = transition.detect(points, "h2o", SETTINGS, BUDGET)
+    assert [b["budget"] for b in found.details["budgets"]] == ["r0.5", "r0.2"]
+
+
+def test_a_missing_cell_is_said():
+    rows = []
+    for b in range(3):
+        there = [("full", "r1"), ("h2o", "r0.2")] + [("h2o", "r0.5")] * (b != 1)
+        for policy, budget in there:
+            at = {"policy": policy, "budget": budget, "bin": b, "length": LENGTHS[b]}
+            rows += cell_rows(np.ones((20, 1)), np.zeros((20, 1), bool), **at)
+    lengths, along_budget = (pl.from_arrow(t) for t in transition.tables_of(table(rows), SETTINGS))
+    row = lengths.filter(budget="r0.5", detector="definition").row(0, named=True)
+    assert row["outcome"] == "stable"
+    assert "no answers to compare at 497" in row["sentence"]
+    assert "no answers to compare at 50 %" in along_budget.filter(bin=1, detector="definition")["reason"][0]
+
+
+def test_failures_of_one_document_are_one_failure():
+    outcomes = []
+    for each in (1, 10):
+        rows = []
+        for b in range(3):
+            failed = (np.arange(40) >= 30)[:, None] & (b > 0)
+            rows += cell_rows(np.ones((40, 1)), np.zeros((40, 1), bool), bin=b, per_document=each)
+            rows += cell_rows(np.ones((40, 1)), failed, policy="h2o", budget="r0.5", bin=b, per_document=each)
+        row = pl.from_arrow(transition.transitions(table(rows), SETTINGS)).row(0, named=True)
+        outcomes.append((row["onset_bin"], row["sentence"]))
+    assert outcomes[0][0] == 1
+    assert outcomes[1][0] is None
+    assert "n = 40 from 4 documents" in outcomes[1][1]
+
+
+def test_mcnemar_is_that_of_statsmodels():
+    two_sided = mcnemar([[0, 9], [2, 0]], exact=True).pvalue
+    assert 2 * instability.sign_test_p(np.array([9]), np.array([2]))[0] == pytest.approx(two_sided, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "failed", "n"),
+    [
+        ("all failed", 0.0, True, 20),
+        ("one example", 1.0, False, 1),
+        ("identical scores", 0.4, False, 20),
+        ("not a number", np.nan, False, 20),
+        ("lost", np.nan, True, 20),
+    ],
+)
+def test_degenerate_bins_are_said_in_words(name, scores, failed, n):
+    rows = []
+    for b in range(2):
+        shape = (n, 1)
+        rows += cell_rows(np.full(shape, 0.4 if name == "identical scores" else 1.0), np.zeros(shape, bool), bin=b)
+        rows += cell_rows(np.full(shape, scores), np.full(shape, failed), policy="h2o", budget="r0.5", bin=b)
+    for frame in map(pl.from_arrow, transition.tables_of(table(rows), SETTINGS)):
+        assert frame.height >= 2
+        assert set(frame["outcome"]) <= set(transition.OUTCOMES)
+        assert not frame.select(pl.col(pl.Float64).is_nan().any()).row(0).count(True)
+        for column in ("reason", "sentence", "details"):
+            assert all(text and "nan" not in text.lower() for text in frame[column])

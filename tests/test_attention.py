@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from attention_cases import Case, cases, eager
+from attention_cases import Case, eager
+from attention_strategies import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -235,7 +235,7 @@ def _batched(kind, budget, mode, lengths):
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 @pytest.mark.parametrize(
     ("kind", "budget", "lengths"),
-    [(kind, "t17", [50, 61, 50, 72]) for kind in KINDS if kind != "quantized"]
+    [(kind, "t17", [50, 61, 50, 72]) for kind in KINDS if kind != "quantized" and not policy(kind).one_at_a_time]
     + [("quantized", "r1", [50, 50])]
     + [(kind, "r0.4", [50, 61, 39]) for kind in ("snapkv", "knorm", "adakv", "pyramidkv") if kind in KINDS]
     + [("full", "r1", [50, 20, 61])],

@@ -21,14 +21,26 @@ PYTHON = "3.11.15"
 # conda's name: PyPI's name
 ON_PYPI = {"pytorch-gpu": "torch"}
 # the import's name: PyPI's name
-DISTRIBUTION = {"yaml": "pyyaml", "vl_convert": "vl-convert-python", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "vl_convert": "vl-convert-python",
+    "huggingface_hub": "huggingface-hub",
+    "flash_attn": "flash-attn",
+}
 # docs/environments.md says why
 EXCEPTION = ("inference", "torch")
 # needed though no module of the package imports it: what for
 UNSEEN = {
     "data": {"jinja2": "transformers' chat templates"},
-    "inference": {"flash-attn": "transformers' attention on GPUs"},
+    "inference": {"accelerate": "models over several GPUs and in 4 bit", "bitsandbytes": "models in 4 bit"},
     "analysis": {},
+}
+
+# imported where they are installed: what for
+OPTIONAL = {
+    "flash-attn": "attention on GPUs; built from source by pip, so it comes with conda",
+    "kvpress": "its presses; in an environment of its own",
+    "triton": "statistics on GPUs, where torch brings it along",
 }
 
 PIN = re.compile(r"(?P<name>[a-z0-9_.-]+) =(?P<version>\d+(\.\w+)+)")
@@ -61,7 +73,8 @@ def requirements(lines: list[str]) -> dict[str, str]:
 
 def project() -> dict[str, str]:
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return requirements(metadata["dependencies"] + metadata["optional-dependencies"]["dev"])
+    optional = metadata["optional-dependencies"]
+    return requirements(metadata["dependencies"] + optional["dev"] + optional["quantization"])
 
 
 def lock() -> dict[str, str]:
@@ -176,7 +189,7 @@ def test_every_rule_that_runs_something_has_an_environment():
 
 @pytest.mark.parametrize("env", ENVS)
 def test_an_environment_holds_what_its_rules_import_and_no_more(env):
-    assert set(pins(env)) == needed(env) | set(UNSEEN[env])
+    assert set(pins(env)) - OPTIONAL.keys() == (needed(env) | set(UNSEEN[env])) - OPTIONAL.keys()
 
 
 def test_only_inference_needs_torch():
@@ -186,4 +199,4 @@ def test_only_inference_needs_torch():
 
 def test_the_package_declares_what_it_imports():
     everything = {normal(DISTRIBUTION.get(top, top)) for file in SOURCE.rglob("*.py") for top in imports_of(file)}
-    assert everything <= set(project())
+    assert everything - OPTIONAL.keys() <= set(project())

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import shutil
+import string
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,11 +18,14 @@ from simulated_scores import POLICIES, demo
 
 from kv_transition.analysis.aggregate import write_aggregates
 from kv_transition.analysis.plots import write_plots
+from kv_transition.analysis.results import Results, read_results
 from kv_transition.analysis.transition import write_transition
 from kv_transition.errors import UserError
-from kv_transition.report import findings
-from kv_transition.report.build import build_report, inline_svg
+from kv_transition.report import build, verdict
+from kv_transition.report.build import build_report
+from kv_transition.report.page import inline_svg, script_json
 
+EXTRA = ("pairs", "noninferiority", "smallest_budgets", "budget_transition")
 STATISTICS = {"confidence": 0.95, "resamples": 300, "seed": 0}
 EXPERIMENT = {
     "experiment": "demo",
@@ -31,10 +38,16 @@ EXPERIMENT = {
 }
 
 
+def data_of(page: str, name: str) -> str:
+    """The JSON in one of the page's script elements."""
+    start = page.index(">", page.index(f'id="{name}"')) + 1
+    return page[start : page.index("</script>", start)]
+
+
 class Page(HTMLParser):
     """Ids, links and open tags of a page."""
 
-    VOID = frozenset(("meta", "link", "br", "img", "hr", "input"))
+    VOID = frozenset(("meta", "link", "br", "wbr", "img", "hr", "input"))
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -60,18 +73,27 @@ class Page(HTMLParser):
 
 
 def make(
-    folder: Path, scores: pa.Table, *, experiment=None, warnings=(), figures=("acc_vs_len", "failures"), title=None
+    folder: Path,
+    scores: pa.Table,
+    *,
+    experiment=None,
+    warnings=(),
+    figures=("acc_vs_len", "failures", "front", "differences"),
+    title=None,
+    missing=None,
 ):
     """Everything from scores to the report in one folder; returns the Markdown and the page."""
     paths = {name: str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")}
+    extra = {name: str(folder / f"{name}.parquet") for name in EXTRA}
     pq.write_table(scores, paths["scores"])
-    write_aggregates(paths["scores"], paths["bin_stats"], paths["comparisons"], STATISTICS)
-    write_transition(paths["scores"], paths["transition"], STATISTICS)
+    write_aggregates(
+        paths["scores"], paths["bin_stats"], paths["comparisons"], STATISTICS, pairs_path=extra["pairs"],
+        noninferiority_path=extra["noninferiority"], smallest_path=extra["smallest_budgets"],
+    )  # fmt: skip
+    write_transition(paths["scores"], paths["transition"], STATISTICS, extra["budget_transition"])
     plots = folder / "plots"
     plots.mkdir()
-    write_plots(
-        paths["scores"], paths["bin_stats"], paths["transition"], {f"{f}_svg": f"{plots}/{f}.svg" for f in figures}
-    )
+    write_plots(*paths.values(), {f"{f}_svg": f"{plots}/{f}.svg" for f in figures})
     (folder / "config.yaml").write_text(yaml.safe_dump(experiment or EXPERIMENT))
     (folder / "manifest.json").write_text(json.dumps({"task": "reader_qa", "warnings": list(warnings)}))
     build_report(
@@ -82,6 +104,8 @@ def make(
         output_md=str(folder / "report.md"),
         output_html=str(folder / "report.html"),
         title=title,
+        extra=extra,
+        missing=missing,
     )
     return (folder / "report.md").read_text(), (folder / "report.html").read_text()
 
@@ -101,9 +125,13 @@ def test_the_page_is_well_formed_and_needs_nothing_else(demo_report):
     assert all(link.startswith("#") for link in parsed.links)
     assert {link[1:] for link in parsed.links if link.startswith("#")} <= set(parsed.ids)
     assert "@import" not in page
-    assert "<script" not in page
-    assert not re.search(r"url\((?!#)", page)
-    assert len(page) < 600_000
+    outside_scripts = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.DOTALL)
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", outside_scripts)
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert not re.search(r"url\((?!#)", style)
+    assert len(page.encode()) < 6_000_000
+    for name in ("charts", "embed", "examples-data"):
+        assert json.loads(data_of(page, name))
 
 
 def test_text_from_outside_is_escaped(demo_report):
@@ -118,8 +146,10 @@ def test_the_first_screen_answers_the_question(demo_report):
     for policy in POLICIES:
         assert policy in first
     assert first.count("<td") == 2 * 5 * 2
-    assert "holds to" in first
-    assert re.search(r"<b>\d+\u00a0% \[\d+, \d+\]</b>", first)
+    assert "no loss to" in first
+    assert "saves" in first
+    assert re.search(r"<b><span [^>]+>\d+\u00a0% \[\d+, \d+\]</span></b>", first)
+    assert len(re.findall(r'class="answer"><strong>[^<]+</strong>', first)) == 2
 
 
 def test_both_reports_say_what_was_run_and_what_is_not_known(demo_report):
@@ -135,7 +165,7 @@ def test_both_reports_say_what_was_run_and_what_is_not_known(demo_report):
 def test_markdown_refers_to_figures_that_are_there(demo_report):
     folder, text, _ = demo_report
     figures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(figures) == 2
+    assert len(figures) == 4
     assert all((folder / figure).is_file() and not figure.startswith("/") for figure in figures)
 
 
@@ -149,40 +179,299 @@ def test_markdown_tables_are_tables(demo_report):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
-def load(folder: Path) -> findings.Tables:
-    frames = (pl.read_parquet(folder / f"{n}.parquet") for n in ("scores", "bin_stats", "comparisons", "transition"))
-    return findings.Tables(*frames, confidence=0.95)
+def load(folder: Path) -> Results:
+    return read_results(*(str(folder / f"{n}.parquet") for n in ("scores", "bin_stats", "comparisons", "transition")))
 
 
-def test_findings_come_from_the_tables(demo_report):
+def mean_scores(results: Results, policy: str, budget: str, mode: str = "after_prompt") -> dict[int, float]:
+    own = results.scores.filter(policy=policy, budget=budget, mode=mode)
+    return dict(own.group_by("bin").agg(pl.col("score").mean()).iter_rows())
+
+
+def test_findings_name_the_policy_that_keeps_most(demo_report):
+    folder, text, _ = demo_report
+    results = load(folder)
+    means = {p: sum(mean_scores(results, p, "r0.2").values()) for p in POLICIES}
+    full = sum(mean_scores(results, "full", "r1").values())
+    best = max(means, key=means.get)
+    section = text[text.index("## Key findings") : text.index("## Curves")]
+    sentence = next(s for s in section.partition("after the prompt")[2].splitlines() if "With 20 %" in s)
+    assert f"{best} keeps most" in sentence
+    assert f"{100 * means[best] / full:.0f} %" in sentence
+
+
+def test_a_policy_shows_no_loss_until_its_first(demo_report):
     folder, _, _ = demo_report
-    tables = load(folder)
-    group = findings.findings(tables)[1]
-    assert group["name"] == "after the prompt"
-    best = max(
-        (tables.compared("reader_qa", "after_prompt", p, "r0.2", None, "score_ratio") for p in POLICIES),
-        key=lambda row: row["estimate"],
-    )
-    sentence = next(s for s in group["sentences"] if s.startswith("With 20 %"))
-    assert f"{best['policy']} keeps most" in sentence
-    assert f"{100 * best['estimate']:.0f} %" in sentence
-
-
-def test_a_policy_holds_until_its_first_loss(demo_report):
-    folder, _, _ = demo_report
-    tables = load(folder)
+    results = load(folder)
+    full = mean_scores(results, "full", "r1")
     for policy in POLICIES:
-        held = findings.holds(tables, "reader_qa", "after_prompt", policy, "r0.2")
-        means = {}
-        for name, budget in ((policy, "r0.2"), ("full", "r1")):
-            own = tables.scores.filter(policy=name, budget=budget, mode="after_prompt")
-            means[name] = dict(own.group_by("bin").agg(pl.col("score").mean()).iter_rows())
-        poor = [b for b in range(5) if means[policy][b] < 0.95 * means["full"][b]]
+        held = verdict.holds(results, "reader_qa", "after_prompt", policy, "r0.2")
+        own = mean_scores(results, policy, "r0.2")
+        poor = [b for b in range(5) if own[b] < 0.95 * full[b]]
         if poor:
             assert held.first_loss is not None
             assert held.first_loss["bin"] <= poor[0]
         else:
             assert held.last is not None
+
+
+def test_every_shown_interval_has_an_n(demo_report):
+    _, text, page = demo_report
+    body = page[page.index("<main>") : page.index("</main>")]
+    sources = re.findall(r'<span data-from="([^"]+)" data-n="(\d+)"', body)
+    assert len(sources) > 200
+    assert all(int(n) > 0 and source.count("/") >= 5 for source, n in sources)
+    # an interval outside of these spans stands in a sentence, which then says its n
+    rest = re.sub(r"<svg.*?</svg>|<span data-from=.*?</span>", "", body, flags=re.DOTALL)
+    for paragraph in re.findall(r"<(?:p|li|td)[^>]*>(.*?)</(?:p|li|td)>", rest, flags=re.DOTALL):
+        if re.search(r"\d \[", paragraph):
+            assert "n\u00a0=" in paragraph, paragraph
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        if re.search(r"\d \[", block):
+            assert re.search(r"\| n \||n = \d", block), block.splitlines()[0]
+
+
+# What each traced number is by definition, from one policy's rows and the full cache's on the same examples.
+def _mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _median(values):
+    values = sorted(values)
+    return _mean(values[(len(values) - 1) // 2 : len(values) // 2 + 1])
+
+
+def _by_example(rows):
+    return {(r["bin"], r["example_id"]): r for r in rows}
+
+
+DEFINITIONS = {
+    "score_mean": (1, lambda own, full: _mean(r["score"] for r in own)),
+    "failure_rate": (1, lambda own, full: _mean(r["failure"] is not None for r in own)),
+    "footprint": (100, lambda own, full: _mean(r["cache_bytes"] / r["full_bytes"] for r in own)),
+    "saved": (100, lambda own, full: 1 - _mean(r["cache_bytes"] / r["full_bytes"] for r in own)),
+    "cache_bytes": (1 / 2**20, lambda own, full: _mean(r["cache_bytes"] for r in own)),
+    "latency_p50": (1, lambda own, full: _median(r["latency_s"] for r in own)),
+    "ttft_p50": (1, lambda own, full: _median(r["ttft_s"] for r in own)),
+    "score_ratio": (100, lambda own, full: _mean(r["score"] for r in own) / _mean(r["score"] for r in full)),
+    "score": (1, lambda own, full: _mean(
+        r["score"] - _by_example(full)[r["bin"], r["example_id"]]["score"] for r in own)),
+}  # fmt: skip
+
+
+def check_traced_numbers(page: str, rows: list[dict], seed: int, wanted: int) -> set[str]:
+    """Recompute ``wanted`` numbers of the page, at least one of each kind that is there; returns the kinds."""
+    body = page[page.index("<main>") : page.index("</main>")]
+    found = re.findall(r'<span data-from="([^"]+)" data-n="(\d+)"[^>]*>([^<]+)</span>', body)
+    kinds: dict[str, list] = {}
+    for source, n, text in found:
+        table, *key, bin, statistic = source.split("/")
+        if table in ("bin_stats", "comparisons", "scores") and statistic in DEFINITIONS:
+            kinds.setdefault(statistic, []).append((key, bin, int(n), text))
+    draw = random.Random(seed)
+    chosen = [(kind, draw.choice(entries)) for kind, entries in sorted(kinds.items())]
+    every = [(kind, entry) for kind, entries in sorted(kinds.items()) for entry in entries]
+    chosen += draw.sample(every, max(0, wanted - len(chosen)))
+    for kind, (key, bin, n, text) in chosen:
+        task, mode, policy, budget = key
+        cells = [r for r in rows if r["task"] == task and r["mode"] == mode]
+        cells = [r for r in cells if bin == "all" or r["bin"] == int(bin.removeprefix("bin"))]
+        own = [r for r in cells if (r["policy"], r["budget"]) == (policy, budget)]
+        full = [r for r in cells if r["policy"] == "full"]
+        scale, definition = DEFINITIONS[kind]
+        shown = text.replace("\u00a0", " ").replace("−", "-").split(" ")[0].rstrip("×%")
+        digits = len(shown.partition(".")[2])
+        assert abs(float(shown) - scale * definition(own, full)) <= 0.5 * 10**-digits + 1e-9, (kind, key, bin, text)
+        assert n == len({(r["bin"], r["example_id"]) for r in own}), (kind, key, bin)
+    return set(kinds)
+
+
+def test_numbers_can_be_traced_to_the_answers(demo_report):
+    folder, _, page = demo_report
+    rows = pq.read_table(folder / "scores.parquet").to_pylist()
+    assert check_traced_numbers(page, rows, seed=0, wanted=40) == set(DEFINITIONS)
+
+
+def word_f1(text: str, answers: list[str]) -> float:
+    """LongBench's F1 over words, the best of the gold answers, written down once more."""
+
+    def words(value: str) -> list[str]:
+        value = "".join(c for c in value.lower() if c not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", value).split()
+
+    def one(gold: str) -> float:
+        a, b = words(text), words(gold)
+        common = sum(min(a.count(w), b.count(w)) for w in set(a))
+        return 2 * common / (len(a) + len(b)) if common else 0.0
+
+    return max(one(gold) for gold in answers)
+
+
+@pytest.mark.slow
+def test_ten_numbers_of_a_real_report_from_the_cells_alone(finished):
+    cells = [
+        r for f in finished.results.glob("cells/**/*.parquet") for r in pq.read_table(f, partitioning=None).to_pylist()
+    ]
+    gold = {}
+    for file in finished.results.glob("data/*/bin*.parquet"):
+        gold |= {r["example_id"]: r["answers"] for r in pq.read_table(file, partitioning=None).to_pylist()}
+    rows = [r | {"score": word_f1(r["text"], gold[r["example_id"]]), "failure": None} for r in cells]
+    page = (finished.results / "report.html").read_text()
+    body = re.sub(r'<span data-from="[^"]+/failure_rate"', "<span", page)  # labels are tested with their rules
+    assert len(check_traced_numbers(body, rows, seed=1, wanted=12)) >= 5
+
+
+def changed(rows: list[dict], policy: str, values: dict, bins=range(5), budget: str = "r0.2") -> list[dict]:
+    return [r | values if (r["policy"], r["budget"]) == (policy, budget) and r["bin"] in bins else r for r in rows]
+
+
+def as_table(rows: list[dict]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=demo(n=1).schema)
+
+
+ODD = {
+    "an all-failed bin": (
+        lambda rows: changed(rows, "h2o", {"score": 0.0, "failure": "EMPTY_OUTPUT"}, bins=[2]),
+        "h2o at 20 % after the prompt, 1.0k tokens (n = 4)",
+    ),
+    "no score": (
+        lambda rows: changed(rows, "tova", {"score": None, "em": None, "f1": None, "contains": None, "failure": "OOM"}),
+        "answers have no score",
+    ),
+    "not a number": (
+        lambda rows: changed(rows, "tova", {"score": float("nan")}, bins=[0]),
+        "answers have no score",
+    ),
+    "identical scores": (
+        lambda rows: changed(changed(rows, "snapkv", {"score": 1.0}), "full", {"score": 1.0}, budget="r1"),
+        "scores exactly like the full cache on all 20 examples",
+    ),
+    "one bin": (lambda rows: [r for r in rows if r["bin"] == 0], "one length bin only"),
+    "bytes unknown": (
+        lambda rows: [r | {"cache_bytes": None} for r in rows],
+        "bytes of the cache could not be measured",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_peculiar_data_are_said_in_words(tmp_path, name):
+    change, words = ODD[name]
+    rows = [r for r in demo(n=4).to_pylist() if r["mode"] == "after_prompt" or name == "an all-failed bin"]
+    text, page = make(tmp_path, as_table(change(rows)))
+    assert words in text
+    assert not Page(page).open
+    for shown in (text, page[: page.index("<script")]):
+        assert not re.search(r"\b(nan|NaN|None|inf)\b", shown)
+
+
+def test_one_example_is_reported_as_what_it_is(tmp_path):
+    text, page = make(tmp_path, demo(n=1))
+    assert "cells have n = 1" in text
+    assert not Page(page).open
+
+
+def test_a_partial_report_says_what_is_missing(tmp_path):
+    rows = [r for r in demo(n=4).to_pylist() if not (r["policy"] == "tova" and r["bin"] > 1)]
+    rows = [r for r in rows if (r["policy"], r["budget"]) != ("random", "r0.2")]
+    missing = {"cells/reader_qa/after_prompt/tova/r0.2/bin4.parquet": "not run yet"}
+    text, page = make(tmp_path, as_table(rows), missing=missing)
+    assert "**Unfinished.** 1 cells are not in this report" in text
+    assert "2 of 5 bins only" in text
+    assert "not run" in text
+    assert "tova/r0.2/bin4.parquet" in page
+    assert not Page(page).open
+
+
+def test_a_section_stands_where_it_was_run(tmp_path, monkeypatch):
+    section = build.Section("tiny", "A section of its own", lambda source: source.experiment.get("tiny"))
+    monkeypatch.setattr(build, "SECTIONS", (section,))
+    templates = {"tiny.html.jinja": "<p>{{ section.words }}</p>", "tiny.md.jinja": "{{ section.words }}"}
+    original = build.page.environment
+
+    def with_templates(html):
+        from jinja2 import ChoiceLoader, DictLoader
+
+        made = original(html)
+        made.loader = ChoiceLoader([DictLoader(templates), made.loader])
+        return made
+
+    monkeypatch.setattr(build.page, "environment", with_templates)
+    rows = demo(n=2)
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    shown, page = make(tmp_path / "with", rows, experiment=EXPERIMENT | {"tiny": {"words": "Seven swans."}})
+    assert "## A section of its own\n\nSeven swans." in shown
+    assert '<a href="#tiny">' in page
+    assert "A section of its own" not in make(tmp_path / "without", rows)[0]
+
+
+def test_text_of_answers_cannot_leave_its_script(tmp_path):
+    evil = "</script><script>alert(1)</script>"
+    rows = [r | {"text": evil, "question": evil} for r in demo(n=2).to_pylist()]
+    _, page = make(tmp_path, as_table(rows))
+    assert "alert(1)</script>" not in page
+    assert json.loads(data_of(page, "examples-data"))["rows"][0]["question"] == evil
+    assert json.loads(script_json({"a": "<&>\u2028"})) == {"a": "<&>\u2028"}
+
+
+# What a reader does, and how the page must then look; run in the page after it was drawn.
+ASK = """
+<script>
+window.addEventListener("load", () => setTimeout(() => {
+  const root = document.getElementById("answers");
+  const count = () => root.querySelectorAll("tbody tr").length;
+  const set = (name, value) => {
+    root.querySelector(`[name=${name}]`).value = value;
+    root.querySelector("form").dispatchEvent(new Event("input"));
+    return count();
+  };
+  const found = {
+    first: count(), none: set("search", "no such words"), one: set("search", "needle"), all: set("search", ""),
+    failed: set("which", "failed"),
+    more: (set("which", ""), root.querySelector("[data-more]").click(), count()),
+    drawn: document.querySelectorAll(".drawn > .live svg.marks").length,
+    wide: document.documentElement.scrollWidth <= window.innerWidth,
+    named: [...document.querySelectorAll("select, input, button")].every(
+      (e) => e.labels?.length || e.textContent.trim() || e.closest("label")),
+  };
+  const out = document.createElement("pre");
+  out.id = "found";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+}, 1500));
+</script></body>
+"""
+
+
+def browse(page: Path, width: int) -> tuple[dict, str]:
+    """The answers of `ASK` and the browser's console, from a headless Chromium."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("browser test: no Chromium is installed")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+               "--virtual-time-budget=8000", f"--window-size={width},900", page.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout)
+    assert found, done.stderr[-2000:]
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(found[1]), console
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_works_in_a_browser(tmp_path, width):
+    rows = [r | {"text": r["answers"][0] if r["score"] == 1 else "unknown"} for r in demo(n=8).to_pylist()]
+    rows = [r | {"question": "Where is the needle?"} if r["example_id"] == "reader_qa-0-0" else r for r in rows]
+    _, page = make(tmp_path, as_table(rows))
+    (tmp_path / "asked.html").write_text(page.rpartition("</body>")[0] + ASK)
+    found, console = browse(tmp_path / "asked.html", width)
+    assert console == ""
+    assert found["drawn"] == 3
+    assert (found["first"], found["none"], found["one"], found["all"], found["more"]) == (20, 0, 1, 20, 40)
+    assert 0 < found["failed"] <= 20
+    assert found["wide"], "the page itself must not scroll sideways"
+    assert found["named"]
 
 
 def test_another_model_is_not_called_the_tiny_reader_and_an_endpoint_is_not_trusted(tmp_path):

@@ -58,6 +58,19 @@ class Paths:
     def cell(self, task: str, mode: str, policy: str, budget: str, bin: int | str) -> str:
         return f"{self.root}/cells/{task}/{mode}/{policy}/{budget}/bin{bin}.parquet"
 
+    def observations(self, task: str, bin: int | str) -> str:
+        return f"{self.root}/observations/{task}/bin{bin}.parquet"
+
+    def observation_layers(self, task: str, bin: int | str) -> str:
+        return f"{self.root}/observations/{task}/layers_bin{bin}.parquet"
+
+    def observation_checks(self, task: str) -> str:
+        return f"{self.root}/observations/{task}/checks.parquet"
+
+    def observation_logs(self, task: str) -> str:
+        """A folder: the observations as the studies write them down."""
+        return f"{self.root}/observations/{task}/logs"
+
     def log(self, *parts: str) -> str:
         return "/".join((self.root, "logs", *parts)) + ".log"
 

@@ -6,6 +6,7 @@ nothing else, makes the job's files stale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def check(settings: Settings) -> None:
         if "before_question" in settings.kv.modes and not known.has_question:
             raise UserError(f"kv.modes: {task} has no question, so it has no before_question mode; use [after_prompt]")
         local_source(settings.dataset.model_dump(), task)  # raises where a local file is missing
+    if settings.observe.enabled:
+        _observed(settings)  # raises where there is nothing to observe, or something that cannot be
     for key in ("prompts", "max_lengths"):
         path = getattr(settings.dataset, key)
         if path is not None and not Path(path).is_file():
@@ -93,7 +96,9 @@ def aliases(settings: Settings) -> list[tuple[str, str]]:
 def statistics(settings: Settings) -> list[str]:
     """The attention statistics that some cell of the experiment reads, sorted."""
     kinds = [catalog.resolve(name, options)[0] for name, options in settings.kv.policies.items()]
-    return sorted(frozenset().union(*(catalog.statistics(kind) for kind in kinds)))
+    # an observation follows the attention received whatever the policies read
+    observed = ["attn_sum"] if settings.observe.enabled else []
+    return sorted(frozenset(observed).union(*(catalog.statistics(kind) for kind in kinds)))
 
 
 def _dataset(settings: Settings, *files: str) -> dict[str, Any]:
@@ -161,11 +166,65 @@ def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, A
         "hyper_parameters": hyper_parameters,
         "budget": str(Budget.parse(budget)),
         "first_token": settings.kv.first_token,
-        "decoding": settings.decoding.model_dump(include={"temperature", "repeats", "batch", "seed"}),
+        "decoding": settings.decoding.model_dump(include={"temperature", "repeats", "batch", "compile", "seed"}),
         "model": reading["model"],
         "prefill_code": reading["code"],
         "code": code_hash("kv_transition.run.cell", *catalog.modules(kind)),
         "policy_content": catalog.content(kind),
+    }
+
+
+ORACLE = "oracle"
+_UNOBSERVED = {
+    FULL: "keeps everything",
+    "entropy_merge": "holds entries that stand for several",
+    "entropy_recall": "chooses by the step's own query",
+}
+
+
+def why_not_observed(kind: str, hyper_parameters: Mapping[str, Any]) -> str | None:
+    """Why what a policy holds cannot be compared with what a step needs; None if it can."""
+    if catalog.is_press(kind):
+        return "reads the prompt itself"
+    if catalog.ignores_budget(kind, hyper_parameters):
+        return "has a footprint of its own"
+    return _UNOBSERVED.get(kind)
+
+
+def _observed(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Kind and hyper-parameters of each policy that is observed, by its name.
+
+    Raises UserError if one is asked for that is not there or cannot be observed.
+    """
+    if ORACLE in settings.kv.policies:
+        raise UserError("kv.policies.oracle: this name is that of observation's upper bound; choose another one")
+    there = {name: catalog.resolve(name, options) for name, options in settings.kv.policies.items()}
+    why = {name: reason for name, resolved in there.items() if (reason := why_not_observed(*resolved))}
+    there[ORACLE] = ORACLE, {}
+    fitting = [name for name in there if name not in why]
+    for name in settings.observe.policies or []:
+        if name in why:
+            raise UserError(f"observe.policies: {name} {why[name]}, so that it has no recall; leave it out")
+        if name not in there:
+            raise UserError(f"observe.policies: there is no {name!r}; choose from {', '.join(fitting)}")
+    names = settings.observe.policies or fitting
+    return {name: {"kind": there[name][0], "hyper_parameters": there[name][1]} for name in names}
+
+
+def observe(settings: Settings) -> dict[str, Any]:
+    """The spec of every observation; its digest is the ``observe_hash`` of their files."""
+    reading = prefill(settings)
+    policies = _observed(settings)
+    kinds = [options["kind"] for options in policies.values() if options["kind"] != ORACLE]
+    section = settings.observe.model_dump(exclude={"enabled", "policies", "budgets"})
+    return section | {
+        "policies": policies,
+        "budgets": [str(budget) for budget in settings.observe.all_budgets()],
+        "seed": settings.decoding.seed,
+        "model": reading["model"],
+        "prefill_code": reading["code"],
+        "code": code_hash("kv_transition.run.observe", *(m for kind in kinds for m in catalog.modules(kind))),
+        "policy_content": {kind: catalog.content(kind) for kind in kinds},
     }
 
 

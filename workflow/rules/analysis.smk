@@ -49,6 +49,11 @@ rule aggregate:
     output:
         bin_stats=report(FILES.table("bin_stats"), caption="../report/bin_stats.rst", category="Tables"),
         comparisons=report(FILES.table("comparisons"), caption="../report/comparisons.rst", category="Tables"),
+        pairs=report(FILES.table("pairs"), caption="../report/pairs.rst", category="Tables"),
+        noninferiority=report(FILES.table("noninferiority"), caption="../report/noninferiority.rst", category="Tables"),
+        smallest_budgets=report(
+            FILES.table("smallest_budgets"), caption="../report/smallest_budgets.rst", category="Tables"
+        ),
     log:
         FILES.log("aggregate"),
     conda:
@@ -66,6 +71,9 @@ rule transition:
         bin_stats=rules.aggregate.output.bin_stats,
     output:
         transition=report(FILES.table("transition"), caption="../report/transition.rst", category="Tables"),
+        budget_transition=report(
+            FILES.table("budget_transition"), caption="../report/budget_transition.rst", category="Tables"
+        ),
     log:
         FILES.log("transition"),
     conda:

@@ -1,6 +1,13 @@
 # Tables become pictures, pictures and tables become a report.
 
-FIGURES = ["acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len", "failures"]
+FIGURES = ["acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len", "failures", "front", "differences"]
+# What the analysis makes beside the three tables that every report needs.
+EXTRA = {
+    name: str(path)
+    for outputs in (rules.aggregate.output, rules.transition.output)
+    for name, path in outputs.items()
+    if name not in ("bin_stats", "comparisons", "transition")
+}
 
 
 rule experiment:
@@ -20,6 +27,7 @@ rule plots:
     input:
         scores=rules.score.output[0],
         bin_stats=rules.aggregate.output.bin_stats,
+        comparisons=rules.aggregate.output.comparisons,
         transition=rules.transition.output.transition,
     output:
         **{
@@ -60,6 +68,7 @@ rule report:
         bin_stats=rules.aggregate.output.bin_stats,
         comparisons=rules.aggregate.output.comparisons,
         transition=rules.transition.output.transition,
+        extra=list(EXTRA.values()),
         plots=rules.plots.output,
     output:
         md=FILES.file("report.md"),
@@ -70,7 +79,35 @@ rule report:
         "../../envs/analysis.yaml"
     params:
         title=SETTINGS.report.title or SETTINGS.experiment,
+        extra=EXTRA,
         code=code_hash("kv_transition.report.build"),
         templates=content_digest(os.path.join(REPO, "src/kv_transition/report/templates")),
     script:
         "../../scripts/report.py"
+
+
+rule exports:
+    input:
+        config=rules.experiment.output[0],
+        manifests=[FILES.manifest(task) for task in TASKS],
+        examples=[FILES.examples(task) for task in TASKS],
+        bins=[FILES.bin(task, bin) for task in TASKS for bin in BINS],
+        scores=rules.score.output[0],
+        bin_stats=rules.aggregate.output.bin_stats,
+        comparisons=rules.aggregate.output.comparisons,
+        transition=rules.transition.output.transition,
+        extra=list(EXTRA.values()),
+    output:
+        csv=directory(FILES.file("tables")),
+        summary=report(FILES.file("summary.json"), caption="../report/summary.rst", category="Exports"),
+        card=report(FILES.file("matched_budget.json"), caption="../report/card.rst", category="Exports"),
+        sqlite=report(FILES.file("kv_transition.sqlite"), caption="../report/sqlite.rst", category="Exports"),
+    log:
+        FILES.log("exports"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        extra=EXTRA,
+        code=code_hash("kv_transition.report.exports", "kv_transition.report.sqlite"),
+    script:
+        "../../scripts/exports.py"

@@ -55,3 +55,8 @@ def interval(estimate: float | None, low: float | None, high: float | None, digi
         return number(estimate, digits)
     ends = ("…" if end is None else number(end, digits) for end in (low, high))
     return f"{number(estimate, digits)} [{', '.join(ends)}]"
+
+
+def count(n: int, clusters: int | None = None) -> str:
+    """``n = 20``, and from how many documents where examples share them."""
+    return f"n = {n}" if clusters is None or clusters == n else f"n = {n} from {clusters} documents"

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import altair as alt
 import polars as pl
-import vl_convert
 
-from kv_transition.analysis import intervals, labels
+from kv_transition.analysis import intervals, labels, tradeoff
 from kv_transition.analysis.aggregate import FULL
+from kv_transition.analysis.drawing import (
+    INK,
+    NEUTRAL,
+    Datasets,
+    Spec,
+    as_wide_as_its_place,
+    choices,
+    color,
+    compose,
+    filtered,
+    inner,
+    note,
+    png,
+    rows_of,
+    save_html,
+    shape,
+    svg,
+    view,
+)  # fmt: skip
+from kv_transition.analysis.results import Results, read_results
 from kv_transition.errors import UserError
 from kv_transition.eval.failures import LABELS
-from kv_transition.provenance import atomic_path, read_metadata, write_text
+from kv_transition.provenance import atomic_path, write_text
 
-# Okabe and Ito (2008), told apart under the common colour-vision deficiencies; shapes repeat what the colours say.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D1F")
-# one fewer than the colours, so that the pairs repeat only after 56 policies
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
-NEUTRAL, INK, FAINT = "#6B7280", "#1F2937", "#E5E7EB"
-FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 330, 190, 3
 
 FIGURES = {
@@ -35,114 +44,6 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class Results:
-    """What the figures are drawn from: the tables scores, bin_stats and transition."""
-
-    scores: pl.DataFrame
-    stats: pl.DataFrame
-    transition: pl.DataFrame
-    confidence: float = 0.95
-
-    @cached_property
-    def policies(self) -> list[str]:
-        """All but the full cache, always in the same order, so that a policy keeps its colour."""
-        return sorted(set(self.stats["policy"]) - {FULL["policy"]})
-
-    @cached_property
-    def panels(self) -> list[tuple[str, str, str]]:
-        """(task, mode, budget) with anything but the full cache in it, or the full cache alone."""
-        frame = self.stats.filter(pl.col("policy") != FULL["policy"])
-        if not frame.height:
-            frame = self.stats
-        found = frame.select("task", "mode", "budget").unique().rows()
-        return sorted(found, key=lambda k: (k[0], list(labels.MODES).index(k[1]), labels.budget_order(k[2])))
-
-    def curve(self, statistic: str, task: str, mode: str) -> pl.DataFrame:
-        return self.stats.filter(statistic=statistic, task=task, mode=mode).drop_nulls("estimate")
-
-
-class Datasets(dict[str, list[dict[str, Any]]]):
-    """Named rows; ``add`` gives the reference that a chart takes."""
-
-    def add(self, rows: list[dict[str, Any]]) -> alt.NamedData:
-        name = f"rows{len(self)}"
-        self[name] = rows
-        return alt.NamedData(name)
-
-
-CONFIG = {
-    "font": FONT,
-    "background": "#FFFFFF",
-    "padding": 14,
-    "view": {"stroke": None},
-    "mark": {"aria": False},
-    "axis": {
-        "labelFontSize": 11,
-        "titleFontSize": 11,
-        "titleFontWeight": "normal",
-        "labelColor": INK,
-        "titleColor": INK,
-        "gridColor": FAINT,
-        "domainColor": "#9CA3AF",
-        "tickColor": "#9CA3AF",
-        "titlePadding": 8,
-    },
-    "title": {"color": INK, "subtitleColor": "#4B5563", "anchor": "start"},
-    "legend": {"labelFontSize": 12, "labelColor": INK, "columnPadding": 16},
-}
-
-PAGE_STYLE = (
-    f"body{{margin:1rem;font:15px {FONT};color:{INK};background:#fff}}"
-    ".chart-wrapper{display:flex;flex-direction:column-reverse}"
-    ".vega-bindings{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem;padding:0 14px}.vega-bindings select{font:inherit}"
-)
-
-Spec = dict[str, Any]
-
-
-def _inner(chart: alt.TopLevelMixin) -> Spec:
-    return chart.to_dict(validate=False, context={"top_level": False})
-
-
-def _panel_spec(layers: Sequence[alt.Chart], width: int, height: int | Spec, title: Spec) -> Spec:
-    """Layers as one view. Panels are put together as plain specifications: Altair would copy them at every step."""
-    return {"layer": [_inner(layer) for layer in layers], "width": width, "height": height, "title": title}
-
-
-def _figure(content: Spec, data: Datasets, title: str, *subtitle: str) -> Spec:
-    """A whole Vega-Lite figure with its title, what it says about n and intervals, and its data by name."""
-    heading = {
-        "text": title, "subtitle": list(subtitle), "fontSize": 17, "subtitleFontSize": 12, "offset": 16,
-        "subtitlePadding": 6,
-    }  # fmt: skip
-    text = ". ".join((title, *subtitle)) + "."
-    return {
-        "$schema": alt.SCHEMA_URL, "config": CONFIG, "title": heading, "description": text, "datasets": dict(data),
-        **content,
-    }  # fmt: skip
-
-
-def _rows_of(panels: Sequence[Spec], columns: int) -> list[Spec]:
-    return [{"hconcat": list(panels[i : i + columns]), "spacing": 28} for i in range(0, len(panels), columns)]
-
-
-def _legend() -> alt.Legend:
-    return alt.Legend(title=None, orient="top", symbolSize=90, symbolOpacity=1, symbolStrokeWidth=2)
-
-
-def color(policies: Sequence[str]) -> alt.Color:
-    domain = [FULL["policy"], *policies]
-    scale = alt.Scale(domain=domain, range=[NEUTRAL, *(PALETTE[i % len(PALETTE)] for i in range(len(policies)))])
-    return alt.Color("policy:N", scale=scale, legend=_legend())
-
-
-def shape(policies: Sequence[str]) -> alt.Shape:
-    domain = [FULL["policy"], *policies]
-    scale = alt.Scale(domain=domain, range=["stroke", *(SHAPES[i % len(SHAPES)] for i in range(len(policies)))])
-    return alt.Shape("policy:N", scale=scale, legend=_legend())
-
-
 def _say_n(counts: Iterable[int]) -> str:
     counts = set(counts)
     if not counts:
@@ -151,7 +52,7 @@ def _say_n(counts: Iterable[int]) -> str:
     return f"n = {low} examples a point" if low == high else f"n = {low} to {high} examples a point"
 
 
-def _rows(results: Results, statistic: str, panel: tuple[str, str, str]) -> list[dict[str, Any]]:
+def _rows(results: Results, statistic: str, panel: tuple[str, str, str], scale: float = 1.0) -> list[dict[str, Any]]:
     """Points of one panel, the policies set a little apart so that their intervals can be told apart."""
     task, mode, budget = panel
     curve = results.curve(statistic, task, mode)
@@ -162,6 +63,7 @@ def _rows(results: Results, statistic: str, panel: tuple[str, str, str]) -> list
         is_full = row["policy"] == FULL["policy"]
         if not is_full and row["budget"] != budget:
             continue
+        estimate, low, high = (None if row[k] is None else row[k] * scale for k in ("estimate", "ci_low", "ci_high"))
         dodge = 0.0 if is_full else (present.index(row["policy"]) - (len(present) - 1) / 2) * step
         rows.append(
             {
@@ -169,11 +71,11 @@ def _rows(results: Results, statistic: str, panel: tuple[str, str, str]) -> list
                 "bin": row["bin"],
                 "x": row["bin"] + dodge,
                 "tokens": labels.token_range(row["token_min"], row["token_max"]),
-                "estimate": row["estimate"],
-                "low": row["ci_low"],
-                "high": row["ci_high"],
+                "estimate": estimate,
+                "low": low,
+                "high": high,
                 "n": row["n"],
-                "interval": labels.interval(row["estimate"], row["ci_low"], row["ci_high"], 3),
+                "interval": labels.interval(estimate, low, high, 3),
                 "method": row["method"],
             }
         )
@@ -252,13 +154,7 @@ def _panel(
     if budget.startswith("t"):
         shown = f"{labels.budget(budget)} kept"
     title = {"text": head, "subtitle": shown, "fontSize": 13, "subtitleFontSize": 11, "offset": 8}
-    return _panel_spec(layers, PANEL_WIDTH, PANEL_HEIGHT, title)
-
-
-def _note(text: str, title: str, subtitle: str) -> Spec:
-    data = Datasets()
-    mark = alt.Chart(data.add([{"text": text}])).mark_text(fontSize=13, color="#4B5563").encode(text="text:N")
-    return _figure({**_inner(mark), "width": 680, "height": 60}, data, title, f"{subtitle}. {text}")
+    return view(layers, PANEL_WIDTH, PANEL_HEIGHT, title)
 
 
 def along_length(results: Results, figure: str) -> Spec:
@@ -269,7 +165,7 @@ def along_length(results: Results, figure: str) -> Spec:
     if not shown.height:
         reasons = results.stats.filter(statistic=statistic)["method"].unique().sort().to_list()
         text = f"Nothing to draw: {'; '.join(reasons) or 'not measured'}."
-        return _note(text, title, share)
+        return note(text, title, share)
     top = 1.03
     if statistic == "score_std":
         top = 0.55
@@ -286,8 +182,8 @@ def along_length(results: Results, figure: str) -> Spec:
     data, rows = Datasets(), []
     for task, mode in dict.fromkeys(panel[:2] for panel in results.panels):
         own = [_panel(results, data, statistic, title_y, p, top) for p in results.panels if p[:2] == (task, mode)]
-        rows += _rows_of(own, COLUMNS)
-    return _figure({"vconcat": rows, "spacing": 26}, data, title, *subtitle)
+        rows += rows_of(own, COLUMNS)
+    return compose({"vconcat": rows, "spacing": 26}, data, title, *subtitle)
 
 
 # Where the machinery failed, where the model said nothing useful, where it declined.
@@ -326,7 +222,7 @@ def failure_stack(results: Results) -> Spec:
     share = f"share of all answers over all lengths; whole rate with {100 * results.confidence:g} % interval and n"
     if not parts:
         n = sum(row["n"] for row in totals)
-        return _note(f"No answer failed (n = {n}).", title, share)
+        return note(f"No answer failed (n = {n}).", title, share)
     for row in (*parts, *totals):
         cache = "" if row["policy"] == FULL["policy"] else f", {labels.budget(row['budget'])}"
         row["name"] = row["policy"] + cache
@@ -358,36 +254,56 @@ def failure_stack(results: Results) -> Spec:
         text = base.mark_text(align="left", dx=6, fontSize=10, color=INK).encode(y=y, x="ci_high:Q", text="text:N")
         head = f"{task}, {labels.mode(mode)}" if several else labels.mode(mode).capitalize()
         layers = (bars, rules, text)
-        panels.append(_panel_spec(layers, 300, {"step": 19}, {"text": head, "fontSize": 13}))
-    return _figure({"vconcat": _rows_of(panels, 2), "spacing": 24}, data, title, share)
+        panels.append(view(layers, 300, {"step": 19}, {"text": head, "fontSize": 13}))
+    return compose({"vconcat": rows_of(panels, 2), "spacing": 24}, data, title, share)
+
+
+# What can be chosen in the interactive figure: the statistic of the table, how it is called, its scale.
+MEASURES = {
+    "Score": ("score_mean", 1.0),
+    "Failure rate": ("failure_rate", 1.0),
+    "Seconds to the answer, median": ("latency_p50", 1.0),
+    "Seconds to the first token, median": ("ttft_p50", 1.0),
+    "Tokens per second, median": ("tokens_per_s", 1.0),
+    "Cache, MiB": ("cache_bytes", 1 / 2**20),
+    "Cache, share of the full one": ("footprint", 1.0),
+    "Peak memory, MB": ("peak_mem_mb", 1.0),
+    "Standard deviation of the score": ("score_std", 1.0),
+}
+_ZONED = ("Score", "Failure rate")
+
+
+def _explored(results: Results) -> tuple[list[dict], list[dict], list[dict]]:
+    """Rows of every measure, of the transition zones and of the collapses, with what they are chosen by."""
+    rows, zones, collapses = [], [], []
+    for measure, (statistic, scale) in MEASURES.items():
+        for panel in results.panels:
+            task, mode, budget = panel
+            chosen_by = {"measure": measure, "task": task, "mode": labels.mode(mode), "budget": labels.budget(budget)}
+            own = [row | chosen_by for row in _rows(results, statistic, panel, scale)]
+            rows += own
+            if measure in _ZONED:
+                zone, collapse = _marked(results, panel, [r for r in own if r["policy"] != FULL["policy"]])
+                zones += zone
+                collapses += collapse
+    return rows, zones, collapses
 
 
 def interactive(results: Results) -> Spec:
-    """One chart to ask: choose what is drawn, the mode and the budget; click a policy in the legend; point for n."""
-    wanted = {figure: title for figure, (_, title, _) in FIGURES.items()}
-    rows = []
-    for figure, (statistic, _, _) in FIGURES.items():
-        for panel in results.panels:
-            task, mode, budget = panel
-            for row in _rows(results, statistic, panel):
-                shown = {"measure": wanted[figure], "task": task, "mode": labels.mode(mode)}
-                rows.append({**row, **shown, "budget": labels.budget(budget)})
-    rows = [row for row in rows if row["estimate"] is not None]
-
-    def choose(name: str, label: str) -> alt.Parameter:
-        options = list(dict.fromkeys(row[name] for row in rows))
-        control = alt.binding_select(options=options, name=f"{label}  ")
-        return alt.selection_point(fields=[name], bind=control, value=options[0], name=f"choose_{name}")
-
-    # shown in reverse
+    """One chart to ask: choose measure, mode, budget and policy; point for the interval and n; as wide as its place."""
+    rows, zones, collapses = _explored(results)
+    if not rows:
+        return note("Nothing to draw: no statistic has an estimate.", "Answers against document length", "")
     controls = {"budget": "Cache kept", "mode": "Compressed", "task": "Task", "measure": "Measure"}
-    by = {name: choose(name, label) for name, label in controls.items()}
-    clicked = alt.selection_point(fields=["policy"], bind="legend", name="clicked_policy")
-    faint = alt.condition(clicked, alt.value(1), alt.value(0.08))
+    by = choices(rows, controls)
+    names = [FULL["policy"], *results.policies]
+    control = alt.binding_select(options=[None, *names], labels=["all", *names], name="Highlight ")
+    lit = alt.selection_point(fields=["policy"], bind=control, name="highlight")
+    faint = alt.condition(lit, alt.value(1), alt.value(0.1))
     numbers = sorted({row["bin"] for row in rows})
-    names = {row["bin"]: row["tokens"] for row in rows}
+    tokens = {row["bin"]: row["tokens"] for row in rows}
     one_task = len({row["task"] for row in rows}) == 1
-    expression = "{" + ",".join(f"{b}: '{names[b]}'" for b in numbers) + "}[datum.value]"
+    expression = "{" + ",".join(f"{b}: '{tokens[b]}'" for b in numbers) + "}[datum.value]"
     x = alt.X(
         "x:Q",
         scale=alt.Scale(domain=[numbers[0] - 0.45, numbers[-1] + 0.45], nice=False, zero=False),
@@ -403,76 +319,60 @@ def interactive(results: Results) -> Spec:
         )
     ]  # fmt: skip
     data = Datasets()
-    base = alt.Chart(data.add(rows)).encode(x=x, color=colors, opacity=faint)
-    for parameter in by.values():
-        base = base.transform_filter(parameter)
+
+    def of(values: list[dict]) -> alt.Chart:
+        return filtered(data.add(values), by).encode(x=x, color=colors)
+
+    base = of(rows).encode(opacity=faint)
+    full = of([row for row in rows if row["policy"] == FULL["policy"]]).encode(opacity=faint)
     y = alt.Y("estimate:Q", axis=alt.Axis(title=None))
+    band = alt.condition(lit, alt.value(0.22), alt.value(0.03))
     layers = alt.layer(
+        of(zones).mark_line(strokeWidth=14, strokeCap="round").encode(y=y, opacity=band),
         base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q"),
         base.mark_line(strokeWidth=2).encode(y=y),
-        base.mark_point(filled=True, size=80).encode(y=y, shape=shapes, tooltip=tip),
-    ).add_params(*by.values(), clicked)
-    share = f"{100 * results.confidence:g} % intervals; click a policy in the legend (shift-click for several)"
-    chart = layers.properties(width=760, height=420)
-    return _figure(_inner(chart), data, "Answers against document length", share)
+        base.mark_point(filled=True, size=90).encode(y=y, shape=shapes, tooltip=tip),
+        full.mark_point(filled=True, size=40, shape="circle").encode(y=y, tooltip=tip),
+        of(collapses).mark_text(text="×", fontSize=26, fontWeight="bold", dy=1).encode(y=y, opacity=faint),
+    ).add_params(lit, *by)
+    share = f"{100 * results.confidence:g} % intervals; grey: the full cache"
+    content = as_wide_as_its_place(inner(layers), 390)
+    key = ("; wide band: transition zone" if zones else "") + ("; ×: collapse" if collapses else "")
+    return compose(content, data, "Answers against document length", share + key)
 
 
-def read_results(scores: str, stats: str, transition: str) -> Results:
-    """The tables from their files, without the aliases of the full cache. Raises UserError if nothing is left."""
-    confidence = json.loads(read_metadata(stats).get("statistics", "{}")).get("confidence", 0.95)
-    columns = ["task", "mode", "policy", "budget", "bin", "example_id", "failure", "alias"]
-    alias = (pl.col("policy") != FULL["policy"]) & (pl.col("budget") == FULL["budget"])
-    results = Results(
-        pl.read_parquet(scores, columns=columns).filter(~alias),
-        pl.read_parquet(stats).filter(~alias),
-        pl.read_parquet(transition).filter(~alias),
-        confidence,
-    )
-    if not results.stats.height:
-        raise UserError(f"{stats}: the table is empty; run the aggregate step on at least one scored cell")
-    return results
+FIGURE_NAMES = (*FIGURES, "failures", "front", "differences")
 
 
-def save_html(figure: Spec, path: str | Path) -> None:
-    """A page that needs nothing else, scripts included."""
-    from altair.utils.html import spec_to_html
-
-    page = spec_to_html(
-        figure,
-        mode="vega-lite",
-        vega_version=alt.VEGA_VERSION,
-        vegaembed_version=alt.VEGAEMBED_VERSION,
-        vegalite_version=alt.VEGALITE_VERSION,
-        template="inline",
-        output_div="chart",
-        embed_options={"actions": {"source": False, "editor": False}},
-    )
-    write_text(path, page.replace("<head>", f"<head><style>{PAGE_STYLE}</style>", 1))
+def draw(results: Results, name: str) -> Spec:
+    """The static figure of this name. Raises UserError if there is none."""
+    if name in FIGURES:
+        return along_length(results, name)
+    drawers = {"failures": failure_stack, "front": tradeoff.front_figure, "differences": tradeoff.difference_figure}
+    if name not in drawers:
+        raise UserError(f"plots: no figure is called {name!r}; known are {', '.join(FIGURE_NAMES)}")
+    return drawers[name](results)
 
 
-def svg(figure: Spec) -> str:
-    return vl_convert.vegalite_to_svg(figure, vl_version=".".join(alt.VEGALITE_VERSION.split(".")[:2]))
-
-
-def write_plots(scores: str, stats: str, transition: str, outputs: Mapping[str, str]) -> None:
-    """The `plots` rule. ``outputs``: path by ``{figure}_{svg|png}``, ``failures_{svg|png}`` and ``interactive``.
+def write_plots(scores: str, stats: str, comparisons: str, transition: str, outputs: Mapping[str, str]) -> None:
+    """The `plots` rule. ``outputs``: path by ``{figure}_{svg|png}`` and ``interactive``.
 
     Raises UserError for an output of another name.
     """
-    results = read_results(scores, stats, transition)
+    results = read_results(scores, stats, comparisons, transition)
     drawn: dict[str, str] = {}
     for name, path in outputs.items():
         if name == "interactive":
             save_html(interactive(results), path)
             continue
         figure, _, ext = name.rpartition("_")
-        if figure not in (*FIGURES, "failures") or ext not in ("svg", "png"):
-            known = ", ".join((*FIGURES, "failures"))
-            raise UserError(f"plots: no figure is called {name!r}; known are {known} (with _svg or _png), interactive")
+        if ext not in ("svg", "png"):
+            raise UserError(f"plots: no figure is called {name!r}; known are {', '.join(FIGURE_NAMES)} (with _svg or "
+                            "_png), interactive")  # fmt: skip
         if figure not in drawn:
-            drawn[figure] = svg(failure_stack(results) if figure == "failures" else along_length(results, figure))
+            drawn[figure] = svg(draw(results, figure))
         if ext == "svg":
             write_text(path, drawn[figure])
         else:
             with atomic_path(path) as temporary:
-                temporary.write_bytes(vl_convert.svg_to_png(drawn[figure], scale=2))
+                temporary.write_bytes(png(drawn[figure]))

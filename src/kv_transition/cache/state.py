@@ -17,6 +17,8 @@ WINDOW = 64
 STATISTICS = frozenset({"attn_sum", "query_entropy", "recent_queries", "query_mean", "query_cov"})
 """What can be kept up while reading; a policy names those it reads"""
 
+MOMENTS = frozenset({"query_mean", "query_cov"})
+
 _PER_ENTRY = ("keys", "values", "positions", "attn_sum", "query_entropy", "angles", "bias")
 
 

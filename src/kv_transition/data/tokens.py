@@ -44,6 +44,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         raise UserError(f"model.name: no tokenizer of {name!r} can be loaded {where}: {cause}") from None
     if not tokenizer.is_fast:
         raise UserError(f"model.name: the tokenizer of {name!r} has no fast version (tokenizer.json), which is needed")
+    if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
+        # what some classes make of no files at all
+        raise UserError(
+            f"model.name: the tokenizer of {name!r} knows no words; put its tokenizer.json beside the weights"
+        )
     if (folder / "tokenizer.json").is_file():
         _check_ids(tokenizer, folder)
     return tokenizer

@@ -26,7 +26,7 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str
         return "flash_attention_2" if usable else "sdpa"
     if implementation == "flash_attention_2" and not usable:
         raise UserError(
-            "model.attn_implementation: flash_attention_2 needs the package flash-attn, a cuda device and a model.dtype "
+            "model.attn_implementation: flash_attention_2 needs flash-attn, a cuda device and a model.dtype "
             "of bfloat16 or float16; use auto or sdpa"
         )
     return implementation

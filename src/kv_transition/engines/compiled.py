@@ -25,6 +25,9 @@ RUN = 256
 """Entries that one thread block of a GPU reads; each head's entries are that many rows of a batched product, since one
 query alone would leave most of a GPU idle"""
 
+_RUNS_TO_RECORD = 3
+"""A CUDA graph is recorded in the second run; the third replays it"""
+
 _MOST_GRAPHS = 64
 """Graphs kept for one piece of code; torch gives up after 8"""
 
@@ -62,13 +65,27 @@ class CompiledDecoder:
 
     @torch.no_grad()
     def load(self, states: Sequence[CacheState], room: int) -> None:
-        """Take in states of single sequences, with space for ``room`` more tokens of each. They are copied."""
-        if self._memory is None or not self._memory.holds(states, room):
+        """Take in states of single sequences, with space for ``room`` more tokens of each. They are copied.
+
+        Compiles where the buffers have to be remade. Raises UserError if that fails.
+        """
+        remade = self._memory is None or not self._memory.holds(states, room)
+        if remade:
             rows = max(len(states), 0 if self._memory is None else self._memory.rows)
             # the old buffers go before the new ones come
             self._memory = None
             self._memory = _Memory(states, rows, room, self.engine)
         self._taken = self._memory.fill(states)
+        if remade:
+            # Compiled, warmed up and recorded here, so that no answer's time holds it. What this writes is written
+            # again by the first token.
+            try:
+                for _ in range(_RUNS_TO_RECORD):
+                    self._run()
+            except torch.OutOfMemoryError:
+                # or half the batch would be given the same buffers
+                self._memory = None
+                raise
         self._steps, self._room = 0, room
         self.live = list(range(len(states)))
         self.logits = torch.stack([state.logits.to(self.engine.device) for state in states])
@@ -83,19 +100,23 @@ class CompiledDecoder:
         for number, token in said.items():
             ids[number] = token
         memory.ids.copy_(ids)
-        torch.compiler.cudagraph_mark_step_begin()
-        try:
-            logits = self._step(self.engine.model, memory)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"decoding.compile: the model cannot be compiled here ({reason}); set decoding.compile to false"
-            ) from error
+        logits = self._run()
         memory.advance()
         self._steps += 1
         self.live = list(said)
         # a copy: a replayed graph writes its results to the same place again
         self.logits = logits[torch.tensor(self.live, device=logits.device)]
+
+    def _run(self) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return self._step(self.engine.model, self._memory)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise UserError(
+                f"decoding.compile: the model cannot be compiled here ({reason}); set decoding.compile to false"
+            ) from error
 
     def entries(self, number: int) -> float:
         """Entries per KV head of a live sequence, mean over the evictable layers."""
@@ -144,7 +165,7 @@ class _Memory:
         self.windows = [layer.window for layer in first.layers]
         longest = _longest(states)
         # layers with a sliding window are short and have a capacity of their own
-        self.capacity = {windowed: _rounded(n + room) for windowed, n in longest.items()}
+        self.capacity = {windowed: _rounded(n + max(room, 1)) for windowed, n in longest.items()}
         self.keys, self.values, self.biases = [], [], []
         for layer in first.layers:
             part = layer.parts[0]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kv_transition.attention import statistics as attention_statistics
-from kv_transition.cache.state import STATISTICS, CacheState
+from kv_transition.cache.state import MOMENTS, STATISTICS, CacheState
 from kv_transition.cache.store import Prefill
 from kv_transition.engines import attend, loading
-from kv_transition.engines.reading import Reading
+from kv_transition.engines.reading import BeforeAttention, Reading
 from kv_transition.errors import UserError
 
 
@@ -35,7 +35,7 @@ class LocalEngine:
         that the activations of a long prompt fit beside its cache; None: any length at once."""
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.device = model.get_input_embeddings().weight.device
+        self.device = loading.input_device(model)
         self.chunk_tokens = chunk_tokens
         self.windows = loading.layer_windows(model.config)
         self.rotaries = loading.layer_rotaries(model)
@@ -44,8 +44,9 @@ class LocalEngine:
         dtype = model.dtype
         self.attention = attend.choose(attention, self.device, dtype)
         self.statistics_asked = statistics
-        self.statistics_by = (
-            attention_statistics.choose(self.device.type, dtype) if statistics == "auto" else statistics
+        # what reads a merged or padded cache may differ: each call of `auto` takes what serves it
+        self.statistics_by = attention_statistics.choose(
+            self.device.type, dtype, head_dim=_head_dim(model.config), implementation=statistics
         )
 
     @classmethod
@@ -74,7 +75,7 @@ class LocalEngine:
     @property
     def layer_devices(self) -> list[str]:
         """Where each layer lies: a large model may be laid over several GPUs."""
-        return [str(next(layer.parameters()).device) for layer in self.model.get_decoder().layers]
+        return [str(device) for device in loading.layer_devices(self.model)]
 
     @property
     def description(self) -> dict[str, str]:
@@ -103,23 +104,38 @@ class LocalEngine:
         tokens: Sequence[int] | Sequence[Sequence[int]],
         statistics: frozenset[str] = STATISTICS,
         room: int = 0,
+        seen: list[Tensor] | None = None,
+        before_attention: BeforeAttention | None = None,
     ) -> CacheState:
         """Read ``tokens`` (at least one) on top of a state; None is the empty one. The state itself is unchanged.
 
-        tokens: of a batch, equally many for each sequence. statistics: which of them to keep up; the others are dropped.
-        room: entries to leave space for, so that reading on need not move what was read.
+        tokens: of a batch, equally many for each sequence. statistics: which of them to keep up; others are dropped.
+        room: entries to leave space for, so that reading on need not move what was read. seen: takes [Hkv, n] for each
+        evictable layer, the attention that its entries receive from one token (only where ``attn_sum`` is kept up).
+        before_attention: called for each evictable layer with the new tokens' queries and keys, gives it as it is to be
+        attended to.
         """
         state = state or CacheState(layers=(), length=0)
+        if statistics & MOMENTS:  # one cannot be kept up without the other
+            statistics |= MOMENTS
         self._require(statistics, state)
         ids = torch.tensor(tokens, device=self.device).reshape(-1, len(tokens) if _is_flat(tokens) else len(tokens[0]))
         total = ids.shape[1]
         chunk = self.chunk_tokens or total
         for start in range(0, total, chunk):
             piece = ids[:, start : start + chunk]
-            state = self._read(state, piece, statistics, room + total - start - piece.shape[1])
+            state = self._read(state, piece, statistics, room + total - start - piece.shape[1], seen, before_attention)
         return state
 
-    def _read(self, state: CacheState, ids: Tensor, statistics: frozenset[str], room: int) -> CacheState:
+    def _read(
+        self,
+        state: CacheState,
+        ids: Tensor,
+        statistics: frozenset[str],
+        room: int,
+        seen: list[Tensor] | None,
+        before_attention: BeforeAttention | None,
+    ) -> CacheState:
         reading = Reading(
             state,
             ids.shape[1],
@@ -129,6 +145,8 @@ class LocalEngine:
             windows=self.windows,
             implementations=(self.attention, self.statistics_asked),
             device=self.device,
+            seen=seen,
+            before_attention=before_attention,
         )
         output = self.model(
             input_ids=ids,
@@ -151,7 +169,7 @@ class LocalEngine:
             known = ", ".join(sorted(STATISTICS))
             raise UserError(f"the local engine cannot keep up {', '.join(sorted(unknown))}; it keeps up {known}")
         for part in (part for layer in state.evictable[:1] for part in layer.parts[:1]):
-            unknowable = frozenset() if part.rotary else {"query_mean", "query_cov"}
+            unknowable = frozenset() if part.rotary else MOMENTS
             if gone := sorted(name for name in statistics - unknowable if getattr(part, name) is None):
                 raise UserError(f"{', '.join(gone)} cannot be kept up on a cache that was read without; read it again")
 
@@ -166,12 +184,12 @@ class LocalEngine:
         return Prefill(after_context, after_prompt, between - started, self.clock() - between)
 
     def next_tokens(
-        self, state: CacheState, temperature: float, generators: Sequence[torch.Generator | None]
+        self, logits: Tensor, temperature: float, generators: Sequence[torch.Generator | None]
     ) -> list[int]:
-        """The next token of each sequence of a batch: the most likely one at temperature 0, else a sample."""
+        """The next token of each sequence by logits [B, V]: the most likely at temperature 0, else a draw."""
         if temperature == 0:
-            return state.logits.argmax(-1).tolist()
-        probabilities = (state.logits / temperature).softmax(-1).cpu()
+            return logits.argmax(-1).tolist()
+        probabilities = (logits / temperature).softmax(-1).cpu()
         return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)]
 
     def clock(self) -> float:
@@ -186,10 +204,17 @@ class LocalEngine:
         """Peak device memory in MiB since the last call; None where it cannot be measured."""
         if self.device.type != "cuda":
             return None
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**20
-        torch.cuda.reset_peak_memory_stats(self.device)
+        devices = {torch.device(device) for device in self.layer_devices}
+        peak = sum(torch.cuda.max_memory_allocated(device) for device in devices) / 2**20
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         return peak
 
 
 def _is_flat(tokens: Sequence[Any]) -> bool:
     return not isinstance(tokens[0], Sequence)
+
+
+def _head_dim(config: Any) -> int:
+    text = config.get_text_config()
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

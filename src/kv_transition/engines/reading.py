@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,9 @@ from kv_transition.cache.rotary import Rotary
 from kv_transition.cache.state import STATISTICS, WINDOW, CacheState, Layer, LayerCache, SplitLayer
 from kv_transition.engines.attend import attend
 from kv_transition.errors import UserError
+
+BeforeAttention = Callable[[LayerCache, Tensor, Tensor], LayerCache]
+"""What becomes of an evictable layer once the new tokens' rotated queries and keys are known"""
 
 ATTENTION = "kv_transition"
 """name of our attention function in transformers"""
@@ -43,13 +47,18 @@ class Reading:
         windows: list[int | None],
         implementations: tuple[str, str],
         device: torch.device,
+        seen: list[Tensor] | None = None,
+        before_attention: BeforeAttention | None = None,
     ):
-        """room: entries to leave space for. rotaries, windows: of each layer. implementations: output, statistics."""
+        """room: entries to leave space for. rotaries, windows: of each layer. implementations: output, statistics.
+        seen: takes each evictable layer's column sums, where ``attn_sum`` is kept up."""
         self.state = state
         self.statistics = statistics
         self.room = room
         self.rotaries, self.windows = rotaries, windows
         self.output_by, self.statistics_by = implementations
+        self.seen = seen
+        self.before_attention = before_attention
         self.read: list[Layer] = []
         steps = torch.arange(q, device=device)
         # [q], or [B, 1, q] of a batch
@@ -92,6 +101,8 @@ class Reading:
     def _attend_part(
         self, old: LayerCache, queries: Tensor, keys: Tensor, values: Tensor, batched: bool
     ) -> tuple[Tensor, LayerCache]:
+        if self.before_attention is not None and old.window is None:
+            old = self.before_attention(old, queries, keys)
         device = keys.device
         at = keys.shape[:-1]
         positions = self.positions.to(device).expand(at)
@@ -127,6 +138,8 @@ class Reading:
             )
             if "attn_sum" in kept:
                 changed["attn_sum"] = new.attn_sum + found.column_sums
+                if self.seen is not None:
+                    self.seen.append(found.column_sums)
             if "query_entropy" in kept:
                 q = queries.shape[-2]
                 own = found.entropy.unsqueeze(-2).expand(*new.positions.shape[:-1], q)

@@ -17,8 +17,8 @@ from kv_transition.data.tasks import Task, get_task
 from kv_transition.errors import UserError
 from kv_transition.eval import failures, metrics
 
-_EXAMPLE_COLUMNS = ["example_id", "prompt_sha256", "question", "answers", "all_classes", "meta", "token_len"]
 _EXAMPLE_FIELDS = ("token_len", "question", "answers", "meta")
+_EXAMPLE_COLUMNS = ["example_id", "prompt_sha256", "context_text", "all_classes", *_EXAMPLE_FIELDS]
 _BIN_FILE = re.compile(rf"(?:^|/)data/(?P<task>{paths.TASK})/bin(?P<bin>{paths.BIN})\.parquet$")
 _NAMED_FILES = 3
 
@@ -215,9 +215,16 @@ def _score(cell: Cell, examples: Mapping[str, Example], task: Task) -> pa.Table:
             grades = grade(*answer, example, task)
         except UserError as error:
             raise UserError(f"task {cell.key['task']}, example {example_id}: {error}") from None
-        rows.append({field: example[field] for field in _EXAMPLE_FIELDS} | grades | {"alias": False})
+        described = {field: example[field] for field in _EXAMPLE_FIELDS} | {"cluster": _cluster(example)}
+        rows.append(described | grades | {"alias": False})
     added = provenance.rows_to_table(rows, pa.schema(list(tables.SCORES)[len(tables.CELLS) :]))
     return pa.table([*cell.answers.columns, *added.columns], schema=tables.SCORES)
+
+
+def _cluster(example: Example) -> str | None:
+    """Examples that ask about one document are one cluster: they are not independent."""
+    context = example["context_text"]
+    return provenance.text_sha256(context)[:16] if context else None
 
 
 def _alias(full: pa.Table, policy: str, budget: str) -> pa.Table:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from kv_transition.cache.state import CacheState, Layer, LayerCache
 from kv_transition.errors import UserError
+
+BeforeAttention = Callable[[LayerCache, Tensor, Tensor], LayerCache]
+"""What is done to an evictable layer before the new tokens' attention is computed, from their own rotated queries
+[*B, H, q, d] and keys [*B, Hkv, q, d]"""
+
+
+class Watcher(Protocol):
+    """Looks at each step of one answer before it is taken."""
+
+    def before_attention(self, logits: Tensor) -> BeforeAttention | None:
+        """What the next step does in each layer; None: nothing. logits [1, V] gave the token that it reads."""
+
+    def record(self, state: CacheState) -> dict[str, Any]:
+        """What is worth recording of the answer that ends with ``state``."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,8 @@ class Policy:
     """statistics of the cache that it reads, of `cache.state.STATISTICS`"""
     acts_each_step: ClassVar[bool] = False
     """holds the cache at K while decoding, rather than compressing once"""
+    one_at_a_time: ClassVar[bool] = False
+    """its answers are decoded one by one, never as a batch"""
     ignores_budget: ClassVar[bool | tuple[str, str]] = False
     """the footprint follows from its hyper-parameters: always, or where one (name, value) of them is set"""
 
@@ -80,6 +97,13 @@ class Policy:
     def record(self, state: CacheState, k: int, *, keep_last: bool = False) -> dict[str, float | None]:
         """What is worth recording of ``compress`` with these arguments, beside the footprint."""
         return {}
+
+    def watch(self, seed: int, pace: tuple[int, int] | None = None) -> Watcher | None:
+        """What watches the steps of an answer, for a policy that acts before their attention.
+
+        seed: of the answer. pace: how often another policy acted on the same prompt, and in how many steps.
+        """
+        return None
 
     def _require_statistics(self, layer: Layer) -> None:
         for part in layer.parts:

@@ -39,6 +39,7 @@ def setting_of(spec: dict[str, Any]) -> Setting:
         mode=spec["mode"],
         first_token=spec["first_token"],
         temperature=spec["decoding"]["temperature"],
+        compile=spec["decoding"].get("compile", False),
     )
 
 
@@ -56,20 +57,21 @@ def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool)
 
     ragged: also others, where padding costs less than it gains. A policy that acts each step never is padded.
     """
-
-    held = setting.evicts and setting.policy.acts_each_step
+    each_step = setting.evicts and setting.policy.acts_each_step
+    held = each_step and not setting.policy.ignores_budget
 
     def entries(unit: Unit) -> int:
         context, question = (len(unit[0][key]) for key in ("context_ids", "question_ids"))
         before_question = setting.mode == "before_question"
         n = context if before_question else context + question
-        k = setting.budget.kept(n) if setting.evicts and not setting.budget.is_full else n
+        k = setting.entries(n) if setting.evicts else n
         return k + question if before_question and not held else k
 
-    ordered = sorted(units, key=entries)
+    # the largest first: what does not fit is known at once, and the buffers of compiled decoding hold all that follow
+    ordered = sorted(units, key=entries, reverse=True)
     run: list[Unit] = []
     for unit in ordered:
-        alike = not run or entries(unit) == entries(run[0]) or (ragged and not held)
+        alike = not run or entries(unit) == entries(run[0]) or (ragged and not each_step)
         if run and (len(run) == size or not alike):
             yield run
             run = []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kv_transition.budget import Budget
 from kv_transition.cache.batch import row, stack, take
 from kv_transition.cache.state import CacheState
 from kv_transition.cache.store import Prefill
+from kv_transition.engines.compiled import CompiledDecoder, decoder_of
 from kv_transition.engines.local import LocalEngine
-from kv_transition.policies.base import Policy
+from kv_transition.policies.base import Policy, Watcher
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Setting:
     mode: str
     first_token: str = "compressed"
     temperature: float = 0.0
+    compile: bool = False
 
     @property
     def evicts(self) -> bool:
@@ -41,6 +46,14 @@ class Setting:
     def compress(self, state: CacheState, k: int, seed: int = 0, *, keep_last: bool = False) -> CacheState:
         return self.policy.compress(state, k, seed=seed, keep_last=keep_last) if self.evicts else state
 
+    def watch(self, answers: Sequence[Answer]) -> Watcher | None:
+        """What watches the steps of an answer; raises ValueError for a batch of answers that go one by one."""
+        if not self.evicts:
+            return None
+        if self.policy.one_at_a_time and len(answers) > 1:
+            raise ValueError(f"{type(self.policy).__name__} decodes one answer at a time")
+        return self.policy.watch(answers[0].seed, answers[0].pace)
+
     def hold(self, state: CacheState, k: int) -> CacheState:
         """The state held at K, if the policy acts while decoding."""
         return self.compress(state, k) if self.policy.acts_each_step else state
@@ -52,13 +65,15 @@ class Answer:
 
     seed: int
     max_new_tokens: int
+    pace: tuple[int, int] | None = None
+    """moments and steps of the answer that this one is a control of"""
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     budget_entries: int = 0
     kept: list[float] = field(default_factory=list)
     """entries per KV head before each token"""
-    record: dict[str, float | None] = field(default_factory=dict)
-    """what the policy says of its compression"""
+    record: dict[str, Any] = field(default_factory=dict)
+    """what the policy says of its compression and of its steps"""
     token_bytes: float = 0.0
     """of a full cache"""
     cache_bytes: int = 0
@@ -107,6 +122,45 @@ def let_in(
     return state
 
 
+class Stacked:
+    """Sequences decoded by the engine's own reading, as one batch; `CompiledDecoder` is used in the same way."""
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        states: Sequence[CacheState],
+        setting: Setting,
+        k: int,
+        room: int,
+        watcher: Watcher | None = None,
+    ):
+        self._engine, self._setting, self._k, self._room = engine, setting, k, room
+        self._watcher = watcher
+        self._batch = stack(states, setting.while_decoding)
+        self._padding = [self._batch.entries - own.entries for own in states]
+        self.live = list(range(len(states)))
+
+    @property
+    def logits(self) -> Tensor:
+        return self._batch.logits
+
+    def entries(self, number: int) -> float:
+        return self._batch.entries - self._padding[number]
+
+    def state(self, number: int) -> CacheState:
+        return row(self._batch, self.live.index(number))
+
+    def read(self, said: Mapping[int, int]) -> None:
+        if len(said) < len(self.live):
+            self._batch = take(self._batch, [self.live.index(number) for number in said])
+            self.live = list(said)
+        before = self._watcher.before_attention(self._batch.logits) if self._watcher else None
+        tokens = [[token] for token in said.values()]
+        statistics = self._setting.while_decoding
+        grown = self._engine.extend(self._batch, tokens, statistics, self._room, before_attention=before)
+        self._batch = self._setting.hold(grown, self._k)
+
+
 def decode(
     engine: LocalEngine, states: Sequence[CacheState], setting: Setting, answers: Sequence[Answer]
 ) -> list[CacheState]:
@@ -114,38 +168,53 @@ def decode(
 
     All are decoded as one batch. Those of a policy that acts each step hold equally many entries.
     """
-    k = answers[0].budget_entries
-    statistics = setting.while_decoding
-    entries = [state.entries for state in states]
-    batch = stack(states, statistics)
-    padding = [batch.entries - own for own in entries]
     generators = [torch.Generator().manual_seed(answer.seed) for answer in answers]
+    watcher = setting.watch(answers)
+    batch = _loaded(engine, states, setting, answers, watcher)
     started = engine.clock()
-    room = 0 if statistics else max(answer.max_new_tokens for answer in answers)
     finished: dict[int, CacheState] = {}
-    live = list(range(len(answers)))
     while True:
-        chosen = engine.next_tokens(batch, setting.temperature, [generators[i] for i in live])
+        chosen = engine.next_tokens(batch.logits, setting.temperature, [generators[i] for i in batch.live])
         said = {}
-        for place, (i, token) in enumerate(zip(live, chosen, strict=True)):
+        for i, token in zip(batch.live, chosen, strict=True):
             answer = answers[i]
-            answer.kept.append(batch.entries - padding[i])
+            answer.kept.append(batch.entries(i))
             if token in engine.eos:
                 answer.finish_reason = "stop"
             else:
                 answer.tokens.append(token)
             if answer.finish_reason == "stop" or len(answer.tokens) == answer.max_new_tokens:
-                finished[i] = row(batch, place)
+                finished[i] = batch.state(i)
                 answer.decode_s = engine.clock() - started
             else:
-                said[place] = token
+                said[i] = token
         if not said:
             break
-        if len(said) < len(live):
-            live = [live[place] for place in said]
-            batch = take(batch, list(said))
-        batch = setting.hold(engine.extend(batch, [[token] for token in said.values()], statistics, room), k)
+        batch.read(said)
+    if watcher:
+        answers[0].record |= watcher.record(finished[0])
     return [finished[i] for i in range(len(answers))]
+
+
+def _loaded(
+    engine: LocalEngine,
+    states: Sequence[CacheState],
+    setting: Setting,
+    answers: Sequence[Answer],
+    watcher: Watcher | None,
+) -> Stacked | CompiledDecoder:
+    room = max(answer.max_new_tokens for answer in answers)
+    if setting.compile:
+        decoder = decoder_of(engine)
+        held = setting.evicts and setting.policy.acts_each_step
+        reason = "the policy acts each step" if held else decoder.refusal(states)
+        if reason is None:
+            decoder.load(states, room)
+            return decoder
+        # Python's filter says it once
+        warnings.warn(f"decoding.compile: {reason}, so answers are decoded without", stacklevel=2)
+    room = 0 if setting.while_decoding else room
+    return Stacked(engine, states, setting, answers[0].budget_entries, room, watcher)
 
 
 def finish(

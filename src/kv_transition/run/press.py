@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kv_transition.cache.state import CacheState
-from kv_transition.engines.kvpress_press import read
+from kv_transition.engines.kvpress_press import installed_version, read
 from kv_transition.engines.local import LocalEngine
 from kv_transition.policies.base import Policy
 from kv_transition.run.decode import Answer, Setting, let_in
@@ -19,6 +19,9 @@ class Press(Policy):
 
     kind: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        installed_version()  # what is missing is said before a model is loaded, and importing it is not timed
 
 
 def begin(

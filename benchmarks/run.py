@@ -1,0 +1,177 @@
+"""Runs the benchmarks and writes their figures and the tables of docs/benchmarks.md.
+
+    python benchmarks/run.py [--quick] [--only grid cells statistics]
+    python benchmarks/run.py --render benchmarks/results/FILE.json
+
+Each part is a process of its own, one after the other. Figures go to ``benchmarks/results/{date}-{host kind}.json``,
+whose parts are replaced one by one, so that ``--only`` repeats a part. ``--quick`` tries everything with small sizes
+and writes nothing into the project. ``--render`` writes the tables of a file anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from document import put, table
+
+from kv_transition.provenance import git_commit, package_versions, write_json
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+PARTS = {
+    "grid": ("grid.py", ["--quick"]),
+    "cells": ("cells.py", ["--quick"]),
+    "statistics": ("attention_statistics.py", ["--lengths", "512"]),
+}
+"""each part's program, and its options for trying it out"""
+
+
+def host_kind() -> str:
+    """What the figures depend on of the machine: ``cpu-2core-x86_64``."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"cpu-{cores}core-{platform.machine()}"
+
+
+def run_part(part: str, quick: bool) -> Any:
+    script, small = PARTS[part]
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name) / "figures.json"
+        options = small if quick else []
+        subprocess.run([sys.executable, HERE / script, "--output", output, *options], check=True)
+        return json.loads(output.read_text())
+
+
+def conditions() -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "host": host_kind(),
+        "python": platform.python_version(),
+        "git_commit": git_commit(),
+        "package_versions": package_versions(),
+    }
+
+
+def seconds(summary: dict[str, float]) -> str:
+    return f"{summary['median_s']:.3g} ({summary['min_s']:.3g} to {summary['max_s']:.3g})"
+
+
+def grid_table(figures: dict[str, Any]) -> str:
+    head = ["model", "tokens", "kvpress, CPU s", "this project, CPU s", "ratio", "same answers"]
+    rows = []
+    for row in figures["rows"]:
+        same = ", ".join(f"{policy} {share}" for policy, share in row["same_answers"].items() if policy != "random")
+        costs = [f"{row[key]:.0f}" for key in ("kvpress_cpu_s", "ours_cpu_s")]
+        rows.append([row["model"], str(row["length"]), *costs, f"{row['ratio']:.2f}", same])
+    return table(head, rows)
+
+
+def cells_table(figures: dict[str, Any]) -> str:
+    cell, start, store = figures["cell"], figures["start"], figures["store"]
+    length, cells = figures["growth_with_length"], figures["growth_with_cells"]
+    share = figures["statistics"]
+    by_name = ", ".join(f"{name} {ratio:.2f}" for name, ratio in share["ratio"].items())
+    rows = [
+        [
+            f"reading {share['length']} tokens with statistics over without ({share['model']}, {share['computed_by']})",
+            by_name,
+        ],
+        [
+            f"a cell over its floor ({cell['model']}, {cell['length']} tokens, {cell['examples']} examples, "
+            f"{cell['policy']} {cell['budget']}; same answers {cell['same_answers']})",
+            f"{cell['ratio']:.2f}: {seconds(cell['cell'])} s over {seconds(cell['floor'])} s",
+        ],
+        [
+            "start of a cell's process over importing torch and loading the model",
+            f"{start['ratio']:.2f}: {seconds(start['cell'])} s over {seconds(start['import'])} s",
+        ],
+        [
+            f"growth with the prompt's length, {length['rows'][0]['length']} to {length['rows'][-1]['length']} tokens "
+            f"({length['model']}), exponents",
+            f"reading {length['prefill_exponent']:.2f}, cell {length['cell_exponent']:.2f}",
+        ],
+        [
+            f"planning {cells['planned_cells'][0]} to {cells['planned_cells'][-1]} cells",
+            f"{cells['planning_s'][0]:.3g} to {cells['planning_s'][-1]:.3g} s, "
+            f"exponent {cells['planning_exponent']:.2f}",
+        ],
+        [
+            f"running {cells['run_cells'][0]} to {cells['run_cells'][-1]} cells",
+            f"{cells['s_per_cell']:.3g} s a cell, exponent {cells['running_exponent']:.2f}",
+        ],
+        [
+            "a stored prefill",
+            f"{store['bytes_per_example'] / 1e6:.1f} MB an example, {store['over_kv_bytes']:.3f} of its keys and "
+            f"values; read at {store['load_mb_per_cpu_s']} MB/s, the bare file at {store['file_mb_per_cpu_s']} MB/s",
+        ],
+    ]
+    return table(["what", "measured"], rows)
+
+
+def statistics_table(figures: dict[str, Any]) -> str:
+    """Seconds and MiB of one layer by length: attention alone, the whole matrix, and both statistics exactly."""
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    kinds: list[str] = []
+    for row in figures["rows"]:
+        if row["what"] != "both" or row["q"] != row["n"]:
+            continue
+        heads, kv_heads, d, dtype = row["shape"]
+        layer = f"{heads}/{kv_heads} heads, d = {d}, {dtype}, {row['device']}"
+        kinds += [row["kind"]] if row["kind"] not in kinds else []
+        found.setdefault((layer, row["n"]), {})[row["kind"]] = f"{row['seconds']:.3g} / {row['mib']:.0f}"
+    rows = [[layer, str(n), *(cells.get(kind, "-") for kind in kinds)] for (layer, n), cells in found.items()]
+    return table(["layer", "tokens", *(f"{kind}, s / MiB" for kind in kinds)], rows)
+
+
+TABLES = {"grid": grid_table, "cells": cells_table, "statistics": statistics_table}
+
+
+def conditions_line(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {facts['package_versions'][name]}" for name in ("torch", "transformers"))
+    return (
+        f"Measured on {facts['date']}, {facts['host']}, Python {facts['python']}, {versions}, "
+        f"commit {facts['git_commit']}."
+    )
+
+
+def render(results: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the tables of the parts that were run into the page."""
+    for part, draw in TABLES.items():
+        if part in results:
+            put(page, part, f"{draw(results[part]['figures'])}\n\n{conditions_line(results[part]['conditions'])}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; nothing is kept")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="run these parts")
+    parser.add_argument("--render", type=Path, help="write the tables of this file and run nothing")
+    arguments = parser.parse_args()
+    if arguments.render:
+        render(json.loads(arguments.render.read_text()))
+        return
+    facts = conditions()
+    path = RESULTS / f"{facts['date']}-{facts['host']}.json"
+    results = json.loads(path.read_text()) if path.exists() and not arguments.quick else {}
+    for part in arguments.only:
+        print(f"== {part}", flush=True)
+        figures = run_part(part, arguments.quick)
+        if figures is None:
+            continue
+        results[part] = {"conditions": facts, "figures": figures}
+        if not arguments.quick:
+            write_json(path, results)
+            render(results)
+
+
+if __name__ == "__main__":
+    main()

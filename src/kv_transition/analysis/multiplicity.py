@@ -1,0 +1,19 @@
+"""Holm's adjustment of p-values (Holm 1979), for many families at once.
+
+statsmodels' `multipletests` is what the tests compare it with; it takes one family at a time and collects all garbage
+at each call, which at thousands of families costs minutes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def holm(p: np.ndarray, tests: np.ndarray) -> np.ndarray:
+    """Adjusted p-values of ``p [families, tests]``; only the ``tests`` [families] smallest of each row are counted."""
+    order = np.argsort(p, axis=1)
+    factors = np.maximum(tests[:, None] - np.arange(p.shape[1]), 1)
+    stepped = np.maximum.accumulate(np.take_along_axis(p, order, axis=1) * factors, axis=1)
+    adjusted = np.empty_like(p)
+    np.put_along_axis(adjusted, order, np.minimum(stepped, 1), axis=1)
+    return adjusted

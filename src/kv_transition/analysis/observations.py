@@ -1,0 +1,104 @@
+"""The observed steps as arrays: what entropy the model had and what recall a policy would have had, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+
+from kv_transition.errors import UserError
+
+CELL = ["task", "policy", "budget", "granularity", "memory"]
+COLUMNS = [*CELL, "example_id", "prompt_kind", "step", "n", "entropy", "recall"]
+
+# Bins of entropy in nats: low < 1 <= medium <= 2.5 < high.
+LOW_BELOW, HIGH_ABOVE = 1.0, 2.5
+LEVELS = ("low", "medium", "high")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one task, policy, budget, granularity and memory, those of an example side by side.
+
+    ``example`` [steps] int codes 0, 1, ... of ``examples``; ``entropy`` (nats), ``recall``, ``step``, ``length``
+    (entries in the cache) [steps] float; ``kind`` [steps] int codes of ``kinds``, kinds of prompt; ``left_out``: how
+    many steps had no entropy or no recall.
+    """
+
+    examples: list[str]
+    example: np.ndarray
+    entropy: np.ndarray
+    recall: np.ndarray
+    step: np.ndarray
+    length: np.ndarray
+    kind: np.ndarray
+    kinds: list[str]
+    left_out: int = 0
+
+    @cached_property
+    def level(self) -> np.ndarray:
+        """0 low, 1 medium, 2 high."""
+        return levels(self.entropy)
+
+    def __len__(self) -> int:
+        return len(self.recall)
+
+
+def levels(entropy: np.ndarray) -> np.ndarray:
+    """The bin of each entropy: 0 low, 1 medium, 2 high."""
+    return (entropy >= LOW_BELOW).astype(int) + (entropy > HIGH_ABOVE)
+
+
+def read_observations(paths: Sequence[str], columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
+    """The rows of all files (tables.OBSERVATIONS), NaN as null.
+
+    Raises UserError where there is no row, a step stands twice, or a recall is outside of [0, 1] or an entropy below 0.
+    """
+    parts = [pl.read_parquet(path, columns=list(columns)) for path in paths]
+    parts = [part for part in parts if part.height]
+    if not parts:
+        raise UserError("observations: there is no observed step; run the observe step on at least one example")
+    frame = pl.concat(parts, how="vertical_relaxed").with_columns(
+        pl.col("entropy", "recall").cast(pl.Float64).fill_nan(None)
+    )
+    _check(frame)
+    return frame
+
+
+def _check(frame: pl.DataFrame) -> None:
+    double = frame.filter(frame.select(*CELL, "example_id", "prompt_kind", "step").is_duplicated())
+    wrong = {
+        "stands more than once; run the observe step again": double,
+        "has a recall outside of 0 and 1": frame.filter(~pl.col("recall").is_between(0, 1)),
+        "has an entropy that is negative or infinite": frame.filter(
+            (pl.col("entropy") < 0) | pl.col("entropy").is_infinite()
+        ),
+    }
+    for what, rows in wrong.items():
+        if rows.height:
+            first = rows.row(0, named=True)
+            where = "/".join(str(first[name]) for name in CELL)
+            raise UserError(f"observations: step {first['step']} of example {first['example_id']} in {where} {what}")
+
+
+def cells(frame: pl.DataFrame) -> Iterator[tuple[dict[str, str], Steps]]:
+    """Each task, policy, budget, granularity and memory with its steps, in the order of the names."""
+    for key, rows in frame.sort(*CELL, "example_id", "prompt_kind", "step").group_by(CELL, maintain_order=True):
+        yield dict(zip(CELL, key, strict=True)), steps_of(rows)
+
+
+def steps_of(rows: pl.DataFrame) -> Steps:
+    """The steps of one cell from its rows, sorted by example and step; rows without entropy or recall are left out."""
+    whole = rows.drop_nulls(["entropy", "recall"])
+    example, kind = (whole[name].fill_null("").rank("dense").to_numpy() for name in ("example_id", "prompt_kind"))
+    return Steps(
+        whole["example_id"].unique().sort().to_list(),
+        example.astype(int) - 1,
+        *(whole[name].cast(pl.Float64).to_numpy() for name in ("entropy", "recall", "step", "n")),
+        kind.astype(int) - 1,
+        whole["prompt_kind"].fill_null("").unique().sort().to_list(),
+        rows.height - whole.height,
+    )

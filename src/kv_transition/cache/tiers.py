@@ -1,0 +1,148 @@
+"""Hot and cold: a layer whose evicted entries lie in host memory instead of being lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kv_transition.cache.state import STATISTICS, LayerCache
+
+_PER_ENTRY = ("keys", "values", "positions", "attn_sum", "query_entropy", "angles", "bias")
+
+
+@dataclass(frozen=True)
+class TieredLayer(LayerCache):
+    """A layer of one sequence. Its own tensors are the hot entries, which attention sees and a budget counts.
+
+    Every entry is either hot or cold, never both: what moves takes its statistics along, which rest while it is cold.
+    Hot tensors may have a batch dimension of 1; cold ones never have it.
+    """
+
+    cold: LayerCache | None = None
+    """[Hkv, c, d] on the CPU, in no order; None while nothing was evicted"""
+    moved: int = 0
+    """entries that changed sides so far, either way, each of a KV head counted by itself"""
+    recalled: int = 0
+    """those of them that came back"""
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of one KV head's key and value of one entry."""
+        return sum(t.shape[-1] * t.element_size() for t in (self.keys, self.values))
+
+    @property
+    def cold_nbytes(self) -> int:
+        """Bytes of the keys and values in the store."""
+        return 0 if self.cold is None else self.cold.nbytes
+
+
+def offload(before: LayerCache, kept: LayerCache) -> TieredLayer:
+    """``kept``, with those entries of ``before`` that it lacks in the store, beside what is there already.
+
+    kept: a selection of ``before``'s entries, equally many in each head. Raises ValueError for a batch.
+    """
+    _require_alone(before)
+    gone = before.select(_missing(before.positions, kept.positions))
+    evicted = LayerCache(
+        **{name: _alone(tensor, name).cpu() for name, tensor in _entries(gone).items()}, scale=before.scale
+    )
+    old = before if isinstance(before, TieredLayer) else TieredLayer(**vars(before))
+    cold = evicted if old.cold is None else _joined(old.cold, evicted)
+    own = {f: value for f, value in vars(kept).items() if f not in ("cold", "moved", "recalled")}
+    return TieredLayer(**own, cold=cold, moved=old.moved + evicted.positions.numel(), recalled=old.recalled)
+
+
+def attention(layer: TieredLayer, queries: Tensor, keys: Tensor) -> Tensor:
+    """What the current token pays to each entry if it sees all of them: [Hkv, n + c] fp32, the hot ones first.
+
+    queries [*B, H, 1, d] and keys [*B, Hkv, 1, d], rotated, are the token's own. The softmax goes over hot, cold and
+    the token's own entry; mean over the group. The store's keys are multiplied where they lie, so that no entry moves.
+    """
+    heads = layer.positions.shape[-2]
+    rows = queries.reshape(heads, -1, queries.shape[-1]).float() * layer.scale
+
+    def logits(rows: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+        product = rows @ keys.reshape(heads, -1, keys.shape[-1]).float().mT
+        return product if bias is None else product + bias.reshape(heads, 1, -1)
+
+    hot = logits(rows, layer.keys, layer.bias)
+    cold = logits(rows.cpu(), layer.cold.keys, layer.cold.bias).to(hot.device)
+    weights = torch.cat([hot, cold, logits(rows, keys, None)], -1).softmax(-1)
+    return weights[..., :-1].mean(1)
+
+
+def positions(layer: TieredLayer) -> Tensor:
+    """Of all entries, in the order of `attention`: [Hkv, n + c] int64."""
+    hot = _alone(layer.positions, "positions")
+    return torch.cat([hot, layer.cold.positions.to(hot.device)], -1)
+
+
+def exchange(layer: TieredLayer, chosen: Tensor) -> TieredLayer:
+    """The layer with the entries ``chosen`` [Hkv, n] hot, n being as many as were, and all others cold.
+
+    chosen: indices in the order of `attention`, rising by position in each head. Only what changes sides is moved.
+    """
+    _require_alone(layer)
+    n = layer.n
+    comes = chosen >= n
+    head, rank = (~comes).nonzero(as_tuple=True)
+    stays = torch.zeros_like(comes).index_put((head, chosen[head, rank]), torch.ones_like(head, dtype=torch.bool))
+    # As many go as come in each head, and both lists are in the order of the heads.
+    slot, leaver = comes.nonzero(as_tuple=True), (~stays).nonzero(as_tuple=True)
+    place = tuple(index.cpu() for index in (slot[0], chosen[slot] - n))
+    if not len(place[0]):
+        return layer
+    hot, cold = {}, {}
+    for name, tensor in _entries(layer).items():
+        own, stored = _alone(tensor, name), getattr(layer.cold, name)
+        index = chosen.clamp(max=n - 1)
+        if name in ("keys", "values"):
+            index = index.unsqueeze(-1).expand(-1, -1, own.shape[-1])
+        hot[name] = own.gather(1, index).index_put(slot, stored[place].to(own.device)).view(tensor.shape)
+        cold[name] = stored.index_put(place, own[leaver].cpu())
+    gone = dict.fromkeys(STATISTICS & set(_PER_ENTRY) - set(cold))
+    m = len(place[0])
+    return replace(
+        layer,
+        **hot,
+        room=None,
+        cold=replace(layer.cold, **cold, **gone, room=None),
+        moved=layer.moved + 2 * m,
+        recalled=layer.recalled + m,
+    )
+
+
+def _entries(layer: LayerCache) -> dict[str, Tensor]:
+    """What a layer holds of each entry."""
+    return {name: tensor for name in _PER_ENTRY if (tensor := getattr(layer, name)) is not None}
+
+
+def _alone(tensor: Tensor, name: str) -> Tensor:
+    """Without a batch dimension of 1."""
+    return tensor.reshape(tensor.shape[-3 if name in ("keys", "values") else -2 :])
+
+
+def _missing(all_of_them: Tensor, kept: Tensor) -> Tensor:
+    """Indices [..., n - K] of the positions [..., n] that are not among ``kept`` [..., K]; both rise."""
+    nearest = torch.searchsorted(kept.contiguous(), all_of_them.contiguous()).clamp(max=kept.shape[-1] - 1)
+    gone = kept.gather(-1, nearest) != all_of_them
+    return gone.nonzero()[:, -1].view(*kept.shape[:-1], -1)
+
+
+def _joined(cold: LayerCache, evicted: LayerCache) -> LayerCache:
+    """The store with more entries behind; it grows with room to spare, since a few come at every step."""
+    room = max(64, cold.n // 8)
+    grown = cold.append(evicted.keys, evicted.values, evicted.positions, evicted.angles, room)
+    behind = {}
+    for name in ("attn_sum", "query_entropy", "bias"):
+        new, old = getattr(evicted, name), getattr(cold, name)
+        # a statistic that is no longer kept up is dropped of all entries
+        behind[name] = None if new is None else torch.cat([old, new], -1)
+    return replace(grown, **behind)
+
+
+def _require_alone(layer: LayerCache) -> None:
+    if layer.positions.dim() == 3 and len(layer.positions) > 1:
+        raise ValueError("a store of evicted entries is that of one sequence; decode such answers one by one")

@@ -1,0 +1,170 @@
+"""Entropy recall: where the model is unsure, it looks again at all that was evicted."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from kv_transition.cache.state import CacheState, LayerCache
+from kv_transition.cache.tiers import TieredLayer, attention, exchange, offload, positions
+from kv_transition.errors import UserError
+from kv_transition.policies.base import BeforeAttention, Policy, top
+from kv_transition.policies.h2o import H2O
+from kv_transition.policies.h2o_heavy import H2OHeavy
+from kv_transition.policies.streaming_llm import StreamingLLM
+from kv_transition.policies.tova import TOVA
+
+_INNER: dict[str, type[Policy]] = {"h2o": H2O, "h2o_heavy": H2OHeavy, "streaming_llm": StreamingLLM, "tova": TOVA}
+
+
+@dataclass(frozen=True)
+class EntropyRecall(Policy):
+    """What ``inner`` evicts is kept in host memory. A step reads one generated token. Before it, if the moment is one
+    to recall, each layer selects its K entries anew from hot and cold ones together: those to which the step's own
+    query pays most attention, mean over the group, were all of them seen (one set a layer where ``inner`` is tova).
+    Otherwise, and after each step, ``inner`` goes on. Reading the prompt, and its last token again, is no step.
+
+    Under moments entropy it is the moment to recall if H >= tau, where H is the entropy (nats, temperature 1) of the
+    distribution that the step's token was drawn from; that of the first step is the prompt's. Tau 0 recalls always.
+    The other moments are controls. random and periodic recall at as many of an answer's first T steps as the policy
+    ``like`` did in its T steps on the same example: any of them, or evenly spread; of each T steps after that, again
+    as many. always and never are the bounds.
+
+    The entries that a budget counts are the hot ones. The whole cache is still in memory, so a result stands beside
+    other policies' only with its total bytes, and with the bytes that were moved.
+
+    Source: what the study of recall and entropy argues for.
+
+    Cost: that of ``inner``; a moment to recall costs one query's attention over all N entries on the host, O(N d) time,
+    and moves at most K entries of each KV head each way. Memory is that of the full cache. One answer at a time.
+    """
+
+    statistics = frozenset({"attn_sum", "recent_queries"})
+    acts_each_step = True
+    one_at_a_time = True
+
+    inner: Literal["h2o", "h2o_heavy", "streaming_llm", "tova"] = "h2o"
+    """the policy that evicts, with its default hyper-parameters"""
+    moments: Literal["entropy", "random", "periodic", "always", "never"] = "entropy"
+    """what decides when to recall"""
+    tau: Annotated[float | None, (0, None)] = None
+    """moments entropy: least H in nats at which to recall; null: never"""
+    tau_quantile: Annotated[float | None, (0, 1)] = None
+    """in place of tau: the share of steps with a lower H, on examples of the task that are in no bin"""
+    like: str | None = None
+    """moments random and periodic: name of the policy with moments entropy whose number of moments they have"""
+
+    def protected(self, k: int) -> int:
+        return self._policy.protected(k)
+
+    def keep(self, k: int) -> int:
+        return self._policy.keep(k)
+
+    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+        return self._policy.score(layer, index, k, length, seed)
+
+    def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
+        """As ``inner``, with all that it evicts in the store."""
+        kept = self._policy.compress(state, k, seed=seed, keep_last=keep_last)
+        pairs = zip(state.layers, kept.layers, strict=True)
+        return replace(kept, layers=tuple(new if new is old else offload(old, new) for old, new in pairs))
+
+    def watch(self, seed: int, pace: tuple[int, int] | None = None) -> Watch:
+        """As any policy; raises UserError if what the moments follow from is not known."""
+        if self.moments == "entropy" and self.tau is None and self.tau_quantile is not None:
+            raise UserError(
+                f"the policy entropy_recall has no tau for tau_quantile {self.tau_quantile} here; run it in the "
+                "workflow, which calibrates it, or give tau itself"
+            )
+        if self.moments in ("random", "periodic") and pace is None:
+            raise UserError(
+                f"the policy entropy_recall with moments {self.moments} has as many moments as the answers of another "
+                "cell; run it in the workflow, with `like` naming that policy"
+            )
+        return Watch(self, seed, pace or (0, 0))
+
+    def recalled(self, layer: LayerCache, queries: Tensor, keys: Tensor) -> LayerCache:
+        """The layer with those entries hot that the current token would pay most attention to: as many as are now.
+
+        queries [*B, H, 1, d] and keys [*B, Hkv, 1, d] are the token's own, rotated.
+        """
+        if not isinstance(layer, TieredLayer):
+            return layer
+        score = attention(layer, queries, keys)
+        if self.inner == "tova":  # all heads hold the same entries, at the same places
+            score = score.mean(-2, keepdim=True).expand_as(score)
+        # equal scores go to the lower position, wherever it lies
+        order = positions(layer).argsort(-1)
+        best = top(score.gather(-1, order), layer.n)
+        return exchange(layer, order.gather(-1, best))
+
+    @property
+    def _policy(self) -> Policy:
+        return _INNER[self.inner]()
+
+
+class Watch:
+    """One answer's steps under a policy that recalls: decides before each of them, and counts."""
+
+    def __init__(self, policy: EntropyRecall, seed: int, pace: tuple[int, int]):
+        """pace: moments and steps of the answer whose number of moments random and periodic ones have."""
+        self._policy, self._seed, self._pace = policy, seed, pace
+        self._steps = 0
+        self._moments: list[int] = []
+
+    def before_attention(self, logits: Tensor) -> BeforeAttention | None:
+        """What each layer does before the next step's attention; None: nothing.
+
+        logits: [1, V] fp32, those that the step's token was drawn from.
+        """
+        step = self._steps
+        self._steps += 1
+        if not self._due(step, logits):
+            return None
+        self._moments.append(step)
+        return self._policy.recalled
+
+    def _due(self, step: int, logits: Tensor) -> bool:
+        policy, (m, steps) = self._policy, self._pace
+        match policy.moments:
+            case "entropy":
+                return policy.tau is not None and token_entropy(logits) >= policy.tau
+            case "random":
+                return steps > 0 and step % steps in random_moments(m, steps, self._seed, step // steps)
+            case "periodic":
+                return steps > 0 and (step + 1) * m // steps > step * m // steps
+        return policy.moments == "always"
+
+    def record(self, state: CacheState) -> dict[str, Any]:
+        """What is worth recording of the answer that ends with ``state``.
+
+        Moments as numbers of steps; entries of single KV heads; bytes of keys and values in the evictable layers, and
+        how many of them changed sides, evictions included.
+        """
+        tiered = [layer for layer in state.layers if isinstance(layer, TieredLayer)]
+        return {
+            "tau": self._policy.tau,
+            "steps": self._steps,
+            "triggers": len(self._moments),
+            "moments": self._moments,
+            "moved_entries": sum(layer.moved for layer in tiered),
+            "recalled_entries": sum(layer.recalled for layer in tiered),
+            "moved_bytes": sum(layer.moved * layer.entry_nbytes for layer in tiered),
+            "recalled_bytes": sum(layer.recalled * layer.entry_nbytes for layer in tiered),
+            "hot_bytes": state.nbytes,
+            "total_bytes": state.nbytes + sum(layer.cold_nbytes for layer in tiered),
+        }
+
+
+def token_entropy(logits: Tensor) -> float:
+    """Entropy in nats of the next token's distribution at temperature 1, of logits [1, V] or [V]."""
+    return max(0.0, float(torch.special.entr(logits.float().softmax(-1)).sum()))
+
+
+def random_moments(m: int, steps: int, seed: int, block: int) -> frozenset[int]:
+    """``m`` of the numbers below ``steps``, drawn anew for each ``block``."""
+    return frozenset(random.Random(f"{seed} {block}").sample(range(steps), m))

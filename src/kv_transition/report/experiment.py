@@ -1,0 +1,180 @@
+"""What was run, and what it cannot say: from the resolved configuration, the manifests and the files' metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+
+from kv_transition import __version__
+from kv_transition.analysis import labels
+from kv_transition.analysis.aggregate import FULL
+from kv_transition.analysis.results import Results
+from kv_transition.errors import UserError
+from kv_transition.report import findings
+from kv_transition.report.numbers import tokens_of
+
+TINY_READER = "tiny-reader"
+Config = Mapping[str, Any]
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The resolved experiment. Raises UserError if it cannot be read."""
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: the resolved experiment cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: the resolved experiment must be a mapping of sections")
+    return value
+
+
+def is_tiny_reader(experiment: Config) -> bool:
+    """Whether the model is the one that the project trained on its own synthetic task."""
+    return Path(str((experiment.get("model") or {}).get("name", ""))).name == TINY_READER
+
+
+def model_name(experiment: Config) -> str:
+    model = experiment.get("model") or {}
+    return str(model.get("name", "unknown")) + (f" @ {model['revision']}" if model.get("revision") else "")
+
+
+def commit(experiment: Config) -> str:
+    return (experiment.get("provenance") or {}).get("git_commit", "unknown")
+
+
+def citation(experiment: Config) -> str:
+    """A BibTeX entry of the software at the version and commit that made the results."""
+    return (
+        "@software{kv_transition,\n"
+        "  title   = {kv-transition},\n"
+        "  author  = {{The kv-transition developers}},\n"
+        f"  version = {{{__version__}}},\n"
+        f"  note    = {{commit {commit(experiment)}}},\n"
+        "}"
+    )
+
+
+def setup(
+    experiment: Config, results: Results, manifests: Sequence[Config], metadata: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """What was run, as pairs of name and value."""
+    section = {
+        name: experiment.get(name) or {} for name in ("model", "dataset", "kv", "decoding", "hardware", "engine")
+    }
+    model, dataset, kv = section["model"], section["dataset"], section["kv"]
+    provenance = experiment.get("provenance") or {}
+    device = model.get("device", "auto")
+    card = section["hardware"].get("gpu_model")
+    counts = results.stats.filter(statistic="score_mean")["n"]
+    low, high = counts.min(), counts.max()
+    tasks = list(dict.fromkeys(t for t, _ in results.groups))
+    rows = [
+        ("Model", model_name(experiment) + (f", {model['dtype']}" if model.get("dtype") else "")),
+        ("Data set", ", ".join(f"{dataset.get('name', '?')}/{t}" for t in tasks)
+         + (f" @ {dataset['revision']}" if dataset.get("revision") else "")),
+        ("Metric", ", ".join(sorted(set(results.scores["metric"].drop_nulls()))) or "unknown"),
+        ("Policies", ", ".join([FULL["policy"], *results.policies])),
+        ("Cache kept", ", ".join(labels.budget(b) for b in results.budgets) or "all"),
+        ("Compressed", ", ".join(labels.mode(m) for m in dict.fromkeys(m for _, m in results.groups))),
+        ("Length bins", "; ".join(
+            f"{t}: " + ", ".join(tokens_of(b) for b in results.bins(t)) + " tokens" for t in tasks)),
+        ("Examples in a bin", str(low) if low == high else f"{low} to {high}"),
+        ("Answers", f"{results.scores.height}"),
+        ("Decoding", _decoding(section["decoding"])),
+        ("Device", device if device == "cpu" or not card else f"{device} ({card} asked for)"),
+    ]  # fmt: skip
+    hyper = {name: options for name, options in (kv.get("policies") or {}).items() if options}
+    if hyper:
+        rows.append(("Hyper-parameters", "; ".join(f"{n}: {json.dumps(o)}" for n, o in hyper.items())))
+    for manifest in manifests:
+        if template := (manifest.get("template") or {}):
+            task = manifest.get("task", "?")
+            rows.append((f"Prompt of {task}", f"{template.get('source')}, sha256 {str(template.get('sha256'))[:12]}"))
+    versions = provenance.get("package_versions") or {}
+    rows += [
+        ("Code", f"commit {commit(experiment)}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"),
+    ]
+    rows += [
+        (label, metadata[key])
+        for key, label in (
+            ("cells_git_commit", "Answers made at commit"),
+            ("attention", "Attention"),
+            ("attention_statistics", "Attention statistics"),
+            ("device", "Hardware"),
+            ("model_fingerprint", "Model's fingerprint"),
+            ("timestamp", "Scored at"),
+        )
+        if metadata.get(key)
+    ]
+    return rows
+
+
+def _decoding(decoding: Config) -> str:
+    temperature = decoding.get("temperature", 0)
+    how = "greedy" if not temperature else f"temperature {temperature}"
+    repeats = decoding.get("repeats", 1)
+    return how + (f", {repeats} repeats of each example" if repeats > 1 else "")
+
+
+def limits(experiment: Config, results: Results) -> list[str]:
+    """What this experiment cannot say."""
+    decoding, found = experiment.get("decoding") or {}, []
+    if is_tiny_reader(experiment):
+        found.append(
+            "The model is the project's own tiny reader, trained on a synthetic task. Rankings of policies from it are "
+            "not findings about language models; it shows that the measurement works."
+        )
+    found += findings.exploratory(results)
+    if len({mode for _, mode in results.groups}) > 1:
+        found.append(
+            "The two modes answer different questions and are never mixed: after the prompt, the policy has seen the "
+            "question, and late tokens may already carry the answer; before the question, it has not."
+        )
+    found.append(
+        "“No loss seen” is no proof that there is none: each interval says how large a loss may be hidden. Bins are "
+        "ranges of length, so a transition is located to a bin, not to a token."
+    )
+    if not decoding.get("temperature") and decoding.get("repeats", 1) == 1:
+        found.append(
+            "Each example was answered once, greedily: instability within an example (other seeds, other wordings) "
+            "was not measured."
+        )
+    if not results.stats.filter(statistic="latency_p50").drop_nulls("estimate").height:
+        found.append("No answer was timed alone on the machine, so nothing is said about speed.")
+    found.append("Reading the prompt is always done with full attention; only what is kept afterwards is compressed.")
+    endpoints = results.scores["base_url"].drop_nulls().unique().sort().to_list()
+    if endpoints:
+        found.append(
+            f"Answers came from an endpoint ({', '.join(endpoints)}). What it does with its cache was not verified: "
+            "entries and bytes kept could not be measured there."
+        )
+    return found
+
+
+def future(experiment: Config, results: Results) -> list[str]:
+    """What would tell most next, from what was left open."""
+    found = []
+    verdicts = results.transition.filter(detector="definition")
+    undecided = verdicts.filter(outcome="undecided").height
+    if undecided:
+        found.append(
+            f"More examples in the bins of the {undecided} undecided policy and budget pairs: their intervals "
+            "reach both sides of the criterion."
+        )
+    shortest = results.stats["bin"].min()
+    collapsed_first = verdicts.filter(pl.col("collapse_bin") == shortest, outcome="cliff").height
+    if collapsed_first:
+        found.append(
+            f"Larger budgets or shorter documents for the {collapsed_first} pairs that collapsed in the shortest bin."
+        )
+    if (experiment.get("decoding") or {}).get("repeats", 1) == 1:
+        found.append("Repeats of each example, to see instability within an example.")
+    if is_tiny_reader(experiment):
+        found.append("The same experiment with a pretrained language model and a real data set (LongBench).")
+    return found

@@ -1,0 +1,77 @@
+"""Jinja environments, and what a self-contained page needs: drawings, charts and data that can stand inside HTML."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from kv_transition.analysis import drawing
+from kv_transition.errors import UserError
+from kv_transition.provenance import write_text
+
+
+def environment(html: bool) -> Environment:
+    return Environment(
+        loader=PackageLoader("kv_transition.report"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def write_markdown(path: str, template: str, context: Mapping[str, Any]) -> None:
+    text = environment(html=False).get_template(template).render(context)
+    write_text(path, re.sub(r"\n{3,}", "\n\n", text))
+
+
+def write_page(path: str, template: str, context: Mapping[str, Any]) -> None:
+    """A page that needs no other file. ``context["charts"]``: Vega-Lite specifications by name, drawn by its script."""
+    charts = {name: spec for name, spec in context["charts"].items() if spec is not None}
+    scripts = Markup(drawing.scripts()) if charts else ""
+    body = (
+        environment(html=True)
+        .get_template(template)
+        .render({**context, "charts": charts, "embed": drawing.EMBED, "scripts": scripts, "script_json": script_json})
+    )
+    head, marker, data = body.partition("<script")
+    # percent signs, n and p stay with their numbers
+    for pattern, bound in ((r" %", "\u00a0%"), (r"\b([np]) = ", "\\1\u00a0=\u00a0")):
+        head = re.sub(pattern, bound, head)
+    write_text(path, head + marker + data)
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that no text in it can lead out of its script element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def read_svg(path: Path, name: str, alt: str) -> Markup:
+    return inline_svg(path.read_text(encoding="utf-8"), name, alt)
+
+
+def inline_svg(svg: str, name: str, alt: str) -> Markup:
+    """The drawing as it can stand inside a page beside others: ids of its own, a name for screen readers."""
+    start = svg.find("<svg")
+    if start < 0:
+        raise UserError(f"plots: {name}.svg is no SVG drawing; draw the plots again")
+    svg = svg[start:]
+    for pattern, replacement in (
+        (r'\bid="', rf'id="{name}-'),
+        (r"url\(#", rf"url(#{name}-"),
+        (r'href="#', rf'href="#{name}-'),
+    ):
+        svg = re.sub(pattern, replacement, svg)
+    # The style sheet lets it be as wide as the page, but not much wider than it was drawn.
+    svg = re.sub(r"^<svg([^>]*?) width=\"([\d.]+)\" height=\"[\d.]+\"", r'<svg\1 style="--drawn:\2px"', svg)
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1))

@@ -1,0 +1,92 @@
+"""A report of an experiment that is not finished: what there is, and word of what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kv_transition import specs
+from kv_transition.analysis.aggregate import write_aggregates
+from kv_transition.analysis.plots import FIGURE_NAMES, write_plots
+from kv_transition.analysis.transition import write_transition
+from kv_transition.errors import UserError
+from kv_transition.eval.score import score_cells
+from kv_transition.paths import Paths
+from kv_transition.provenance import digest, write_text
+from kv_transition.report.build import build_report
+from kv_transition.settings import Settings
+
+EXTRA = ("pairs", "noninferiority", "smallest_budgets", "budget_transition")
+
+
+def write_partial(settings: Settings) -> Path:
+    """Score, analyse and report the cells that exist, in ``{results}/{experiment}/partial/``; returns report.html.
+
+    The finished experiment's own files are not touched. Cells that are absent, unreadable or made with other settings
+    or code are left out and named. Raises UserError if nothing can be reported yet.
+    """
+    import yaml
+
+    files = Paths(settings.output.dir, settings.experiment)
+    folder = Path(files.file("partial"))
+    expected, missing = {}, {}
+    for task in settings.dataset.tasks:
+        for key in specs.cells(settings):
+            wanted = digest(specs.cell(settings, *key))
+            for bin in range(settings.binning.n_bins):
+                path = files.cell(task, *key, bin)
+                why = _unfit(path, wanted)
+                if why:
+                    missing[str(Path(path).relative_to(files.root))] = why
+                else:
+                    expected[path] = wanted
+    tasks = [t for t in settings.dataset.tasks if Path(files.manifest(t)).is_file()]
+    bins = [files.bin(t, b) for t in tasks for b in range(settings.binning.n_bins)]
+    manifests = [files.manifest(t) for t in tasks]
+    if not expected:
+        raise UserError(f"{files.root}: no cell of this experiment is there yet; run some of them first")
+    full = any(f"/{specs.FULL}/{specs.FULL_BUDGET}/" in path for path in expected)
+    table = {name: str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")}
+    score_cells(
+        list(expected), [b for b in bins if Path(b).is_file()], manifests, expected, table["scores"],
+        specs.aliases(settings) if full else (),
+    )  # fmt: skip
+    if not pq.read_metadata(table["scores"]).num_rows:
+        raise UserError(f"{files.root}: the cells that are there hold no answer yet; run more of them first")
+    extra = {name: str(folder / f"{name}.parquet") for name in EXTRA}
+    statistics = settings.statistics.model_dump()
+    write_aggregates(
+        table["scores"], table["bin_stats"], table["comparisons"], statistics, pairs_path=extra["pairs"],
+        noninferiority_path=extra["noninferiority"], smallest_path=extra["smallest_budgets"],
+    )  # fmt: skip
+    write_transition(table["scores"], table["transition"], statistics, extra["budget_transition"])
+    plots = {f"{name}_svg": str(folder / f"plots/{name}.svg") for name in FIGURE_NAMES}
+    write_plots(*table.values(), plots)
+    resolved = Path(files.file("config.yaml"))
+    text = resolved.read_text(encoding="utf-8") if resolved.is_file() else yaml.safe_dump(specs.resolved(settings))
+    write_text(folder / "config.yaml", text)
+    build_report(
+        **table,
+        manifests=manifests,
+        config=str(folder / "config.yaml"),
+        plots_dir=str(folder / "plots"),
+        output_md=str(folder / "report.md"),
+        output_html=str(folder / "report.html"),
+        title=settings.report.title or settings.experiment,
+        extra=extra,
+        missing=missing,
+    )
+    return folder / "report.html"
+
+
+def _unfit(path: str, wanted: str) -> str | None:
+    """Why a cell cannot be used, or None."""
+    if not Path(path).is_file():
+        return "not run yet"
+    try:
+        found = pq.read_table(path, columns=["cell_hash"], partitioning=None)["cell_hash"].unique().to_pylist()
+    except (OSError, pa.ArrowException):
+        return "not readable"
+    return None if set(found) <= {wanted} else "made with other settings or code"

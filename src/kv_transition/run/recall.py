@@ -1,0 +1,47 @@
+"""What an entropy_recall cell takes from other files: its calibrated tau, and how often the cell it is held against
+recalled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from kv_transition.errors import UserError
+from kv_transition.policies.base import Policy
+
+Paces = Mapping[tuple[str, int], tuple[int, int]]
+"""moments and steps of each answer, by its example and repeat"""
+
+
+def calibrated(policy: Policy, calibration: str | None) -> Policy:
+    """The policy with the tau that its ``tau_quantile`` stands for on the held-out steps of a calibration file."""
+    wanted = getattr(policy, "tau_quantile", None)
+    if wanted is None or calibration is None:
+        return policy
+    entropies = json.loads(Path(calibration).read_text(encoding="utf-8"))["entropies"]
+    return replace(policy, tau=quantile(entropies, wanted, calibration))
+
+
+def quantile(values: list[float], share: float, where: str = "the calibration") -> float:
+    """The quantile of rising ``values``, linear between two of them; UserError if there is none."""
+    if not values:
+        raise UserError(f"{where} holds no step; give tau itself, or examples whose answers have several tokens")
+    place = share * (len(values) - 1)
+    low, high = values[math.floor(place)], values[math.ceil(place)]
+    return low + (high - low) * (place - math.floor(place))
+
+
+def paces(treated: str | None) -> Paces:
+    """Of the answers of a cell's file; empty without one. An answer that failed has no moments."""
+    if treated is None:
+        return {}
+    import pyarrow.parquet as pq
+
+    found = {}
+    for row in pq.read_table(treated, columns=["example_id", "repeat", "raw"]).to_pylist():
+        facts = json.loads(row["raw"] or "{}")
+        found[row["example_id"], row["repeat"]] = (facts.get("triggers", 0), facts.get("steps", 0))
+    return found

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy import stats
+from simulated_scores import BUDGETS, MODES, POLICIES, cell_rows, demo, table
+from statsmodels.stats.multitest import multipletests
+
+from kv_transition.analysis import comparisons as c
+from kv_transition.analysis import intervals
+from kv_transition.analysis.examples import Statistics
+
+SETTINGS = Statistics(resamples=1000)
+
+
+def cell(values, **key):
+    scores = np.array(values, dtype=float)[:, None]
+    return cell_rows(scores, np.zeros(scores.shape, bool), **key)
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    return demo(n=8)
+
+
+@pytest.fixture(scope="module")
+def frame(simulated):
+    return pl.from_arrow(c.pairs(simulated, SETTINGS))
+
+
+def test_every_pair_of_policies_stands_once_per_bin_and_over_all(frame):
+    pairs = len(POLICIES) * (len(POLICIES) - 1) // 2
+    assert frame.height == len(MODES) * len(BUDGETS) * pairs * (5 + 1) * 2
+    assert (frame["policy"] < frame["reference_policy"]).all()
+    assert (frame["budget"] == frame["reference_budget"]).all()
+    for _, family in frame.group_by("family"):
+        expected = multipletests(family["p_value"].to_numpy(), method="holm")[1]
+        assert family["p_holm"].to_numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_pairs_are_differences_of_the_differences_from_full(simulated, frame):
+    key = {"mode": "after_prompt", "budget": "r0.2", "bin": 3, "statistic": "score"}
+    against_full = pl.from_arrow(c.comparisons(simulated, SETTINGS)).filter(**key)
+    of = dict(against_full.select("policy", "estimate").iter_rows())
+    for row in frame.filter(**key).iter_rows(named=True):
+        assert row["estimate"] == pytest.approx(of[row["policy"]] - of[row["reference_policy"]], abs=1e-9)
+
+
+def test_effect_is_the_share_better_minus_the_share_worse():
+    rows = cell([1, 1, 0.5, 0, 1]) + cell([0.5, 0, 0.5, 0.2, 0.9], policy="h2o", budget="r0.5")
+    row = pl.from_arrow(c.comparisons(table(rows), SETTINGS)).filter(statistic="score", bin=0).row(0, named=True)
+    assert row["effect"] == pytest.approx((1 - 3) / 5)
+    assert row["effect_low"] < row["effect"] < row["effect_high"]
+    assert row["estimate"] == pytest.approx((-0.5 - 1 + 0 + 0.2 - 0.1) / 5)
+
+
+def test_what_is_called_detectable_is_detected_four_times_in_five():
+    rng, n, found = np.random.default_rng(0), 40, 0
+    sd, trials = 0.3, 2000
+    wanted = c.detectable(float(n), 0.05) * sd
+    samples = rng.normal(wanted, sd, (trials, n))
+    found = (stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05).mean()
+    assert found == pytest.approx(c.POWER, abs=4 * (0.16 / trials) ** 0.5)
+
+
+def test_detectable_solves_the_noncentral_t():
+    size, alpha = 25.0, 0.01
+    found = c.detectable(size, alpha)
+    critical = stats.t.ppf(1 - alpha / 2, size - 1)
+    power = stats.nct.sf(critical, size - 1, found * size**0.5) + stats.nct.cdf(-critical, size - 1, found * size**0.5)
+    assert power == pytest.approx(c.POWER, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "alpha", "some"), [(5, 0.05, False), (6, 0.05, True), (9, 0.002, False), (1, 0.5, False)]
+)
+def test_nothing_is_detectable_where_no_sign_flip_can_be_significant(n, alpha, some):
+    assert (c.detectable(float(n), alpha) is not None) == some
+
+
+def test_mdd_falls_with_n_and_is_never_zero():
+    found = []
+    for n in (20, 80):
+        rows = cell([1.0] * n) + cell([1.0] * n, policy="h2o", budget="r0.5")
+        frame = pl.from_arrow(c.comparisons(table(rows), SETTINGS)).filter(statistic="score", bin=0)
+        found.append(frame["mdd"][0])
+    assert 0 < found[1] < found[0] < 1
+
+
+def test_documents_are_the_unit_of_a_comparison():
+    full = cell_rows(np.ones((20, 1)), np.zeros((20, 1), bool), per_document=5)
+    values = np.repeat([[1.0], [0.0], [0.5], [1.0]], 5, axis=0)
+    policy = cell_rows(values, np.zeros((20, 1), bool), policy="h2o", budget="r0.5", per_document=5)
+    frame = pl.from_arrow(c.comparisons(table(full + policy), SETTINGS))
+    row = frame.filter(statistic="score", bin=0).row(0, named=True)
+    assert (row["n"], row["clusters"]) == (20, 4)
+    # four documents, two of which differ: sign flips of two sums
+    assert row["p_value"] == pytest.approx(1 / 2)
+    assert "clusters" in row["method"]
+    assert row["mdd"] is None
+    alone = intervals.bounded_mean((values - 1).T, 0.95, (-1, 1))
+    assert row["ci_high"] - row["ci_low"] > alone.high[0] - alone.low[0]

@@ -1,0 +1,35 @@
+# What cells of entropy_recall take from other jobs: a tau calibrated on examples that no cell sees, and, for controls,
+# the cell whose number of moments they have. Other cells take nothing.
+
+CALIBRATION = FILES.file("calibration/{task}.json")
+
+
+def calibration_of(wildcards):
+    return CALIBRATION.format(task=wildcards.task) if specs.calibrated(SETTINGS, wildcards.policy) else []
+
+
+def treated_of(wildcards):
+    treated = specs.treated(SETTINGS, wildcards.policy)
+    if treated is None:
+        return []
+    return FILES.cell(wildcards.task, wildcards.mode, treated, wildcards.budget, wildcards.bin)
+
+
+rule calibrate:
+    input:
+        examples=FILES.examples("{task}"),
+        manifest=FILES.manifest("{task}"),
+    output:
+        CALIBRATION,
+    log:
+        FILES.log("calibrate", "{task}"),
+    conda:
+        "../../envs/inference.yaml"
+    threads: 4 if ON_GPU else 1
+    resources:
+        **GPU,
+    params:
+        spec=as_json(specs.calibrate(SETTINGS)),
+    shell:
+        "python -m kv_transition.run.calibrate --spec {params.spec:q} --task {wildcards.task} --threads {threads}"
+        " --examples {input.examples} --manifest {input.manifest} --output {output} > {log} 2>&1"
