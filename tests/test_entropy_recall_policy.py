@@ -335,6 +335,13 @@ def test_entropy_is_that_of_the_definition():
     assert token_entropy(torch.tensor([[0.0, -math.inf, -math.inf]])) == 0
 
 
+def test_it_is_the_moment_at_tau_itself():
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    tau = token_entropy(logits)
+    assert recall(tau=tau).watch(0).before_attention(logits) is not None
+    assert recall(tau=math.nextafter(tau, math.inf)).watch(0).before_attention(logits) is None
+
+
 @given(st.data())
 def test_controls_have_as_many_moments_as_the_answer_they_are_held_against(data):
     """In as many steps; of each so many steps that follow, again as many. Periodic ones are as even as can be."""

@@ -14,7 +14,7 @@ from project import SMALL
 
 # two bins each
 CELLS = {"full": 2, "h2o": 2, "h2o_heavy": 2, "snap": 2}
-ANALYSIS = {"score": 1, "aggregate": 1, "transition": 1, "plots": 1, "report": 1}
+ANALYSIS = {"score": 1, "aggregate": 1, "transition": 1, "plots": 1, "report": 1, "exports": 1}
 GPU_PATH = {"download", "prepare", "prefill", "cell"}
 
 
@@ -87,7 +87,7 @@ def test_a_changed_hyper_parameter_runs_its_variant(project):
 
 def test_an_unrelated_key_runs_no_cell(project):
     project.configure(SMALL | {"hardware": {"runtime_min": 5}})
-    assert project.planned() == {"experiment": 1, "report": 1}
+    assert project.planned() == {"experiment": 1, "report": 1, "exports": 1}
 
 
 def test_a_changed_plot_is_drawn_again(project):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kv_transition.errors import UserError
 from kv_transition.run.cache_commands import app as cache_app
+
+if TYPE_CHECKING:
+    from kv_transition.settings import Settings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__import__("kv_transition").__doc__)
 app.add_typer(cache_app, name="cache")
@@ -43,7 +48,7 @@ _UNTIL = {
     Step.run: ["cell"],
     Step.score: ["score"],
     Step.analyze: ["plots"],
-    Step.report: ["report"],
+    Step.report: ["report", "exports"],
     Step.all: [],
 }
 
@@ -66,10 +71,42 @@ for _step, _doc in {
     Step.run: "Run every cell of the grid.",
     Step.score: "Score the answers and label failures.",
     Step.analyze: "Estimate, compare, find the transition zone, draw.",
-    Step.report: "Write report.md and report.html.",
     Step.all: "Everything, from the data set to the report.",
 }.items():
     _command(_step, _doc)
+
+
+@app.command()
+def report(
+    config: Config = DEFAULT,
+    set_: Set = [],  # noqa: B006
+    cores: Cores = "all",
+    dry_run: DryRun = False,
+    profile: Profile = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Of the cells that are there; run nothing.")] = False,
+) -> None:
+    """Write report.md, report.html and the exports."""
+    if not partial:
+        raise typer.Exit(_snakemake(Step.report, config, set_, cores, dry_run, profile))
+    settings = _checked(config, set_)
+    from kv_transition.report.partial import write_partial
+
+    with _refusing():
+        typer.echo(write_partial(settings))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Results folder of an experiment.")],
+    b: Annotated[Path, typer.Argument(help="Results folder of another one over the same examples.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.md, report.html and the differences.")],
+) -> None:
+    """Compare two experiments: paired differences with intervals."""
+    from kv_transition.report.compare import compare as write_comparison
+
+    with _refusing():
+        write_comparison(str(a), str(b), str(output))
+    typer.echo(output / "report.html")
 
 
 @app.command()
@@ -105,17 +142,24 @@ def schema() -> None:
     typer.echo(yaml.safe_dump(json_schema(), sort_keys=False, width=120), nl=False)
 
 
-def _checked(config: Path, assignments: list[str]):
-    from kv_transition import settings as settings_module
-    from kv_transition import specs
-
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Bad input becomes one sentence and status 2."""
     try:
-        settings = settings_module.load(config, assignments)
-        specs.check(settings)
+        yield
     except UserError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
-    return settings
+
+
+def _checked(config: Path, assignments: list[str]) -> Settings:
+    from kv_transition import settings as settings_module
+    from kv_transition import specs
+
+    with _refusing():
+        settings = settings_module.load(config, assignments)
+        specs.check(settings)
+        return settings
 
 
 def _snakemake(

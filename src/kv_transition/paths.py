@@ -13,6 +13,8 @@ MODE = r"before_question|after_prompt"
 POLICY = r"[A-Za-z0-9_.-]+"
 BUDGET = r"r[0-9.]+|t[0-9]+"
 BIN = r"[0-9]+"
+SHARD = r"[0-9]+"
+LOOK = r"[0-9]+"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,16 @@ class Paths:
 
     def cell(self, task: str, mode: str, policy: str, budget: str, bin: int | str) -> str:
         return f"{self.root}/cells/{task}/{mode}/{policy}/{budget}/bin{bin}.parquet"
+
+    def shard(self, number: int | str) -> Paths:
+        """A part of every bin under adaptive allocation: its folder is laid out as an experiment's."""
+        return Paths(self.results, f"{self.experiment}/shards/{number}")
+
+    def bin_scores(self, task: str, bin: int | str) -> str:
+        return f"{self.root}/scores/{task}/bin{bin}.parquet"
+
+    def allocation(self, look: int | str) -> str:
+        return f"{self.root}/allocation/look{look}.parquet"
 
     def observations(self, task: str, bin: int | str) -> str:
         return f"{self.root}/observations/{task}/bin{bin}.parquet"

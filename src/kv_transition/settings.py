@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from kv_transition import paths
 from kv_transition.budget import Budget
@@ -238,8 +246,30 @@ class Statistics(Section):
     seed: Seed = Field(0, description="seed of the bootstrap")
 
 
+class Adaptive(Section):
+    """More examples only where the transition is undecided."""
+
+    enabled: bool = Field(False, description="true: examples are added to a bin in shards while it is undecided")
+    start: int = Field(5, ge=1, description="examples in each bin at the first look")
+    step: int = Field(5, ge=1, description="examples that an undecided bin gets at each look after it")
+    cap: int = Field(40, ge=1, description="examples in a bin at most; fixes the looks and their levels")
+
+    @model_validator(mode="after")
+    def _room(self) -> Adaptive:
+        if self.start > self.cap:
+            raise ValueError(f"start: {self.start} is more than cap, {self.cap}; give at most that")
+        return self
+
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """Where each shard begins in a bin's order of choice, and the place behind its end; as many as looks."""
+        ends = [*range(self.start, self.cap, self.step), self.cap]
+        return list(pairwise([0, *ends]))
+
+
 class Report(Section):
     title: str | None = Field(None, description="title of the report; null: the experiment's name")
+    sqlite: bool = Field(True, description="write kv_transition.sqlite as well")
 
 
 class Output(Section):
@@ -264,6 +294,7 @@ class Settings(Section):
     decoding: Decoding = Decoding()
     observe: Observe = Observe()
     statistics: Statistics = Statistics()
+    adaptive: Adaptive = Adaptive()
     report: Report = Report()
     output: Output = Output()
     hardware: Hardware = Hardware()
@@ -274,6 +305,17 @@ class Settings(Section):
         if name in ("prefill", ".", ".."):
             raise ValueError(f"{name!r} cannot be an experiment's name; that folder is taken")
         return name
+
+    @field_validator("adaptive")
+    @classmethod
+    def _enough_chosen(cls, adaptive: Adaptive, info: ValidationInfo) -> Adaptive:
+        chosen = info.data["binning"].n_per_bin if "binning" in info.data else adaptive.cap
+        if adaptive.enabled and adaptive.cap > chosen:
+            raise ValueError(
+                f"cap: {adaptive.cap} is more than the {chosen} examples that binning.n_per_bin chooses in a bin; "
+                "raise binning.n_per_bin or lower cap"
+            )
+        return adaptive
 
 
 def parse(config: Mapping[str, Any]) -> Settings:

@@ -4,7 +4,8 @@
 # The hash that each cell's rows must carry. The .snakemake folder, which knows what is stale, can get lost; a grid
 # that changed has another name here, so that scoring runs again all the same and compares.
 GRID = {
-    FILES.cell(task, *key, bin): specs.digest(cell_spec(*key))
+    files.cell(task, *key, bin): specs.digest(cell_spec(*key))
+    for files in ([FILES.shard(number) for number in range(len(SHARDS))] if ADAPTIVE else [FILES])
     for task in TASKS
     for key in specs.cells(SETTINGS)
     for bin in BINS
@@ -24,23 +25,32 @@ rule grid:
         "../../scripts/grid.py"
 
 
-rule score:
-    input:
-        grid=rules.grid.output[0],
-        cells=CELLS,
-        bins=[FILES.bin(task, bin) for task in TASKS for bin in BINS],
-        manifests=[FILES.manifest(task) for task in TASKS],
-    output:
-        report(FILES.table("scores"), caption="../report/scores.rst", category="Tables"),
-    log:
-        FILES.log("score"),
-    conda:
-        "../../envs/analysis.yaml"
-    params:
-        aliases=specs.aliases(SETTINGS),
-        code=code_hash("kv_transition.eval.score"),
-    script:
-        "../../scripts/score.py"
+STATISTICS = SETTINGS.statistics.model_dump()
+
+
+if ADAPTIVE:
+
+    include: "adaptive.smk"
+
+else:
+
+    rule score:
+        input:
+            grid=rules.grid.output[0],
+            cells=CELLS,
+            bins=[FILES.bin(task, bin) for task in TASKS for bin in BINS],
+            manifests=[FILES.manifest(task) for task in TASKS],
+        output:
+            report(FILES.table("scores"), caption="../report/scores.rst", category="Tables"),
+        log:
+            FILES.log("score"),
+        conda:
+            "../../envs/analysis.yaml"
+        params:
+            aliases=specs.aliases(SETTINGS),
+            code=code_hash("kv_transition.eval.score"),
+        script:
+            "../../scripts/score.py"
 
 
 rule aggregate:
@@ -59,7 +69,7 @@ rule aggregate:
     conda:
         "../../envs/analysis.yaml"
     params:
-        statistics=SETTINGS.statistics.model_dump(),
+        statistics=STATISTICS,
         code=code_hash("kv_transition.analysis.aggregate"),
     script:
         "../../scripts/aggregate.py"
@@ -79,7 +89,7 @@ rule transition:
     conda:
         "../../envs/analysis.yaml"
     params:
-        statistics=SETTINGS.statistics.model_dump(),
+        statistics=STATISTICS,
         code=code_hash("kv_transition.analysis.transition"),
     script:
         "../../scripts/transition.py"

@@ -13,7 +13,7 @@ from kv_transition import paths as paths_module
 from kv_transition import specs
 from kv_transition.errors import UserError
 from kv_transition.paths import Paths
-from kv_transition.provenance import code_hash, content_digest
+from kv_transition.provenance import code_hash, content_digest, read_metadata
 
 
 def experiment():
@@ -34,6 +34,11 @@ FILES = Paths(SETTINGS.output.dir, SETTINGS.experiment)
 REPO = os.path.dirname(os.path.dirname(workflow.current_basedir.get_path_or_uri(secret_free=True)))
 TASKS = SETTINGS.dataset.tasks
 BINS = range(SETTINGS.binning.n_bins)
+
+# Under adaptive allocation bins are run in shards, each in a folder of its own; otherwise in one piece.
+ADAPTIVE = SETTINGS.adaptive.enabled
+SHARDS = SETTINGS.adaptive.shards
+PIECES = FILES.shard("{shard}") if ADAPTIVE else FILES
 CELLS = [FILES.cell(task, *key, bin) for task in TASKS for key in specs.cells(SETTINGS) for bin in BINS]
 
 ON_GPU = SETTINGS.model.device != "cpu"
@@ -55,6 +60,8 @@ wildcard_constraints:
     policy=paths_module.POLICY,
     budget=paths_module.BUDGET,
     bin=paths_module.BIN,
+    shard=paths_module.SHARD,
+    look=paths_module.LOOK,
 
 
 # Jobs import the package from the checkout, whichever environment they run in: that of conda where it is asked for,

@@ -3,11 +3,11 @@
 
 rule prefill:
     input:
-        FILES.bin("{task}", "{bin}"),
+        PIECES.bin("{task}", "{bin}"),
     output:
-        FILES.prefill_index("{task}", "{bin}"),
+        PIECES.prefill_index("{task}", "{bin}"),
     log:
-        FILES.log("prefill", "{task}", "bin{bin}"),
+        PIECES.log("prefill", "{task}", "bin{bin}"),
     # The longest bins first: they take longest, and nothing then waits for them at the end.
     priority: lambda wildcards: 100 + int(wildcards.bin)
     conda:
@@ -24,12 +24,12 @@ rule prefill:
 
 rule cell:
     input:
-        bin=FILES.bin("{task}", "{bin}"),
-        index=FILES.prefill_index("{task}", "{bin}"),
+        bin=PIECES.bin("{task}", "{bin}"),
+        index=PIECES.prefill_index("{task}", "{bin}"),
     output:
-        FILES.cell("{task}", "{mode}", "{policy}", "{budget}", "{bin}"),
+        PIECES.cell("{task}", "{mode}", "{policy}", "{budget}", "{bin}"),
     log:
-        FILES.log("cell", "{task}", "{mode}", "{policy}-{budget}", "bin{bin}"),
+        PIECES.log("cell", "{task}", "{mode}", "{policy}-{budget}", "bin{bin}"),
     priority: lambda wildcards: int(wildcards.bin)
     conda:
         "../../envs/inference.yaml"

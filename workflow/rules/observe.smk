@@ -12,7 +12,8 @@ OBSERVATION_EXTRAS = (
 rule observe:
     input:
         bin=FILES.bin("{task}", "{bin}"),
-        index=FILES.prefill_index("{task}", "{bin}"),
+        # under adaptive allocation a bin is read in shards, and the job reads what is left
+        index=[] if ADAPTIVE else FILES.prefill_index("{task}", "{bin}"),
     output:
         steps=FILES.observations("{task}", "{bin}"),
         layers=FILES.observation_layers("{task}", "{bin}"),

@@ -7,7 +7,7 @@ EXTRA = {
     for outputs in (rules.aggregate.output, rules.transition.output)
     for name, path in outputs.items()
     if name not in ("bin_stats", "comparisons", "transition")
-}
+} | ({"allocation": rules.score.output.allocation} if ADAPTIVE else {})
 
 
 rule experiment:
@@ -98,10 +98,14 @@ rule exports:
         transition=rules.transition.output.transition,
         extra=list(EXTRA.values()),
     output:
+        **(
+            {"sqlite": report(FILES.file("kv_transition.sqlite"), caption="../report/sqlite.rst", category="Exports")}
+            if SETTINGS.report.sqlite
+            else {}
+        ),
         csv=directory(FILES.file("tables")),
         summary=report(FILES.file("summary.json"), caption="../report/summary.rst", category="Exports"),
         card=report(FILES.file("matched_budget.json"), caption="../report/card.rst", category="Exports"),
-        sqlite=report(FILES.file("kv_transition.sqlite"), caption="../report/sqlite.rst", category="Exports"),
     log:
         FILES.log("exports"),
     conda:

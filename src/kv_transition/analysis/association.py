@@ -151,7 +151,8 @@ def moments2(
     if basis.shape[1] > 1:
         means = _by_example(basis[:, 1:], example, examples) / np.bincount(example, minlength=examples)[:, None]
         spent = int(np.linalg.matrix_rank(means - means.mean(axis=0), tol=1e-8 * np.sqrt(examples)))
-    return _moments2(x, y, basis, example, weights, spent)
+    both = np.column_stack([x, y])
+    return _moments2(both, _size(both), basis, example, weights, spent)
 
 
 def moments2_within(x: np.ndarray, y: np.ndarray, example: np.ndarray, weights: np.ndarray) -> Moments2:
@@ -160,7 +161,7 @@ def moments2_within(x: np.ndarray, y: np.ndarray, example: np.ndarray, weights: 
     both = np.column_stack([x, y])
     means = _by_example(both, example, examples) / np.bincount(example, minlength=examples)[:, None]
     inside = both - means[example]
-    return _moments2(inside[:, 0], inside[:, 1], np.empty((len(x), 0)), example, weights, 0, np.ptp(both, axis=0))
+    return _moments2(inside, _size(both), np.empty((len(x), 0)), example, weights, 0)
 
 
 def _by_example(columns: np.ndarray, example: np.ndarray, examples: int) -> np.ndarray:
@@ -168,21 +169,20 @@ def _by_example(columns: np.ndarray, example: np.ndarray, examples: int) -> np.n
     return np.stack([np.bincount(example, weights=column, minlength=examples) for column in columns.T], axis=1)
 
 
+def _size(columns: np.ndarray) -> np.ndarray:
+    """What the residuals of each column are measured by: its range, and never less than what rounding leaves."""
+    return np.maximum(np.ptp(columns, axis=0), 1e-9 * np.abs(columns).max(axis=0))
+
+
 def _moments2(
-    x: np.ndarray,
-    y: np.ndarray,
-    basis: np.ndarray,
-    example: np.ndarray,
-    weights: np.ndarray,
-    spent: int,
-    spread: np.ndarray | None = None,
+    both: np.ndarray, size: np.ndarray, basis: np.ndarray, example: np.ndarray, weights: np.ndarray, spent: int
 ) -> Moments2:
-    both, k = np.column_stack([x, y]), basis.shape[1]
-    spread = np.ptp(both, axis=0) if spread is None else spread
+    k = basis.shape[1]
     if k:
         # Residuals of the whole sample first: what is left is small numbers, and the bootstrap's own fit is exact.
         both = both - basis @ np.linalg.lstsq(basis, both, rcond=None)[0]
-    varies = tuple((both**2).mean(axis=0) > NOTHING * np.maximum(spread, 1e-150) ** 2)
+    varies = (both**2).mean(axis=0) > NOTHING * size**2
+    both = np.where(varies, both, 0.0)
     columns = np.column_stack([both, basis])
     starts = np.flatnonzero(np.diff(example, prepend=-1))
     products = np.stack([part.T @ part for part in np.split(columns, starts[1:])])
@@ -190,10 +190,10 @@ def _moments2(
     left = sums[:, :2, :2]
     if k:
         # A sample may lack a kind of prompt altogether: its column is 0, and a touch of ridge makes its effect 0.
-        inner = sums[:, 2:, 2:] + 1e-9 * len(x) * np.eye(k)
+        inner = sums[:, 2:, 2:] + 1e-9 * len(both) * np.eye(k)
         left = left - sums[:, :2, 2:] @ np.linalg.solve(inner, sums[:, 2:, :2])
     by = Carriers(len(starts), kish(products[:, 0, 0]), spent)
-    return Moments2(left[:, 0, 0], left[:, 0, 1], left[:, 1, 1], by, varies)
+    return Moments2(left[:, 0, 0], left[:, 0, 1], left[:, 1, 1], by, (bool(varies[0]), bool(varies[1])))
 
 
 def orthonormal(controls: np.ndarray) -> np.ndarray:

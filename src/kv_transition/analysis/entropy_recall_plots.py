@@ -1,4 +1,4 @@
-"""Figures of entropy against recall: by bin with the chance level, step by step with the trend, and what recalling costs."""
+"""Figures of entropy against recall: by bin, step by step, and what recalling gives against what it costs."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def bin_rows(table: pl.DataFrame) -> list[Row]:
     return sorted(rows, key=lambda r: r["x"])
 
 
-def _chance(table: pl.DataFrame) -> list[Row]:
-    return [{"budget": labels.budget(b), "chance": float(b[1:])} for b in _budgets(table) if b.startswith("r")]
+def _chance(rows: list[Row]) -> list[Row]:
+    """What a random set of each drawn share would recall."""
+    shares = {(*(r[k] for k in KEY), r["budget"]): r for r in rows if r["budget"].endswith("%")}
+    return [r | {"chance": float(r["budget"].removesuffix("%")) / 100} for r in shares.values()]
 
 
 def _budget_scales(table: pl.DataFrame) -> tuple[alt.Color, alt.Shape]:
@@ -106,7 +108,7 @@ def _bin_layers(table: pl.DataFrame, rows: list[Row], data: Datasets, by: Sequen
               "steps": "steps", "method": "method"}  # fmt: skip
     own = filtered(data.add(rows), by)
     return [
-        alt.Chart(data.add(_chance(table))).mark_rule(strokeDash=[2, 4], strokeWidth=1.2, opacity=0.8)
+        filtered(data.add(_chance(rows)), by).mark_rule(strokeDash=[2, 4], strokeWidth=1.2, opacity=0.8)
         .encode(y=alt.Y("chance:Q", scale=_Y), color=colors),
         alt.Chart(data.add(_CRITERIA)).mark_rule(strokeWidth=1.4, color=INK)
         .encode(x=x, x2="x2:Q", y=alt.Y("y:Q", scale=_Y)),
@@ -204,9 +206,11 @@ def _scatter_layers(table: pl.DataFrame, steps: pl.DataFrame, data: Datasets, ke
             lines += [{"budget": name, "x": x, "y": mean_y + slope * (x - mean_x)} for x in ends]
         r = found["pearson"]
         if r["estimate"] is not None:  # the last, smallest budget's
-            said = f"r = {labels.interval(r['estimate'], r['ci_low'], r['ci_high'])} at {name}, n = {r['n']}"
+            interval = labels.interval(r["estimate"], r["ci_low"], r["ci_high"]).replace("-", "−")
+            said = f"r = {interval} at {name}, n = {r['n']}"
     x = alt.X("x:Q", axis=alt.Axis(title="entropy of the token, nats", grid=False, tickCount=6))
-    y = alt.Y("y:Q", scale=_Y, axis=alt.Axis(title="recall", tickCount=5))
+    # not clamped: a line that leaves the panel must keep its slope
+    y = alt.Y("y:Q", scale=alt.Scale(domain=[0, 1.02], nice=False), axis=alt.Axis(title="recall", tickCount=5))
     colors, _ = _budget_scales(table)
     return [
         alt.Chart(data.add(points)).mark_point(filled=True, size=9, opacity=0.35).encode(x=x, y=y, color=colors),
@@ -228,7 +232,7 @@ def moments_figure(scores: Any, policies: recall_moments.Options, confidence: fl
         for column in MOVED:
             if point[column]["estimate"] is not None and point["score"]["estimate"] is not None:
                 rows.append({
-                    **{k: point[k] for k in recall_moments.CELL}, "cost": column, "name": labels.budget(point["budget"]),
+                    **{k: point[k] for k in recall_moments.CELL}, "cost": column,
                     "x": point[column]["estimate"] / 2**20, "estimate": point["score"]["estimate"],
                     "low": point["score"]["ci_low"], "high": point["score"]["ci_high"], "n": point["score"]["n"],
                 })  # fmt: skip

@@ -41,7 +41,8 @@ class Verdict:
 
 def shown(value: Bin | Estimate, digits: int = 2) -> str:
     point = value.estimate if isinstance(value, Bin) else value.value
-    return labels.interval(*(finite(v) for v in (point, value.low, value.high)), digits)
+    text = labels.interval(*(finite(v) for v in (point, value.low, value.high)), digits)
+    return text.replace("-", "−")
 
 
 def counted(n: int, steps: int) -> str:
@@ -95,7 +96,8 @@ def controlled(raw: Verdict, plain: Estimate, partial: Estimate, low: Bin, high:
     if raw.outcome == NOT_CONFIRMED:
         return Verdict(NOT_CONFIRMED, raw.reason + (f"; yet {what}, {shown(partial)}, is downward" if downward else ""))
     if partial.low <= plain.value and partial.high >= 0:
-        also = f"{what}, {shown(partial)}, may be 0 or unchanged from {plain.value:.2f}: n is too small"
+        without = f"{plain.value:.2f}".replace("-", "−")
+        also = f"{what}, {shown(partial)}, may be 0 or unchanged from {without}: n is too small"
         return Verdict(UNDECIDED, f"{raw.reason}; {also}" if raw.outcome == UNDECIDED else also)
     if after.outcome == NOT_CONFIRMED:
         return Verdict(

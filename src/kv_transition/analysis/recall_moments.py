@@ -117,13 +117,13 @@ def answer(row: Mapping[str, Any], how: str, alpha: float) -> str:
     """What a difference in score from a control says, in a sentence."""
     if row["estimate"] is None:
         return f"Not known: no example was answered both at entropy's and at {how} moments."
-    shown = labels.interval(row["estimate"], row["ci_low"], row["ci_high"], 3)
-    said = f"score {shown} against {how} moments, n = {row['n']}, p = {row['p_holm']:.2g} after Holm"
+    shown = labels.interval(row["estimate"], row["ci_low"], row["ci_high"], 3).replace("-", "−")
+    said = f"score {shown} from {how} moments, n = {row['n']}, p = {row['p_holm']:.2g} after Holm"
     if row["p_holm"] < alpha and row["ci_low"] > 0:
         return f"Yes: {said}."
     if row["p_holm"] < alpha and row["ci_high"] < 0:
         return f"No, worse ones: {said}."
-    return f"Not shown: {said}; a gain above {max(row['ci_high'], 0):.3f} is excluded."
+    return f"Not shown: {said}; a gain of more than {max(row['ci_high'], 0):.3f} is excluded."
 
 
 def write_recall_moments(scores: str, output: str, statistics: Mapping[str, Any], policies: Options) -> None:

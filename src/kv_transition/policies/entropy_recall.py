@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -67,11 +67,11 @@ class EntropyRecall(Policy):
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         return self._policy.score(layer, index, k, length, seed)
 
-    def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """As ``inner``, with all that it evicts in the store."""
-        kept = self._policy.compress(state, k, seed=seed, keep_last=keep_last)
-        pairs = zip(state.layers, kept.layers, strict=True)
-        return replace(kept, layers=tuple(new if new is old else offload(old, new) for old, new in pairs))
+    def compress_layer(
+        self, layer: LayerCache, index: int, k: int, length: int, seed: int, keep_last: bool
+    ) -> TieredLayer:
+        """As ``inner``, with what it evicts in the store."""
+        return offload(layer, self._policy.compress_layer(layer, index, k, length, seed, keep_last))
 
     def watch(self, seed: int, pace: tuple[int, int] | None = None) -> Watch:
         """As any policy; raises UserError if what the moments follow from is not known."""
