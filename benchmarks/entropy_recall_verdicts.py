@@ -1,6 +1,7 @@
 """Verdicts on steps with a known relation of entropy and recall, and how often the intervals cover the truth.
 
-    python benchmarks/entropy_recall_verdicts.py [--simulations 500] [--write docs/entropy_recall.md]
+    python benchmarks/entropy_recall_verdicts.py [--simulations 500] [--sizes 10 20 40] [--only driven by_length ...]
+        [--processes 1] [--write docs/entropy_recall.md]
 
 A verdict is wrong if it confirms what is not so, or does not confirm what is. Undecided is never wrong, but the share
 of the expected verdicts stands beside. Exit status 1 if more than 5 % of the verdicts on any truth are wrong.
@@ -74,12 +75,14 @@ def share(count: int, simulations: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=500)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of examples")
+    parser.add_argument("--only", nargs="+", choices=TRUTHS, default=list(TRUTHS))
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     simulations, worst, verdicts = arguments.simulations, 0.0, []
     coverage: dict[tuple[str, str], dict[int, list]] = defaultdict(dict)
-    jobs = [(name, n, simulations) for name in TRUTHS for n in SIZES]
+    jobs = [(name, n, simulations) for name in arguments.only for n in arguments.sizes]
     with ProcessPoolExecutor(arguments.processes) as pool:
         for name, n, raw, after, covered in pool.map(run, *zip(*jobs, strict=True)):
             title, right = TRUTHS[name]
@@ -94,11 +97,12 @@ def main() -> int:
     lines = []
     for (title, statistic), by_n in coverage.items():
         cells = []
-        for n in SIZES:
+        for n in arguments.sizes:
             hits = [hit for hit in by_n[n] if hit is not None]
             cells.append(f"{np.mean(hits):.3f}" if len(hits) > simulations / 2 else "–")
         lines.append([title, statistic, *cells])
-    text = f"{table(head, verdicts)}\n\n{table(['truth', 'statistic', *(f'coverage, n = {n}' for n in SIZES)], lines)}"
+    covered_head = ["truth", "statistic", *(f"coverage, n = {n}" for n in arguments.sizes)]
+    text = f"{table(head, verdicts)}\n\n{table(covered_head, lines)}"
     print(text)
     if arguments.write:
         put(arguments.write, "verdicts", text)

@@ -1,6 +1,7 @@
 """What attention sinks are worth on real weights: perplexity of a small pretrained model that forgets as it reads.
 
     python benchmarks/sinks.py --model MODEL_FOLDER --books BOOK.txt.gz ... [--output FILE.json]
+    python benchmarks/sinks.py --render FILE.json
 
 Teacher forced over 512 tokens, one token at a time, as StreamingLLM evaluates itself (arXiv 2309.17453, section 4.1):
 the cache is held at 256 entries (64 and 16 to see where it breaks) from the moment it has them, and tokens after the
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from document import put, table
 from scipy.stats import bootstrap
 
 from kv_transition.cache.batch import stack
@@ -25,6 +27,7 @@ from kv_transition.policies.base import Policy
 from kv_transition.policies.full import Full
 from kv_transition.policies.streaming_llm import StreamingLLM
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 TOKENS, HALF, STORIES, FRONT_MATTER = 512, 256, 20, 4000
 ENTRIES = (HALF, 64, 16)
 POLICIES: dict[str, Policy] = {
@@ -68,12 +71,30 @@ def losses(engine: LocalEngine, sequences: list[list[int]], policy: Policy, entr
     return torch.stack(found, dim=1).numpy()
 
 
+def render(rows: list[dict]) -> None:
+    """Put the table into docs/benchmarks.md: a line for each policy and size, a column for each text."""
+    by_text: dict[tuple[str, int], dict[str, str]] = {}
+    heads: dict[str, int] = {}
+    for row in rows:
+        figure = "{perplexity:.2f} [{ci_low:.2f}, {ci_high:.2f}]".format(**row)
+        by_text.setdefault((row["policy"], row["entries"]), {})[row["text"]] = figure
+        heads[row["text"]] = row["n"]
+    lines = [[policy, str(entries), *(cells[text] for text in heads)] for (policy, entries), cells in by_text.items()]
+    put(PAGE, "sinks", table(["policy", "entries", *(f"{text} (n = {n})" for text, n in heads.items())], lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--books", type=Path, nargs="+", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--books", type=Path, nargs="+")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--render", type=Path, help="write the table of this file and run nothing")
     arguments = parser.parse_args()
+    if arguments.render:
+        render(json.loads(arguments.render.read_text(encoding="utf-8")))
+        return
+    if not (arguments.model and arguments.books):
+        parser.error("give --model and --books, or --render")
     torch.set_num_threads(1)
     engine = LocalEngine.from_pretrained(arguments.model, device="cpu")
     rows = []

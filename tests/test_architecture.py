@@ -100,7 +100,13 @@ def test_light_paths_stay_light(modules, heavy):
         ["kv_transition.analysis.aggregate"],
         ["kv_transition.analysis.transition"],
         ["kv_transition.analysis.plots"],
+        ["kv_transition.analysis.adaptive"],
+        ["kv_transition.analysis.observation_checks"],
+        ["kv_transition.analysis.step_logs"],
+        ["kv_transition.run.observe", "kv_transition.policies.h2o"],
+        ["kv_transition.run.calibrate"],
         ["kv_transition.report.build"],
+        ["kv_transition.report.exports"],
     ],
     ids=lambda roots: roots[-1].removeprefix("kv_transition."),
 )

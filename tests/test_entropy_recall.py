@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import statsmodels.api as sm
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -28,7 +29,7 @@ from kv_transition.analysis.entropy_verdict import (
 )
 from kv_transition.analysis.examples import Statistics
 from kv_transition.analysis.observations import cells, levels, read_observations
-from kv_transition.analysis.recall_moments import answer, pairs_of, points, recall_moments
+from kv_transition.analysis.recall_moments import answer, pairs_of, points, recall_moments, write_recall_moments
 from kv_transition.analysis.results import read_table
 from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata
@@ -448,7 +449,9 @@ def test_controls_and_bounds_belong_to_their_policy():
     assert pairs_of({"full": {}, "h2o": {}}) == []
 
 
-@pytest.mark.parametrize(("gain", "said"), [(0.35, "Yes: score +0.350"), (0.0, "Not shown"), (-0.35, "No, worse ones")])
+@pytest.mark.parametrize(
+    ("gain", "said"), [(0.35, "Yes: score 0."), (0.0, "Not shown: score"), (-0.35, "No, worse ones: score −0.")]
+)
 def test_whether_entropy_chooses_better_moments(gain, said):
     found = pl.from_arrow(recall_moments(recalled_scores(gain, n=80), POLICIES, FAST)).filter(budget="r0.2")
     got = row(found, "score", reference_policy="at_random")
@@ -456,7 +459,7 @@ def test_whether_entropy_chooses_better_moments(gain, said):
     means = {p: scores.filter(policy=p)["score"].mean() for p in ("entropy_recall", "at_random")}
     assert got["estimate"] == pytest.approx(means["entropy_recall"] - means["at_random"])
     assert got["n"] == 80
-    assert answer(got, "random", 0.05).startswith(said.split(":")[0])
+    assert answer(got, "random", 0.05).startswith(said)
     assert row(found, "triggers", reference_policy="at_random")["estimate"] == 0
     assert row(found, "score", reference_policy="always")["family"] is None, "bounds are no test of the moments"
 
@@ -483,3 +486,85 @@ def test_the_figure_of_the_moments(tmp_path):
         str(tmp_path / "s.parquet"), {"h2o": {}}, 0.95, {"recall_moments_svg": str(tmp_path / "n.svg")}
     )
     assert "No answer records" in text_of((tmp_path / "n.svg").read_text())
+
+
+# The report's section
+
+
+def report(folder, monkeypatch, files=None, moments=True) -> tuple[str, str]:
+    """The whole report as Markdown and page, with the section where ``files`` or ``moments`` are given."""
+    from kv_transition.analysis.aggregate import write_aggregates
+    from kv_transition.analysis.transition import write_transition
+    from kv_transition.report import build, entropy_recall
+
+    section = build.Section(entropy_recall.NAME, entropy_recall.TITLE, entropy_recall.build)
+    monkeypatch.setattr(build, "SECTIONS", (section,))
+    monkeypatch.setattr(build, "FIGURES", build.FIGURES | entropy_recall.FIGURES)
+    paths = {name: str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")}
+    pq.write_table(recalled_scores(0.3, n=60), paths["scores"])
+    write_aggregates(paths["scores"], paths["bin_stats"], paths["comparisons"], STATISTICS)
+    write_transition(paths["scores"], paths["transition"], STATISTICS)
+    extra = {"recall_moments": str(folder / "recall_moments.parquet")}
+    if moments:
+        write_recall_moments(paths["scores"], extra["recall_moments"], STATISTICS, POLICIES)
+        outputs = {"recall_moments_svg": str(folder / "plots" / "recall_moments.svg")}
+        plots.write_moments_plots(paths["scores"], POLICIES, 0.95, outputs)
+    if files:
+        extra["entropy_recall"] = files[0]
+        outputs = {f"{n}_svg": str(folder / "plots" / f"{n}.svg") for n in ("entropy_bins", "entropy_scatter")}
+        plots.write_entropy_recall_plots(*files, 0.95, outputs)
+    config = {"experiment": "demo", "dataset": {"name": "synthetic", "tasks": ["reader_qa"]}, "statistics": STATISTICS,
+              "model": {"name": "resources/tiny-reader", "dtype": "float32", "device": "cpu"},
+              "kv": {"policies": POLICIES}, "decoding": {"temperature": 0.0, "repeats": 1}}  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    build.build_report(
+        **paths, manifests=[], config=str(folder / "config.yaml"), plots_dir=str(folder / "plots"), extra=extra,
+        output_md=str(folder / "report.md"), output_html=str(folder / "report.html"),
+    )  # fmt: skip
+    return (folder / "report.md").read_text(), (folder / "report.html").read_text()
+
+
+def test_the_report_has_a_section_where_the_table_is(files, tmp_path, monkeypatch):
+    text, page = report(tmp_path, monkeypatch, files)
+    found = pl.read_parquet(files[0])
+    counts = found.filter(statistic="verdict_controlled")["outcome"].value_counts().rows()
+    assert f"of {sum(n for _, n in counts)} combinations" in text
+    start = text.index("## Entropy and recall")
+    own = text[start : text.index("\n## ", start + 5)]
+    for part in ("One set for all heads, ideal memory", "What else may be behind it", "Does it depend on the budget?",
+                 "plots/entropy_bins.svg", "mean entropy, a, nats"):  # fmt: skip
+        assert part in own
+    assert "- entropy_recall, 20 % kept, after the prompt: Yes: score" in own
+    assert 'data-chart="entropy_recall"' in page
+    assert not re.search(r"\b(nan|NaN|None|inf)\b", own)
+    numbers = re.findall(r'data-from="entropy_recall/([^"]+)" data-n="(\d+)"[^>]*>([^<]+)<', page)
+    assert len(numbers) > 50
+    for source, n, shown in numbers:
+        task, policy, budget, granularity, memory, statistic = source.split("/")
+        key = {"task": task, "policy": policy, "granularity": granularity, "memory": memory}
+        one = found.filter(pl.col("budget").is_null() if budget == "all" else pl.col("budget") == budget)
+        one = row(one, statistic, **key)
+        assert int(n) == one["n"]
+        digits = len(re.match(r"[+−-]?\d+\.(\d+)", shown)[1])
+        assert float(shown.split()[0].replace("−", "-")) == pytest.approx(one["estimate"], abs=0.51 * 10**-digits)
+
+
+def test_the_report_has_no_section_without_a_table(tmp_path, monkeypatch):
+    text, page = report(tmp_path, monkeypatch, moments=False)
+    assert "Entropy and recall" not in text
+    assert 'id="entropy_recall"' not in page
+
+
+def test_the_section_stands_with_the_policy_alone(tmp_path, monkeypatch):
+    text, _ = report(tmp_path, monkeypatch)
+    assert "Does entropy choose better moments" in text
+    assert "What else may be behind it" not in text
+
+
+def test_a_report_of_observations_without_recall_is_still_written(tmp_path, monkeypatch):
+    rows = [r | {"recall": None} for r in rows_of(made("driven", n=2))]
+    pq.write_table(table(rows), tmp_path / "o.parquet")
+    write_entropy_recall([str(tmp_path / "o.parquet")], str(tmp_path / "entropy_recall.parquet"), STATISTICS)
+    files = str(tmp_path / "entropy_recall.parquet"), [str(tmp_path / "o.parquet")]
+    text, _ = report(tmp_path, monkeypatch, files, moments=False)
+    assert "undecided for 1 of 1 combinations" in text

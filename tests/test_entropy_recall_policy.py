@@ -319,7 +319,14 @@ def test_layers_with_a_sliding_window_are_left_alone():
     setting = Setting(recall(moments="always"), Budget.parse("r0.25"), "after_prompt")
     facts = Answer(0, 5)
     state = begin(model, model.prefill(context, question), question, setting, facts)
-    state = model.extend(state, [4], setting.while_decoding, before_attention=setting.policy.recalled)
+    windows = []
+
+    def hook(layer, queries, keys):
+        windows.append(layer.window)
+        return setting.policy.recalled(layer, queries, keys)
+
+    state = model.extend(state, [4], setting.while_decoding, before_attention=hook)
+    assert windows == [None]
     assert [isinstance(layer, TieredLayer) for layer in state.layers] == [False] * 5 + [True]
     assert [layer.n for layer in state.layers] == [16] * 5 + [facts.budget_entries + 1]
 
@@ -361,6 +368,7 @@ def test_controls_have_as_many_moments_as_the_answer_they_are_held_against(data)
 
 def test_random_moments_are_seeded_and_fall_anywhere():
     assert random_moments(3, 10, 1, 0) == random_moments(3, 10, 1, 0)
+    assert len({random_moments(3, 10, 1, block) for block in range(20)}) > 10
     drawn = [random_moments(3, 10, seed, 0) for seed in range(2000)]
     counts = [sum(step in moments for moments in drawn) for step in range(10)]
     # 600 expected each, standard deviation 20.5

@@ -29,7 +29,7 @@ from kv_transition.provenance import write_table
 from kv_transition.run import observe
 from kv_transition.run.decode import Setting
 from kv_transition.run.decode import answer as answer_plainly
-from kv_transition.run.shadow import GRANULARITIES, MEMORIES, best, shadow, thinned, without_lowest
+from kv_transition.run.shadow import GRANULARITIES, MEMORIES, best, thinned, without_lowest
 from kv_transition.tables import OBSERVATION_CHECKS, OBSERVATION_LAYERS, OBSERVATIONS
 
 N, STEPS = 40, 8
@@ -205,18 +205,36 @@ def test_one_step_more_of_knowledge_would_change_the_prediction(runs, family):
     assert leaked > STEPS
 
 
+class Overturning:
+    """An engine whose next token attends to entry 1 alone, however the model weighs it, and says so in the sums."""
+
+    eos = frozenset()
+
+    def extend(self, state, ids, statistics, room=0, seen=None):
+        after = engine("qwen2").extend(state, ids, statistics, room)
+        row = torch.zeros(2, state.length + 1)
+        row[:, 1] = 9.0
+        seen.extend([row] * len(after.layers))
+        grown = [torch.nn.functional.pad(layer.attn_sum, (0, 1)) + row for layer in state.layers]
+        pairs = zip(after.layers, grown, strict=True)
+        return replace(after, layers=tuple(replace(layer, attn_sum=own) for layer, own in pairs))
+
+
 def test_a_step_that_overturns_the_ranking_is_not_foreseen():
-    """Entry 2 has received most attention until a last query that attends to entry 1 alone."""
+    """Entry 2 has received most attention until a query that attends to entry 1 alone: only a leak would hold that."""
     state = engine("qwen2").extend(None, tokens(6))
     sums = torch.tensor([0.1, 0.2, 3.0, 0.1, 0.1, 0.0])
     state = replace(state, layers=tuple(replace(layer, attn_sum=sums.expand(2, -1)) for layer in state.layers))
-    each = shadow("h2o_heavy", "h2o_heavy", create("h2o_heavy", {}), Budget.parse("r0.1"), GRANULARITIES, MEMORIES)
-    each.begin(state)
-    held = each.predict(state)
-    row = torch.tensor([0.0, 9.0, 0.0, 0.0, 0.0, 0.0])
-    for at, mask in held.items():
-        assert all(own.nonzero().tolist() == [[2]] for own in mask), at
-        assert best(sums + row, 1).nonzero().tolist() == [[1]]
+    shadows = observe.shadows_of(spec_of("h2o_heavy", "oracle", budgets=["r0.1"]), 0)
+    trace = observe.follow(Overturning(), state, shadows, 2)
+    recall = [dict(zip(trace.keys, row, strict=True)) for row in trace.recall]
+    for granularity in GRANULARITIES:
+        for memory in MEMORIES:
+            assert recall[0]["h2o_heavy", "r0.1", granularity, memory] == 0
+            assert recall[0]["oracle", "r0.1", granularity, memory] == 1
+        # known at the next step, and of use only to who may still have it
+        assert recall[1]["h2o_heavy", "r0.1", granularity, "ideal"] == 1
+        assert recall[1]["h2o_heavy", "r0.1", granularity, "irreversible"] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -281,6 +299,15 @@ def test_a_policy_that_acts_once_holds_the_newest_of_what_it_generated():
         k = math.ceil(0.1 * (20 + t))
         if t >= k:
             assert preds["knorm", "r0.1", "global", "ideal"] == [list(range(20 + t - k, 20 + t))]
+
+
+@pytest.mark.parametrize("kind", ["pyramidkv", "adakv", "entropy_drop"])
+def test_a_budget_that_the_generated_tokens_exceed_leaves_nothing_of_the_prompt(kind):
+    options = {"kind": kind, "hyper_parameters": hyper_parameters(kind)}
+    spec = SPEC | {"policies": {kind: options}, "budgets": ["r0.1"]}
+    _, recorded = followed(engine("qwen2"), tokens(20), spec, steps=9)
+    newest = recorded[-1][0][kind, "r0.1", "per_head", "ideal"]
+    assert newest == [[25, 26, 27]] * 6
 
 
 def test_entropy_gaps_are_divergences_of_the_models_own_distributions():

@@ -129,7 +129,10 @@ def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
 
     settings = _checked(config, set_)
     n = len(specs.cells(settings)) * settings.binning.n_bins * len(settings.dataset.tasks)
-    typer.echo(f"{config} is fine: {n} cells")
+    if settings.adaptive.enabled:
+        typer.echo(f"{config} is fine: at most {n * len(settings.adaptive.shards)} cells")
+    else:
+        typer.echo(f"{config} is fine: {n} cells")
 
 
 @app.command()
@@ -165,7 +168,9 @@ def _checked(config: Path, assignments: list[str]) -> Settings:
 def _snakemake(
     step: Step, config: Path, assignments: list[str], cores: str, dry_run: bool, profile: Path | None
 ) -> int:
-    _checked(config, assignments)  # one sentence now, rather than Snakemake's traceback later
+    settings = _checked(config, assignments)  # one sentence now, rather than Snakemake's traceback later
+    # Where looks decide which cells run, the first cells are not the last.
+    until = ["score"] if step is Step.run and settings.adaptive.enabled else _UNTIL[step]
     command = [sys.executable, "-m", "snakemake", "--configfile", str(config)]
     command += ["--logger", "rich", "--quiet", "rules", "host", "reason"]
     command += ["--workflow-profile", str(profile)] if profile else ["--cores", cores]
@@ -173,6 +178,6 @@ def _snakemake(
         command += ["--config", f"set={json.dumps(assignments)}"]
     if dry_run:
         command += ["--dry-run"]
-    if _UNTIL[step]:
-        command += ["--until", *_UNTIL[step]]
+    if until:
+        command += ["--until", *until]
     return subprocess.call(command)

@@ -21,6 +21,9 @@ from kv_transition.provenance import code_hash, content_digest, digest
 from kv_transition.settings import Settings
 
 FULL = "full"
+RECALL = "entropy_recall"
+HELD_OUT = 32
+"""examples of a task that tau is calibrated on, at most"""
 FULL_BUDGET = "r1"
 
 
@@ -30,6 +33,8 @@ def check(settings: Settings) -> None:
         kind, _ = catalog.resolve(name, options)
         if (name == FULL) != (kind == FULL):
             raise UserError(f"kv.policies.{name}: the full cache is the policy 'full', and it has no variants")
+        if kind == RECALL:
+            _check_recall(settings, name)
     if FULL not in settings.kv.policies:
         raise UserError("kv.policies: full is missing, against which all others are compared; add full: {}")
     if settings.dataset.name == "longbench":
@@ -52,6 +57,49 @@ def check(settings: Settings) -> None:
         if path is not None and not Path(path).is_file():
             raise UserError(f"dataset.{key}: there is no file {path}; give one that exists")
     _check_model_folder(settings)
+
+
+def _check_recall(settings: Settings, name: str) -> None:
+    """What decides an entropy_recall's moments is given once, and a control names what it is held against."""
+    own = _recall(settings, name)
+    given = [key for key in ("tau", "tau_quantile") if own[key] is not None]
+    if own["moments"] == "entropy" and len(given) != 1:
+        raise UserError(
+            f"kv.policies.{name}: moments entropy need either tau (nats) or tau_quantile, and not both; "
+            "moments: never is the policy that never recalls"
+        )
+    if own["moments"] != "entropy" and given:
+        raise UserError(f"kv.policies.{name}.{given[0]}: moments {own['moments']} have no tau; leave it out")
+    if own["moments"] not in ("random", "periodic"):
+        if own["like"] is not None:
+            raise UserError(f"kv.policies.{name}.like: only moments random and periodic have it; leave it out")
+        return
+    treated = _recall(settings, own["like"])
+    if treated is None or treated["moments"] != "entropy" or treated["inner"] != own["inner"]:
+        raise UserError(
+            f"kv.policies.{name}.like: {own['like']!r} is no entropy_recall with moments entropy and inner "
+            f"{own['inner']}; name the one whose number of moments this control has"
+        )
+
+
+def _recall(settings: Settings, policy: str | None) -> dict[str, Any] | None:
+    """The hyper-parameters of an entropy_recall; None of any other policy."""
+    if policy not in settings.kv.policies:
+        return None
+    kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
+    return hyper_parameters if kind == RECALL else None
+
+
+def calibrated(settings: Settings, policy: str) -> bool:
+    """Whether a policy's cells take the calibration of their task."""
+    own = _recall(settings, policy)
+    return own is not None and own["tau_quantile"] is not None
+
+
+def treated(settings: Settings, policy: str) -> str | None:
+    """The policy whose cell a control's cell takes, in the same task, mode, budget and bin; None for all others."""
+    own = _recall(settings, policy)
+    return None if own is None else own["like"]
 
 
 def _check_model_folder(settings: Settings) -> None:
@@ -153,6 +201,15 @@ def _fingerprint(name: str, revision: str | None) -> str:
 
 def prefill(settings: Settings) -> dict[str, Any]:
     return {"model": _model(settings), "code": code_hash("kv_transition.run.prefill")}
+
+
+def calibrate(settings: Settings) -> dict[str, Any]:
+    return {
+        "model": _model(settings),
+        "prepare": prepare(settings),
+        "examples": HELD_OUT,
+        "code": code_hash("kv_transition.run.calibrate"),
+    }
 
 
 def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:

@@ -115,4 +115,5 @@ def CELLS(wildcards):
 
 def STATISTICS(wildcards, input):
     """Everything is stated at the last look's confidence."""
-    return SETTINGS.statistics.model_dump() | {"confidence": float(read_metadata(input.scores)["confidence"])}
+    with open(input.scores, "rb") as scores:  # whose absence Snakemake understands, unlike pyarrow's error
+        return SETTINGS.statistics.model_dump() | {"confidence": float(read_metadata(scores)["confidence"])}

@@ -26,6 +26,8 @@ rule cell:
     input:
         bin=PIECES.bin("{task}", "{bin}"),
         index=PIECES.prefill_index("{task}", "{bin}"),
+        calibration=calibration_of,
+        treated=treated_of,
     output:
         PIECES.cell("{task}", "{mode}", "{policy}", "{budget}", "{bin}"),
     log:
@@ -40,4 +42,5 @@ rule cell:
         spec=lambda wildcards: as_json(cell_spec(wildcards.mode, wildcards.policy, wildcards.budget)),
     shell:
         "python -m kv_transition.run.cell --spec {params.spec:q} --threads {threads}"
-        " --bin {input.bin} --output {output} > {log} 2>&1"
+        " --bin {input.bin} --output {output} --calibration {input.calibration} --treated {input.treated}"
+        " > {log} 2>&1"

@@ -12,7 +12,7 @@ def treated_of(wildcards):
     treated = specs.treated(SETTINGS, wildcards.policy)
     if treated is None:
         return []
-    return FILES.cell(wildcards.task, wildcards.mode, treated, wildcards.budget, wildcards.bin)
+    return PIECES.cell("{task}", "{mode}", treated, "{budget}", "{bin}").format(**dict(wildcards.items()))
 
 
 rule calibrate:

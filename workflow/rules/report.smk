@@ -7,7 +7,7 @@ EXTRA = {
     for outputs in (rules.aggregate.output, rules.transition.output)
     for name, path in outputs.items()
     if name not in ("bin_stats", "comparisons", "transition")
-} | ({"allocation": rules.score.output.allocation} if ADAPTIVE else {})
+} | ({"allocation": FILES.table("allocation")} if ADAPTIVE else {})
 
 
 rule experiment:

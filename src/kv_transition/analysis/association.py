@@ -208,8 +208,11 @@ def orthonormal(controls: np.ndarray) -> np.ndarray:
 
 
 def bent(values: np.ndarray, examples: int) -> np.ndarray:
-    """A control [steps] as a line that may bend at up to three quantiles, [steps, 1 to 4]: a bend for ten examples."""
-    bends = min(3, examples // 10)
+    """A control [steps] as a line that may bend, once for ten examples and at most nine times, at its quantiles.
+
+    More examples show more of what a line that is too stiff leaves behind, so it may bend more often; [steps, 1 to 10].
+    """
+    bends = min(9, examples // 10)
     knots = np.unique(np.quantile(values, np.linspace(0, 1, bends + 2)[1:-1])) if bends else np.empty(0)
     return np.column_stack([values, *(np.maximum(values - knot, 0) for knot in knots)])
 

@@ -39,10 +39,10 @@ class Verdict:
     reason: str
 
 
-def shown(value: Bin | Estimate, digits: int = 2) -> str:
+def shown(value: Bin | Estimate) -> str:
     point = value.estimate if isinstance(value, Bin) else value.value
-    text = labels.interval(*(finite(v) for v in (point, value.low, value.high)), digits)
-    return text.replace("-", "−")
+    text = labels.interval(*(finite(v) for v in (point, value.low, value.high)))
+    return text.replace("-0.00", "0.00").replace("-", "−")
 
 
 def counted(n: int, steps: int) -> str:

@@ -38,7 +38,7 @@ def write_look(
 
     Raises UserError if a manifest cannot be read, or the scores hold no row.
     """
-    scores, fields = _joined(scores_paths, SCORES)
+    scores, fields = joined(scores_paths, SCORES)
     adaptive, base = Adaptive(**plan), statistics["confidence"]
     available = {key: n for path in manifest_paths for key, n in _chosen(path).items()}
     have = dict.fromkeys(available, 0)
@@ -60,14 +60,14 @@ def write_published(
 
     The scores' metadata hold ``confidence``: that of the last look, at which everything made from them is to be stated.
     """
-    allocation, looked = _joined(look_paths, ALLOCATION)
-    scores, fields = _joined(scores_paths, SCORES)
+    allocation, looked = joined(look_paths, ALLOCATION)
+    scores, fields = joined(scores_paths, SCORES)
     last = max(allocation.to_pylist(), key=lambda row: row["look"])
     write_table(scores_output, scores, fields | {"confidence": last["confidence"], "looks": last["look"] + 1})
     write_table(allocation_output, allocation, looked)
 
 
-def _joined(paths: Sequence[str], schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
+def joined(paths: Sequence[str], schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
     """The rows of all files, and the metadata that all have in common."""
     tables = [pq.read_table(path, partitioning=None).cast(schema) for path in paths]
     return pa.concat_tables(tables), dict(set.intersection(*(set(inherited(path).items()) for path in paths)))

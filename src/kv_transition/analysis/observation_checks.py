@@ -35,7 +35,7 @@ def check(
     """A row of OBSERVATION_CHECKS for each policy, budget, granularity and memory.
 
     sequences: steps and finish reason by (example_id, prompt_kind), as the job recorded them. One without a step is
-    missing unless the model ended it at once. A sequence of one step says nothing of what changes.
+    missing unless the model ended it at once. A sequence of one step says nothing of what is always so.
     """
     recorded = pl.DataFrame(
         [(*key, steps, reason) for key, (steps, reason) in sequences.items()],
@@ -46,7 +46,7 @@ def check(
     outside = ~pl.col("entropy").is_between(-_TOLERANCE, math.log(vocabulary) + _TOLERANCE)
     found = observations.group_by([*KEY, *SEQUENCE], maintain_order=True).agg(
         pl.len().alias("steps"),
-        (pl.col("recall") == 0).all().alias("recall_always_0"),
+        ((pl.col("recall") == 0).all() & (pl.len() > 1)).alias("recall_always_0"),
         ((pl.col("recall") == 1).all() & (pl.len() > 1)).alias("recall_always_1"),
         ((pl.col("gold_new").fill_null(0) == 0).all() & (pl.len() > 1)).alias("gold_never_changes"),
         # Comparing with NaN is no error there; it is here.

@@ -118,7 +118,7 @@ def answer(row: Mapping[str, Any], how: str, alpha: float) -> str:
     if row["estimate"] is None:
         return f"Not known: no example was answered both at entropy's and at {how} moments."
     shown = labels.interval(row["estimate"], row["ci_low"], row["ci_high"], 3).replace("-", "−")
-    said = f"score {shown} from {how} moments, n = {row['n']}, p = {row['p_holm']:.2g} after Holm"
+    said = f"score {shown} compared with {how} moments, n = {row['n']}, p = {row['p_holm']:.2g} after Holm"
     if row["p_holm"] < alpha and row["ci_low"] > 0:
         return f"Yes: {said}."
     if row["p_holm"] < alpha and row["ci_high"] < 0:

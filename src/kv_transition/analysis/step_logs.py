@@ -92,7 +92,7 @@ def _draw(rows: list[dict[str, Any]], metadata: dict[str, Any], path: Path) -> N
     ]
     budget, policy = metadata["budget"], metadata.get("policy")
     spec = drawing.compose(
-        drawing.view(layers, 460, 300, {"text": ""}),
+        {"layer": [drawing.inner(layer) for layer in layers], "width": 460, "height": 300},
         data,
         f"Entropy and recall, budget {budget:g}",
         f"{policy}, {len(rows)} steps; dashed: chance",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kv_transition.cache.state import STATISTICS, LayerCache
+from kv_transition.cache.state import STATISTICS, LayerCache, Room
 
 _PER_ENTRY = ("keys", "values", "positions", "attn_sum", "query_entropy", "angles", "bias")
 
@@ -94,24 +94,16 @@ def exchange(layer: TieredLayer, chosen: Tensor) -> TieredLayer:
     place = tuple(index.cpu() for index in (slot[0], chosen[slot] - n))
     if not len(place[0]):
         return layer
-    hot, cold = {}, {}
+    hot = layer.select(chosen.clamp(max=n - 1).expand(layer.positions.shape))
+    cold = _copied(layer.cold)
     for name, tensor in _entries(layer).items():
-        own, stored = _alone(tensor, name), getattr(layer.cold, name)
-        index = chosen.clamp(max=n - 1)
-        if name in ("keys", "values"):
-            index = index.unsqueeze(-1).expand(-1, -1, own.shape[-1])
-        hot[name] = own.gather(1, index).index_put(slot, stored[place].to(own.device)).view(tensor.shape)
-        cold[name] = stored.index_put(place, own[leaver].cpu())
-    gone = dict.fromkeys(STATISTICS & set(_PER_ENTRY) - set(cold))
+        own, stored = _alone(getattr(hot, name), name), getattr(cold, name)
+        own[slot] = stored[place].to(own.device)
+        stored[place] = _alone(tensor, name)[leaver].cpu()
     m = len(place[0])
-    return replace(
-        layer,
-        **hot,
-        room=None,
-        cold=replace(layer.cold, **cold, **gone, room=None),
-        moved=layer.moved + 2 * m,
-        recalled=layer.recalled + m,
-    )
+    # a statistic that is no longer kept up is dropped of all entries
+    gone = dict.fromkeys(STATISTICS & set(_entries(cold)) - set(_entries(layer)))
+    return replace(hot, cold=replace(cold, **gone), moved=layer.moved + 2 * m, recalled=layer.recalled + m)
 
 
 def _entries(layer: LayerCache) -> dict[str, Tensor]:
@@ -132,15 +124,33 @@ def _missing(all_of_them: Tensor, kept: Tensor) -> Tensor:
 
 
 def _joined(cold: LayerCache, evicted: LayerCache) -> LayerCache:
-    """The store with more entries behind; it grows with room to spare, since a few come at every step."""
-    room = max(64, cold.n // 8)
-    grown = cold.append(evicted.keys, evicted.values, evicted.positions, evicted.angles, room)
+    """The store with more entries behind, with room to spare: a few come at every step."""
+    grown = cold.append(evicted.keys, evicted.values, evicted.positions, evicted.angles, _spare(cold))
     behind = {}
     for name in ("attn_sum", "query_entropy", "bias"):
         new, old = getattr(evicted, name), getattr(cold, name)
         # a statistic that is no longer kept up is dropped of all entries
         behind[name] = None if new is None else torch.cat([old, new], -1)
     return replace(grown, **behind)
+
+
+# A reading's own tensors could not be appended to after it.
+@torch.inference_mode(False)
+def _copied(cold: LayerCache) -> LayerCache:
+    """The store in storage of its own, with room to spare."""
+    shapes = {name: getattr(cold, name).shape for name in ("keys", "values")}
+    empty = {name: getattr(cold, name).new_empty(s[0], s[1] + _spare(cold), s[2]) for name, s in shapes.items()}
+    room = Room(**empty, used=cold.n)
+    copied = {name: getattr(room, name)[:, : cold.n] for name in shapes}
+    for name, tensor in copied.items():
+        tensor.copy_(getattr(cold, name))
+    rest = {name: tensor.clone() for name, tensor in _entries(cold).items() if name not in copied}
+    return replace(cold, **copied, **rest, room=room)
+
+
+def _spare(cold: LayerCache) -> int:
+    """Entries to leave space for in the store, so that it is seldom moved."""
+    return max(64, cold.n // 8)
 
 
 def _require_alone(layer: LayerCache) -> None:

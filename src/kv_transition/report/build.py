@@ -14,7 +14,7 @@ from kv_transition.analysis import plots, tradeoff
 from kv_transition.analysis.results import Results, read_results, read_table
 from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata
-from kv_transition.report import card, experiment, findings, page, sections, verdict
+from kv_transition.report import allocation, card, experiment, findings, page, sections, verdict
 from kv_transition.report.examples import examples
 
 FIGURES = {
@@ -59,7 +59,7 @@ class Section:
 
 
 # In the order in which they stand, between the costs and the single answers.
-SECTIONS: tuple[Section, ...] = ()
+SECTIONS: tuple[Section, ...] = (Section(allocation.NAME, allocation.TITLE, allocation.build),)
 
 
 def build_report(
@@ -112,7 +112,7 @@ def _relative(path: Path, base: Path) -> str:
 def report_context(source: Source, title: str | None, missing: Mapping[str, str]) -> dict[str, Any]:
     """Everything that the templates show but the figures."""
     results, settings = source.results, source.experiment
-    statistics = {"confidence": results.confidence, "resamples": 10_000} | (settings.get("statistics") or {})
+    statistics = {"resamples": 10_000} | (settings.get("statistics") or {}) | {"confidence": results.confidence}
     found = [(section, section.build(source)) for section in SECTIONS]
     extra = [{"name": s.name, "title": s.title, "content": content} for s, content in found if content is not None]
     return {
@@ -121,7 +121,7 @@ def report_context(source: Source, title: str | None, missing: Mapping[str, str]
         "model": experiment.model_name(settings),
         "tiny": experiment.is_tiny_reader(settings),
         "answers": results.scores.height,
-        "confidence": f"{100 * statistics['confidence']:g} %",
+        "confidence": allocation.percent(statistics["confidence"]),
         "resamples": statistics["resamples"],
         "kept": f"{100 * verdict.KEPT:g} %",
         "missing": missing,

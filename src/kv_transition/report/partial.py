@@ -8,15 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kv_transition import specs
+from kv_transition.analysis import adaptive, looks
 from kv_transition.analysis.aggregate import write_aggregates
 from kv_transition.analysis.plots import FIGURE_NAMES, write_plots
 from kv_transition.analysis.transition import write_transition
 from kv_transition.errors import UserError
 from kv_transition.eval.score import score_cells
 from kv_transition.paths import Paths
-from kv_transition.provenance import digest, write_text
+from kv_transition.provenance import digest, write_table, write_text
 from kv_transition.report.build import build_report
 from kv_transition.settings import Settings
+from kv_transition.tables import SCORES
 
 EXTRA = ("pairs", "noninferiority", "smallest_budgets", "budget_transition")
 
@@ -31,32 +33,46 @@ def write_partial(settings: Settings) -> Path:
 
     files = Paths(settings.output.dir, settings.experiment)
     folder = Path(files.file("partial"))
-    expected, missing = {}, {}
+    plan = settings.adaptive
+    pieces = [files.shard(number) for number in range(len(plan.shards))] if plan.enabled else [files]
+    expected, missing = {piece: {} for piece in pieces}, {}
     for task in settings.dataset.tasks:
         for key in specs.cells(settings):
             wanted = digest(specs.cell(settings, *key))
             for bin in range(settings.binning.n_bins):
-                path = files.cell(task, *key, bin)
-                why = _unfit(path, wanted)
-                if why:
-                    missing[str(Path(path).relative_to(files.root))] = why
-                else:
-                    expected[path] = wanted
+                for number, piece in enumerate(pieces):
+                    path = piece.cell(task, *key, bin)
+                    why = _unfit(path, wanted)
+                    if not why:
+                        expected[piece][path] = wanted
+                    elif number == 0 or Path(piece.bin(task, bin)).is_file():  # no look asked for other shards
+                        missing[str(Path(path).relative_to(files.root))] = why
     tasks = [t for t in settings.dataset.tasks if Path(files.manifest(t)).is_file()]
-    bins = [files.bin(t, b) for t in tasks for b in range(settings.binning.n_bins)]
     manifests = [files.manifest(t) for t in tasks]
-    if not expected:
+    if not any(expected.values()):
         raise UserError(f"{files.root}: no cell of this experiment is there yet; run some of them first")
-    full = any(f"/{specs.FULL}/{specs.FULL_BUDGET}/" in path for path in expected)
     table = {name: str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")}
-    score_cells(
-        list(expected), [b for b in bins if Path(b).is_file()], manifests, expected, table["scores"],
-        specs.aliases(settings) if full else (),
-    )  # fmt: skip
+    parts = []
+    for number, (piece, cells) in enumerate(expected.items()):
+        if cells:
+            bins = [piece.bin(t, b) for t in tasks for b in range(settings.binning.n_bins)]
+            full = any(f"/{specs.FULL}/{specs.FULL_BUDGET}/" in path for path in cells)
+            parts.append(str(folder / f"scores/{number}.parquet"))
+            score_cells(
+                list(cells), [b for b in bins if Path(b).is_file()], manifests, cells, parts[-1],
+                specs.aliases(settings) if full else (),
+            )  # fmt: skip
+    write_table(table["scores"], *looks.joined(parts, SCORES))
     if not pq.read_metadata(table["scores"]).num_rows:
         raise UserError(f"{files.root}: the cells that are there hold no answer yet; run more of them first")
     extra = {name: str(folder / f"{name}.parquet") for name in EXTRA}
     statistics = settings.statistics.model_dump()
+    if plan.enabled:  # the data on the way to a look are not claimed more of than that look may claim
+        taken = sum(Path(files.allocation(look)).is_file() for look in range(len(pieces)))
+        look = min(taken, len(pieces) - 1)
+        statistics["confidence"] = adaptive.confidence(
+            adaptive.Adaptive(**plan.model_dump()), look, settings.statistics.confidence
+        )
     write_aggregates(
         table["scores"], table["bin_stats"], table["comparisons"], statistics, pairs_path=extra["pairs"],
         noninferiority_path=extra["noninferiority"], smallest_path=extra["smallest_budgets"],

@@ -11,6 +11,7 @@ import importlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.run import job
 from kv_transition.run.decode import Answer, Setting, begin, finish
 from kv_transition.run.prefill import read_once, store_of
+from kv_transition.run.recall import Paces, calibrated, paces
 from kv_transition.tables import CELLS
 
 _SEED_BITS = 40
@@ -55,8 +57,11 @@ def _presses() -> ModuleType:
 def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool) -> Iterator[list[Unit]]:
     """Runs of at most ``size`` answers to decode together: those whose caches will hold equally many entries.
 
-    ragged: also others, where padding costs less than it gains. A policy that acts each step never is padded.
+    ragged: also others, where padding costs less than it gains. A policy that acts each step never is padded, and one
+    that acts before a step's attention decodes one answer at a time.
     """
+    if setting.policy.one_at_a_time:
+        size = 1
     each_step = setting.evicts and setting.policy.acts_each_step
     held = each_step and not setting.policy.ignores_budget
 
@@ -80,24 +85,36 @@ def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool)
         yield run
 
 
-def rows(engine: LocalEngine, examples: list[dict[str, Any]], spec: dict[str, Any], store: Any) -> list[dict[str, Any]]:
-    """The cell's rows, an answer each, in the order of the bin."""
+def rows(
+    engine: LocalEngine,
+    examples: list[dict[str, Any]],
+    spec: dict[str, Any],
+    store: Any,
+    calibration: str | None = None,
+    treated: str | None = None,
+) -> list[dict[str, Any]]:
+    """The cell's rows, an answer each, in the order of the bin.
+
+    calibration, treated: the files that a cell of entropy_recall takes beside its bin (see `run.recall`).
+    """
     setting = setting_of(spec)
+    setting = replace(setting, policy=calibrated(setting.policy, calibration))
+    paced = paces(treated)
     decoding = spec["decoding"]
     units = [(example, repeat) for example in examples for repeat in range(decoding["repeats"])]
     done: dict[tuple[str, int], dict[str, Any]] = {}
     for batch in batches(units, decoding["batch"], setting, ragged=engine.device.type == "cuda"):
-        for (example, repeat), row in zip(batch, _answered(engine, batch, setting, spec, store), strict=True):
+        for (example, repeat), row in zip(batch, _answered(engine, batch, setting, spec, store, paced), strict=True):
             done[example["example_id"], repeat] = _identity(engine, example, repeat, spec) | row
     return [done[example["example_id"], repeat] for example, repeat in units]
 
 
 def _answered(
-    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any
+    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any, paced: Paces
 ) -> list[dict[str, Any]]:
     """A row each. A batch that is too large for the memory is halved; what is too large alone is a failure."""
     try:
-        return _answer(engine, units, setting, spec, store)
+        return _answer(engine, units, setting, spec, store, paced)
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or ["no memory left"])[0]
     if engine.device.type == "cuda":
@@ -106,14 +123,17 @@ def _answered(
         return [{"error": f"OOM: {reason}"}]
     middle = len(units) // 2
     halves = (units[:middle], units[middle:])
-    return [row for half in halves for row in _answered(engine, half, setting, spec, store)]
+    return [row for half in halves for row in _answered(engine, half, setting, spec, store, paced)]
 
 
 def _answer(
-    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any
+    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any, paced: Paces
 ) -> list[dict[str, Any]]:
     seeds = [int(digest([spec["decoding"]["seed"], e["example_id"], r]), 16) % 2**_SEED_BITS for e, r in units]
-    answers = [Answer(seed, example["max_new_tokens"]) for seed, (example, _) in zip(seeds, units, strict=True)]
+    answers = [
+        Answer(seed, example["max_new_tokens"], paced.get((example["example_id"], repeat)))
+        for seed, (example, repeat) in zip(seeds, units, strict=True)
+    ]
     states, load_s = [], []
     for (example, _), answer in zip(units, answers, strict=True):
         if is_press(spec["kind"]):
@@ -167,14 +187,15 @@ def _row(engine: LocalEngine, setting: Setting, got: Answer, load_s: float, peak
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = job.arguments(__doc__, argv, "--bin", "--output")
+    arguments = job.arguments(__doc__, argv, "--bin", "--output", optional=("--calibration", "--treated"))
     spec = arguments.spec
     examples = job.read_bin(arguments.bin)
     started = time.perf_counter()
     engine = job.load_engine(spec["model"], arguments.threads)
     model_load_s = time.perf_counter() - started
     store = store_of(spec["model"], spec["prefill_code"], arguments.bin)
-    table = rows_to_table(rows(engine, examples, spec, store), CELLS)
+    made = rows(engine, examples, spec, store, arguments.calibration, arguments.treated)
+    table = rows_to_table(made, CELLS)
     facts = {
         "config_hash": digest({key: value for key, value in spec.items() if key not in ("code", "prefill_code")}),
         "model": spec["model"]["name"],

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,18 @@ STATISTICS_VARIABLE = "KVT_STATISTICS"
 cell asks for changes no result either"""
 
 
-def arguments(doc: str | None, argv: list[str] | None, *files: str) -> argparse.Namespace:
-    """Parse ``--spec`` (JSON: everything the result depends on), ``--threads`` and the named files."""
+def arguments(doc: str | None, argv: list[str] | None, *files: str, optional: Sequence[str] = ()) -> argparse.Namespace:
+    """Parse ``--spec`` (JSON: everything the result depends on), ``--threads`` and the named files.
+
+    optional: files that may be left out, or named without a value; they are None then.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--spec", type=json.loads, required=True)
     parser.add_argument("--threads", type=int, default=1)
     for file in files:
         parser.add_argument(file, required=True)
+    for file in optional:
+        parser.add_argument(file, nargs="?")
     return parser.parse_args(argv)
 
 

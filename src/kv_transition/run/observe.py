@@ -89,7 +89,7 @@ def follow(
         attention: list[Tensor] = []
         after = engine.extend(state, [token], statistics, max_tokens - step, attention)
         # the token's own entry is in no set
-        attention = [row[:, : state.length].to(engine.device) for row in attention]
+        attention = [row[:, : state.length] for row in attention]
         for each, sets in zip(shadows, predictions, strict=True):
             if isinstance(each, Oracle):
                 sets |= each.hindsight(attention)
@@ -172,7 +172,9 @@ def _compare(
         gold = torch.stack([golds[columns[i][2]] for i in chosen])
         sizes = torch.tensor([columns[i][1] for i in chosen], device=row.device)[:, None]
         hits = (pred & gold).sum(-1).double() / sizes  # [b, R]
-        masses = (pred * (row / row.sum(-1, keepdim=True))).sum(-1).double()
+        # all of it may lie on the token itself
+        share = row / row.sum(-1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
+        masses = (pred * share).sum(-1).double()
         recall[chosen], mass[chosen] = hits.mean(-1).cpu(), masses.mean(-1).cpu()
         if granularity == "per_head":
             _add_layers(trace, [columns[i][0] for i in chosen], attention, hits.cpu(), masses.cpu())

@@ -53,7 +53,7 @@ def best(score: Tensor, k: int) -> Tensor:
     n = score.shape[-1]
     if k >= n or k <= 0:
         return torch.full_like(score, k > 0, dtype=torch.bool)
-    least = score.kthvalue(n - k + 1, dim=-1, keepdim=True).values
+    least = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, equal = score > least, score == least
     return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
@@ -98,7 +98,7 @@ def thinned(state: CacheState, mask: Tensor) -> CacheState:
 def _chosen(layer: LayerCache, mask: Tensor) -> Layer:
     counts = mask.sum(-1).tolist()
     if len(set(counts)) == 1:
-        return layer.select(mask.nonzero()[:, 1].view(len(counts), -1))
+        return layer.select(mask.nonzero()[:, 1].view(len(counts), counts[0]))
     heads = zip(by_head(layer), mask, strict=True)
     return SplitLayer(tuple(head.select(row.nonzero().T) for head, row in heads))
 
@@ -191,13 +191,14 @@ class Reduced(Shadow):
         generated = state.length - n
         m = max(k - generated, 0)
         if self._last is None or self._last[0] != m:
-            kept = self.policy.compress(self._prompt, m, seed=self.seed) if m else thinned(self._prompt, self._none())
-            self._last = m, held_by(kept, n)
+            kept = self.policy.compress(self._prompt, m, seed=self.seed) if m else None
+            self._last = m, self._nothing() if kept is None else held_by(kept, n)
         return self._in_all({"per_head": _with_generated(self._last[1], k, generated)})
 
-    def _none(self) -> Tensor:
-        layer = self._prompt.evictable[0]
-        return torch.zeros(1, self._prompt.length, dtype=torch.bool, device=layer.positions.device)
+    def _nothing(self) -> Tensor:
+        layers = self._prompt.evictable
+        rows, device = sum(len(layer.positions) for layer in layers), layers[0].positions.device
+        return torch.zeros(rows, self._prompt.length, dtype=torch.bool, device=device)
 
 
 @dataclass
