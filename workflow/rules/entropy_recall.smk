@@ -66,7 +66,7 @@ rule recall_moments:
     conda:
         "../../envs/analysis.yaml"
     params:
-        statistics=SETTINGS.statistics.model_dump(),
+        statistics=STATISTICS,
         policies={name: dict(options or {}) for name, options in SETTINGS.kv.policies.items()},
         code=code_hash("kv_transition.analysis.recall_moments", "kv_transition.analysis.entropy_recall_plots"),
     script:

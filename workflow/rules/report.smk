@@ -7,7 +7,9 @@ EXTRA = {
     for outputs in (rules.aggregate.output, rules.transition.output)
     for name, path in outputs.items()
     if name not in ("bin_stats", "comparisons", "transition")
-} | ({"allocation": FILES.table("allocation")} if ADAPTIVE else {})
+} | RECALL_TABLES
+if ADAPTIVE:
+    EXTRA["allocation"] = FILES.table("allocation")
 
 
 rule experiment:
@@ -70,6 +72,7 @@ rule report:
         transition=rules.transition.output.transition,
         extra=list(EXTRA.values()),
         plots=rules.plots.output,
+        recall=RECALL_OUTPUTS,
     output:
         md=FILES.file("report.md"),
         html=report(FILES.file("report.html"), caption="../report/report.rst", category="Report"),
