@@ -44,7 +44,7 @@ import argparse, json
 parser = argparse.ArgumentParser()
 for name in ("--spec", "--threads", "--bin", "--index", "--output"):
     parser.add_argument(name)
-arguments = parser.parse_args()
+arguments, _ = parser.parse_known_args()  # cells are told more than these need
 """
 PREFILL = (
     ARGUMENTS

@@ -138,7 +138,7 @@ def test_a_batch_gives_the_rows_of_one_by_one(model, examples, store):
 @given(
     sizes=st.lists(st.tuples(st.integers(20, 60), st.integers(1, 9)), min_size=1, max_size=12),
     size=st.integers(1, 5),
-    kind=st.sampled_from(["h2o", "knorm", "full"]),
+    kind=st.sampled_from(["h2o", "knorm", "full", "quantized"]),
     mode=st.sampled_from(["before_question", "after_prompt"]),
     budget=st.sampled_from(["r0.3", "t16"]),
     ragged=st.booleans(),
@@ -147,7 +147,7 @@ def test_what_is_decoded_together_fits_together(sizes, size, kind, mode, budget,
     """Each answer is in one batch; a policy that acts each step, and a device that gains nothing, get no padding."""
     units = [({"context_ids": [0] * c, "question_ids": [0] * q}, i) for i, (c, q) in enumerate(sizes)]
     policy = create(kind, hyper_parameters(kind))
-    setting = Setting(policy, Budget.parse("r1" if kind == "full" else budget), mode)
+    setting = Setting(policy, Budget.parse("r1" if kind in ("full", "quantized") else budget), mode)
     made = list(cell.batches(units, size, setting, ragged=ragged))
     assert sorted(number for batch in made for _, number in batch) == list(range(len(sizes)))
     assert all(1 <= len(batch) <= size for batch in made)
@@ -156,6 +156,6 @@ def test_what_is_decoded_together_fits_together(sizes, size, kind, mode, budget,
         for example, _ in batch:
             c, q = len(example["context_ids"]), len(example["question_ids"])
             n = c if mode == "before_question" else c + q
-            k = n if kind == "full" else setting.budget.kept(n)
+            k = n if kind in ("full", "quantized") else setting.budget.kept(n)
             held.add(k + (q if mode == "before_question" and kind != "h2o" else 0))
-        assert len(held) == 1 or (ragged and kind != "h2o")
+        assert len(held) == 1 or (ragged and kind not in ("h2o", "quantized"))
