@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (4096, 8192, 16384)
 # query heads, KV heads, head dimension, dtype: a layer of Qwen2-7B, and a small one
 SHAPES = ((28, 4, 128, "bfloat16"), (8, 2, 64, "float32"))
 STATISTICS = {"sums": (True, False), "entropy": (False, True), "both": (True, True)}
