@@ -85,3 +85,17 @@ def cell_spec(mode, policy, budget):
 
 def as_json(value):
     return json.dumps(value, sort_keys=True)
+
+
+CALIBRATION = FILES.file("calibration/{task}.json")
+
+
+def calibration_of(wildcards):
+    return CALIBRATION.format(task=wildcards.task) if specs.calibrated(SETTINGS, wildcards.policy) else []
+
+
+def treated_of(wildcards):
+    treated = specs.treated(SETTINGS, wildcards.policy)
+    if treated is None:
+        return []
+    return PIECES.cell("{task}", "{mode}", treated, "{budget}", "{bin}").format(**dict(wildcards.items()))

@@ -1,19 +1,6 @@
 # What cells of entropy_recall take from other jobs: a tau calibrated on examples that no cell sees, and, for controls,
 # the cell whose number of moments they have. Other cells take nothing.
 
-CALIBRATION = FILES.file("calibration/{task}.json")
-
-
-def calibration_of(wildcards):
-    return CALIBRATION.format(task=wildcards.task) if specs.calibrated(SETTINGS, wildcards.policy) else []
-
-
-def treated_of(wildcards):
-    treated = specs.treated(SETTINGS, wildcards.policy)
-    if treated is None:
-        return []
-    return PIECES.cell("{task}", "{mode}", treated, "{budget}", "{bin}").format(**dict(wildcards.items()))
-
 
 rule calibrate:
     input:
