@@ -135,11 +135,6 @@ def one_query_statistics(
     return sums, entropies
 
 
-def attention_sums(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Column sums alone, [*B, Hkv, n] fp32, of `block_statistics`."""
-    return block_statistics(queries, keys, scale, column_sums=True, entropy=False)[0]
-
-
 def window_sums(
     queries: Tensor,
     query_positions: Tensor,

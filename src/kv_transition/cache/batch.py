@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kv_transition.cache.quantize import Packed
-from kv_transition.cache.state import CacheState, Layer, LayerCache, SplitLayer
+from kv_transition.cache.state import CacheState, Layer, LayerCache
 
 
 def stack(states: Sequence[CacheState], statistics: frozenset[str]) -> CacheState:
@@ -50,7 +50,7 @@ def row(state: CacheState, number: int) -> CacheState:
     """One sequence of a batch by itself, without its padding, as views."""
 
     def alone(layer: Layer) -> Layer:
-        return _rebuilt(layer, [_unpadded(_map(part, lambda tensor: tensor[number])) for part in layer.parts])
+        return layer.with_parts([_unpadded(_map_part(part, lambda tensor: tensor[number])) for part in layer.parts])
 
     return CacheState(
         layers=tuple(alone(layer) for layer in state.layers),
@@ -67,7 +67,7 @@ def _unpadded(layer: LayerCache) -> LayerCache:
 
 def _stack_layers(layers: Sequence[Layer], statistics: frozenset[str]) -> Layer:
     stacked = [_stack(parts, statistics) for parts in zip(*(layer.parts for layer in layers), strict=True)]
-    return _rebuilt(layers[0], stacked)
+    return layers[0].with_parts(stacked)
 
 
 def _stack(layers: Sequence[LayerCache], statistics: frozenset[str]) -> LayerCache:
@@ -120,31 +120,16 @@ def _stack(layers: Sequence[LayerCache], statistics: frozenset[str]) -> LayerCac
     )
 
 
-def _map(layer: Layer, change) -> Layer:
+def _map(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
     """The layer with ``change`` applied to each of its tensors."""
-    if isinstance(layer, SplitLayer):
-        return SplitLayer(tuple(_map(part, change) for part in layer.parts))
+    return layer.with_parts([_map_part(part, change) for part in layer.parts])
+
+
+def _map_part(layer: LayerCache, change: Callable[[Tensor], Tensor]) -> LayerCache:
     changed = {}
-    for name in (
-        "keys",
-        "values",
-        "positions",
-        "attn_sum",
-        "query_entropy",
-        "recent_queries",
-        "query_mean",
-        "query_cov",
-        "angles",
-        "bias",
-        "anchors",
-    ):
-        tensor = getattr(layer, name)
-        if isinstance(tensor, Packed):
-            changed[name] = tensor.map(change)
-        elif tensor is not None:
-            changed[name] = change(tensor)
+    for name, value in vars(layer).items():
+        if isinstance(value, Packed):
+            changed[name] = value.map(change)
+        elif isinstance(value, Tensor):
+            changed[name] = change(value)
     return replace(layer, room=None, **changed)
-
-
-def _rebuilt(like: Layer, parts: Sequence[LayerCache]) -> Layer:
-    return SplitLayer(tuple(parts)) if isinstance(like, SplitLayer) else parts[0]

@@ -80,6 +80,11 @@ class LayerCache:
         """The layer in pieces of equally many entries per head, in the order of the heads."""
         return (self,)
 
+    def with_parts(self, parts: Sequence[LayerCache]) -> LayerCache:
+        """The same layer made of other pieces, as many as `parts` gives."""
+        (only,) = parts
+        return only
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, measured from the tensors."""
@@ -159,12 +164,8 @@ class SplitLayer:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def cut(self, start: int, stop: int) -> SplitLayer:
-        """The entries from ``start`` (counted from the front) to ``stop`` (negative: counted from the end)."""
-        return SplitLayer(tuple(part.cut(start, part.n + stop if stop < 0 else stop) for part in self.parts))
-
-    def without(self, statistics: frozenset[str]) -> SplitLayer:
-        return SplitLayer(tuple(part.without(statistics) for part in self.parts))
+    def with_parts(self, parts: Sequence[LayerCache]) -> SplitLayer:
+        return SplitLayer(tuple(parts))
 
 
 Layer = LayerCache | SplitLayer
@@ -222,14 +223,14 @@ class CacheState:
         for layer in self.layers:
             if not all(bool((part.positions[..., -1] == last).all()) for part in layer.parts):
                 raise ValueError("the last token's entry has been evicted; it cannot be taken back")
-            parts = tuple(
+            parts = [
                 replace(
                     part.cut(0, part.n - 1),
                     recent_queries=None if part.recent_queries is None else part.recent_queries[..., :-1, :],
                 )
                 for part in layer.parts
-            )
-            layers.append(SplitLayer(parts) if isinstance(layer, SplitLayer) else parts[0])
+            ]
+            layers.append(layer.with_parts(parts))
         return CacheState(layers=tuple(layers), length=last, shift=self.shift)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kv_transition.cache.quantize import Packed
-from kv_transition.cache.state import STATISTICS, CacheState, Layer, LayerCache, Room, SplitLayer
+from kv_transition.cache.state import STATISTICS, CacheState, Layer, LayerCache, Room
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 
@@ -128,8 +128,7 @@ class CompiledDecoder:
         steps = torch.arange(taken.length, taken.length + t)
         layers = []
         for layer in taken.layers:
-            parts = tuple(_grown(part, steps, taken.shift) for part in layer.parts)
-            layers.append(SplitLayer(parts) if isinstance(layer, SplitLayer) else parts[0])
+            layers.append(layer.with_parts([_grown(part, steps, taken.shift) for part in layer.parts]))
         logits = self.logits[self.live.index(number)]
         return CacheState(tuple(layers), taken.length + t, logits, taken.shift)
 
@@ -213,7 +212,7 @@ class _Memory:
             kept = {"keys": room.keys[:, :n], "values": room.values[:, :n], "room": room}
             parts.append(replace(part.without(STATISTICS), **kept))
             head += heads
-        return SplitLayer(tuple(parts)) if isinstance(layer, SplitLayer) else parts[0]
+        return layer.with_parts(parts)
 
     def advance(self) -> None:
         self.position_ids.add_(1)

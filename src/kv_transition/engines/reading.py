@@ -12,7 +12,7 @@ from torch import Tensor
 from kv_transition.attention.statistics import attention_statistics
 from kv_transition.cache.quantize import Packed
 from kv_transition.cache.rotary import Rotary
-from kv_transition.cache.state import STATISTICS, WINDOW, CacheState, Layer, LayerCache, SplitLayer
+from kv_transition.cache.state import STATISTICS, WINDOW, CacheState, Layer, LayerCache
 from kv_transition.engines.attend import attend
 from kv_transition.errors import UserError
 
@@ -95,7 +95,7 @@ class Reading:
             outputs.append(output)
             parts.append(grown)
             first += heads
-        self.read.append(SplitLayer(tuple(parts)) if isinstance(old, SplitLayer) else parts[0])
+        self.read.append(old.with_parts(parts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _attend_part(

@@ -37,7 +37,7 @@ class Quantized(Policy):
 
     def _packed(self, layer: Layer) -> Layer:
         if isinstance(layer, SplitLayer):
-            return SplitLayer(tuple(self._packed(part) for part in layer.parts))
+            return layer.with_parts([self._packed(part) for part in layer.parts])
         if isinstance(layer.keys, Packed):
             return layer
         return _stored(layer, self.bits)
