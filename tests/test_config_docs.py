@@ -53,7 +53,7 @@ def rows() -> dict[str, list[str]]:
 
 def test_the_walk_sees_every_depth():
     assert {"experiment", "dataset.name", "kv.budgets.tokens", "hardware.mem_gb"} <= set(keys())
-    assert "dataset" not in keys()
+    assert "binning" not in keys()
 
 
 @pytest.mark.parametrize("key", keys())

@@ -58,7 +58,7 @@ def exported(tmp_path_factory) -> tuple[Path, list[dict]]:
         "provenance": {"git_commit": "0123456789ab"}, "statistics": STATISTICS, "decoding": {"temperature": 0.0},
     }))  # fmt: skip
     _data(folder / "data/reader_qa", rows)
-    write_exports(**paths, config=str(folder / "config.yaml"), csv_dir=str(folder / "tables"),
+    write_exports(tables=paths, config=str(folder / "config.yaml"), csv_dir=str(folder / "tables"),
                   summary_json=str(folder / "summary.json"), card_json=str(folder / "card.json"))  # fmt: skip
     database(folder)
     return folder, rows

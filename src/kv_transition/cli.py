@@ -128,7 +128,7 @@ def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
     from kv_transition import specs
 
     settings = _checked(config, set_)
-    n = len(specs.cells(settings)) * settings.binning.n_bins * len(settings.dataset.tasks)
+    n = len(specs.cells(settings)) * settings.binning.n_bins * len(settings.tasks)
     if settings.adaptive.enabled:
         typer.echo(f"{config} is fine: at most {n * len(settings.adaptive.shards)} cells")
     else:

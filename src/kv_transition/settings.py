@@ -240,6 +240,56 @@ class Observe(Section):
         return [Budget.of_fraction(fraction, "observe.budgets") for fraction in self.budgets]
 
 
+class Perplexity(Section):
+    """Text that is scored token by token from a compressed cache."""
+
+    corpus: Literal["text", "pg19", "synthetic"] = Field("text", description="kind of the books")
+    path: str | None = Field(None, description="text, pg19: a local file or folder, or a hub repository owner/name")
+    revision: str | None = Field(None, description="commit (40 hex digits) of the hub repository; required for one")
+    split: str = Field("test", description="split of the hub repository; of the synthetic documents: test or train")
+    text_field: str = Field("text", min_length=1, description="Parquet, JSONL: the column with a book's text")
+    book_field: str | None = Field(
+        None, min_length=1, description="Parquet, JSONL: the column with a book's name; null: a hash of its text"
+    )
+    context_tokens: list[Annotated[int, Field(ge=2)]] = Field(
+        [1024], min_length=1, description="tokens read before any is scored, rising: a length bin each"
+    )
+    stride: int = Field(256, ge=1, description="tokens scored in each window")
+    books: Annotated[int, Field(ge=1)] | None = Field(None, description="books, drawn at random; null: all")
+    windows_per_book: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="windows of each book, drawn at random; null: all"
+    )
+    bos: Literal["auto", "never"] = Field(
+        "auto", description="auto: each context begins with the token that the tokenizer puts before a text"
+    )
+    streaming: bool = Field(False, description="true: the policy acts from the first token of the context on")
+    streaming_chunk: int = Field(1, ge=1, description="streaming: tokens of the context read at a time")
+    policies: list[Name] | None = Field(
+        None, min_length=1, description="names of kv.policies; null: all. full is always among them"
+    )
+    seed: Seed = Field(0, description="seed of books, windows and random policies")
+
+    @field_validator("context_tokens")
+    @classmethod
+    def _rising(cls, lengths: list[int]) -> list[int]:
+        if any(a >= b for a, b in pairwise(lengths)):
+            raise ValueError(f"lengths must rise from each to the next, not {lengths}")
+        return lengths
+
+    @model_validator(mode="after")
+    def _complete(self) -> Perplexity:
+        if self.policies is not None and len(set(self.policies)) < len(self.policies):
+            raise ValueError(f"policies: a name is listed twice in {', '.join(self.policies)}; give each once")
+        if self.corpus != "synthetic" and self.path is None:
+            raise ValueError(
+                f"path: {self.corpus} needs a file or folder of .txt, .txt.gz, .jsonl, .jsonl.gz or .parquet, or a hub "
+                "repository owner/name"
+            )
+        if self.corpus == "synthetic" and not (self.books and self.windows_per_book):
+            raise ValueError("books: synthetic needs books (such as 10) and windows_per_book (such as 4)")
+        return self
+
+
 class Statistics(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
     resamples: int = Field(10000, ge=100, description="bootstrap resamples")
@@ -286,18 +336,31 @@ class Hardware(Section):
 
 class Settings(Section):
     experiment: str = Field("demo", pattern=r"^[A-Za-z0-9_.-]+$", description="name of the results folder")
-    dataset: Dataset
+    dataset: Dataset | None = None
     binning: Binning = Binning()
     model: Model = Model()
     prefill: Prefill = Prefill()
     kv: KV
     decoding: Decoding = Decoding()
     observe: Observe = Observe()
+    perplexity: Perplexity | None = None
     statistics: Statistics = Statistics()
     adaptive: Adaptive = Adaptive()
     report: Report = Report()
     output: Output = Output()
     hardware: Hardware = Hardware()
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that are answered; none in an experiment that is all perplexity or conversations."""
+        return self.dataset.tasks if self.dataset else []
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Settings:
+        studies = ("dataset", "perplexity", "chat")
+        if all(getattr(self, name, None) is None for name in studies):
+            raise ValueError(f"dataset: this key is required, unless there is another of {', '.join(studies)}")
+        return self
 
     @field_validator("experiment")
     @classmethod
@@ -381,9 +444,11 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> str:
     section: type[BaseModel] = Settings
     for part in loc[:-1]:
         field = section.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not sections:
             return ""
-        section = field.annotation
+        section = sections[0]
     return ", ".join(section.model_fields)
 
 
@@ -414,6 +479,8 @@ def _sentence(error: ValidationError) -> str:
         return f"{key}: this key is required; see config/README.md"
     if kind == "value_error":
         text = str(first["ctx"]["error"])
+        if not loc:
+            return text
         # a validator of a section begins with the key inside it that is wrong
         inside = re.match(r"(\w+): ", text)
         return f"{key}.{text}" if inside else f"{key}: {text}"

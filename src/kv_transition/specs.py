@@ -18,7 +18,7 @@ from kv_transition.data.tasks import get_task
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import code_hash, content_digest, digest
-from kv_transition.settings import Settings
+from kv_transition.settings import Dataset, Settings
 
 FULL = "full"
 RECALL = "entropy_recall"
@@ -37,26 +37,34 @@ def check(settings: Settings) -> None:
             _check_recall(settings, name)
     if FULL not in settings.kv.policies:
         raise UserError("kv.policies: full is missing, against which all others are compared; add full: {}")
-    if settings.dataset.name == "longbench":
-        hub_source(settings.dataset.model_dump())  # raises where it is neither here nor a pinned repository
-    if settings.dataset.name == "ruler" and max(settings.dataset.lengths) > settings.model.max_length:
-        longest = max(settings.dataset.lengths)
+    if settings.dataset:
+        _check_dataset(settings, settings.dataset)
+    for section in ("observe", "adaptive"):
+        if getattr(settings, section).enabled and not settings.dataset:
+            raise UserError(f"{section}.enabled: true needs a dataset; add one, or leave it out")
+    if settings.observe.enabled:
+        _observed(settings)  # raises where there is nothing to observe, or something that cannot be
+    _check_model_folder(settings)
+
+
+def _check_dataset(settings: Settings, dataset: Dataset) -> None:
+    if dataset.name == "longbench":
+        hub_source(dataset.model_dump())  # raises where it is neither here nor a pinned repository
+    if dataset.name == "ruler" and max(dataset.lengths) > settings.model.max_length:
+        longest = max(dataset.lengths)
         raise UserError(
             f"model.max_length: {settings.model.max_length} would cut the middle out of documents of {longest} tokens "
             "(dataset.lengths); give at least that"
         )
-    for task in settings.dataset.tasks:
-        known = get_task(settings.dataset.name, task)
+    for task in dataset.tasks:
+        known = get_task(dataset.name, task)
         if "before_question" in settings.kv.modes and not known.has_question:
             raise UserError(f"kv.modes: {task} has no question, so it has no before_question mode; use [after_prompt]")
-        local_source(settings.dataset.model_dump(), task)  # raises where a local file is missing
-    if settings.observe.enabled:
-        _observed(settings)  # raises where there is nothing to observe, or something that cannot be
+        local_source(dataset.model_dump(), task)  # raises where a local file is missing
     for key in ("prompts", "max_lengths"):
-        path = getattr(settings.dataset, key)
+        path = getattr(dataset, key)
         if path is not None and not Path(path).is_file():
             raise UserError(f"dataset.{key}: there is no file {path}; give one that exists")
-    _check_model_folder(settings)
 
 
 def _check_recall(settings: Settings, name: str) -> None:

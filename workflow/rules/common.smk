@@ -32,7 +32,7 @@ def experiment():
 SETTINGS = experiment()
 FILES = Paths(SETTINGS.output.dir, SETTINGS.experiment)
 REPO = os.path.dirname(os.path.dirname(workflow.current_basedir.get_path_or_uri(secret_free=True)))
-TASKS = SETTINGS.dataset.tasks
+TASKS = SETTINGS.tasks
 BINS = range(SETTINGS.binning.n_bins)
 
 # Under adaptive allocation bins are run in shards, each in a folder of its own; otherwise in one piece.

@@ -4,12 +4,23 @@ FIGURES = ["acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len", "fai
 # What the analysis makes beside the three tables that every report needs.
 EXTRA = {
     name: str(path)
-    for outputs in (rules.aggregate.output, rules.transition.output)
+    for outputs in ((rules.aggregate.output, rules.transition.output) if TASKS else ())
     for name, path in outputs.items()
     if name not in ("bin_stats", "comparisons", "transition")
 } | RECALL_TABLES
 if ADAPTIVE:
     EXTRA["allocation"] = FILES.table("allocation")
+# What came of the tasks' answers, in an experiment that has tasks.
+ANSWERED = (
+    {
+        "scores": rules.score.output[0],
+        "bin_stats": rules.aggregate.output.bin_stats,
+        "comparisons": rules.aggregate.output.comparisons,
+        "transition": rules.transition.output.transition,
+    }
+    if TASKS
+    else {}
+)
 
 
 rule experiment:
@@ -64,14 +75,11 @@ rule plots:
 
 rule report:
     input:
+        **ANSWERED,
         config=rules.experiment.output[0],
         manifests=[FILES.manifest(task) for task in TASKS],
-        scores=rules.score.output[0],
-        bin_stats=rules.aggregate.output.bin_stats,
-        comparisons=rules.aggregate.output.comparisons,
-        transition=rules.transition.output.transition,
         extra=list(EXTRA.values()),
-        plots=rules.plots.output,
+        plots=rules.plots.output if TASKS else [],
         recall=RECALL_OUTPUTS,
     output:
         md=FILES.file("report.md"),
@@ -91,14 +99,11 @@ rule report:
 
 rule exports:
     input:
+        **ANSWERED,
         config=rules.experiment.output[0],
         manifests=[FILES.manifest(task) for task in TASKS],
         examples=[FILES.examples(task) for task in TASKS],
         bins=[FILES.bin(task, bin) for task in TASKS for bin in BINS],
-        scores=rules.score.output[0],
-        bin_stats=rules.aggregate.output.bin_stats,
-        comparisons=rules.aggregate.output.comparisons,
-        transition=rules.transition.output.transition,
         extra=list(EXTRA.values()),
     output:
         **(
@@ -106,9 +111,15 @@ rule exports:
             if SETTINGS.report.sqlite
             else {}
         ),
+        **(
+            {
+                "summary": report(FILES.file("summary.json"), caption="../report/summary.rst", category="Exports"),
+                "card": report(FILES.file("matched_budget.json"), caption="../report/card.rst", category="Exports"),
+            }
+            if TASKS
+            else {}
+        ),
         csv=directory(FILES.file("tables")),
-        summary=report(FILES.file("summary.json"), caption="../report/summary.rst", category="Exports"),
-        card=report(FILES.file("matched_budget.json"), caption="../report/card.rst", category="Exports"),
     log:
         FILES.log("exports"),
     conda:

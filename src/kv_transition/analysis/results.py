@@ -96,16 +96,17 @@ class Results:
 def read_table(path: str) -> pl.DataFrame:
     """One table without the full cache's aliases, NaN as null."""
     table = pl.read_parquet(path).with_columns(cs.float().fill_nan(None))
-    if "budget" not in table.columns:
+    # aliases are made where answers are scored: tables without modes have none
+    if not {"mode", "budget"} <= set(table.columns):
         return table
     alias = (pl.col("policy") != FULL["policy"]) & (pl.col("budget") == FULL["budget"])
     return table.filter(~alias.fill_null(False))
 
 
-def read_results(scores: str, stats: str, comparisons: str, transition: str) -> Results:
+def read_results(scores: str, bin_stats: str, comparisons: str, transition: str) -> Results:
     """The tables from their files, without the aliases of the full cache. Raises UserError if nothing is left."""
-    confidence = json.loads(read_metadata(stats).get("statistics", "{}")).get("confidence", 0.95)
-    found = read_table(stats).drop_nulls("bin")
+    confidence = json.loads(read_metadata(bin_stats).get("statistics", "{}")).get("confidence", 0.95)
+    found = read_table(bin_stats).drop_nulls("bin")
     if not found.height:
-        raise UserError(f"{stats}: the table is empty; run the aggregate step on at least one scored cell")
+        raise UserError(f"{bin_stats}: the table is empty; run the aggregate step on at least one scored cell")
     return Results(read_table(scores), found, read_table(comparisons), read_table(transition), confidence)

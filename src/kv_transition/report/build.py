@@ -35,9 +35,12 @@ CLOCKS = {
 
 @dataclass(frozen=True)
 class Source:
-    """What a report is made from; ``extra`` holds further tables by name, where they were made."""
+    """What a report is made from; ``extra`` holds further tables by name, where they were made.
 
-    results: Results
+    ``results`` is None in an experiment that answers no task.
+    """
+
+    results: Results | None
     experiment: Mapping[str, Any]
     manifests: Sequence[Mapping[str, Any]] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -67,10 +70,10 @@ SECTIONS: tuple[Section, ...] = (
 
 def build_report(
     *,
-    scores: str,
-    bin_stats: str,
-    comparisons: str,
-    transition: str,
+    scores: str | None = None,
+    bin_stats: str | None = None,
+    comparisons: str | None = None,
+    transition: str | None = None,
     manifests: Sequence[str],
     config: str,
     plots_dir: str,
@@ -82,15 +85,16 @@ def build_report(
 ) -> None:
     """Write report.md (which refers to the figures beside it) and report.html (which holds them).
 
-    Paths, but for ``title``; ``extra``: paths of further tables by name, left out where there is no such file;
+    Paths, but for ``title``; the first four are None where no task is answered; ``extra``: paths of further tables by
+    name, left out where there is no such file;
     ``missing``: why each cell that is not in ``scores`` is not, by its path, for a report of an unfinished experiment.
     Raises UserError if a table is empty or a file cannot be read.
     """
     source = Source(
-        read_results(scores, bin_stats, comparisons, transition),
+        read_results(scores, bin_stats, comparisons, transition) if scores else None,
         experiment.read_config(config),
         [_read_json(path) for path in manifests],
-        read_metadata(scores),
+        read_metadata(scores) if scores else {},
         {name: read_table(path) for name, path in (extra or {}).items() if Path(path).is_file()},
     )
     folder, base = Path(plots_dir), Path(output_md).resolve().parent
@@ -115,23 +119,42 @@ def _relative(path: Path, base: Path) -> str:
 def report_context(source: Source, title: str | None, missing: Mapping[str, str]) -> dict[str, Any]:
     """Everything that the templates show but the figures."""
     results, settings = source.results, source.experiment
-    statistics = {"resamples": 10_000} | (settings.get("statistics") or {}) | {"confidence": results.confidence}
+    statistics = {"confidence": 0.95, "resamples": 10_000} | (settings.get("statistics") or {})
+    if results:
+        statistics["confidence"] = results.confidence
     found = [(section, section.build(source)) for section in SECTIONS]
     extra = [{"name": s.name, "title": s.title, "content": content} for s, content in found if content is not None]
-    return {
+    context = {
         "title": title or settings.get("experiment", "kv-transition"),
         "experiment": settings.get("experiment", "experiment"),
         "model": experiment.model_name(settings),
         "tiny": experiment.is_tiny_reader(settings),
-        "answers": results.scores.height,
+        "answers": results.scores.height if results else 0,
         "confidence": allocation.percent(statistics["confidence"]),
         "resamples": statistics["resamples"],
-        "kept": f"{100 * verdict.KEPT:g} %",
         "missing": missing,
+        "setup": experiment.setup(settings, results, source.manifests, source.metadata),
+        "sections": extra,
+        "warnings": [(m.get("task", "?"), w) for m in source.manifests for w in m.get("warnings", [])],
+        "limits": experiment.limits(settings, results),
+        "future": experiment.future(settings, results),
+        "commit": experiment.commit(settings),
+        "citation": experiment.citation(settings),
+        "charts": {s["name"]: s["content"]["chart"] for s in extra if "chart" in s["content"]},
+    }
+    if results:
+        answered = _answered(source, results)
+        context |= answered | {"charts": answered["charts"] | context["charts"]}
+    return context
+
+
+def _answered(source: Source, results: Results) -> dict[str, Any]:
+    """What is shown of the answers to the tasks."""
+    return {
+        "kept": f"{100 * verdict.KEPT:g} %",
         "verdicts": verdict.verdicts(results, source.extra.get("noninferiority")),
         "findings": findings.findings(results),
         "oddities": findings.oddities(results),
-        "setup": experiment.setup(settings, results, source.manifests, source.metadata),
         "costs": sections.costs(results),
         "front": sections.front(results),
         "differences": sections.differences(results),
@@ -142,21 +165,15 @@ def report_context(source: Source, title: str | None, missing: Mapping[str, str]
         "transitions": sections.transitions(results),
         "states": sections.STATES,
         "bin_tables": sections.bin_tables(results),
-        "card": card.table(card.matched_budget(results, settings, source.metadata)),
-        "sections": extra,
+        "card": card.table(card.matched_budget(results, source.experiment, source.metadata)),
         "examples": examples(results),
-        "warnings": [(m.get("task", "?"), w) for m in source.manifests for w in m.get("warnings", [])],
-        "limits": experiment.limits(settings, results),
-        "future": experiment.future(settings, results),
         "clock": CLOCKS.get(source.metadata.get("clock", ""), CLOCKS["wall"]),
-        "commit": experiment.commit(settings),
-        "citation": experiment.citation(settings),
         "charts": {
             "explorer": plots.interactive(results),
             "differences": tradeoff.difference_explorer(results),
             "front": tradeoff.front_explorer(results),
-        } | {s["name"]: s["content"]["chart"] for s in extra if "chart" in s["content"]},
-    }  # fmt: skip
+        },
+    }
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -60,34 +60,19 @@ def citation(experiment: Config) -> str:
 
 
 def setup(
-    experiment: Config, results: Results, manifests: Sequence[Config], metadata: Mapping[str, str]
+    experiment: Config, results: Results | None, manifests: Sequence[Config], metadata: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """What was run, as pairs of name and value."""
-    section = {
-        name: experiment.get(name) or {} for name in ("model", "dataset", "kv", "decoding", "hardware", "engine")
-    }
-    model, dataset, kv = section["model"], section["dataset"], section["kv"]
+    """What was run, as pairs of name and value; ``results``: None where no task was answered."""
+    section = {name: experiment.get(name) or {} for name in ("model", "kv", "hardware")}
+    model, kv = section["model"], section["kv"]
     provenance = experiment.get("provenance") or {}
     device = model.get("device", "auto")
     card = section["hardware"].get("gpu_model")
-    counts = results.stats.filter(statistic="score_mean")["n"]
-    low, high = counts.min(), counts.max()
-    tasks = list(dict.fromkeys(t for t, _ in results.groups))
     rows = [
         ("Model", model_name(experiment) + (f", {model['dtype']}" if model.get("dtype") else "")),
-        ("Data set", ", ".join(f"{dataset.get('name', '?')}/{t}" for t in tasks)
-         + (f" @ {dataset['revision']}" if dataset.get("revision") else "")),
-        ("Metric", ", ".join(sorted(set(results.scores["metric"].drop_nulls()))) or "unknown"),
-        ("Policies", ", ".join([FULL["policy"], *results.policies])),
-        ("Cache kept", ", ".join(labels.budget(b) for b in results.budgets) or "all"),
-        ("Compressed", ", ".join(labels.mode(m) for m in dict.fromkeys(m for _, m in results.groups))),
-        ("Length bins", "; ".join(
-            f"{t}: " + ", ".join(tokens_of(b) for b in results.bins(t)) + " tokens" for t in tasks)),
-        ("Examples in a bin", str(low) if low == high else f"{low} to {high}"),
-        ("Answers", f"{results.scores.height}"),
-        ("Decoding", _decoding(section["decoding"])),
+        *(_answered(experiment, results) if results else []),
         ("Device", device if device == "cpu" or not card else f"{device} ({card} asked for)"),
-    ]  # fmt: skip
+    ]
     hyper = {name: options for name, options in (kv.get("policies") or {}).items() if options}
     if hyper:
         rows.append(("Hyper-parameters", "; ".join(f"{n}: {json.dumps(o)}" for n, o in hyper.items())))
@@ -115,6 +100,26 @@ def setup(
     return rows
 
 
+def _answered(experiment: Config, results: Results) -> list[tuple[str, str]]:
+    dataset = experiment.get("dataset") or {}
+    counts = results.stats.filter(statistic="score_mean")["n"]
+    low, high = counts.min(), counts.max()
+    tasks = list(dict.fromkeys(t for t, _ in results.groups))
+    return [
+        ("Data set", ", ".join(f"{dataset.get('name', '?')}/{t}" for t in tasks)
+         + (f" @ {dataset['revision']}" if dataset.get("revision") else "")),
+        ("Metric", ", ".join(sorted(set(results.scores["metric"].drop_nulls()))) or "unknown"),
+        ("Policies", ", ".join([FULL["policy"], *results.policies])),
+        ("Cache kept", ", ".join(labels.budget(b) for b in results.budgets) or "all"),
+        ("Compressed", ", ".join(labels.mode(m) for m in dict.fromkeys(m for _, m in results.groups))),
+        ("Length bins", "; ".join(
+            f"{t}: " + ", ".join(tokens_of(b) for b in results.bins(t)) + " tokens" for t in tasks)),
+        ("Examples in a bin", str(low) if low == high else f"{low} to {high}"),
+        ("Answers", f"{results.scores.height}"),
+        ("Decoding", _decoding(experiment.get("decoding") or {})),
+    ]  # fmt: skip
+
+
 def _decoding(decoding: Config) -> str:
     temperature = decoding.get("temperature", 0)
     how = "greedy" if not temperature else f"temperature {temperature}"
@@ -122,14 +127,16 @@ def _decoding(decoding: Config) -> str:
     return how + (f", {repeats} repeats of each example" if repeats > 1 else "")
 
 
-def limits(experiment: Config, results: Results) -> list[str]:
-    """What this experiment cannot say."""
+def limits(experiment: Config, results: Results | None) -> list[str]:
+    """What this experiment cannot say; ``results``: None where no task was answered."""
     decoding, found = experiment.get("decoding") or {}, []
     if is_tiny_reader(experiment):
         found.append(
             "The model is the project's own tiny reader, trained on a synthetic task. Rankings of policies from it are "
             "not findings about language models; it shows that the measurement works."
         )
+    if results is None:
+        return found
     found += findings.exploratory(results)
     if len({mode for _, mode in results.groups}) > 1:
         found.append(
@@ -157,8 +164,10 @@ def limits(experiment: Config, results: Results) -> list[str]:
     return found
 
 
-def future(experiment: Config, results: Results) -> list[str]:
+def future(experiment: Config, results: Results | None) -> list[str]:
     """What would tell most next, from what was left open."""
+    if results is None:
+        return []
     found = []
     verdicts = results.transition.filter(detector="definition")
     undecided = verdicts.filter(outcome="undecided").height

@@ -85,25 +85,25 @@ def _plain(row: Row | None) -> dict[str, Any] | None:
 
 def write_exports(
     *,
-    scores: str,
-    bin_stats: str,
-    comparisons: str,
-    transition: str,
+    tables: Mapping[str, str],
     config: str,
     csv_dir: str,
-    summary_json: str,
-    card_json: str,
+    summary_json: str | None = None,
+    card_json: str | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``{csv_dir}/{table}.csv`` for every table, summary.json and matched_budget.json; arguments are paths.
 
-    ``extra``: further tables by name, left out where there is no such file. Raises UserError as `read_results` does.
+    ``tables``: scores, bin_stats, comparisons and transition, or none where no task is answered, and then there is
+    neither a summary nor a card. ``extra``: further tables by name, left out where there is no such file. Raises
+    UserError as `read_results` does.
     """
-    results, settings = read_results(scores, bin_stats, comparisons, transition), experiment.read_config(config)
-    metadata = read_metadata(scores)
-    tables = {"scores": scores, "bin_stats": bin_stats, "comparisons": comparisons, "transition": transition}
     for name, path in {**tables, **(extra or {})}.items():
         if Path(path).is_file():
             write_csv(path, f"{csv_dir}/{name}.csv")
+    if not tables:
+        return
+    results, settings = read_results(**tables), experiment.read_config(config)
+    metadata = read_metadata(tables["scores"])
     write_json(summary_json, summary(results, settings, metadata))
     write_json(card_json, card.matched_budget(results, settings, metadata))

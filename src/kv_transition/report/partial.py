@@ -36,7 +36,7 @@ def write_partial(settings: Settings) -> Path:
     plan = settings.adaptive
     pieces = [files.shard(number) for number in range(len(plan.shards))] if plan.enabled else [files]
     expected, missing = {piece: {} for piece in pieces}, {}
-    for task in settings.dataset.tasks:
+    for task in settings.tasks:
         for key in specs.cells(settings):
             wanted = digest(specs.cell(settings, *key))
             for bin in range(settings.binning.n_bins):
@@ -47,7 +47,7 @@ def write_partial(settings: Settings) -> Path:
                         expected[piece][path] = wanted
                     elif number == 0 or Path(piece.bin(task, bin)).is_file():  # no look asked for other shards
                         missing[str(Path(path).relative_to(files.root))] = why
-    tasks = [t for t in settings.dataset.tasks if Path(files.manifest(t)).is_file()]
+    tasks = [t for t in settings.tasks if Path(files.manifest(t)).is_file()]
     manifests = [files.manifest(t) for t in tasks]
     if not any(expected.values()):
         raise UserError(f"{files.root}: no cell of this experiment is there yet; run some of them first")

@@ -102,21 +102,22 @@ RUN = ("task", "mode", "policy", "budget")
 def write_sqlite(
     *,
     output: str,
-    scores: str,
-    bin_stats: str,
-    transition: str,
     config: str,
-    manifests: Sequence[str],
+    scores: str | None = None,
+    bin_stats: str | None = None,
+    transition: str | None = None,
+    manifests: Sequence[str] = (),
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write the database of one experiment; arguments are paths, ``extra`` further Parquet tables by name.
 
+    Where no task is answered there are no scores, and the blueprint's tables but ``experiments`` stay empty.
+
     A task's ``examples.parquet`` and bin files are looked for beside its manifest. ``extra`` tables are copied column
     by column under their own names. Raises UserError if the manifests or the scores do not fit together.
     """
-    settings, metadata = read_config(config), read_metadata(scores)
+    settings, metadata = read_config(config), read_metadata(scores) if scores else {}
     created = metadata.get("timestamp")
-    answers = pl.read_parquet(scores).with_columns(cs.float().fill_nan(None))
     with atomic_path(output) as temporary, closing(sqlite3.connect(temporary)) as db:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute(f"PRAGMA user_version = {VERSION}")
@@ -130,10 +131,12 @@ def write_sqlite(
             entries = {}
             for path in manifests:
                 entries |= _data(db, Path(path), created)
-            runs = _runs(db, answers, settings, group, created)
-            _answers(db, answers.filter(~pl.col("alias")), runs, entries, settings)
-            _bin_stats(db, pl.read_parquet(bin_stats), answers, runs)
-            _transitions(db, pl.read_parquet(transition), runs)
+            if scores:
+                answers = pl.read_parquet(scores).with_columns(cs.float().fill_nan(None))
+                runs = _runs(db, answers, settings, group, created)
+                _answers(db, answers.filter(~pl.col("alias")), runs, entries, settings)
+                _bin_stats(db, pl.read_parquet(bin_stats), answers, runs)
+                _transitions(db, pl.read_parquet(transition), runs)
             for name, path in (extra or {}).items():
                 if Path(path).is_file():
                     _copy(db, name, pl.read_parquet(path))
