@@ -185,7 +185,8 @@ def outcome(got: Answer):
 def test_tau_of_zero_is_always_and_of_infinity_never_and_the_inner_policy(inner, mode):
     always = answered("qwen2", recall(inner=inner, moments="always"), mode)
     assert outcome(answered("qwen2", recall(inner=inner, tau=0.0), mode)) == outcome(always)
-    assert always.record["triggers"] == always.record["steps"] == 9
+    steps = 9 if mode == "before_question" else 10  # the last token is said, and not read
+    assert always.record["triggers"] == always.record["steps"] == steps
     plain = answered("qwen2", create(inner, {}), mode)
     for options in ({"tau": math.inf}, {"tau": None}, {"moments": "never"}):
         got = answered("qwen2", recall(inner=inner, **options), mode)
@@ -218,18 +219,24 @@ def test_always_attends_to_exactly_the_top_k_of_the_current_query(family, inner,
     start = len(context) + len(question)
 
     visible = [torch.ones(len(ids), len(ids), dtype=torch.bool).tril().repeat(2, 1, 1) for _ in state.layers]
-    # what the question, or the last token of the prompt, saw: what compression had left, and what came with it
-    compressed = model.prefill(context, question)
-    first = compressed.context if mode == "before_question" else compressed.prompt
-    left = setting.compress(first, k, 0, keep_last=mode == "after_prompt")
-    first_row = len(context) if mode == "before_question" else start - 1
-    for number, layer in enumerate(left.layers):
-        for head, (hot, _) in enumerate(held(layer)):
-            rows = visible[number][head]
-            rows[first_row:start, :first_row] = False
-            rows[first_row:start, [p for p in hot if p < first_row]] = True
-
     logits, hot_sets = [], []
+    if mode == "before_question":
+        # the question saw what compression had left
+        left = setting.compress(model.prefill(context, question).context, k)
+        for number, layer in enumerate(left.layers):
+            for head, (hot, _) in enumerate(held(layer)):
+                rows = visible[number][head]
+                rows[len(context) : start, : len(context)] = False
+                rows[len(context) : start, hot] = True
+    else:
+        # the prompt's last token is the first step, and what it brought along was among the K before
+        for number, layer in enumerate(state.layers):
+            for head, (hot, _) in enumerate(held(layer)):
+                assert len(hot) == k
+                assert hot[-1] == start - 1
+                visible[number][head][start - 1] = False
+                visible[number][head][start - 1, hot] = True
+                hot_sets.append((number, head, start - 1, hot[:-1]))
     for i, token in enumerate(later):
         state = model.extend(state, [token], setting.while_decoding, before_attention=policy.recalled)
         logits.append(state.logits)
@@ -253,7 +260,7 @@ def test_always_attends_to_exactly_the_top_k_of_the_current_query(family, inner,
             scores = (queries[h, at].double() @ keys[h // group, : at + 1].double().T) * queries.shape[-1] ** -0.5
             rows.append(scores.softmax(-1))
         paid = torch.stack(rows).mean(0)[:at].tolist()
-        best = sorted(range(at), key=lambda j: (-paid[j], j))[:k]
+        best = sorted(range(at), key=lambda j: (-paid[j], j))[: len(hot)]
         assert hot == sorted(best)
 
 
@@ -269,23 +276,32 @@ def test_moments_and_moves_are_those_counted_by_hand(mode):
     def by_hand(tau: float):
         policy = recall(tau=tau)
         setting = Setting(policy, Budget.parse("r0.25"), mode)
-        facts = Answer(3, new)
-        state = begin(model, prefill, question, setting, facts)
-        said, moments, back = [], [], 0
-        for step in range(new):
-            said.append(int(state.logits.argmax()))
-            if step == new - 1:
-                break
-            p = state.logits.double().softmax(-1)
+        k = setting.entries(len(context) + (0 if mode == "before_question" else len(question)))
+        moments, back, steps = [], 0, 0
+
+        def read(state, token, logits):
+            nonlocal back, steps
+            p = logits.double().softmax(-1)
             entropies.append(-(p * p.log()).sum().item())
             due = entropies[-1] >= tau
             before = [set(hot) for layer in state.layers for hot, _ in held(layer)]
             hook = policy.recalled if due else None
-            state = model.extend(state, [said[-1]], setting.while_decoding, before_attention=hook)
+            state = model.extend(state, [token], setting.while_decoding, before_attention=hook)
             after = [set(hot[:-1]) for layer in state.layers for hot, _ in held(layer)]
-            moments += [step] if due else []
+            moments.extend([steps] if due else [])
             back += sum(len(new - old) for new, old in zip(after, before, strict=True))
-            state = setting.hold(state, facts.budget_entries)
+            steps += 1
+            return setting.hold(state, k)
+
+        if mode == "before_question":
+            state = begin(model, prefill, question, setting, Answer(3, new))
+        else:
+            compressed = setting.compress(prefill.prompt, k, 3, keep_last=True)
+            state = read(compressed.without_last(), question[-1], prefill.prompt.logits)
+        said = [int(state.logits.argmax())]
+        while len(said) < new:
+            state = read(state, said[-1], state.logits)
+            said.append(int(state.logits.argmax()))
         return said, moments, back
 
     by_hand(math.inf)
@@ -309,7 +325,7 @@ def test_an_answer_at_a_budget_that_keeps_everything_has_nothing_to_recall():
     setting = Setting(recall(tau=0.0), Budget.parse("t500"), "after_prompt")
     got = answer(model, model.prefill(context, question), question, setting, 3, seed=0)
     # K is all there was, so the first step's own entry makes one too many
-    assert got.record["triggers"] == 2
+    assert got.record["triggers"] == 3
     assert got.record["hot_bytes"] <= got.record["total_bytes"] == got.full_bytes
 
 

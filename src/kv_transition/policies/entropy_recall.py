@@ -23,13 +23,15 @@ _INNER: dict[str, type[Policy]] = {"h2o": H2O, "h2o_heavy": H2OHeavy, "streaming
 
 @dataclass(frozen=True)
 class EntropyRecall(Policy):
-    """What ``inner`` evicts is kept in host memory. A step reads one generated token. Before it, if the moment is one
+    """What ``inner`` evicts is kept in host memory. A step reads one token. Before it, if the moment is one
     to recall, each layer selects its K entries anew from hot and cold ones together: those to which the step's own
     query pays most attention, mean over the group, were all of them seen (one set a layer where ``inner`` is tova).
-    Otherwise, and after each step, ``inner`` goes on. Reading the prompt, and its last token again, is no step.
+    Otherwise, and after each step, ``inner`` goes on. After the prompt, the first step reads the prompt's last token
+    again; before the question, the question is read as one block, which is no step.
 
     Under moments entropy it is the moment to recall if H >= tau, where H is the entropy (nats, temperature 1) of the
-    distribution that the step's token was drawn from; that of the first step is the prompt's. Tau 0 recalls always.
+    distribution that the step's token was drawn from, and of the first step that of the prompt: where its last token is
+    read again, as the full cache has it. Tau 0 recalls always.
     The other moments are controls. random and periodic recall at as many of an answer's first T steps as the policy
     ``like`` did in its T steps on the same example: any of them, or evenly spread; of each T steps after that, again
     as many. always and never are the bounds.
@@ -119,7 +121,7 @@ class Watch:
     def before_attention(self, logits: Tensor) -> BeforeAttention | None:
         """What each layer does before the next step's attention; None: nothing.
 
-        logits: [1, V] fp32, those that the step's token was drawn from.
+        logits: [1, V] or [V] fp32, those that the step's token was drawn from.
         """
         step = self._steps
         self._steps += 1

@@ -16,7 +16,7 @@ from kv_transition.cache.state import CacheState
 from kv_transition.cache.store import Prefill
 from kv_transition.engines.compiled import CompiledDecoder, decoder_of
 from kv_transition.engines.local import LocalEngine
-from kv_transition.policies.base import Policy, Watcher
+from kv_transition.policies.base import BeforeAttention, Policy, Watcher
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,11 @@ class Setting:
     def compress(self, state: CacheState, k: int, seed: int = 0, *, keep_last: bool = False) -> CacheState:
         return self.policy.compress(state, k, seed=seed, keep_last=keep_last) if self.evicts else state
 
-    def watch(self, answers: Sequence[Answer]) -> Watcher | None:
-        """What watches the steps of an answer; raises ValueError for a batch of answers that go one by one."""
-        if not self.evicts:
-            return None
-        if self.policy.one_at_a_time and len(answers) > 1:
-            raise ValueError(f"{type(self.policy).__name__} decodes one answer at a time")
-        return self.policy.watch(answers[0].seed, answers[0].pace)
+    def watch(self, answer: Answer) -> Watcher | None:
+        """What watches the steps of an answer; made before the first of them."""
+        if answer.watcher is None and self.evicts:
+            answer.watcher = self.policy.watch(answer.seed, answer.pace)
+        return answer.watcher
 
     def hold(self, state: CacheState, k: int) -> CacheState:
         """The state held at K, if the policy acts while decoding."""
@@ -67,6 +65,8 @@ class Answer:
     max_new_tokens: int
     pace: tuple[int, int] | None = None
     """moments and steps of the answer that this one is a control of"""
+    watcher: Watcher | None = None
+    """what its steps are watched by"""
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     budget_entries: int = 0
@@ -106,18 +106,26 @@ def begin(
         return let_in(engine, compressed, question_ids, setting, answer)
     if setting.first_token == "full":
         return compressed
-    # No answer token may come from the full cache, so the last prompt token is read again.
-    return let_in(engine, compressed.without_last(), question_ids[-1:], setting, answer)
+    # No answer token may come from the full cache, so the last prompt token is read again: it is the first step.
+    watcher = setting.watch(answer)
+    before = watcher.before_attention(prefill.prompt.logits) if watcher else None
+    return let_in(engine, compressed.without_last(), question_ids[-1:], setting, answer, before)
 
 
 def let_in(
-    engine: LocalEngine, state: CacheState, tokens: Sequence[int], setting: Setting, answer: Answer
+    engine: LocalEngine,
+    state: CacheState,
+    tokens: Sequence[int],
+    setting: Setting,
+    answer: Answer,
+    before_attention: BeforeAttention | None = None,
 ) -> CacheState:
     """The last tokens of the prompt, read against the compressed cache."""
     # Room for the answer is of use only to a cache that grows.
     room = 0 if setting.while_decoding else answer.max_new_tokens
     started = engine.clock()
-    state = setting.hold(engine.extend(state, tokens, setting.while_decoding, room), answer.budget_entries)
+    state = engine.extend(state, tokens, setting.while_decoding, room, before_attention=before_attention)
+    state = setting.hold(state, answer.budget_entries)
     answer.first_token_s = engine.clock() - started
     return state
 
@@ -166,10 +174,13 @@ def decode(
 ) -> list[CacheState]:
     """Continue each sequence until the model stops or has said its ``max_new_tokens``; their caches as they are then.
 
-    All are decoded as one batch. Those of a policy that acts each step hold equally many entries.
+    All are decoded as one batch. Those of a policy that acts each step hold equally many entries. Raises ValueError for
+    a batch under a policy that goes one by one.
     """
+    if setting.evicts and setting.policy.one_at_a_time and len(answers) > 1:
+        raise ValueError(f"{type(setting.policy).__name__} decodes one answer at a time")
     generators = [torch.Generator().manual_seed(answer.seed) for answer in answers]
-    watcher = setting.watch(answers)
+    watcher = setting.watch(answers[0])
     batch = _loaded(engine, states, setting, answers, watcher)
     started = engine.clock()
     finished: dict[int, CacheState] = {}
