@@ -22,6 +22,7 @@ from kv_transition.data.synthetic import (
     ask,
     draw_document,
     make_document,
+    reader_ambiguous,
     reader_qa,
 )
 
@@ -244,3 +245,27 @@ def test_relations_are_dealt_out_in_turn():
 def test_bad_kinds_are_refused(kinds):
     with pytest.raises(ValueError, match="kinds maps"):
         next(reader_qa([128], 1, 0, kinds))
+
+
+@given(seed=seeds, n=st.integers(1, 8))
+@settings(max_examples=25, deadline=None)
+def test_an_ambiguous_document_states_both_answers_of_the_one_it_is_asked_about(seed, n):
+    for example in reader_ambiguous([140, 300], n, seed):
+        first, second = example["answers"]
+        assert first != second
+        stated = sentences(example["context"])
+        found = [
+            (name, relation)
+            for relation, told in RELATIONS.items()
+            for name in {" ".join(sentence.split()[:2]) for sentence in stated}
+            if told.question.format(name=name) == example["question"]
+            and all(f"{name} {' '.join(told.statement)} {answer}" in stated for answer in (first, second))
+        ]
+        assert len(found) == 1
+        assert set(example["context"].split()) <= set(VOCABULARY)
+        size = len(example["context"].split()) + 1 + synthetic.QUESTION_TOKENS
+        assert example["meta"]["length"] - 3 <= size <= example["meta"]["length"]
+
+
+def test_ambiguous_examples_are_a_function_of_the_arguments():
+    assert list(reader_ambiguous([150], 6, 7)) == list(reader_ambiguous([150], 9, 7))[:6]

@@ -7,6 +7,9 @@ vocabulary, so that a word-level tokenizer never meets an unknown word and one w
 length of a document is exact before anything is tokenized. All counts of tokens below include the
 ``<bos>`` which the tokenizer puts in front of a context.
 
+``reader_ambiguous`` is the same with documents that contradict themselves about what is asked: two passages give
+the same person, or organisation, another value.
+
 Documents belong to the split ``test`` or ``train`` by a hash of their text. The embedded reader
 (``resources/tiny-reader``) is trained on ``train`` documents only and ``reader_qa`` serves ``test``
 documents by default: the two are disjoint whatever the seeds.
@@ -437,4 +440,53 @@ def reader_qa(
                 "context": document.text,
                 "answers": [question.answer],
                 "meta": {"kind": kind, "length": length},
+            }
+
+
+def contradict(rng: random.Random, document: Document, relation: str) -> tuple[Document, Entity, Words] | None:
+    """Let a document say two things: another entity's statement of ``relation`` gets the name of a random one.
+
+    Returns the document, whose length is unchanged, the entity and the second value; None where all entities have the
+    same value.
+    """
+    entities = document.persons if RELATIONS[relation].subject == "person" else document.organisations
+    rivals = [(a, b) for a in entities for b in entities if a.values[relation] != b.values[relation]]
+    if not rivals:
+        return None
+    entity, other = rng.choice(rivals)
+    told = (*other.name, *RELATIONS[relation].statement, *other.values[relation], ".")
+    ((number, place),) = (
+        (number, place)
+        for number, passage in enumerate(document.passages)
+        for place in range(len(passage))
+        if passage[place : place + len(told)] == told
+    )
+    passages = list(document.passages)
+    passages[number] = passages[number][:place] + entity.name + passages[number][place + len(other.name) :]
+    return Document(tuple(passages), document.persons, document.organisations), entity, other.values[relation]
+
+
+def reader_ambiguous(lengths: Sequence[int], n_per_length: int, seed: int, split: str = "test") -> Iterator[dict]:
+    """Generate examples as `reader_qa` does, about documents that give two answers; either is right.
+
+    The documents are made from those of ``split``; none like them was trained on.
+
+    Raises:
+        ValueError: a length or the split is not allowed.
+    """
+    for length in lengths:
+        for i in range(n_per_length):
+            name = f"reader_ambiguous-{split}-{seed}-{length}-{i:05d}"
+            rng = random.Random(name)
+            relation = tuple(RELATIONS)[i % len(RELATIONS)]
+            made = None
+            while made is None:
+                made = contradict(rng, draw_document(rng, length - QUESTION_TOKENS, split), relation)
+            document, entity, other = made
+            yield {
+                "example_id": name,
+                "question": RELATIONS[relation].question.format(name=" ".join(entity.name)),
+                "context": document.text,
+                "answers": [" ".join(entity.values[relation]), " ".join(other)],
+                "meta": {"kind": "ambiguous", "length": length},
             }
