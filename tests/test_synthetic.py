@@ -23,6 +23,7 @@ from kv_transition.data.synthetic import (
     draw_document,
     make_document,
     reader_ambiguous,
+    reader_mixed,
     reader_qa,
 )
 
@@ -269,3 +270,10 @@ def test_an_ambiguous_document_states_both_answers_of_the_one_it_is_asked_about(
 
 def test_ambiguous_examples_are_a_function_of_the_arguments():
     assert list(reader_ambiguous([150], 6, 7)) == list(reader_ambiguous([150], 9, 7))[:6]
+
+
+def test_a_third_of_the_mixed_examples_is_ambiguous():
+    plain, ambiguous = list(reader_qa([150, 300], 4, 7)), list(reader_ambiguous([150, 300], 2, 7))
+    order = [plain[0], plain[1], ambiguous[0], plain[2], plain[3], ambiguous[1]]
+    assert list(reader_mixed([150], 6, 7)) == order
+    assert [e["meta"]["length"] for e in reader_mixed([150, 300], 3, 7)] == [150] * 3 + [300] * 3

@@ -490,3 +490,15 @@ def reader_ambiguous(lengths: Sequence[int], n_per_length: int, seed: int, split
                 "answers": [" ".join(entity.values[relation]), " ".join(other)],
                 "meta": {"kind": "ambiguous", "length": length},
             }
+
+
+def reader_mixed(lengths: Sequence[int], n_per_length: int, seed: int, split: str = "test") -> Iterator[dict]:
+    """Generate the examples of `reader_qa`, and after every two of them one of `reader_ambiguous`.
+
+    Raises:
+        ValueError: a length or the split is not allowed.
+    """
+    for length in lengths:
+        plain, ambiguous = (make([length], n_per_length, seed, split=split) for make in (reader_qa, reader_ambiguous))
+        for i in range(n_per_length):
+            yield next(ambiguous if i % 3 == 2 else plain)

@@ -175,7 +175,7 @@ _RULER = {
 }
 
 _TASKS = {
-    "synthetic": {name: replace(_READER_QA, name=name) for name in ("reader_qa", "reader_ambiguous")},
+    "synthetic": {name: replace(_READER_QA, name=name) for name in ("reader_qa", "reader_ambiguous", "reader_mixed")},
     "ruler": {name: replace(task, name=name) for name, task in _RULER.items()},
     "longbench": {name: replace(task, name=name) for name, task in _LONGBENCH.items()},
 }
