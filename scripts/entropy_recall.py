@@ -1,18 +1,11 @@
 """Relate entropy to recall: correlations, means by entropy bin, verdicts."""
 
-import sys
-from contextlib import redirect_stderr
-
 from kv_transition.analysis.entropy_recall import write_entropy_recall
-from kv_transition.errors import UserError
+from kv_transition.script import logged
 
-with open(snakemake.log[0], "w", encoding="utf-8") as log, redirect_stderr(log):  # noqa: F821
-    try:
-        write_entropy_recall(
-            list(snakemake.input),  # noqa: F821
-            snakemake.output[0],  # noqa: F821
-            snakemake.params.statistics,  # noqa: F821
-        )
-    except UserError as error:
-        print(error, file=log)
-        sys.exit(str(error))
+with logged(snakemake.log[0]):
+    write_entropy_recall(
+        list(snakemake.input),
+        snakemake.output[0],
+        snakemake.params.statistics,
+    )

@@ -1,9 +1,7 @@
 """Write the resolved experiment beside its results."""
 
-import sys
-
 from kv_transition.experiment import write_resolved
+from kv_transition.script import logged
 
-with open(snakemake.log[0], "w") as log:  # noqa: F821, Snakemake hands it in
-    sys.stderr = log
-    write_resolved(snakemake.params.resolved, snakemake.output[0])  # noqa: F821
+with logged(snakemake.log[0]):
+    write_resolved(snakemake.params.resolved, snakemake.output[0])

@@ -17,16 +17,17 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # from top to bottom; what shares a line may import each other
 LAYERS = [
-    {"cli", "__main__"},
+    {"cli", "__main__", "quickstart"},
     {"report"},
     {"analysis", "eval"},
+    {"serve"},
     {"run"},
     {"engines"},
     {"policies"},
     {"cache"},
     {"attention"},
 ]
-BESIDE = {"data", "settings", "paths", "provenance", "errors", "budget", "tables", "experiment", "specs"}
+BESIDE = {"data", "settings", "paths", "provenance", "errors", "budget", "tables", "experiment", "script", "specs"}
 # specs knows what every job depends on, so it reads the catalog of policies
 MAY_LOOK_UP = {"specs": {"policies"}}
 
@@ -80,9 +81,13 @@ def loaded_modules(code: str) -> set[str]:
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        ("kv_transition.cli, kv_transition.specs", {"torch", "transformers", "polars", "pyarrow", "scipy", "altair"}),
+        (
+            "kv_transition.cli, kv_transition.specs",
+            {"torch", "transformers", "polars", "pyarrow", "scipy", "altair", "fastapi", "uvicorn"},
+        ),
         ("kv_transition.data.prepare, kv_transition.data.download", {"torch", "scipy", "polars", "datasets"}),
         ("kv_transition.run.cell", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
+        ("kv_transition.run.chat", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
     ],
 )
 def test_light_paths_stay_light(modules, heavy):
@@ -106,8 +111,13 @@ def test_light_paths_stay_light(modules, heavy):
         ["kv_transition.analysis.entropy_recall"],
         ["kv_transition.analysis.entropy_recall_plots"],
         ["kv_transition.analysis.recall_moments"],
+        ["kv_transition.analysis.perplexity"],
+        ["kv_transition.analysis.perplexity_plots"],
         ["kv_transition.run.observe", "kv_transition.policies.h2o"],
         ["kv_transition.run.calibrate"],
+        ["kv_transition.run.chat", "kv_transition.policies.streaming_llm"],
+        ["kv_transition.run.chat", "kv_transition.run.text_drop"],
+        ["kv_transition.data.multiturn"],
         ["kv_transition.report.build"],
         ["kv_transition.report.exports"],
     ],

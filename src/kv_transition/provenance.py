@@ -23,7 +23,9 @@ PACKAGE = "kv_transition"
 SOURCE = Path(__file__).parent
 
 # Modules that cannot change a result: they name files, describe them and report errors.
-NEUTRAL = frozenset(f"{PACKAGE}{m}" for m in ("", ".errors", ".paths", ".provenance", ".tables", ".policies.catalog"))
+NEUTRAL = frozenset(
+    f"{PACKAGE}{m}" for m in ("", ".errors", ".paths", ".provenance", ".script", ".tables", ".policies.catalog")
+)
 
 _RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "polars", "flash_attn")
 
