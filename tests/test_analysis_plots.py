@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kv_transition.analysis.aggregate import write_aggregates
 from kv_transition.analysis.results import read_results
 from kv_transition.analysis.transition import write_transition
 from kv_transition.errors import UserError
+from kv_transition.report import experiment, findings, verdict
 
 STATISTICS = {"confidence": 0.95, "resamples": 300, "seed": 0}
 
@@ -117,6 +119,29 @@ def test_footprints_are_mean_shares_of_bytes(tables):
         row = found["reader_qa", "after_prompt", policy, budget]
         assert row["estimate"] == pytest.approx(sum(shares) / len(shares))
         assert row["n"] == 100
+
+
+def test_what_is_kept_in_other_memory_is_not_saved(tmp_path):
+    """A policy as good as the full cache that holds everything, in two places, answers nothing about how little will
+    do."""
+    rows = demo().to_pylist()
+    for row in rows:
+        if row["policy"] == "h2o":
+            full = next(
+                r for r in rows if all(r[k] == row[k] for k in ("mode", "example_id")) and r["policy"] == "full"
+            )
+            row |= {name: full[name] for name in ("score", "em", "f1", "contains", "failure")}
+            row["raw"] = json.dumps({"total_bytes": row["full_bytes"]})
+        elif row["policy"] != "full":
+            row["raw"] = json.dumps({"token_ids": [1]})
+    scores = pa.Table.from_pylist(rows, schema=demo().schema)
+    results = read_results(*analysed(tmp_path, scores))
+    assert results.keeping_all == ["h2o"]
+    assert tradeoff.footprints(results)["reader_qa", "after_prompt", "h2o", "r0.2"]["estimate"] == 1.0
+    assert tradeoff.footprints(results)["reader_qa", "after_prompt", "snapkv", "r0.2"]["estimate"] < 0.25
+    for words in (*verdict.answer(results, "reader_qa", "after_prompt"), *findings.findings(results)[0]["sentences"]):
+        assert "h2o" not in words
+    assert any("h2o evicts stays in host memory" in words for words in experiment.limits({}, results))
 
 
 def test_without_bytes_there_is_a_word_instead_of_a_front(tmp_path):

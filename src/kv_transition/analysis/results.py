@@ -17,6 +17,8 @@ from kv_transition.provenance import read_metadata
 
 KEY = ("task", "mode", "policy", "budget", "bin", "statistic")
 Row = dict[str, Any]
+BYTES_IN_ALL = pl.col("raw").str.json_path_match("$.total_bytes").cast(pl.Float64)
+"""of the answers of policies that keep what they evict in other memory; null for all others"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ class Results:
         """(policy, budget), the full cache first, large budgets before small ones."""
         own = self.stats.filter(pl.col("policy") != FULL["policy"]).select("policy", "budget").unique().rows()
         return [tuple(FULL.values()), *sorted(own, key=lambda k: (labels.budget_order(k[1]), k[0]))]
+
+    @cached_property
+    def keeping_all(self) -> list[str]:
+        """Policies that keep what they evict in other memory, and say how many bytes that makes in all."""
+        return sorted(set(self.scores.filter(BYTES_IN_ALL.is_not_null())["policy"]))
+
+    @cached_property
+    def contenders(self) -> list[str]:
+        """Policies that can answer how little memory is enough: those that keep everything only among themselves."""
+        return [policy for policy in self.policies if policy not in self.keeping_all] or self.policies
 
     def curve(self, statistic: str, task: str, mode: str) -> pl.DataFrame:
         return self.stats.filter(statistic=statistic, task=task, mode=mode).drop_nulls("estimate")

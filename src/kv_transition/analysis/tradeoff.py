@@ -25,18 +25,18 @@ from kv_transition.analysis.drawing import (
     shape,
     view,
 )  # fmt: skip
-from kv_transition.analysis.results import Results, Row
+from kv_transition.analysis.results import BYTES_IN_ALL, Results, Row
 
 ALL_LENGTHS = "all lengths"
 DIFFERENCES = {"score": "Score", "failure_rate": "Failure rate"}
 
 
 def footprints(results: Results) -> dict[tuple[str, str, str, str], Row]:
-    """Bytes kept over bytes of the full cache, over all lengths, by (task, mode, policy, budget); the example is the
-    unit. Rows have estimate, ci_low, ci_high, n, method.
+    """Bytes kept, in whatever memory, over bytes of the full cache, over all lengths, by (task, mode, policy, budget);
+    the example is the unit. Rows have estimate, ci_low, ci_high, n, method.
     """
     key = ["task", "mode", "policy", "budget"]
-    share = pl.when(pl.col("full_bytes") > 0).then(pl.col("cache_bytes") / pl.col("full_bytes"))
+    share = pl.when(pl.col("full_bytes") > 0).then(pl.coalesce(BYTES_IN_ALL, "cache_bytes") / pl.col("full_bytes"))
     examples = (
         results.scores.group_by(*key, "bin", "example_id").agg(share=share.mean()).sort(*key, "bin", "example_id")
     )

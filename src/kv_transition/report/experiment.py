@@ -15,8 +15,8 @@ from kv_transition.analysis import labels
 from kv_transition.analysis.aggregate import FULL
 from kv_transition.analysis.results import Results
 from kv_transition.errors import UserError
-from kv_transition.report import findings
-from kv_transition.report.numbers import tokens_of
+from kv_transition.report import endpoints, findings
+from kv_transition.report.numbers import listed, tokens_of
 
 TINY_READER = "tiny-reader"
 Config = Mapping[str, Any]
@@ -73,6 +73,9 @@ def setup(
         *(_answered(experiment, results) if results else []),
         ("Device", device if device == "cpu" or not card else f"{device} ({card} asked for)"),
     ]
+    if endpoints.is_remote(experiment):
+        rows[0] = ("Model", f"{model_name(experiment)}, its tokenizer; the weights are the endpoint's")
+        rows[-1:] = endpoints.setup(experiment)
     hyper = {name: options for name, options in (kv.get("policies") or {}).items() if options}
     if hyper:
         rows.append(("Hyper-parameters", "; ".join(f"{n}: {json.dumps(o)}" for n, o in hyper.items())))
@@ -138,6 +141,12 @@ def limits(experiment: Config, results: Results | None) -> list[str]:
     if results is None:
         return found
     found += findings.exploratory(results)
+    if results.keeping_all:
+        verb = "evict" if len(results.keeping_all) > 1 else "evicts"
+        found.append(
+            f"What {listed(results.keeping_all)} {verb} stays in host memory. "
+            "“Kept” is what a step attends to; bytes are those of both memories, so nothing is saved."
+        )
     if len({mode for _, mode in results.groups}) > 1:
         found.append(
             "The two modes answer different questions and are never mixed: after the prompt, the policy has seen the "
@@ -154,13 +163,9 @@ def limits(experiment: Config, results: Results | None) -> list[str]:
         )
     if not results.stats.filter(statistic="latency_p50").drop_nulls("estimate").height:
         found.append("No answer was timed alone on the machine, so nothing is said about speed.")
+    if remote := endpoints.limits(experiment, results.scores):
+        return found + remote
     found.append("Reading the prompt is always done with full attention; only what is kept afterwards is compressed.")
-    endpoints = results.scores["base_url"].drop_nulls().unique().sort().to_list()
-    if endpoints:
-        found.append(
-            f"Answers came from an endpoint ({', '.join(endpoints)}). What it does with its cache was not verified: "
-            "entries and bytes kept could not be measured there."
-        )
     return found
 
 

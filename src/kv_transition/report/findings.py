@@ -44,7 +44,7 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
         f"{lowest['n']})."
     )
     for budget in results.budgets:
-        pooled = [results.compared(task, mode, p, budget, None, "score_ratio") for p in results.policies]
+        pooled = [results.compared(task, mode, p, budget, None, "score_ratio") for p in results.contenders]
         ranked = sorted(
             (row for row in pooled if row and row["estimate"] is not None), key=lambda row: -row["estimate"]
         )
@@ -82,7 +82,7 @@ def _reach(results: Results, task: str, mode: str) -> Iterable[str]:
     held = {
         (p, b): holds(results, task, mode, p, b)
         for p, b in results.pairs[1:]
-        if results.compared(task, mode, p, b, None, "score_ratio")
+        if p in results.contenders and results.compared(task, mode, p, b, None, "score_ratio")
     }
     everywhere = [k for k, h in held.items() if h.everywhere]
     if everywhere:

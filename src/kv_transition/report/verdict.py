@@ -138,7 +138,7 @@ def answer(results: Results, task: str, mode: str, tested: pl.DataFrame | None =
     held = {
         (policy, budget): holds(results, task, mode, policy, budget)
         for policy, budget in results.pairs[1:]
-        if results.compared(task, mode, policy, budget, None, "score_ratio")
+        if policy in results.contenders and results.compared(task, mode, policy, budget, None, "score_ratio")
     }
     if not held:
         return "Nothing to compare.", "Only the full cache was run, or no policy shares an example with it."
