@@ -5,18 +5,27 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo test test-fast lint format schema policies-doc kernels tiny-reader bench bench-peers clean
+.PHONY: demo quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean
 
 demo: $(VENV)/ready
 	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --logger rich --quiet rules host reason
 	@echo
 	@echo "The report is $$(python -m kv_transition where -c $(CONFIG) report.html)"
 
+# within a minute: is a model loaded, a cache made, are strategies applied, results saved?
+quickstart: $(VENV)/ready
+	@python -m kv_transition.quickstart
+
 test: $(VENV)/ready
 	pytest -n 2 -m "not gpu and not slurm"
 
 test-fast: $(VENV)/ready
 	pytest -n 2 -m "not gpu and not slurm and not slow"
+
+# on a Slurm of one node that the test installs and starts, as root
+test-slurm: $(VENV)/ready
+	$(BIN)/pip install --quiet snakemake-executor-plugin-slurm==2.8.0 snakemake-executor-plugin-cluster-generic==1.0.9
+	pytest -n 0 -m slurm tests/test_slurm.py
 
 lint: $(VENV)/ready
 	ruff check .
@@ -44,6 +53,10 @@ kernels: $(VENV)/ready
 # train the embedded model again: at most an hour on two cores
 tiny-reader: $(VENV)/ready
 	python resources/tiny-reader/train.py
+
+# train the model of the conversations again: a quarter of an hour on one core
+tiny-follower: $(VENV)/ready
+	python resources/tiny-follower/train.py
 
 # kvpress in an environment of its own, to be compared with
 bench-peers: .venv-kvpress/ready

@@ -25,6 +25,7 @@ DISTRIBUTION = {
     "yaml": "pyyaml",
     "vl_convert": "vl-convert-python",
     "huggingface_hub": "huggingface-hub",
+    "pynvml": "nvidia-ml-py",
     "flash_attn": "flash-attn",
 }
 # docs/environments.md says why
@@ -32,7 +33,11 @@ EXCEPTION = ("inference", "torch")
 # needed though no module of the package imports it: what for
 UNSEEN = {
     "data": {"jinja2": "transformers' chat templates"},
-    "inference": {"accelerate": "models over several GPUs and in 4 bit", "bitsandbytes": "models in 4 bit"},
+    "inference": {
+        "accelerate": "models over several GPUs and in 4 bit",
+        "bitsandbytes": "models in 4 bit",
+        "jinja2": "transformers' chat templates",
+    },
     "analysis": {},
 }
 
@@ -74,7 +79,7 @@ def requirements(lines: list[str]) -> dict[str, str]:
 def project() -> dict[str, str]:
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = metadata["optional-dependencies"]
-    return requirements(metadata["dependencies"] + optional["dev"] + optional["quantization"])
+    return requirements(metadata["dependencies"] + optional["dev"] + optional["quantization"] + optional["serve"])
 
 
 def lock() -> dict[str, str]:
@@ -88,10 +93,12 @@ def rules() -> list[tuple[str, str, list[str], str]]:
     for file in sorted((ROOT / "workflow").rglob("*")):
         if file.suffix != ".smk":
             continue
-        for text in re.split(r"^(?=rule )", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
-            name = re.match(r"rule (\w+):", text)[1]
+        begins = r"^(?= *(?:rule|checkpoint) \w+:)"
+        for text in re.split(begins, file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            name = re.match(r" *(?:rule|checkpoint) (\w+):", text)[1]
             env = re.search(r"envs/(\w+)\.yaml", text)
-            modules = re.findall(r"python -m (kv_transition[\w.]*)", text)
+            modules = re.findall(r"python -m (kv_transition[\w.]*\w)", text.replace("{CELL_JOB}", "cell"))
+            modules += ["kv_transition.run.remote"] if "{CELL_JOB}" in text else []
             for script in re.findall(r"scripts/(\w+\.py)", text):
                 modules += sorted(imports_of(ROOT / "scripts" / script, PACKAGE))
             if env:

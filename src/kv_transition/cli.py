@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,9 +25,12 @@ app.add_typer(cache_app, name="cache")
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="Experiment file.")]
 Set = Annotated[list[str], typer.Option("--set", help="Change one key, such as model.device=cuda.")]
-Cores = Annotated[str, typer.Option(help="Cores to use.")]
+Cores = Annotated[str | None, typer.Option(help="Cores to use; all of them, unless a profile says.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would run.")]
 Profile = Annotated[Path | None, typer.Option(help="Snakemake profile, for a cluster.")]
+Sdm = Annotated[
+    str | None, typer.Option("--sdm", "--software-deployment-method", help="conda: an environment for each phase.")
+]
 
 DEFAULT = Path("config/config.yaml")
 
@@ -40,16 +44,30 @@ class Step(StrEnum):
     analyze = "analyze"
     report = "report"
     all = "all"
+    observe = "observe"
+    perplexity = "perplexity"
+    chat = "chat"
+    export = "export"
 
 
-# The rules at which each step ends.
+# The rules at which each step ends, by the section of the experiment that they belong to; all: of every experiment.
 _UNTIL = {
-    Step.prepare: ["prepare"],
-    Step.run: ["cell"],
-    Step.score: ["score"],
-    Step.analyze: ["plots"],
-    Step.report: ["report", "exports"],
-    Step.all: [],
+    Step.prepare: {"dataset": ["prepare"], "perplexity": ["perplexity_windows"], "chat": ["conversations"]},
+    Step.run: {"dataset": ["cell"], "observe": ["observe"], "perplexity": ["perplexity"], "chat": ["chat"]},
+    Step.score: {"dataset": ["score"], "chat": ["chat_verdicts"]},
+    Step.report: {"all": ["report", "exports"]},
+    Step.observe: {"observe": ["observation_checks", "observation_logs", "entropy_recall_plots"]},
+    Step.perplexity: {"perplexity": ["perplexity_stats", "perplexity_plots"]},
+    Step.chat: {"chat": ["memory_table", "retention_plots"]},
+    Step.export: {"all": ["exports"]},
+}
+_LACKING = {
+    "dataset": "the experiment has no dataset, so there are no tasks to answer; add one, such as "
+    "dataset: {name: synthetic, lengths: [256, 512], n_per_length: 20}",
+    "observe": "the experiment observes nothing; add observe: {enabled: true}",
+    "perplexity": "the experiment scores no text; add the section perplexity, such as "
+    "perplexity: {corpus: text, path: books/}",
+    "chat": "the experiment has no conversations; add the section chat, such as chat: {source: generated, n: 20}",
 }
 
 
@@ -57,21 +75,26 @@ def _command(step: Step, doc: str) -> None:
     def command(
         config: Config = DEFAULT,
         set_: Set = [],  # noqa: B006, typer's way to say a list
-        cores: Cores = "all",
+        cores: Cores = None,
         dry_run: DryRun = False,
         profile: Profile = None,
+        sdm: Sdm = None,
     ) -> None:
-        raise typer.Exit(_snakemake(step, config, set_, cores, dry_run, profile))
+        raise typer.Exit(_snakemake(step, config, set_, cores, dry_run, profile, sdm))
 
     app.command(name=step.value, help=doc)(command)
 
 
 for _step, _doc in {
     Step.prepare: "Fetch or generate the examples, make prompts, bin them by length.",
-    Step.run: "Run every cell of the grid.",
+    Step.run: "Run every job that has a model: cells, observations, perplexity, conversations.",
     Step.score: "Score the answers and label failures.",
     Step.analyze: "Estimate, compare, find the transition zone, draw.",
     Step.all: "Everything, from the data set to the report.",
+    Step.observe: "Compare what policies would hold with what each step needs.",
+    Step.perplexity: "Score text from compressed caches.",
+    Step.chat: "Play conversations on a cache that is compressed turn by turn.",
+    Step.export: "Write the tables as CSV, JSON and SQLite.",
 }.items():
     _command(_step, _doc)
 
@@ -80,14 +103,15 @@ for _step, _doc in {
 def report(
     config: Config = DEFAULT,
     set_: Set = [],  # noqa: B006
-    cores: Cores = "all",
+    cores: Cores = None,
     dry_run: DryRun = False,
     profile: Profile = None,
+    sdm: Sdm = None,
     partial: Annotated[bool, typer.Option("--partial", help="Of the cells that are there; run nothing.")] = False,
 ) -> None:
     """Write report.md, report.html and the exports."""
     if not partial:
-        raise typer.Exit(_snakemake(Step.report, config, set_, cores, dry_run, profile))
+        raise typer.Exit(_snakemake(Step.report, config, set_, cores, dry_run, profile, sdm))
     settings = _checked(config, set_)
     from kv_transition.report.partial import write_partial
 
@@ -136,6 +160,91 @@ def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen at, this machine's own unless given.")] = "127.0.0.1",
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; as --model unless given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; cells have 1.")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(min=1, help="Longest piece of a prompt read at once.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer.")] = None,
+    prefill_gb: Annotated[float, typer.Option(min=0, help="Memory for prompts that were read.")] = 4.0,
+    statistics: Annotated[str, typer.Option(help="What every prompt is read with: all, none, or names.")] = "all",
+    policy_file: Annotated[list[str], typer.Option(help="path/to/policy.py that requests may name as a kind.")] = [],  # noqa: B006
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the key to ask for.")] = None,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request.")] = 8.0,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 256,
+) -> None:
+    """Serve a model whose requests say what is evicted, over OpenAI's API."""
+    with _refusing():
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"--dtype: {dtype!r} is not allowed; choose one of float32, bfloat16, float16")
+        try:
+            from kv_transition.serve.command import serve as run
+        except ImportError as error:
+            raise UserError(f"{error.name} is not installed; install this project with its extra: serve") from None
+        run(
+            model,
+            host=host,
+            port=port,
+            name=name,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            chunk_tokens=chunk_tokens,
+            max_length=max_length,
+            prefill_gb=prefill_gb,
+            statistics=statistics,
+            policy_files=policy_file,
+            api_key_env=api_key_env,
+            max_body_mb=max_body_mb,
+            queue=queue,
+        )
+
+
+@app.command()
+def plan(
+    config: Config = DEFAULT,
+    set_: Set = [],  # noqa: B006
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Load the model and measure it, briefly.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, in seconds and bytes.")] = False,
+) -> None:
+    """Say what an experiment will take, and what of it is there, before anything runs."""
+    settings = _checked(config, set_)
+    from kv_transition.plan import table, work
+    from kv_transition.plan.model_size import model_size
+    from kv_transition.plan.speed import speed
+
+    with _refusing():
+        size = model_size(settings.model)
+        known = speed(settings, size, calibrate)
+        found = work.summary(work.work(settings, known.answer_tokens if known else None), known, size)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    table.show(settings, found, Console())
+
+
+@app.command()
+def doctor(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
+    """Say what this machine can do for an experiment, and what to mend; status 1 if it cannot be run here."""
+    settings = _checked(config, set_)
+    from rich.console import Console
+
+    from kv_transition.doctor import examine, screen
+
+    findings = list(examine(settings))
+    screen(settings, findings, Console())
+    raise typer.Exit(any(finding.state == "fail" for finding in findings))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of experiment files."""
     import yaml
@@ -165,19 +274,86 @@ def _checked(config: Path, assignments: list[str]) -> Settings:
         return settings
 
 
+def _rules(step: Step, settings: Settings) -> list[str]:
+    """Where Snakemake is to stop; nothing: at the end. Raises UserError if the experiment has nothing of the kind."""
+    if step not in _UNTIL:
+        return []
+    there = {"all": True, "observe": settings.observe.enabled}
+    there |= {name: getattr(settings, name) is not None for name in ("dataset", "perplexity", "chat")}
+    rules = [rule for section, rules in _UNTIL[step].items() if there[section] for rule in rules]
+    if not rules:
+        raise UserError(f"{step}: {_LACKING[next(iter(_UNTIL[step]))]}")
+    # Where looks decide which cells run, the first cells are not the last.
+    return ["score" if rule == "cell" and settings.adaptive.enabled else rule for rule in rules]
+
+
+def _check_machine(profile: Path | None, sdm: str | None) -> None:
+    """What Snakemake would say in a page. Raises UserError."""
+    from importlib.util import find_spec
+
+    if sdm not in (None, "conda"):
+        raise UserError(f"--sdm: {sdm!r} is not allowed; the environments here are conda's")
+    if sdm and not shutil.which("conda"):
+        raise UserError("--sdm conda: there is no conda here; install it, or leave --sdm out to use this environment")
+    if profile is None:
+        return
+    file = next((f for f in (profile, *profile.glob("config.*yaml")) if f.is_file()), None)
+    if file is None:
+        raise UserError(f"--profile: there is no {profile}/config.yaml; this project has {', '.join(_profiles())}")
+    import yaml
+
+    executor = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("executor") or "local"
+    plugin = f"snakemake_executor_plugin_{executor.replace('-', '_')}"
+    if executor not in ("local", "dryrun", "touch") and find_spec(plugin) is None:
+        raise UserError(f"--profile {profile}: {plugin} is not installed; pip install '.[cluster]'")
+    if executor == "slurm" and not shutil.which("sbatch"):
+        raise UserError(
+            f"--profile {profile}: there is no Slurm here (sbatch); go to a login node, or leave --profile out"
+        )
+
+
+def _profiles() -> list[str]:
+    return sorted(str(file.parent) for file in Path("profiles").glob("*/config.yaml"))
+
+
 def _snakemake(
-    step: Step, config: Path, assignments: list[str], cores: str, dry_run: bool, profile: Path | None
+    step: Step,
+    config: Path,
+    assignments: list[str],
+    cores: str | None,
+    dry_run: bool,
+    profile: Path | None,
+    sdm: str | None,
 ) -> int:
     settings = _checked(config, assignments)  # one sentence now, rather than Snakemake's traceback later
-    # Where looks decide which cells run, the first cells are not the last.
-    until = ["score"] if step is Step.run and settings.adaptive.enabled else _UNTIL[step]
+    with _refusing():
+        until = _rules(step, settings)
+        _check_machine(profile, sdm)
     command = [sys.executable, "-m", "snakemake", "--configfile", str(config)]
     command += ["--logger", "rich", "--quiet", "rules", "host", "reason"]
-    command += ["--workflow-profile", str(profile)] if profile else ["--cores", cores]
+    if profile:
+        command += ["--workflow-profile", str(profile)]
+    if cores or not profile:
+        command += ["--cores", cores or "all"]
+    if sdm:
+        command += ["--software-deployment-method", sdm]
     if assignments:
         command += ["--config", f"set={json.dumps(assignments)}"]
     if dry_run:
         command += ["--dry-run"]
+    if step is Step.analyze:
+        command += ["--omit-from", "report", "exports"]
     if until:
         command += ["--until", *until]
+    if outdated := _outdated(settings):
+        command += ["--forcerun", *outdated]
     return subprocess.call(command)
+
+
+def _outdated(settings: Settings) -> list[str]:
+    """What no longer fits the configuration, by the hashes in the files: Snakemake forgets with its folder .snakemake."""
+    if not Path(settings.output.dir, settings.experiment).is_dir():
+        return []
+    from kv_transition.plan.work import outdated
+
+    return outdated(settings)

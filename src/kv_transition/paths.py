@@ -15,6 +15,7 @@ BUDGET = r"r[0-9.]+|t[0-9]+"
 BIN = r"[0-9]+"
 SHARD = r"[0-9]+"
 LOOK = r"[0-9]+"
+CORPUS = r"text|pg19|synthetic"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,21 @@ class Paths:
     def observation_logs(self, task: str) -> str:
         """A folder: the observations as the studies write them down."""
         return f"{self.root}/observations/{task}/logs"
+
+    def windows(self, corpus: str, bin: int | str) -> str:
+        return f"{self.root}/perplexity/{corpus}/windows_bin{bin}.parquet"
+
+    def perplexity(self, corpus: str, policy: str, budget: str, bin: int | str) -> str:
+        return f"{self.root}/perplexity/{corpus}/{policy}/{budget}/bin{bin}.parquet"
+
+    def conversations(self, chat_set: str) -> str:
+        return f"{self.root}/chat/{chat_set}/conversations.parquet"
+
+    def chat(self, chat_set: str, policy: str, budget: str) -> str:
+        return f"{self.root}/chat/{chat_set}/{policy}/{budget}.parquet"
+
+    def chat_layers(self, chat_set: str, policy: str, budget: str) -> str:
+        return f"{self.root}/chat/{chat_set}/{policy}/{budget}.layers.parquet"
 
     def log(self, *parts: str) -> str:
         return "/".join((self.root, "logs", *parts)) + ".log"

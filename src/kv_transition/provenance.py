@@ -42,10 +42,15 @@ def text_sha256(text: str) -> str:
 
 def _module_file(name: str) -> Path | None:
     """The source of a module of this package, or None for anything else."""
+    return _located(SOURCE, name)
+
+
+@cache
+def _located(source: Path, name: str) -> Path | None:
     head, *rest = name.split(".")
     if head != PACKAGE:
         return None
-    base = SOURCE.joinpath(*rest)
+    base = source.joinpath(*rest)
     if (base / "__init__.py").is_file():
         return base / "__init__.py"
     file = base.with_suffix(".py")

@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -115,6 +116,75 @@ class Model(Section):
     attention_statistics: Literal["auto", "blocks", "flash", "triton"] = Field(
         "auto", description="what computes the attention statistics; auto: the fastest that can run"
     )
+
+
+def _environment_name(name: str | None) -> str | None:
+    # never repeats what was given: it may be the key itself
+    if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("give the name of an environment variable, such as OPENAI_API_KEY, never the key itself")
+    return name
+
+
+def _check_address(where: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.username or parts.password or parts.query:
+        raise ValueError(f"{where}: it holds a key or a password; give that in the variable api_key_env names")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{where}: it is no address such as http://127.0.0.1:8000/v1")
+
+
+class EngineRequest(Section):
+    """How patient we are with an endpoint."""
+
+    timeout_s: float = Field(60.0, gt=0, description="seconds of one request, until the last piece of its answer")
+    retries: int = Field(5, ge=0, description="further attempts where one may help")
+    concurrency: int = Field(4, ge=1, description="requests of a cell under way at a time")
+    stream: bool = Field(True, description="false: answers come in one piece, without the time to their first token")
+
+
+class Endpoint(Section):
+    """The server that stands for a policy; a null is the engine's own."""
+
+    base_url: str | None = Field(None, description="address of a server of its own; null: engine.base_url")
+    model: str | None = Field(None, description="name of the model there; null: engine.model")
+    extra_body: dict[str, Any] = Field({}, description="further fields of its requests, over those of the engine")
+
+
+class Engine(Section):
+    """What answers: the model in this process, or an OpenAI-compatible endpoint."""
+
+    kind: Literal["local", "openai"] = Field("local", description="openai: an OpenAI-compatible endpoint")
+    base_url: str | None = Field(None, description="address up to and including /v1; required for openai")
+    model: str | None = Field(None, description="what the endpoint calls the model; null: model.name")
+    api: Literal["chat", "completions"] = Field("completions", description="the path that is asked")
+    send: Literal["auto", "text", "tokens"] = Field(
+        "auto", description="completions: what prompts are sent as; auto: tokens to kv_transition, else text"
+    )
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    serves: Literal["kv_transition"] | None = Field(
+        None, description="kv_transition: python -m kv_transition serve, which takes policy and budget with a request"
+    )
+    extra_body: dict[str, Any] = Field({}, description="further fields of every request")
+    request: EngineRequest = EngineRequest()
+    endpoints: dict[str, Endpoint] = Field({}, description="policy or policy@budget: what stands for it")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        return _environment_name(name)
+
+    @model_validator(mode="after")
+    def _addresses(self) -> Engine:
+        if self.kind == "openai" and not self.base_url:
+            raise ValueError("base_url: openai needs the address of the endpoint, such as http://127.0.0.1:8000/v1")
+        others = {f"endpoints.{name}.base_url": endpoint.base_url for name, endpoint in self.endpoints.items()}
+        for where, url in ({"base_url": self.base_url} | others).items():
+            if url is not None:
+                _check_address(where, url)
+        return self
 
 
 class Prefill(Section):
@@ -290,6 +360,66 @@ class Perplexity(Section):
         return self
 
 
+class Judge(EngineRequest):
+    """A language model that is asked whether an answer follows an instruction, beside the rules."""
+
+    base_url: str = Field(description="address of an OpenAI-compatible endpoint, up to and including /v1")
+    model: str = Field(min_length=1, description="what the endpoint calls the model")
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    max_tokens: int = Field(512, ge=16, description="longest verdict in tokens")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        return _environment_name(name)
+
+    @model_validator(mode="after")
+    def _address(self) -> Judge:
+        _check_address("base_url", self.base_url)
+        return self
+
+
+class Chat(Section):
+    """Conversations, played turn by turn on one growing cache that is compressed after each answer."""
+
+    source: Literal["turns", "mt_bench", "mt_eval", "generated"] = Field(
+        "generated", description="format of the conversations; generated: made on the spot for the embedded follower"
+    )
+    path: str | None = Field(None, description="the file, .json, .jsonl or either with .gz; null where generated")
+    name: Task | None = Field(None, description="name of the set in files and tables; null: the source")
+    n: Annotated[int, Field(ge=1)] | None = Field(None, description="conversations that are played; null: all")
+    seed: Seed = Field(0, description="seed of the choice, or of the generated conversations")
+    max_turns: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="the user's turns that are played; null: all, and 8 where generated"
+    )
+    max_tokens: int = Field(256, ge=1, description="longest answer in tokens")
+    hold: bool = Field(
+        True, description="policies that act each step hold their budget within a turn too; false: all at its end only"
+    )
+    answer_nll: bool = Field(
+        True, description="score the answers under the full cache, in one more pass over each conversation"
+    )
+    controls: list[Literal["text_drop"]] = Field(
+        [], description="controls that are no cache policies; text_drop deletes the text of old turns"
+    )
+    judge: Judge | None = Field(None, description="a language model that judges beside the rules; null: rules alone")
+
+    @property
+    def set(self) -> str:
+        return self.name or self.source
+
+    @model_validator(mode="after")
+    def _complete(self) -> Chat:
+        if self.source == "generated":
+            if self.path:
+                raise ValueError("path: generated conversations are in no file; leave it out or choose another source")
+            if self.n is None:
+                raise ValueError("n: say how many conversations are to be generated, such as 40")
+        elif not self.path:
+            raise ValueError(f"path: {self.source} needs the file of conversations, .json or .jsonl")
+        return self
+
+
 class Statistics(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
     resamples: int = Field(10000, ge=100, description="bootstrap resamples")
@@ -339,11 +469,13 @@ class Settings(Section):
     dataset: Dataset | None = None
     binning: Binning = Binning()
     model: Model = Model()
+    engine: Engine = Engine()
     prefill: Prefill = Prefill()
     kv: KV
     decoding: Decoding = Decoding()
     observe: Observe = Observe()
     perplexity: Perplexity | None = None
+    chat: Chat | None = None
     statistics: Statistics = Statistics()
     adaptive: Adaptive = Adaptive()
     report: Report = Report()
@@ -442,13 +574,16 @@ def _plain(value: Any) -> Any:
 
 def _allowed_keys(loc: tuple[int | str, ...]) -> str:
     section: type[BaseModel] = Settings
-    for part in loc[:-1]:
+    parts = iter(loc[:-1])
+    for part in parts:
         field = section.model_fields.get(str(part))
         kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
         sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not sections:
             return ""
         section = sections[0]
+        if get_origin(field.annotation) is dict:
+            next(parts, None)  # the name of a section
     return ", ".join(section.model_fields)
 
 
@@ -482,7 +617,7 @@ def _sentence(error: ValidationError) -> str:
         if not loc:
             return text
         # a validator of a section begins with the key inside it that is wrong
-        inside = re.match(r"(\w+): ", text)
+        inside = re.match(r"([\w.@-]+): ", text)
         return f"{key}.{text}" if inside else f"{key}: {text}"
     if kind == "literal_error":
         return f"{key}: {given!r} is not allowed; choose one of {first['ctx']['expected']}"

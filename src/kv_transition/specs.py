@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_transition.budget import Budget
+from kv_transition.data.corpus import hub_repository
 from kv_transition.data.hub import hub_source
 from kv_transition.data.records import local_source
 from kv_transition.data.tasks import get_task
@@ -20,6 +21,7 @@ from kv_transition.policies import catalog
 from kv_transition.provenance import code_hash, content_digest, digest
 from kv_transition.settings import Dataset, Settings
 
+EVAL = Path(__file__).parent / "eval"
 FULL = "full"
 RECALL = "entropy_recall"
 HELD_OUT = 32
@@ -30,7 +32,12 @@ FULL_BUDGET = "r1"
 def check(settings: Settings) -> None:
     """What no single key shows: raises UserError where keys contradict each other or name what is not there."""
     for name, options in settings.kv.policies.items():
-        kind, _ = catalog.resolve(name, options)
+        if options.get("kind", name) == TEXT_DROP:
+            raise UserError(
+                f"kv.policies.{name}: {TEXT_DROP} deletes text and is no cache policy, but a control of conversations; "
+                f"give chat.controls: [{TEXT_DROP}]"
+            )
+        kind, _ = resolve(settings, name)
         if (name == FULL) != (kind == FULL):
             raise UserError(f"kv.policies.{name}: the full cache is the policy 'full', and it has no variants")
         if kind == RECALL:
@@ -39,11 +46,17 @@ def check(settings: Settings) -> None:
         raise UserError("kv.policies: full is missing, against which all others are compared; add full: {}")
     if settings.dataset:
         _check_dataset(settings, settings.dataset)
+    if settings.perplexity:
+        _check_perplexity(settings)
     for section in ("observe", "adaptive"):
         if getattr(settings, section).enabled and not settings.dataset:
             raise UserError(f"{section}.enabled: true needs a dataset; add one, or leave it out")
     if settings.observe.enabled:
         _observed(settings)  # raises where there is nothing to observe, or something that cannot be
+    if settings.chat:
+        _check_chat(settings)
+    if settings.engine.kind == "openai":
+        _check_engine(settings)
     _check_model_folder(settings)
 
 
@@ -65,6 +78,25 @@ def _check_dataset(settings: Settings, dataset: Dataset) -> None:
         path = getattr(dataset, key)
         if path is not None and not Path(path).is_file():
             raise UserError(f"dataset.{key}: there is no file {path}; give one that exists")
+
+
+def _check_perplexity(settings: Settings) -> None:
+    section = settings.perplexity
+    if unknown := [name for name in section.policies or [] if name not in settings.kv.policies]:
+        known = ", ".join(settings.kv.policies)
+        raise UserError(f"perplexity.policies: there is no {unknown[0]!r}; choose from {known}")
+    for name in _scored(settings):
+        kind, own = catalog.resolve(name, settings.kv.policies[name])
+        where = f"name those that are to be scored in perplexity.policies, without {name}"
+        if catalog.is_press(kind):
+            raise UserError(f"kv.policies.{name}: a press acts in its own reading of a prompt, not of a text; {where}")
+        if kind == RECALL and (own["tau_quantile"] is not None or own["like"] is not None):
+            raise UserError(f"kv.policies.{name}: its moments follow from the answers to a task; {where}")
+        if section.streaming and name != FULL and (kind == RECALL or not catalog.acts_each_step(kind)):
+            raise UserError(
+                f"kv.policies.{name}: {kind} does not evict while a text is read, as perplexity.streaming asks; {where}"
+            )
+    hub_repository(section.model_dump())  # raises where the corpus is neither here nor a pinned repository
 
 
 def _check_recall(settings: Settings, name: str) -> None:
@@ -94,7 +126,7 @@ def _recall(settings: Settings, policy: str | None) -> dict[str, Any] | None:
     """The hyper-parameters of an entropy_recall; None of any other policy."""
     if policy not in settings.kv.policies:
         return None
-    kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
+    kind, hyper_parameters = resolve(settings, policy)
     return hyper_parameters if kind == RECALL else None
 
 
@@ -114,7 +146,8 @@ def _check_model_folder(settings: Settings) -> None:
     name = settings.model.name
     folder = Path(name).expanduser()
     if folder.exists():
-        if not (folder / "config.json").is_file():
+        # an endpoint has the weights; here the tokenizer counts
+        if settings.engine.kind == "local" and not (folder / "config.json").is_file():
             raise UserError(f"model.name: the folder {name} holds no config.json; give a transformers model folder")
         return
     # org/model is a hub id, unless the first part is a folder here: then a path was meant
@@ -139,7 +172,9 @@ def cells(settings: Settings) -> list[tuple[str, str, str]]:
 
 
 def _once(settings: Settings, policy: str) -> bool:
-    return policy != FULL and catalog.ignores_budget(*catalog.resolve(policy, settings.kv.policies[policy]))
+    if policy == FULL or _endpoints_own(settings, policy):
+        return False
+    return catalog.ignores_budget(*catalog.resolve(policy, settings.kv.policies[policy]))
 
 
 def aliases(settings: Settings) -> list[tuple[str, str]]:
@@ -151,6 +186,8 @@ def aliases(settings: Settings) -> list[tuple[str, str]]:
 
 def statistics(settings: Settings) -> list[str]:
     """The attention statistics that some cell of the experiment reads, sorted."""
+    if settings.engine.kind == "openai":
+        return []
     kinds = [catalog.resolve(name, options)[0] for name, options in settings.kv.policies.items()]
     # an observation follows the attention received whatever the policies read
     observed = ["attn_sum"] if settings.observe.enabled else []
@@ -222,6 +259,8 @@ def calibrate(settings: Settings) -> dict[str, Any]:
 
 def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:
     """The spec of every cell of a (mode, policy, budget); its digest is the ``cell_hash`` of their rows."""
+    if settings.engine.kind == "openai":
+        return _remote_cell(settings, mode, policy, budget)
     kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
     reading = prefill(settings)
     return {
@@ -236,6 +275,179 @@ def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, A
         "prefill_code": reading["code"],
         "code": code_hash("kv_transition.run.cell", *catalog.modules(kind)),
         "policy_content": catalog.content(kind),
+    }
+
+
+def _remote_cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:
+    """It depends on what the endpoint was declared to be; whether it is that cannot be known here."""
+    kind, hyper_parameters = resolve(settings, policy)
+    engine = settings.engine
+    return {
+        "mode": mode,
+        "policy": policy,
+        "kind": kind,
+        "hyper_parameters": hyper_parameters,
+        "budget": str(Budget.parse(budget)),
+        "first_token": settings.kv.first_token,
+        "decoding": settings.decoding.model_dump(include={"temperature", "repeats", "seed"}),
+        "endpoint": endpoint(settings, policy, budget)
+        | engine.model_dump(include={"api", "send", "serves"})
+        | engine.request.model_dump(include={"timeout_s", "stream"}),
+        "code": code_hash("kv_transition.run.remote"),
+        "policy_content": catalog.content(kind) if engine.serves else None,
+    }
+
+
+def endpoint(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
+    """``base_url``, ``model`` and ``extra_body`` of what stands for a (policy, budget).
+
+    Raises UserError if nothing does: the full cache, and a server that takes the policy with the request, stand at the
+    engine's own address; every other needs an entry.
+    """
+    engine = settings.engine
+    key = next((key for key in (f"{policy}@{budget}", policy) if key in engine.endpoints), None)
+    if key is None and policy != FULL and not engine.serves:
+        raise UserError(
+            f"engine.endpoints: nothing stands for {policy} at {budget}; add '{policy}@{budget}', or '{policy}' where "
+            "it has one budget, with the base_url, the model or the extra_body of what serves it"
+        )
+    own = engine.endpoints[key] if key else None
+    return {
+        "base_url": (own and own.base_url) or engine.base_url,
+        "model": (own and own.model) or engine.model or settings.model.name,
+        "extra_body": engine.extra_body | (own.extra_body if own else {}),
+    }
+
+
+def resolve(settings: Settings, policy: str) -> tuple[str, dict[str, Any]]:
+    """Kind and hyper-parameters of a policy; those of a kind that only its endpoint knows as they are given."""
+    options = settings.kv.policies[policy]
+    if _endpoints_own(settings, policy):
+        return options.get("kind", policy), {key: value for key, value in options.items() if key != "kind"}
+    return catalog.resolve(policy, options)
+
+
+def _endpoints_own(settings: Settings, policy: str) -> bool:
+    """Whether a policy is one of the endpoint's, which this project knows by name only."""
+    declared = settings.engine.kind == "openai" and not settings.engine.serves
+    kind = settings.kv.policies[policy].get("kind", policy)
+    return declared and isinstance(kind, str) and kind not in catalog.kinds()
+
+
+def _check_engine(settings: Settings) -> None:
+    engine = settings.engine
+    for section, there in (
+        ("observe.enabled", settings.observe.enabled),
+        ("perplexity", settings.perplexity),
+        ("chat", settings.chat),
+    ):
+        if there:
+            raise UserError(f"{section}: this needs the model itself; set engine.kind to local, or leave it out")
+    for name in settings.kv.policies:
+        own = _recall(settings, name)
+        if own and (own["tau_quantile"] is not None or own["like"] is not None):
+            raise UserError(f"kv.policies.{name}: an endpoint has nothing to calibrate it on; give tau, in nats")
+    if engine.serves:
+        if engine.endpoints:
+            raise UserError(
+                "engine.endpoints: a server of kv_transition takes the policy with each request; leave this out, "
+                "or set engine.serves to null"
+            )
+        return
+    if "before_question" in settings.kv.modes:
+        raise UserError(
+            "kv.modes: an endpoint gets the whole prompt at once, so it cannot forget before the question; use "
+            "[after_prompt], or engine.serves: kv_transition"
+        )
+    used, there = set(), {}
+    for _, policy, budget in cells(settings):
+        used |= {f"{policy}@{budget}", policy}
+        other = there.setdefault(digest(endpoint(settings, policy, budget)), f"{policy} at {budget}")
+        if other != f"{policy} at {budget}":
+            raise UserError(
+                f"engine.endpoints: {other} and {policy} at {budget} have the same server, model and fields; say what "
+                "tells them apart"
+            )
+    if strange := [key for key in engine.endpoints if key not in used]:
+        raise UserError(f"engine.endpoints.{strange[0]}: the experiment has no such policy and budget; leave it out")
+
+
+TEXT_DROP = "text_drop"
+
+
+def chat_cells(settings: Settings) -> list[tuple[str, str]]:
+    """Every (policy, budget) that conversations are played under.
+
+    The full cache, and policies whose footprint is their own, once, as budget r1; all others and the controls at each
+    budget below 1.
+    """
+    if settings.chat is None:
+        return []
+    budgets = [str(budget) for budget in settings.kv.all_budgets() if not budget.is_full]
+    once = [policy for policy in settings.kv.policies if policy == FULL or _once(settings, policy)]
+    others = [policy for policy in settings.kv.policies if policy not in once] + settings.chat.controls
+    return [(policy, FULL_BUDGET) for policy in once] + [(policy, b) for policy in others for b in budgets]
+
+
+def _check_chat(settings: Settings) -> None:
+    path = settings.chat.path
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"chat.path: there is no file {path}; give the file of conversations")
+    for name, options in settings.kv.policies.items():
+        kind, _ = catalog.resolve(name, options)
+        if catalog.is_press(kind):
+            raise UserError(f"kv.policies.{name}: {kind} reads a prompt in one go, so it plays no conversation")
+        own = _recall(settings, name)
+        if own and (own["tau_quantile"] is not None or own["like"] is not None):
+            raise UserError(f"kv.policies.{name}: conversations have nothing to calibrate on; give tau, in nats")
+        if name in settings.chat.controls:
+            raise UserError(f"kv.policies.{name}: this name is that of a control in chat.controls; choose another one")
+
+
+def conversations(settings: Settings) -> dict[str, Any]:
+    """The spec of the job that brings conversations into one form."""
+    chat = settings.chat
+    modules = ["kv_transition.data.multiturn"]
+    if chat.source == "generated":
+        modules.append("kv_transition.data.conversations")
+    return {
+        "chat": chat.model_dump(include={"source", "path", "n", "seed", "max_turns"}) | {"name": chat.set},
+        "content": _content(chat.path) if chat.path else None,
+        "code": code_hash(*modules),
+    }
+
+
+def chat(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
+    """The spec of the conversations of a (policy, budget); its digest is the ``chat_hash`` of their rows."""
+    if policy in settings.chat.controls:
+        kind, hyper_parameters, modules, content = policy, {}, [f"kv_transition.run.{policy}"], None
+    else:
+        kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
+        modules, content = catalog.modules(kind), catalog.content(kind)
+    return {
+        "chat_set": settings.chat.set,
+        "policy": policy,
+        "kind": kind,
+        "hyper_parameters": hyper_parameters,
+        "budget": str(Budget.parse(budget)),
+        "max_tokens": settings.chat.max_tokens,
+        "max_length": settings.model.max_length,
+        "chat_template": settings.model.chat_template,
+        "hold": settings.chat.hold,
+        "answer_nll": settings.chat.answer_nll,
+        "seed": settings.decoding.seed,
+        "model": _model(settings),
+        "code": code_hash("kv_transition.run.chat", *modules),
+        "policy_content": content,
+    }
+
+
+def judge(settings: Settings) -> dict[str, Any]:
+    """The spec of the job that asks the judge; the answers that it judges are its input."""
+    return {
+        "judge": settings.chat.judge.model_dump(),
+        "rubric": _content(str(EVAL / "rubric.txt")),
+        "code": code_hash("kv_transition.eval.judge"),
     }
 
 
@@ -290,6 +502,56 @@ def observe(settings: Settings) -> dict[str, Any]:
         "prefill_code": reading["code"],
         "code": code_hash("kv_transition.run.observe", *(m for kind in kinds for m in catalog.modules(kind))),
         "policy_content": {kind: catalog.content(kind) for kind in kinds},
+    }
+
+
+def _scored(settings: Settings) -> list[str]:
+    """Names of the policies that texts are scored under."""
+    chosen = settings.perplexity.policies
+    return [name for name in settings.kv.policies if chosen is None or name in chosen or name == FULL]
+
+
+def perplexity_cells(settings: Settings) -> list[tuple[str, str]]:
+    """Every (policy, budget) that texts are scored under, by the same rules as `cells`; none without the section."""
+    grid = []
+    for policy in _scored(settings) if settings.perplexity else []:
+        if policy == FULL or _once(settings, policy):
+            grid.append((policy, FULL_BUDGET))
+        else:
+            grid.extend((policy, str(b)) for b in settings.kv.all_budgets() if not b.is_full)
+    return grid
+
+
+def windows(settings: Settings) -> dict[str, Any]:
+    """The spec of the windows of a corpus."""
+    section = settings.perplexity.model_dump(exclude={"policies", "streaming", "streaming_chunk"})
+    path = section["path"]
+    model = settings.model.model_dump(include={"name", "revision"})
+    return {
+        "perplexity": section,
+        "content": _content(path) if path and Path(path).exists() else None,
+        "model": model | {"tokenizer": _tokenizer_content(model["name"])},
+        "code": code_hash("kv_transition.data.windows"),
+    }
+
+
+def perplexity(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
+    """The spec of every length bin of a (policy, budget); its digest is the ``perplexity_hash`` of their rows."""
+    kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
+    if kind == "streaming_llm" and "positions" not in settings.kv.policies[policy]:
+        # the paper's way, and the only one for texts that are longer than the model was trained for
+        hyper_parameters |= {"positions": "cache"}
+    reading = prefill(settings)
+    return {
+        "policy": policy,
+        "kind": kind,
+        "hyper_parameters": hyper_parameters,
+        "budget": str(Budget.parse(budget)),
+        **settings.perplexity.model_dump(include={"streaming", "streaming_chunk", "seed"}),
+        "model": reading["model"],
+        "prefill_code": reading["code"],
+        "code": code_hash("kv_transition.run.perplexity", *catalog.modules(kind)),
+        "policy_content": catalog.content(kind),
     }
 
 

@@ -22,7 +22,8 @@ SOURCE = pa.schema(
 # token_len: tokens of the whole prompt before truncation; prompt_len: as fed to the model.
 EXAMPLES = pa.schema([*SOURCE, pa.field("token_len", _INT), pa.field("prompt_len", _INT)])
 
-# A chosen example, ready to run: the prompt in its two segments, as text and as token ids.
+# A chosen example, ready to run: the prompt in its two segments, as text and as token ids. Without its chat template it
+# is context_text from content_start on and question_text up to content_end; null: the two cannot be told apart.
 BIN = pa.schema(
     [
         *EXAMPLES.remove(EXAMPLES.get_field_index("context")),
@@ -30,6 +31,8 @@ BIN = pa.schema(
         pa.field("prompt_sha256", _TEXT),
         pa.field("context_text", _TEXT),
         pa.field("question_text", _TEXT),
+        pa.field("content_start", _INT),
+        pa.field("content_end", _INT),
         pa.field("context_ids", _INTS),
         pa.field("question_ids", _INTS),
         pa.field("max_new_tokens", _INT),
@@ -72,6 +75,48 @@ CELLS = pa.schema(
         "raw": _TEXT,
         "error": _TEXT,
         "cell_hash": _TEXT,
+    }
+)
+
+# A window of a book: a context, and the tokens after it, of which the first is only fed and the last only scored.
+# `window` counts the book's windows; the same scored tokens have the same number in each length bin. `context_start` is
+# the place in the book of the context's first token.
+_WINDOW = {
+    "corpus": _TEXT,
+    "book_id": _TEXT,
+    "window": _INT,
+    "bin": _INT,
+    "context_start": _INT,
+    "context_tokens": _INT,
+}
+WINDOW_KEY = tuple(_WINDOW)
+WINDOWS = pa.schema({**_WINDOW, "prompt_sha256": _TEXT, "context_ids": _INTS, "target_ids": _INTS})
+
+# A window scored. Nats over n_tokens tokens; seconds; bytes of the cache's tensors in the evictable layers (total: all
+# layers) after the last token, of which full_bytes would be a full cache's; bytes_before and bytes_after the
+# compression; entries per KV head. `raw`: what the policy says of itself, a JSON object.
+PERPLEXITY = pa.schema(
+    {
+        **_WINDOW,
+        "policy": _TEXT,
+        "budget": _TEXT,
+        "nll_sum": _FLOAT,
+        "n_tokens": _INT,
+        "budget_entries": _INT,
+        "kept_final": _FLOAT,
+        "kept_mean": _FLOAT,
+        "bytes_before": _INT,
+        "bytes_after": _INT,
+        "cache_bytes": _INT,
+        "total_bytes": _INT,
+        "full_bytes": _INT,
+        "prefill_s": _FLOAT,
+        "compress_s": _FLOAT,
+        "score_s": _FLOAT,
+        "peak_mem_mb": _FLOAT,
+        "raw": _TEXT,
+        "error": _TEXT,
+        "perplexity_hash": _TEXT,
     }
 )
 
@@ -127,6 +172,81 @@ OBSERVATION_CHECKS = pa.schema(
         "steps_missing": _INT,
         "entropy_outside": _INT,
         "concern": _TEXT,
+    }
+)
+
+# Conversations as they are played, whatever their source: what the system says before the first turn (null: nothing),
+# and a JSON list of the user's turns, {"content", "checks": those in force at this turn}. `dropped_assistant` counts
+# turns of the assistant in the source: the model gives its own answers. `meta` is a JSON object.
+CONVERSATIONS = pa.schema(
+    {
+        "chat_set": _TEXT,
+        "conversation_id": _TEXT,
+        "system": _TEXT,
+        "turns": _TEXT,
+        "n_turns": _INT,
+        "dropped_assistant": _INT,
+        "meta": _TEXT,
+    }
+)
+
+# An answer in a conversation; turns count from 1. `prompt_tokens`: read in this turn beside the answer's own;
+# `tokens_seen`: read so far, whatever was forgotten. Entries per KV head and bytes of the evictable layers before and
+# after the compression that ends the turn, total_bytes_after of all layers; full_bytes as nothing forgotten would take.
+# `repetition`: share of the answer's 4-grams of tokens that stood in it before; `answer_nll`: nats a token of the
+# answer under the full cache of the same conversation. `checks` is a JSON list of those in force at this turn.
+CHAT = pa.schema(
+    {
+        "chat_set": _TEXT,
+        "conversation_id": _TEXT,
+        "turn": _INT,
+        "policy": _TEXT,
+        "budget": _TEXT,
+        "user": _TEXT,
+        "text": _TEXT,
+        "finish_reason": _TEXT,
+        "prompt_tokens": _INT,
+        "completion_tokens": _INT,
+        "tokens_seen": _INT,
+        "budget_entries": _INT,
+        "entries_before": _FLOAT,
+        "entries_after": _FLOAT,
+        "bytes_before": _INT,
+        "bytes_after": _INT,
+        "total_bytes_after": _INT,
+        "full_bytes": _INT,
+        "read_s": _FLOAT,
+        "decode_s": _FLOAT,
+        "compress_s": _FLOAT,
+        "ttft_s": _FLOAT,
+        "peak_mem_mb": _FLOAT,
+        "checks": _TEXT,
+        "repetition": _FLOAT,
+        "answer_nll": _FLOAT,
+        "raw": _TEXT,
+        "error": _TEXT,
+        "chat_hash": _TEXT,
+    }
+)
+
+# The anatomy of the cache before and after the compression that ends a turn (`when`), a row a layer. `kind`: full, or
+# sliding (forgets by itself). entries: per KV head, mean over the heads; bytes of keys and values.
+CHAT_LAYERS = pa.schema(
+    {
+        "chat_set": _TEXT,
+        "conversation_id": _TEXT,
+        "turn": _INT,
+        "policy": _TEXT,
+        "budget": _TEXT,
+        "layer": _INT,
+        "kind": _TEXT,
+        "when": _TEXT,
+        "kv_heads": _INT,
+        "entries": _FLOAT,
+        "head_dim": _INT,
+        "dtype": _TEXT,
+        "bytes": _INT,
+        "bytes_per_token": _FLOAT,
     }
 )
 
@@ -295,5 +415,148 @@ ENTROPY_RECALL = pa.schema(
         "family": _TEXT,
         "outcome": _TEXT,
         "reason": _TEXT,
+    }
+)
+
+# A policy and budget on the windows of one corpus, by length bin and over all of them (bin null). `perplexity` is that
+# of all its windows; `ratio`, to the full cache, of the `paired` ones that both scored. `compression`: share of the
+# full cache's bytes that is gone once the context is compressed, `compression_end` after the last scored token. n counts
+# windows, clusters the books that they are from, `missing` the windows without a score. Bytes (after the last token),
+# entries and seconds are means over windows, peak_mem_mb the highest.
+_SPAN = {"context_min": _INT, "context_max": _INT}
+PERPLEXITY_STATS = pa.schema(
+    {
+        "corpus": _TEXT,
+        "policy": _TEXT,
+        "budget": _TEXT,
+        "bin": _INT,
+        **_SPAN,
+        "perplexity": _FLOAT,
+        "perplexity_low": _FLOAT,
+        "perplexity_high": _FLOAT,
+        **_RATIO,
+        "paired": _INT,
+        "compression": _FLOAT,
+        "compression_low": _FLOAT,
+        "compression_high": _FLOAT,
+        "compression_end": _FLOAT,
+        "compression_end_low": _FLOAT,
+        "compression_end_high": _FLOAT,
+        "tokens_per_s": _FLOAT,
+        "tokens_per_s_low": _FLOAT,
+        "tokens_per_s_high": _FLOAT,
+        "n": _INT,
+        "clusters": _INT,
+        "n_tokens": _INT,
+        "missing": _INT,
+        "exploratory": pa.bool_(),
+        "method": _TEXT,
+        "budget_entries": _FLOAT,
+        "kept_final": _FLOAT,
+        "kept_mean": _FLOAT,
+        "cache_bytes": _FLOAT,
+        "total_bytes": _FLOAT,
+        "full_bytes": _FLOAT,
+        "prefill_s": _FLOAT,
+        "compress_s": _FLOAT,
+        "score_s": _FLOAT,
+        "peak_mem_mb": _FLOAT,
+    }
+)
+
+# Merging against dropping the same spans: `ratio` is the perplexity of `policy` over that of `reference_policy` on the
+# same windows, so that below 1 merging is better. The compressions say whether the footprints were the same.
+PERPLEXITY_PAIRS = pa.schema(
+    {
+        "corpus": _TEXT,
+        "policy": _TEXT,
+        "reference_policy": _TEXT,
+        "budget": _TEXT,
+        "bin": _INT,
+        **_SPAN,
+        **_RATIO,
+        "n": _INT,
+        "clusters": _INT,
+        "exploratory": pa.bool_(),
+        "method": _TEXT,
+        **_TESTED,
+        "compression": _FLOAT,
+        "reference_compression": _FLOAT,
+    }
+)
+
+# An instruction at a turn at which it is in force, and whether the answer follows it: `rule` is null where there is no
+# answer; `judge` where it was not asked or gave no verdict, `judge_error` then says why. `age`: turns since it was given.
+# `standing`: meant for more than that turn. `overrides`, `overridden_by`: the check that it replaces, or that replaces
+# it. `chance`, of the full cache only: how often answers at this turn of conversations without it follow it.
+_CHAT_KEY = {"chat_set": _TEXT, "conversation_id": _TEXT, "turn": _INT, "policy": _TEXT, "budget": _TEXT}
+CHAT_VERDICTS = pa.schema(
+    {
+        **_CHAT_KEY,
+        "check_id": _TEXT,
+        "kind": _TEXT,
+        "asks": _TEXT,
+        "standing": pa.bool_(),
+        "since": _INT,
+        "age": _INT,
+        "overrides": _TEXT,
+        "overridden_by": _TEXT,
+        "rule": pa.bool_(),
+        "judge": pa.bool_(),
+        "judge_reason": _TEXT,
+        "judge_error": _TEXT,
+        "chance": _FLOAT,
+    }
+)
+
+# What the judge said of each: a verdict with its reason, or an error.
+JUDGE = pa.schema(
+    {
+        **_CHAT_KEY,
+        "check_id": _TEXT,
+        "judge": pa.bool_(),
+        "judge_reason": _TEXT,
+        "judge_error": _TEXT,
+    }
+)
+
+# A statistic of conversations under one policy and budget (null: all of them), by rule or by judge (`by`, null where
+# neither matters), at a turn or, after a conflict, so many turns later (`age`). n counts verdicts, answers or pairs,
+# clusters the conversations. Differences have the reference that is subtracted.
+RETENTION = pa.schema(
+    {
+        "chat_set": _TEXT,
+        "policy": _TEXT,
+        "budget": _TEXT,
+        "statistic": _TEXT,
+        "by": _TEXT,
+        "turn": _INT,
+        "age": _INT,
+        **_ESTIMATE,
+        "reference_policy": _TEXT,
+        "reference_budget": _TEXT,
+        **_TESTED,
+    }
+)
+
+# Table 1 of the memory study, a number a row: what a policy and budget retain and what they take, over all turns.
+MEMORY_TABLE = pa.schema({"chat_set": _TEXT, "policy": _TEXT, "budget": _TEXT, "statistic": _TEXT, **_ESTIMATE})
+
+# The cache before and after the compression that ends a turn: means over the conversations of a layer of each shape.
+CACHE_ANATOMY = pa.schema(
+    {
+        "chat_set": _TEXT,
+        "policy": _TEXT,
+        "budget": _TEXT,
+        "turn": _INT,
+        "when": _TEXT,
+        "kind": _TEXT,
+        "kv_heads": _INT,
+        "head_dim": _INT,
+        "dtype": _TEXT,
+        "layers": _INT,
+        "bytes_per_token": _FLOAT,
+        "statistic": _TEXT,
+        **_ESTIMATE,
     }
 )

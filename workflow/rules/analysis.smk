@@ -37,7 +37,8 @@ else:
     rule score:
         input:
             grid=rules.grid.output[0],
-            cells=CELLS,
+            # as a function: a named list would be hashed whole for each of its files
+            cells=lambda wildcards: CELLS,
             bins=[FILES.bin(task, bin) for task in TASKS for bin in BINS],
             manifests=[FILES.manifest(task) for task in TASKS],
         output:

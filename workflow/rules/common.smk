@@ -41,7 +41,9 @@ SHARDS = SETTINGS.adaptive.shards
 PIECES = FILES.shard("{shard}") if ADAPTIVE else FILES
 CELLS = [FILES.cell(task, *key, bin) for task in TASKS for key in specs.cells(SETTINGS) for bin in BINS]
 
-ON_GPU = SETTINGS.model.device != "cpu"
+# Answers of an endpoint need no GPU of ours, and no prefill.
+REMOTE = SETTINGS.engine.kind == "openai"
+ON_GPU = SETTINGS.model.device != "cpu" and not REMOTE
 GPU = (
     {
         "gpu": 1,
@@ -64,6 +66,12 @@ wildcard_constraints:
     look=paths_module.LOOK,
 
 
+# How an endpoint is asked: no answer depends on it. Where jobs that ask it go one by one (the resource "endpoint" has the
+# limit 1), what they measure is their own.
+REQUEST = SETTINGS.engine.request
+ALONE = getattr(workflow.global_resources.get("endpoint"), "value", None) == 1
+
+
 # Jobs import the package from the checkout, whichever environment they run in: that of conda where it is asked for,
 # else that of snakemake itself. Where prefills are stored, and which statistics they hold beyond those that a cell asks
 # for, changes no result, so it travels beside the params.
@@ -72,6 +80,7 @@ shell.prefix(
     f"export PYTHONPATH={os.path.join(REPO, 'src')}"
     f" KVT_PREFILL_STORE={FILES.prefill_store}:{SETTINGS.prefill.store}:{SETTINGS.prefill.max_gb}"
     f" KVT_STATISTICS={','.join(specs.statistics(SETTINGS))}"
+    f" KVT_REQUESTS={REQUEST.retries}:{REQUEST.concurrency}:{int(ALONE)}:{SETTINGS.engine.api_key_env or ''}"
     + ("" if IN_CONDA else f" PATH={os.path.dirname(sys.executable)}:$PATH")
     + "; "
 )

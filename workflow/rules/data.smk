@@ -9,7 +9,7 @@ rule download:
     conda:
         "../../envs/data.yaml"
     params:
-        spec=as_json(specs.download(SETTINGS)),
+        spec=as_json(specs.download(SETTINGS)) if TASKS else "{}",
     shell:
         "python -m kv_transition.data.download --spec {params.spec:q} --task {wildcards.task}"
         " --output {output} > {log} 2>&1"
@@ -27,7 +27,7 @@ rule prepare:
     conda:
         "../../envs/data.yaml"
     params:
-        spec=as_json(specs.prepare(SETTINGS)),
+        spec=as_json(specs.prepare(SETTINGS)) if TASKS else "{}",
         outdir=lambda wildcards, output: os.path.dirname(output.manifest),
     shell:
         "python -m kv_transition.data.prepare --spec {params.spec:q} --task {wildcards.task}"

@@ -25,7 +25,7 @@ rule prefill:
 rule cell:
     input:
         bin=PIECES.bin("{task}", "{bin}"),
-        index=PIECES.prefill_index("{task}", "{bin}"),
+        index=[] if REMOTE else PIECES.prefill_index("{task}", "{bin}"),
         calibration=calibration_of,
         treated=treated_of,
     output:
@@ -38,9 +38,11 @@ rule cell:
     threads: 4 if ON_GPU else 1
     resources:
         **GPU,
+        endpoint=int(REMOTE),
     params:
         spec=lambda wildcards: as_json(cell_spec(wildcards.mode, wildcards.policy, wildcards.budget)),
     shell:
-        "python -m kv_transition.run.cell --spec {params.spec:q} --threads {threads}"
+        ("python -m kv_transition.run.remote" if REMOTE else "python -m kv_transition.run.cell")
+        + " --spec {params.spec:q} --threads {threads}"
         " --bin {input.bin} --output {output} --calibration {input.calibration} --treated {input.treated}"
         " > {log} 2>&1"

@@ -16,7 +16,7 @@ rule calibrate:
     resources:
         **GPU,
     params:
-        spec=as_json(specs.calibrate(SETTINGS)),
+        spec=as_json(specs.calibrate(SETTINGS)) if TASKS else "{}",
     shell:
         "python -m kv_transition.run.calibrate --spec {params.spec:q} --task {wildcards.task} --threads {threads}"
         " --examples {input.examples} --manifest {input.manifest} --output {output} > {log} 2>&1"

@@ -8,6 +8,8 @@ EXTRA = {
     for name, path in outputs.items()
     if name not in ("bin_stats", "comparisons", "transition")
 } | RECALL_TABLES
+EXTRA |= PERPLEXITY_TABLES
+EXTRA |= MEMORY_TABLES
 if ADAPTIVE:
     EXTRA["allocation"] = FILES.table("allocation")
 # What came of the tasks' answers, in an experiment that has tasks.
@@ -81,6 +83,8 @@ rule report:
         extra=list(EXTRA.values()),
         plots=rules.plots.output if TASKS else [],
         recall=RECALL_OUTPUTS,
+        perplexity=PERPLEXITY_PLOTS,
+        memory=MEMORY_PLOTS,
     output:
         md=FILES.file("report.md"),
         html=report(FILES.file("report.html"), caption="../report/report.rst", category="Report"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from kv_transition.cache.store import Prefill
 from kv_transition.engines import attend, loading
 from kv_transition.engines.reading import BeforeAttention, Reading
 from kv_transition.errors import UserError
+
+_SCORED = 256
+"""tokens whose logits are held at once: 128 MiB for a vocabulary of 128 k"""
 
 
 class LocalEngine:
@@ -115,17 +118,61 @@ class LocalEngine:
         before_attention: called for each evictable layer with the new tokens' queries and keys, gives it as it is to be
         attended to.
         """
+        for piece in self._pieces(state, tokens, statistics, room, seen, before_attention):
+            after, _ = piece
+        return after
+
+    @torch.inference_mode()
+    def score(
+        self,
+        state: CacheState | None,
+        tokens: Sequence[int] | Sequence[Sequence[int]],
+        targets: Sequence[int] | Sequence[Sequence[int]],
+        statistics: frozenset[str] = STATISTICS,
+        room: int = 0,
+        before_attention: BeforeAttention | None = None,
+    ) -> tuple[CacheState, Tensor]:
+        """Read ``tokens`` as `extend` does, and say how little each of ``targets`` was expected.
+
+        targets: the token that follows each one, which is not read here: as many as ``tokens``. Returns the state and
+        the nats -log p of each target, fp32 [n] (of a batch [B, n]). Logits are made for a few hundred tokens at a
+        time, so that no [n, V] is ever held, however long the text.
+        """
+        wanted = torch.tensor(targets, device=self.device)
+        nats, done = [], 0
+        for piece in self._pieces(state, tokens, statistics, room, None, before_attention, _SCORED):
+            after, logits = piece
+            own = wanted[..., done : done + logits.shape[1]]
+            found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), own.flatten(), reduction="none")
+            nats.append(found.view(own.shape))
+            done += logits.shape[1]
+        return after, torch.cat(nats, -1)
+
+    def _pieces(
+        self,
+        state: CacheState | None,
+        tokens: Sequence[int] | Sequence[Sequence[int]],
+        statistics: frozenset[str],
+        room: int,
+        seen: list[Tensor] | None,
+        before_attention: BeforeAttention | None,
+        scored: int | None = None,
+    ) -> Iterator[tuple[CacheState, Tensor]]:
+        """The state after each piece of ``tokens``, with logits fp32 [B, q, V]: of its last token, or of all of its
+        tokens where ``scored`` says how many those may be."""
         state = state or CacheState(layers=(), length=0)
         if statistics & MOMENTS:  # one cannot be kept up without the other
             statistics |= MOMENTS
         self._require(statistics, state)
         ids = torch.tensor(tokens, device=self.device).reshape(-1, len(tokens) if _is_flat(tokens) else len(tokens[0]))
         total = ids.shape[1]
-        chunk = self.chunk_tokens or total
+        chunk = min(self.chunk_tokens or total, scored or total)
         for start in range(0, total, chunk):
             piece = ids[:, start : start + chunk]
-            state = self._read(state, piece, statistics, room + total - start - piece.shape[1], seen, before_attention)
-        return state
+            behind = room + total - start - piece.shape[1]
+            kept = piece.shape[1] if scored else 1
+            state, logits = self._read(state, piece, statistics, behind, seen, before_attention, kept)
+            yield state, logits
 
     def _read(
         self,
@@ -135,7 +182,8 @@ class LocalEngine:
         room: int,
         seen: list[Tensor] | None,
         before_attention: BeforeAttention | None,
-    ) -> CacheState:
+        logits_to_keep: int,
+    ) -> tuple[CacheState, Tensor]:
         reading = Reading(
             state,
             ids.shape[1],
@@ -153,16 +201,20 @@ class LocalEngine:
             position_ids=reading.position_ids,
             past_key_values=reading,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=logits_to_keep,
             reading=reading,
         )
-        logits = output.logits[:, -1].float()
-        return CacheState(
+        logits = output.logits.float()
+        last = logits[:, -1]
+        # a state that outlives the reading must not keep all of its logits alive
+        last = last.clone() if logits_to_keep > 1 else last
+        after = CacheState(
             layers=tuple(reading.read),
             length=state.length + ids.shape[1],
-            logits=logits if isinstance(state.length, Tensor) else logits[0],
+            logits=last if isinstance(state.length, Tensor) else last[0],
             shift=state.shift,
         )
+        return after, logits
 
     def _require(self, statistics: frozenset[str], state: CacheState) -> None:
         if unknown := statistics - STATISTICS:

@@ -28,8 +28,6 @@ from kv_transition.run.prefill import read_once, store_of
 from kv_transition.run.recall import Paces, calibrated, paces
 from kv_transition.tables import CELLS
 
-_SEED_BITS = 40
-
 Unit = tuple[dict[str, Any], int]
 """an example and the number of its repeat"""
 
@@ -129,7 +127,7 @@ def _answered(
 def _answer(
     engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any, paced: Paces
 ) -> list[dict[str, Any]]:
-    seeds = [int(digest([spec["decoding"]["seed"], e["example_id"], r]), 16) % 2**_SEED_BITS for e, r in units]
+    seeds = [job.answer_seed(spec["decoding"]["seed"], e["example_id"], r) for e, r in units]
     answers = [
         Answer(seed, example["max_new_tokens"], paced.get((example["example_id"], repeat)))
         for seed, (example, repeat) in zip(seeds, units, strict=True)

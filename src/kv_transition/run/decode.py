@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,8 @@ class Answer:
     """entries per KV head before each token"""
     record: dict[str, Any] = field(default_factory=dict)
     """what the policy says of its compression and of its steps"""
+    listener: Callable[[Sequence[int]], bool] | None = None
+    """told all tokens after each of them; true ends the answer"""
     token_bytes: float = 0.0
     """of a full cache"""
     cache_bytes: int = 0
@@ -194,6 +196,8 @@ def decode(
                 answer.finish_reason = "stop"
             else:
                 answer.tokens.append(token)
+                if answer.listener and answer.listener(answer.tokens):
+                    answer.finish_reason = "stop"
             if answer.finish_reason == "stop" or len(answer.tokens) == answer.max_new_tokens:
                 finished[i] = batch.state(i)
                 answer.decode_s = engine.clock() - started

@@ -1,0 +1,41 @@
+"""PG-19's books without the words that are not the book's: who produced the file, what the transcriber changed.
+
+PG-19 (Rae et al. 2019, arXiv 1911.05507) is made of Project Gutenberg's files without their licence; what volunteers
+wrote into them has stayed. docs/data.md says what is dropped and what is kept.
+"""
+
+from __future__ import annotations
+
+import re
+
+_BLANK = re.compile(r"\A(?:[ \t]*\n)+")
+_TO_ITS_END = r".*?(?=\n[ \t]*\n|\Z)"
+"""the rest of a paragraph"""
+
+# A first paragraph that says who made the file.
+_PRODUCERS = re.compile(
+    r"\s*(this )?(produced|transcribed|prepared|scanned|digitized|proofed|e-?text|e-?book)\b[^\n]*\b(by|from)\b"
+    + _TO_ITS_END,
+    re.IGNORECASE | re.DOTALL,
+)
+
+_NOTE = r"transcriber['’]?s?['’]? notes?"
+# One pair of brackets inside may have to be closed first: [Transcriber's note: [=e] stands for ...]
+_BRACKETED = re.compile(rf"\[\s*{_NOTE}\b[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]", re.IGNORECASE)
+# A line of its own, and the paragraph below it.
+_HEADED = re.compile(rf"^[ \t]*{_NOTE}[ \t]*:?[ \t]*\n\s*\S{_TO_ITS_END}", re.IGNORECASE | re.DOTALL | re.M)
+_END = re.compile(r"^[ \t*]*end of (?:the |this )?project gutenberg\b", re.IGNORECASE | re.M)
+
+
+def clean(text: str) -> str:
+    """The text of a book, with ``\\n`` at the end of its lines, from its first to its last own line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if end := _END.search(text, len(text) // 2):
+        text = text[: end.start()]
+    # A note in the last quarter is a list of corrections that goes on to the end.
+    if note := _HEADED.search(text, 3 * len(text) // 4):
+        text = text[: note.start()]
+    text = _HEADED.sub("", _BRACKETED.sub("", text))
+    while producers := _PRODUCERS.match(text):
+        text = text[producers.end() :]
+    return _BLANK.sub("", text).rstrip()

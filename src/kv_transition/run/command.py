@@ -1,0 +1,58 @@
+"""What all jobs of a bin have in common, whatever answers them: their arguments, their examples, their errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kv_transition.errors import UserError
+from kv_transition.provenance import digest, read_metadata
+
+_SEED_BITS = 40
+
+
+def arguments(doc: str | None, argv: list[str] | None, *files: str, optional: Sequence[str] = ()) -> argparse.Namespace:
+    """Parse ``--spec`` (JSON: everything the result depends on), ``--threads`` and the named files.
+
+    optional: files that may be left out, or named without a value; they are None then.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--spec", type=json.loads, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    for file in files:
+        parser.add_argument(file, required=True)
+    for file in optional:
+        parser.add_argument(file, nargs="?")
+    return parser.parse_args(argv)
+
+
+def read_bin(path: str) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; run the prepare step first")
+    return pq.read_table(path).to_pylist()
+
+
+def bin_metadata(path: str) -> dict[str, str]:
+    """What a bin's file says of its data set, for the files made from it."""
+    known = read_metadata(path)
+    return {key: known[key] for key in ("dataset", "revision", "split", "max_length") if key in known}
+
+
+def answer_seed(seed: int, example_id: str, repeat: int) -> int:
+    """The seed of one answer: the same whatever answers, and whatever else is answered."""
+    return int(digest([seed, example_id, repeat]), 16) % 2**_SEED_BITS
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a job's main; bad input becomes one sentence and status 2, a bug keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
