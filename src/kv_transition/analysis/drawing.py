@@ -10,7 +10,8 @@ import altair as alt
 import vl_convert
 
 from kv_transition.analysis.aggregate import FULL
-from kv_transition.provenance import write_text
+from kv_transition.errors import UserError
+from kv_transition.provenance import atomic_path, write_text
 
 # Okabe and Ito (2008), told apart under the common colour-vision deficiencies; shapes repeat what the colours say.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D1F")
@@ -170,3 +171,20 @@ def filtered(rows: alt.NamedData, by: Sequence[alt.Parameter]) -> alt.Chart:
 
 def svg(spec: Spec) -> str:
     return vl_convert.vegalite_to_svg(spec, vl_version=".".join(alt.VEGALITE_VERSION.split(".")[:2]))
+
+
+def save_figures(drawn: Mapping[str, Spec], outputs: Mapping[str, str]) -> None:
+    """Write figures by name to paths by ``{name}_svg`` and ``{name}_png``.
+
+    Raises UserError for an output that no figure is called.
+    """
+    for name, path in outputs.items():
+        figure, _, ext = name.rpartition("_")
+        if figure not in drawn or ext not in ("svg", "png"):
+            raise UserError(f"plots: no figure is called {name!r}; known are {', '.join(drawn)} (with _svg or _png)")
+        picture = svg(drawn[figure])
+        if ext == "svg":
+            write_text(path, picture)
+        else:
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(png(picture))

@@ -14,7 +14,18 @@ from kv_transition.analysis import plots, tradeoff
 from kv_transition.analysis.results import Results, read_results, read_table
 from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata
-from kv_transition.report import allocation, card, entropy_recall, experiment, findings, page, sections, verdict
+from kv_transition.report import (
+    allocation,
+    card,
+    entropy_recall,
+    experiment,
+    findings,
+    memory,
+    page,
+    perplexity,
+    sections,
+    verdict,
+)
 from kv_transition.report.examples import examples
 
 FIGURES = {
@@ -26,7 +37,7 @@ FIGURES = {
     "latency_vs_len": ("Time", "Median time to the whole answer: reading, compressing, decoding; at batch size 1."),
     "std_vs_len": ("Spread", "Standard deviation of the score between examples. For scores of 0 and 1 it is a function "
                    "of the mean and shows nothing of its own."),
-} | entropy_recall.FIGURES  # fmt: skip
+} | perplexity.FIGURES | memory.FIGURES | entropy_recall.FIGURES  # fmt: skip
 CLOCKS = {
     "process": "Times are CPU seconds of the one thread that a job runs on, whatever the other cores do meanwhile.",
     "wall": "Times are the wall clock's, from answers with nothing else running on the device.",
@@ -63,6 +74,8 @@ class Section:
 
 # In the order in which they stand, between the costs and the single answers.
 SECTIONS: tuple[Section, ...] = (
+    Section(perplexity.NAME, perplexity.TITLE, perplexity.build),
+    Section(memory.NAME, memory.TITLE, memory.build),
     Section(entropy_recall.NAME, entropy_recall.TITLE, entropy_recall.build),
     Section(allocation.NAME, allocation.TITLE, allocation.build),
 )
