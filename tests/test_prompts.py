@@ -110,6 +110,24 @@ class TestChatTemplate:
         head, tail = render_chat(tokenizer, "\n  w1 w2 \n", "\n w3 \n\n")
         assert (head, tail) == ("<bos>[user] w1 w2 \n", "\n w3 [bot]")
 
+    @pytest.mark.parametrize("strips", ["", " | trim"])
+    def test_the_message_is_found_in_its_template(self, tmp_path, strips):
+        template = "<s>system : be short <user>{{ messages[0].content" + strips + " }} <assistant>"
+        tokenizer = load_tokenizer(str(word_tokenizer(tmp_path, template)))
+        template = "{context}\nQuestion : {input} "
+        for chat in (True, False):
+            prompt = builder(tokenizer, template, chat=chat)("a b c", "who ?")
+            start, end = prompt.content
+            content = prompt.context_text[start:] + prompt.question_text[:end]
+            assert content.strip() == "a b c\nQuestion : who ?"
+            messages = [{"role": "user", "content": content}]
+            whole = tokenizer.apply_chat_template(messages, tokenize=False) if chat else content
+            assert whole == prompt.context_text + prompt.question_text
+
+    def test_a_message_that_its_template_rewrites_is_not_found(self, tmp_path):
+        tokenizer = load_tokenizer(str(word_tokenizer(tmp_path, "<user>{{ messages[0].content | upper }}<assistant>")))
+        assert builder(tokenizer, chat=True)("a b c", "who ?").content is None
+
     @pytest.mark.parametrize("template", ["{{ raise_exception('no users here') }}", "{{ messages[0].nothing.at.all }}"])
     def test_a_failing_template_is_one_sentence(self, tmp_path, template):
         tokenizer = load_tokenizer(str(word_tokenizer(tmp_path, template)))

@@ -280,6 +280,8 @@ def _bin_table(b: Row, examples: Sequence[Row], prompts: Sequence[Prompt], max_n
                 "prompt_sha256": prompt.sha256,
                 "context_text": prompt.context_text,
                 "question_text": prompt.question_text,
+                "content_start": prompt.content and prompt.content[0],
+                "content_end": prompt.content and prompt.content[1],
                 "context_ids": prompt.context_ids,
                 "question_ids": prompt.question_ids,
                 "max_new_tokens": max_new_tokens,

@@ -78,6 +78,8 @@ class Prompt:
     Attributes:
         context_text, question_text: the segments, chat template included; their tokens are the ids below.
         context_ids, question_ids: token ids.
+        content: where the prompt without its chat template begins in context_text and ends in question_text; None if
+            that cannot be told.
         token_len: tokens of the prompt before truncation.
         truncated: whether the middle was left out.
         question_cut: whether truncation reached into the question segment.
@@ -87,6 +89,7 @@ class Prompt:
     question_text: str
     context_ids: list[int]
     question_ids: list[int]
+    content: tuple[int, int] | None
     token_len: int
     truncated: bool
     question_cut: bool
@@ -167,12 +170,15 @@ class PromptBuilder:
     def _special_tokens(self) -> dict[int, str]:
         return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
-    def _as_fed(self, context: str, question: str) -> tuple[str, str, list[int], list[int]]:
+    def _as_fed(self, context: str, question: str) -> tuple[str, str, list[int], list[int], tuple[int, int] | None]:
+        content: tuple[int, int] | None = (0, len(question))
         if self.chat:
+            plain = context, question
             context, question = render_chat(self.tokenizer, context, question)
+            content = _content(*plain, context, question)
         # a chat template holds the special tokens itself
         context_ids = self._encode(context, special=not self.chat).input_ids
-        return context, question, context_ids, self._encode(question, special=False).input_ids
+        return context, question, context_ids, self._encode(question, special=False).input_ids, content
 
     def _encode(self, text: str, special: bool) -> BatchEncoding:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)
@@ -198,6 +204,15 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, context: str, question: str)
     if head + tail != render(context + question):
         raise UserError("model.chat_template: the chat template changes the text of a message; set it to never")
     return head, tail
+
+
+def _content(context: str, question: str, head: str, tail: str) -> tuple[int, int] | None:
+    """Where a message begins in the rendered ``head`` and ends in the ``tail``; templates may strip it."""
+    for begin in (context, context.lstrip()):
+        for end in (question, question.rstrip()):
+            if head.endswith(begin) and tail.startswith(end):
+                return len(head) - len(begin), len(end)
+    return None
 
 
 def _token_end(encoding: BatchEncoding, i: int) -> int:

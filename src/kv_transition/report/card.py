@@ -56,7 +56,7 @@ def matched_budget(results: Results, experiment: Mapping[str, Any], metadata: Ma
         "version": VERSION,
         "experiment": experiment.get("experiment"),
         "model": experiment.get("model") or {},
-        "hardware": {"device": device, "gpu": None if device == "cpu" else hardware.get("gpu_model")},
+        "hardware": {"device": device, "gpu": None if device in ("cpu", "endpoint") else hardware.get("gpu_model")},
         "clock": metadata.get("clock"),
         "confidence": results.confidence,
         "ladder": list(LADDER),

@@ -1,0 +1,303 @@
+"""What this machine can do for an experiment, a line each, and what to mend."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kv_transition.errors import UserError
+from kv_transition.plan import table, work
+from kv_transition.plan.model_size import ModelSize, cached_file, model_size
+from kv_transition.settings import Settings
+
+State = Literal["ok", "warn", "fail"]
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """fail: the experiment cannot be run; warn: it can, with less or later."""
+
+    what: str
+    state: State
+    found: str
+    fix: str = ""
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Every line of the doctor's screen, from the machine to the experiment."""
+    size = model_size(settings.model)
+    remote = settings.engine.kind == "openai"
+    yield _python()
+    if remote:
+        yield from _endpoint(settings)
+    else:
+        yield from _torch(settings, size)
+        yield _memory(settings, size)
+        yield from _extensions(settings)
+        yield _model(settings)
+    yield _tokenizer(settings)
+    yield from _data(settings)
+    yield _conda()
+    yield _slurm()
+    yield _disk(settings, size)
+
+
+def screen(settings: Settings, findings: list[Finding], console: Console) -> None:
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    shown = Table(title=f"experiment {settings.experiment}", title_justify="left", box=None, padding=(0, 1))
+    for head in ("", "", "found", "what to do"):
+        shown.add_column(head, overflow="fold")
+    for finding in findings:
+        state = f"[{colours[finding.state]}]{finding.state}[/]"
+        shown.add_row(state, finding.what, escape(finding.found), escape(finding.fix))
+    console.print(shown)
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", "ok", f"{version}, {len(os.sched_getaffinity(0))} cores")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch(settings: Settings, size: ModelSize | None) -> Iterator[Finding]:
+    if _version("torch") is None:
+        yield Finding("torch", "fail", "not installed", "make, or pip install -r requirements.lock")
+        return
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    yield Finding("torch", "ok", f"{torch.__version__}, {cuda}")
+    device = settings.model.device
+    if not torch.cuda.is_available():
+        here = "none that torch can use"
+        if device == "cuda":
+            yield Finding("GPU", "fail", here, "set model.device to cpu, or run where there is one (docs/cluster.md)")
+        elif device == "auto":
+            yield Finding("GPU", "warn", here, "cells run on the CPU here; model.device: cpu runs them side by side")
+        else:
+            yield Finding("GPU", "ok", f"{here}; model.device is cpu")
+        return
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    total = torch.cuda.mem_get_info(0)[1]
+    found = f"{', '.join(names)}; {table.size(total)}"
+    if device == "cpu":
+        yield Finding("GPU", "warn", found, "model.device is cpu, so it is not used; set it to cuda")
+    elif size is None:
+        yield Finding("GPU", "ok", found)
+    else:
+        yield _fits("GPU", found, total if settings.model.device_map is None else total * len(names), settings, size)
+
+
+def _fits(what: str, found: str, room: int, settings: Settings, size: ModelSize) -> Finding:
+    """Weights and one full cache of the longest prompt; activations and copies come on top, hence the tenth."""
+    weights = size.weight_bytes(settings.model)
+    cache = size.cache_bytes(settings.model.max_length, settings.model.dtype)
+    need = f"weights {table.size(weights)}, longest cache {table.size(cache)}"
+    if weights > room:
+        fix = "take a smaller model, model.quantization: {} or model.device_map: auto over several GPUs"
+        return Finding(what, "fail", f"{found}; {need}", fix)
+    if weights + cache > 0.9 * room:
+        return Finding(what, "warn", f"{found}; {need}", "lower model.max_length or set prefill.chunk_tokens")
+    return Finding(what, "ok", f"{found}; {need}")
+
+
+def _memory(settings: Settings, size: ModelSize | None) -> Finding:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = table.size(total)
+    if size is None or settings.model.device == "cuda":
+        return Finding("memory", "ok", found)
+    return _fits("memory", found, total, settings, size)
+
+
+# what is installed beside the rest: when an experiment needs it, and how to get it
+def _extensions(settings: Settings) -> Iterator[Finding]:
+    model = settings.model
+    flash = "envs/inference.yaml has it (snakemake --sdm conda), or model.attn_implementation: sdpa"
+    yield _extension("flash-attn", "flash_attn", model.attn_implementation == "flash_attention_2", flash)
+    triton = "pip install '.[kernels]', or model.attention_statistics: blocks"
+    yield _extension("triton", "triton", model.attention_statistics == "triton", triton)
+    extra = "pip install '.[quantization]'"
+    yield _extension("bitsandbytes", "bitsandbytes", model.quantization is not None, extra)
+    yield _extension("accelerate", "accelerate", bool(model.device_map or model.quantization), extra)
+    if any(str((o or {}).get("kind", name)).startswith("kvpress.") for name, o in settings.kv.policies.items()):
+        yield _extension("kvpress", "kvpress", True, "pip install kvpress, or leave its presses out")
+
+
+def _extension(package: str, module: str, needed: bool, fix: str) -> Finding:
+    if importlib.util.find_spec(module):
+        return Finding(package, "ok", _version(package) or "installed")
+    if needed:
+        return Finding(package, "fail", "not installed, and the experiment asks for it", fix)
+    return Finding(package, "ok", "not installed, not needed")
+
+
+def _model(settings: Settings) -> Finding:
+    name, revision = settings.model.name, settings.model.revision
+    local = Path(name).expanduser().is_dir()
+    if any(cached_file(name, revision, file) for file in WEIGHTS):
+        return Finding("model", "ok", f"{name}, {'a folder' if local else 'in the cache of the hub'}")
+    if local:
+        return Finding("model", "fail", f"{name} holds no weights", f"put one of {', '.join(WEIGHTS)} there")
+    return _hub("model", name, revision, "models")
+
+
+def _tokenizer(settings: Settings) -> Finding:
+    name, revision = settings.model.name, settings.model.revision
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if any((place / file).is_file() for place in (folder, folder / "tokenizer") for file in TOKENIZERS):
+            return Finding("tokenizer", "ok", "there")
+        return Finding("tokenizer", "fail", f"none in {name}", "put its tokenizer.json there")
+    if any(cached_file(name, revision, file) for file in TOKENIZERS):
+        return Finding("tokenizer", "ok", "in the cache of the hub")
+    return _hub("tokenizer", name, revision, "models")
+
+
+def _hub(what: str, repository: str, revision: str | None, kind: str) -> Finding:
+    """Whether the hub would give it: one small request."""
+    import httpx
+
+    if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "yes"):
+        return Finding(what, "fail", f"{repository} is not here, and HF_HUB_OFFLINE is set", "download it first")
+    base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    url = f"{base}/api/{kind}/{repository}" + (f"/revision/{revision}" if revision else "")
+    try:
+        status = httpx.get(url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True).status_code
+    except httpx.HTTPError as error:
+        fix = "download it where there is a network and give its folder, or set HF_ENDPOINT to a mirror"
+        return Finding(what, "fail", f"{repository} is not here, and the hub cannot be reached ({_kind(error)})", fix)
+    if status == 200:
+        return Finding(
+            what, "warn", f"{repository} is on the hub", "it will be downloaded by the first job that needs it"
+        )
+    if status in (401, 403):
+        return Finding(what, "fail", f"the hub refuses {repository}", "accept its terms there and set HF_TOKEN")
+    return Finding(what, "fail", f"the hub knows no {repository} (status {status})", "check its name and revision")
+
+
+def _kind(error: Exception) -> str:
+    return type(error).__name__
+
+
+def _endpoint(settings: Settings) -> Iterator[Finding]:
+    """Is it there, and does it take our key? The key itself is never shown."""
+    import httpx
+
+    engine = settings.engine
+    key = os.environ.get(engine.api_key_env) if engine.api_key_env else None
+    if engine.api_key_env:
+        missing = "a server of your own may do without; else set it (.env.example says how)"
+        found = f"{engine.api_key_env} is {'set' if key else 'not set'}"
+        yield Finding("key", "ok" if key else "warn", found, "" if key else missing)
+    addresses = dict.fromkeys([engine.base_url, *(e.base_url for e in engine.endpoints.values() if e.base_url)])
+    for url in addresses:
+        try:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            status = httpx.get(f"{url.rstrip('/')}/models", headers=headers, timeout=TIMEOUT_S).status_code
+        except httpx.HTTPError as error:
+            fix = "start the server, or check engine.base_url"
+            yield Finding("endpoint", "fail", f"{url} cannot be reached ({_kind(error)})", fix)
+            continue
+        if status in (401, 403):
+            yield Finding("endpoint", "fail", f"{url} refuses the key", f"check the variable {engine.api_key_env}")
+        elif status >= 400:
+            yield Finding("endpoint", "warn", f"{url} answers, but lists no models (status {status})")
+        else:
+            yield Finding("endpoint", "ok", url)
+
+
+def _data(settings: Settings) -> Iterator[Finding]:
+    if dataset := settings.dataset:
+        yield _dataset(dataset, settings)
+    if section := settings.perplexity:
+        yield _source("perplexity", section.path, section.revision, section.corpus == "synthetic")
+    if section := settings.chat:
+        yield _source("conversations", section.path, None, section.source == "generated")
+
+
+def _dataset(dataset, settings: Settings) -> Finding:
+    if dataset.name in ("synthetic", "ruler"):
+        return Finding("data set", "ok", f"{dataset.name}: generated")
+    from kv_transition.paths import Paths
+
+    files = Paths(settings.output.dir, settings.experiment)
+    if all(Path(files.source(task)).is_file() for task in dataset.tasks):
+        return Finding("data set", "ok", f"{dataset.name}: fetched already")
+    path = dataset.path
+    if path and Path(path).exists():
+        return Finding("data set", "ok", f"{dataset.name}: {path}")
+    from kv_transition.data.hub import hub_source
+
+    try:
+        source = hub_source(dataset.model_dump())
+    except UserError as error:
+        return Finding("data set", "fail", dataset.name, str(error))
+    if source is None:
+        return Finding("data set", "ok", dataset.name)
+    return _hub("data set", *source, "datasets")
+
+
+def _source(what: str, path: str | None, revision: str | None, generated: bool) -> Finding:
+    if generated:
+        return Finding(what, "ok", "generated")
+    if path and Path(path).exists():
+        return Finding(what, "ok", path)
+    return _hub(what, path or "", revision, "datasets")
+
+
+def _conda() -> Finding:
+    if shutil.which("conda"):
+        return Finding("conda", "ok", "here; --sdm conda makes an environment for each phase")
+    return Finding("conda", "ok", "not here: jobs run in this environment, --sdm conda cannot be used")
+
+
+def _slurm() -> Finding:
+    if not shutil.which("sbatch"):
+        return Finding("Slurm", "ok", "not here: jobs run on this machine, profiles/slurm cannot be used")
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        return Finding("Slurm", "warn", "here, but not Snakemake's plugin", "pip install '.[cluster]'")
+    done = subprocess.run(["sinfo", "--noheader", "--format", "%P %G"], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        return Finding("Slurm", "warn", "sbatch is here, but no cluster answers", "run it on a login node")
+    return Finding("Slurm", "ok", "; ".join(done.stdout.split("\n")[:4]).strip("; "))
+
+
+def _disk(settings: Settings, size: ModelSize | None) -> Finding:
+    made = work.work(settings)
+    answers = sum(item.bytes(item.left) for item in made.items)
+    free = table.disk_free(settings)
+    store = 0 if size is None or settings.prefill.store == "never" else made.store_bytes(size)
+    store = min(store, int(settings.prefill.max_gb * 1e9))
+    found = f"{table.size(free)} free; answers {table.size(answers)}, prefills up to {table.size(store)}"
+    folder = Path(settings.output.dir)
+    writable = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+    if not os.access(writable, os.W_OK):
+        return Finding("disk", "fail", f"{writable} cannot be written to", "give another output.dir")
+    if answers > free:
+        return Finding("disk", "fail", found, "make room, or give another output.dir")
+    if answers + store > 0.9 * free:
+        return Finding("disk", "warn", found, "lower prefill.max_gb; what is not stored is read again")
+    return Finding("disk", "ok", found)

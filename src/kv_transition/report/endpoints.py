@@ -1,0 +1,70 @@
+"""What the endpoints of an experiment were declared to do, none of which could be verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+Config = Mapping[str, Any]
+
+
+def is_remote(experiment: Config) -> bool:
+    return (experiment.get("engine") or {}).get("kind") == "openai"
+
+
+def setup(experiment: Config) -> list[tuple[str, str]]:
+    """What was declared, as pairs of name and value."""
+    if not is_remote(experiment):
+        return []
+    engine = experiment["engine"]
+    model = engine.get("model") or (experiment.get("model") or {}).get("name")
+    default = {"base_url": engine["base_url"], "model": model, "extra_body": engine.get("extra_body")}
+    policies = "takes policy and budget with each request" if engine.get("serves") else "the full cache"
+    rows = [("Endpoint", f"{_words(default)}, {engine['api']}; declared: {policies}")]
+    if declared := engine.get("endpoints"):
+        named = "; ".join(f"{key}: {_words(value)}" for key, value in declared.items())
+        rows.append(("Declared for policies", named))
+    return rows
+
+
+def _words(endpoint: Config) -> str:
+    parts = [endpoint.get("base_url"), endpoint.get("model") and f"model {endpoint['model']}"]
+    extra = endpoint.get("extra_body")
+    return ", ".join([*filter(None, parts), *([json.dumps(extra)] if extra else [])])
+
+
+def limits(experiment: Config, scores: pl.DataFrame) -> list[str]:
+    """What answers of an endpoint cannot say."""
+    urls = scores["base_url"].drop_nulls().unique().sort().to_list()
+    if not urls:
+        return []
+    answers = scores.filter(pl.col("base_url").is_not_null())
+    found = [f"Answers came from an endpoint ({', '.join(urls)}). "]
+    if (experiment.get("engine") or {}).get("serves"):
+        found[0] += "What it kept, its bytes and its seconds are what it says of itself; they were not verified."
+    else:
+        found[0] += (
+            "What it does with its cache is as the experiment declares and was not verified: entries and bytes kept "
+            "could not be measured there."
+        )
+    if answers["kept_mean"].is_null().all() and set(answers["policy"]) != {"full"}:
+        found.append(
+            "Whether an endpoint compresses at all is not known: equal answers may be those of one full cache."
+        )
+    if "raw" in answers.columns:
+        concerns = answers["raw"].str.json_path_match("$.http.concerns").fill_null("")
+        other = concerns.str.contains("by the tokenizer of model.name", literal=True).sum()
+        missing = concerns.str.contains("no usage|cannot be").sum()
+        if other:
+            found.append(
+                f"For {other} of {answers.height} answers the endpoint counted another number of prompt tokens than "
+                "the tokenizer of model.name: by another tokenizer or chat template, or by other joints between tokens."
+            )
+        if missing:
+            found.append(
+                f"For {missing} of {answers.height} answers the endpoint's token counts were missing or wrong."
+            )
+    return found
