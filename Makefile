@@ -24,7 +24,6 @@ test-fast: $(VENV)/ready
 
 # on a Slurm of one node that the test installs and starts, as root
 test-slurm: $(VENV)/ready
-	$(BIN)/pip install --quiet snakemake-executor-plugin-slurm==2.8.0 snakemake-executor-plugin-cluster-generic==1.0.9
 	pytest -n 0 -m slurm tests/test_slurm.py
 
 lint: $(VENV)/ready
