@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes their figures and the tables of docs/benchmarks.md.
 
-    python benchmarks/run.py [--quick] [--only grid cells statistics]
+    python benchmarks/run.py [--quick] [--only grid cells statistics serving]
     python benchmarks/run.py --render benchmarks/results/FILE.json
 
 Each part is a process of its own, one after the other. Figures go to ``benchmarks/results/{date}-{host kind}.json``,
@@ -32,6 +32,7 @@ PARTS = {
     "grid": ("grid.py", ["--quick"]),
     "cells": ("cells.py", ["--quick"]),
     "statistics": ("attention_statistics.py", ["--lengths", "512"]),
+    "serving": ("serving.py", ["--quick"]),
 }
 """each part's program, and its options for trying it out"""
 
@@ -132,7 +133,37 @@ def statistics_table(figures: dict[str, Any]) -> str:
     return table(["layer", "tokens", *(f"{kind}, s / MiB" for kind in kinds)], rows)
 
 
-TABLES = {"grid": grid_table, "cells": cells_table, "statistics": statistics_table}
+def serving_table(figures: dict[str, Any]) -> str:
+    """The grids, cell jobs beside the server; and the full cache by all three."""
+    head = ["grid", "cells", "same answers", "cell jobs, CPU s / wall s", "serve, CPU s / wall s", "ratio, CPU / wall"]
+    grids = [
+        [
+            row["grid"],
+            str(row["cells"]),
+            f"{row['same_answers']}/{row['answers']}",
+            *(f"{row[f'{side}_cpu_s']:.0f} / {row[f'{side}_wall_s']:.0f}" for side in ("cells", "serve")),
+            f"{row['cpu_ratio']:.2f} / {row['wall_ratio']:.2f}",
+        ]
+        for row in figures["grids"]
+    ]
+    full = [
+        [
+            row["engine"],
+            f"{row['same_answers']}/{row['answers']}",
+            f"{row['cpu_s']:.1f} / {row['wall_s']:.1f}",
+            "-" if row["s_per_request"] is None else f"{row['s_per_request']:.2f}",
+        ]
+        for row in figures["full"]
+    ]
+    about = figures["full_is"]
+    return (
+        f"{table(head, grids)}\n\nThe full cache, {about['model']}, {about['length']} tokens, "
+        f"{about['max_new_tokens']} new ones:\n\n"
+        + table(["engine", "same answers", "all of it, CPU s / wall s", "one request, s"], full)
+    )
+
+
+TABLES = {"grid": grid_table, "cells": cells_table, "statistics": statistics_table, "serving": serving_table}
 
 
 def conditions_line(facts: dict[str, Any]) -> str:

@@ -39,8 +39,9 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def stories(engine: LocalEngine) -> list[list[int]]:
-    generators = [torch.Generator().manual_seed(seed) for seed in range(STORIES)]
+def stories(engine: LocalEngine, count: int = STORIES) -> list[list[int]]:
+    """Samples of the model's own language, [count, TOKENS] token ids."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
     start = engine.tokenizer.bos_token_id
     said = [[start] for _ in generators]
     state = stack([engine.extend(None, [start], frozenset()) for _ in generators], frozenset())

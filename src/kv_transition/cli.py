@@ -351,7 +351,7 @@ def _snakemake(
 
 
 def _outdated(settings: Settings) -> list[str]:
-    """What no longer fits the configuration, by the hashes in the files: Snakemake forgets with its folder .snakemake."""
+    """What no longer fits the configuration, by the hashes in its files: Snakemake's own memory may be lost."""
     if not Path(settings.output.dir, settings.experiment).is_dir():
         return []
     from kv_transition.plan.work import outdated

@@ -420,9 +420,9 @@ ENTROPY_RECALL = pa.schema(
 
 # A policy and budget on the windows of one corpus, by length bin and over all of them (bin null). `perplexity` is that
 # of all its windows; `ratio`, to the full cache, of the `paired` ones that both scored. `compression`: share of the
-# full cache's bytes that is gone once the context is compressed, `compression_end` after the last scored token. n counts
-# windows, clusters the books that they are from, `missing` the windows without a score. Bytes (after the last token),
-# entries and seconds are means over windows, peak_mem_mb the highest.
+# full cache's bytes that is gone once the context is compressed, `compression_end` after the last scored token. n
+# counts windows, clusters the books that they are from, `missing` the windows without a score. Bytes (after the last
+# token), entries and seconds are means over windows, peak_mem_mb the highest.
 _SPAN = {"context_min": _INT, "context_max": _INT}
 PERPLEXITY_STATS = pa.schema(
     {
@@ -486,9 +486,9 @@ PERPLEXITY_PAIRS = pa.schema(
 )
 
 # An instruction at a turn at which it is in force, and whether the answer follows it: `rule` is null where there is no
-# answer; `judge` where it was not asked or gave no verdict, `judge_error` then says why. `age`: turns since it was given.
-# `standing`: meant for more than that turn. `overrides`, `overridden_by`: the check that it replaces, or that replaces
-# it. `chance`, of the full cache only: how often answers at this turn of conversations without it follow it.
+# answer; `judge` where it was not asked or gave no verdict, `judge_error` then says why. `age`: turns since it was
+# given. `standing`: meant for more than that turn. `overrides`, `overridden_by`: the check that it replaces, or that
+# replaces it. `chance`, of the full cache only: how often answers at this turn of conversations without it follow it.
 _CHAT_KEY = {"chat_set": _TEXT, "conversation_id": _TEXT, "turn": _INT, "policy": _TEXT, "budget": _TEXT}
 CHAT_VERDICTS = pa.schema(
     {

@@ -23,7 +23,9 @@ def token_range(low: float, high: float) -> str:
 
 
 def budget(name: str) -> str:
-    """``r0.2`` as ``20 %``, ``t128`` as ``128 tokens``."""
+    """``r0.2`` as ``20 %``, ``t128`` as ``128 tokens``; ``r1``, of any but the full cache, is a policy's own share."""
+    if name == "r1":
+        return "its own share"
     if name.startswith("r"):
         return f"{100 * float(name[1:]):g} %"
     return f"{name[1:]} tokens"

@@ -106,19 +106,20 @@ class Results:
 
 
 def read_table(path: str) -> pl.DataFrame:
-    """One table without the full cache's aliases, NaN as null."""
-    table = pl.read_parquet(path).with_columns(cs.float().fill_nan(None))
-    # aliases are made where answers are scored: tables without modes have none
-    if not {"mode", "budget"} <= set(table.columns):
-        return table
-    alias = (pl.col("policy") != FULL["policy"]) & (pl.col("budget") == FULL["budget"])
-    return table.filter(~alias.fill_null(False))
+    """One table, NaN as null."""
+    return pl.read_parquet(path).with_columns(cs.float().fill_nan(None))
 
 
 def read_results(scores: str, bin_stats: str, comparisons: str, transition: str) -> Results:
     """The tables from their files, without the aliases of the full cache. Raises UserError if nothing is left."""
     confidence = json.loads(read_metadata(bin_stats).get("statistics", "{}")).get("confidence", 0.95)
-    found = read_table(bin_stats).drop_nulls("bin")
+    answers = read_table(scores)
+    aliases = answers.filter("alias").select("policy", "budget").unique()
+    without = [
+        table.join(aliases, on=["policy", "budget"], how="anti", maintain_order="left")
+        for table in (answers, *map(read_table, (bin_stats, comparisons, transition)))
+    ]
+    found = without[1].drop_nulls("bin")
     if not found.height:
         raise UserError(f"{bin_stats}: the table is empty; run the aggregate step on at least one scored cell")
-    return Results(read_table(scores), found, read_table(comparisons), read_table(transition), confidence)
+    return Results(without[0], found, without[2], without[3], confidence)

@@ -1,0 +1,191 @@
+"""What planning costs: dry runs of experiments of about 100, 1,000 and 10,000 cells, before and after they are run.
+
+    python benchmarks/planning.py [--sizes 100 1000 10000] [--output FILE.json]
+    python benchmarks/planning.py --render FILE.json
+
+Nothing is answered. For the plan of a finished experiment its files are made empty and Snakemake is told with --touch
+that they are right. Each figure is one process: the wall's clock, its CPU time and the most memory that it held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from document import put, table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "cluster.md"
+PARTS = ("Snakefile", "workflow", "profiles", "scripts", "src", "envs", "resources/tiny-reader")
+TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "variable_tracking", "common_words")
+# tasks, modes, policies beside full, budgets, bins: the shapes of experiments that people run
+SHAPES = {
+    100: (1, 1, 4, 5, 5),
+    1_000: (2, 2, 5, 5, 10),
+    10_000: (5, 2, 10, 10, 10),
+}
+
+
+def experiment(size: int, results: str = "results") -> dict[str, Any]:
+    tasks, modes, policies, budgets, bins = SHAPES[size]
+    return {
+        "experiment": "plan",
+        "dataset": {"name": "ruler", "tasks": list(TASKS[:tasks]), "lengths": [256, 1024], "n_per_length": 20},
+        "binning": {"n_bins": bins},
+        "model": {"name": "resources/tiny-reader", "device": "auto"},
+        "kv": {
+            "modes": ["before_question", "after_prompt"][:modes],
+            "policies": {"full": {}} | {f"snap{i}": {"kind": "snapkv", "window": i + 1} for i in range(policies)},
+            "budgets": [round(0.9 - 0.08 * i, 2) for i in range(budgets)],
+        },
+        "output": {"dir": results},
+    }
+
+
+def checkout(folder: Path) -> None:
+    """A copy of the project, so that Snakemake's memory of empty files is not left in this one."""
+    for part in PARTS:
+        source, target = ROOT / part, folder / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy2(source, target)
+
+
+_MEASURED = """
+import json, resource, subprocess, sys, time
+begin = time.perf_counter()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+wall = time.perf_counter() - begin
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+figures = {"wall_s": wall, "cpu_s": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss / 1024}
+print(json.dumps({"returncode": done.returncode, "output": done.stdout + done.stderr, "figures": figures}))
+"""
+
+
+def snakemake(folder: Path, *arguments: str) -> tuple[dict[str, float], str]:
+    """Run it and measure it: a parent of its own a call, for the peak is the largest of all children."""
+    command = [sys.executable, "-m", "snakemake", "--configfile", "plan.yaml", "--cores", "2", *arguments]
+    measured = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *command],
+        cwd=folder,
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(folder / "src"), "HOME": "/tmp"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(measured.stdout)
+    if found["returncode"]:
+        raise RuntimeError(found["output"][-3000:])
+    return {name: round(value, 2) for name, value in found["figures"].items()}, found["output"]
+
+
+def jobs(output: str) -> int:
+    return int(re.findall(r"^total +(\d+)", output, flags=re.MULTILINE)[0])
+
+
+def make_files(folder: Path, summary: str) -> None:
+    """Every file that the plan names, empty; and the folders that are outputs themselves."""
+    for line in summary.splitlines():
+        name = line.split("\t")[0]
+        if not name.startswith("results/"):
+            continue
+        path = folder / name
+        if path.suffix or "." in path.name:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+
+
+def measure(size: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkout(folder)
+        (folder / "plan.yaml").write_text(yaml.safe_dump(experiment(size)))
+        fresh, output = snakemake(folder, "--dry-run", "--quiet", "rules")
+        planned = jobs(output)
+        cells = int(re.findall(r"^cell +(\d+)", output, flags=re.MULTILINE)[0])
+        _, summary = snakemake(folder, "--summary")
+        make_files(folder, summary)
+        snakemake(folder, "--touch", "--quiet", "all")
+        finished, output = snakemake(folder, "--dry-run", "--quiet", "rules")
+        if "Nothing to be done" not in output:
+            raise RuntimeError("a finished experiment has something to do:\n" + output[-3000:])
+        one_job, _ = snakemake(folder, "--dry-run", "--quiet", "all", "--force", one_cell(folder))
+        files = [path for path in (folder / "results").rglob("*") if path.is_file()]
+        memory = sum(1 for path in (folder / ".snakemake" / "metadata").rglob("*") if path.is_file())
+    return {
+        "size": size,
+        "cells": cells,
+        "jobs": planned,
+        "fresh": fresh,
+        "finished": finished,
+        "one_job": one_job,
+        "files": sum(path.suffix != ".log" for path in files),
+        "logs": planned,
+        "records": memory,
+    }
+
+
+def one_cell(folder: Path) -> str:
+    return str(next((folder / "results").rglob("cells/**/*.parquet")).relative_to(folder))
+
+
+def render(figures: dict[str, Any]) -> None:
+    rows = [
+        [
+            f"{r['cells']:,}",
+            f"{r['jobs']:,}",
+            f"{r['fresh']['cpu_s']:.1f} s",
+            f"{r['fresh']['peak_mb']:,.0f} MB",
+            f"{r['finished']['cpu_s']:.1f} s",
+            f"{r['one_job']['cpu_s']:.1f} s",
+            f"{r['files']:,}",
+            f"{r['logs']:,}",
+            f"{r['records']:,}",
+        ]
+        for r in figures["plans"]
+    ]
+    heads = [
+        "cells",
+        "jobs",
+        "plan, nothing there",
+        "memory",
+        "plan, all there",
+        "start of one job",
+        "files",
+        "logs",
+        "records",
+    ]
+    put(PAGE, "planning", table(heads, rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--render", type=Path, help="write the table of this file and run nothing")
+    arguments = parser.parse_args()
+    if arguments.render:
+        render(json.loads(arguments.render.read_text(encoding="utf-8")))
+        return
+    plans = []
+    for size in arguments.sizes:
+        plans.append(measure(size))
+        print(json.dumps(plans[-1]), flush=True)
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"plans": plans}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

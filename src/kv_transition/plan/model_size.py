@@ -1,0 +1,101 @@
+"""How large a model is, read off its config.json: nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kv_transition.settings import Model
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+RECENT = 64
+"""queries that a prefill keeps: WINDOW of cache.state, without its torch"""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of a decoder with gated feed-forward layers, which is what all current families are."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    experts: int = 1
+
+    @property
+    def parameters(self) -> int:
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        feed_forward = 3 * self.hidden * self.intermediate * self.experts
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.layers * (attention + feed_forward) + embeddings
+
+    def weight_bytes(self, model: Model) -> int:
+        if model.quantization is None:
+            return self.parameters * BYTES[model.dtype]
+        # 4 bit, and half a bit of quantization constants
+        return int(self.parameters * 4.5 / 8)
+
+    def cache_bytes(self, tokens: int, dtype: str) -> int:
+        """Keys and values of ``tokens`` tokens, all of them in every layer: exact without sliding windows."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * BYTES[dtype]
+
+    def stored_bytes(self, tokens: int, dtype: str, statistics: Collection[str]) -> int:
+        """A stored prefill: keys and values, their positions (int64), and the statistics of `cache.state.LayerCache`,
+        most of them once at the end of the context and once at that of the prompt."""
+        each = {
+            "attn_sum": 2 * self.kv_heads * tokens * 4,
+            "query_entropy": self.kv_heads * tokens * 4,
+            "recent_queries": 2 * self.heads * min(RECENT, tokens) * self.head_dim * BYTES[dtype],
+            "query_mean": 2 * self.heads * self.head_dim * 4,
+            "query_cov": 2 * self.heads * self.head_dim**2 * 4,
+        }
+        layer = self.kv_heads * tokens * 8 + sum(each[name] for name in statistics)
+        return self.cache_bytes(tokens, dtype) + self.layers * layer
+
+
+def model_size(model: Model) -> ModelSize | None:
+    """None where the config is neither in the model's folder nor in the hub's cache."""
+    file = _config_file(model)
+    return None if file is None else read_size(json.loads(file.read_text(encoding="utf-8")))
+
+
+def read_size(config: dict[str, Any]) -> ModelSize | None:
+    """Of a config's content; None if it lacks the usual keys."""
+    config = config.get("text_config") or config  # of models that see as well
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        return ModelSize(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=config.get("moe_intermediate_size") or config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocabulary=config["vocab_size"],
+            tied=config.get("tie_word_embeddings", False),
+            experts=config.get("num_local_experts") or config.get("num_experts") or 1,
+        )
+    except KeyError:
+        return None
+
+
+def _config_file(model: Model) -> Path | None:
+    return cached_file(model.name, model.revision, "config.json")
+
+
+def cached_file(name: str, revision: str | None, file: str) -> Path | None:
+    """A model's file, from its folder or from the hub's cache; None where it is in neither. Asks nobody."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None

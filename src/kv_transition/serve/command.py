@@ -1,0 +1,101 @@
+"""`python -m kv_transition serve`: load a model, listen, answer until stopped."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from kv_transition.cache.state import STATISTICS
+from kv_transition.engines.local import LocalEngine
+from kv_transition.errors import UserError
+from kv_transition.policies import catalog
+from kv_transition.serve.app import create_app
+from kv_transition.serve.model import Served
+from kv_transition.serve.prefills import Prefills
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    name: str | None,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    chunk_tokens: int | None,
+    max_length: int | None,
+    prefill_gb: float,
+    statistics: str,
+    policy_files: Sequence[str],
+    api_key_env: str | None,
+    max_body_mb: float,
+    queue: int,
+) -> None:
+    """Serve a model until the process is stopped; `cli.serve` explains the options.
+
+    Raises UserError for what can be seen before the model is loaded, and where loading fails.
+    """
+    api_key = _api_key(api_key_env)
+    held = _statistics(statistics)
+    for file in policy_files:
+        catalog.describe(file)  # raises where there is none
+    listening = _listen(host, port)
+    if api_key is None and host not in _LOOPBACK:
+        print(f"anyone who reaches {host} can use this server; --api-key-env asks for a key", file=sys.stderr)
+    if threads:
+        torch.set_num_threads(threads)
+    engine = LocalEngine.from_pretrained(
+        model, revision=revision, dtype=dtype, device=device, chunk_tokens=chunk_tokens
+    )
+    longest = max_length or engine.model.config.get_text_config().max_position_embeddings
+    served = Served(name or model, engine, Prefills(engine, round(prefill_gb * 1e9), held), longest)
+    app = create_app(served, queue=queue, max_body=round(max_body_mb * 1e6), api_key=api_key, files=policy_files)
+    address = f"http://{host}:{listening.getsockname()[1]}/v1"
+    print(f"{served.name} at {address}, stop with Ctrl+C", file=sys.stderr, flush=True)
+    _run(app, listening, queue)
+
+
+def _run(app: FastAPI, listening: socket.socket, queue: int) -> None:
+    # far more connections than may wait are only there to take memory
+    config = uvicorn.Config(app, log_level="warning", limit_concurrency=4 * queue + 64, timeout_graceful_shutdown=5)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key:
+        raise UserError(f"--api-key-env: the environment variable {variable} is not set; put the key in it")
+    return key
+
+
+def _statistics(names: str) -> frozenset[str]:
+    """Those that every prefill is read with."""
+    if names in ("all", "none"):
+        return STATISTICS if names == "all" else frozenset()
+    given = frozenset(names.split(","))
+    if unknown := sorted(given - STATISTICS):
+        known = ", ".join(sorted(STATISTICS))
+        raise UserError(f"--statistics: there is no {unknown[0]!r}; give all, none, or some of {known}")
+    return given
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, taken before the model is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host, --port: {host}:{port} cannot be listened at ({reason}); choose others") from None

@@ -1,0 +1,109 @@
+"""Answering one request with the very code that a cell runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+
+import torch
+
+from kv_transition.engines.local import LocalEngine
+from kv_transition.run.decode import Answer, begin, finish
+from kv_transition.serve.asked import Asked
+from kv_transition.serve.prefills import Prefills
+from kv_transition.serve.prompts import Prompt
+from kv_transition.serve.refusals import RefusalError
+from kv_transition.serve.schema import KV
+
+Listener = Callable[[Sequence[int]], bool]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, and the prompts that it remembers."""
+
+    name: str
+    engine: LocalEngine
+    prefills: Prefills
+    max_length: int
+    """tokens of a prompt and its answer"""
+
+    def answer(self, asked: Asked, prompt: Prompt, default_tokens: int, listener: Listener) -> tuple[Answer, KV, int]:
+        """The answer, what became of the cache, and how many of the prompt's tokens had been read already.
+
+        listener: told all tokens after each of them; ends the answer where it is true. Raises RefusalError where prompt
+        and answer are too long for the model or the memory, UserError where the policy cannot be used.
+        """
+        left = self.max_length - len(prompt)
+        wanted = min(default_tokens, left) if asked.wanted_tokens is None else asked.wanted_tokens
+        if wanted > left or left < 1:
+            raise RefusalError(
+                HTTPStatus.BAD_REQUEST,
+                f"a prompt of {len(prompt)} tokens and an answer of {max(wanted, 1)} are longer than {self.max_length}",
+                param="max_tokens" if left > 0 else "prompt",
+                code="context_length_exceeded",
+            )
+        answer = Answer(asked.seed, wanted, asked.pace, listener=listener)
+        try:
+            there = self._fill_in(answer, asked, prompt)
+        except (torch.OutOfMemoryError, MemoryError):
+            there = None  # what the exception holds is free only after this
+        if there is None:
+            raise self._no_memory(prompt)
+        return answer, self._kv(asked, answer, there), there
+
+    def _fill_in(self, answer: Answer, asked: Asked, prompt: Prompt) -> int:
+        engine, setting = self.engine, asked.setting
+        there = 0
+        if asked.is_press:
+            presses = importlib.import_module("kv_transition.run.press")
+            state = presses.begin(engine, prompt.context, prompt.question, setting, answer)
+        else:
+            statistics = setting.policy.statistics
+            if setting.mode == "before_question":
+                prefill, there = self.prefills.after_context(prompt.context, statistics, len(prompt.question))
+            else:
+                prefill, there = self.prefills.after_prompt(prompt.context, prompt.question, statistics)
+            state = begin(engine, prefill, prompt.question, setting, answer)
+        finish(engine, [state], setting, [answer])
+        return there
+
+    def _no_memory(self, prompt: Prompt) -> RefusalError:
+        """Without the prompts that are held it may fit the next time; if there are none, it never will."""
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.prefills.clear():
+            return RefusalError(
+                HTTPStatus.SERVICE_UNAVAILABLE, "no memory left; some is free now", code="out_of_memory", retry_after=1
+            )
+        return RefusalError(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"a prompt of {len(prompt)} tokens does not fit the memory of this machine",
+            code="out_of_memory",
+        )
+
+    def _kv(self, asked: Asked, got: Answer, there: int) -> KV:
+        return KV(
+            policy=asked.kind,
+            hyper_parameters=asked.hyper_parameters,
+            budget=str(asked.setting.budget),
+            mode=asked.setting.mode,
+            seed=asked.seed,
+            budget_entries=got.budget_entries,
+            protected=asked.setting.policy.protected(got.budget_entries),
+            kept_final=got.kept[-1],
+            kept_mean=sum(got.kept) / len(got.kept),
+            cache_bytes=got.cache_bytes,
+            total_bytes=got.total_bytes,
+            full_bytes=got.full_bytes,
+            reused=there > 0,
+            prefill_s=got.prefill_s,
+            compress_s=got.compress_s,
+            ttft_s=got.prefill_s + got.compress_s + got.first_token_s,
+            decode_s=got.decode_s,
+            peak_mem_mb=self.engine.peak_memory_mb(),
+            token_ids=got.tokens,
+            record=got.record,
+        )

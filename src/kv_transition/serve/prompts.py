@@ -1,0 +1,104 @@
+"""The token ids of a request's prompt, in two segments as the rest of the project has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from kv_transition.engines.local import LocalEngine
+from kv_transition.serve.refusals import RefusalError
+from kv_transition.serve.schema import ChatRequest, CompletionRequest, InMessage
+
+# Stands where the context ends while a chat template is rendered; private-use characters, which no text should hold.
+_BOUNDARY = "\ue000\ue0fe\ue000"
+
+# As the project's own prompts: some chat templates write today's date into the prompt unless they are given one.
+_DATE = "01 Jan 2024"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Context and question, each tokenized by itself; without a place named, the question is the last token."""
+
+    context: list[int]
+    question: list[int]
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.question)
+
+
+def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest) -> Prompt:
+    """The prompt as the model reads it. Raises RefusalError where there is none, or no end of its context."""
+    if isinstance(request, ChatRequest):
+        return _of_chat(engine.tokenizer, request)
+    prompt = request.prompt
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        (prompt,) = prompt
+    if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
+        raise _bad("prompt", f"{len(prompt)} prompts in one request; send one")
+    at = request.kv_context
+    if at is not None and not 0 < at < len(prompt):
+        raise _bad("kv_context", f"{at} does not lie inside of a prompt of length {len(prompt)}")
+    if isinstance(prompt, str):
+        if at is None:
+            return _whole(_tokens(engine.tokenizer, prompt, special=True))
+        return _segments(engine.tokenizer, prompt[:at], prompt[at:], special=True)
+    vocabulary = engine.model.get_input_embeddings().num_embeddings
+    if strange := [token for token in prompt if not 0 <= token < vocabulary]:
+        raise _bad("prompt", f"{strange[0]} is no token of this model, whose ids are 0 to {vocabulary - 1}")
+    return _whole(prompt) if at is None else Prompt(prompt[:at], prompt[at:])
+
+
+def _of_chat(tokenizer: Any, request: ChatRequest) -> Prompt:
+    """The messages in the tokenizer's chat template, followed by the start of an answer."""
+    if not tokenizer.chat_template:
+        raise _bad("messages", "the model's tokenizer has no chat template; use /v1/completions")
+    texts = [message.text for message in request.messages]
+    whole = _render(tokenizer, request, texts)
+    at = request.kv_context
+    if at is None:
+        return _whole(_tokens(tokenizer, whole, special=False))
+    number, place = (at.message, at.characters) if isinstance(at, InMessage) else (at - 1, None)
+    if not 0 <= number < len(texts):
+        raise _bad("kv_context", f"there are {len(texts)} messages")
+    text = texts[number]
+    place = len(text) if place is None else place
+    if place > len(text):
+        raise _bad("kv_context", f"message {number} has {len(text)} characters")
+    texts[number] = text[:place] + _BOUNDARY + text[place:]
+    context, _, question = _render(tokenizer, request, texts).partition(_BOUNDARY)
+    if context + question != whole:
+        raise _bad("kv_context", "the chat template changes the messages' text, so the context's end is not known")
+    return _segments(tokenizer, context, question, special=False)
+
+
+def _render(tokenizer: Any, request: ChatRequest, texts: Sequence[str]) -> str:
+    pairs = zip(request.messages, texts, strict=True)
+    messages = [{"role": message.role, "content": text} for message, text in pairs]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=_DATE)
+    except Exception as error:  # a template raises what it likes
+        raise _bad("messages", f"the chat template refuses them: {error}") from None
+
+
+def _segments(tokenizer: Any, context: str, question: str, *, special: bool) -> Prompt:
+    prompt = Prompt(_tokens(tokenizer, context, special=special), _tokens(tokenizer, question, special=False))
+    if not prompt.context or not prompt.question:
+        raise _bad("kv_context", "context and question must have at least one token each")
+    return prompt
+
+
+def _whole(ids: list[int]) -> Prompt:
+    if not ids:
+        raise _bad("prompt", "it is empty; give at least one token")
+    return Prompt(ids[:-1], ids[-1:])
+
+
+def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+
+
+def _bad(param: str, message: str) -> RefusalError:
+    return RefusalError(HTTPStatus.BAD_REQUEST, f"{param}: {message}", param=param)

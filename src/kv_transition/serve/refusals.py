@@ -1,0 +1,97 @@
+"""What a request is told when it gets no answer, in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from kv_transition.errors import UserError
+
+_log = logging.getLogger("uvicorn.error")
+
+_MEMBERS = ("constrained-", "list[", "str", "float", "int", "InMessage", "Tokens")
+"""beginnings of the names that pydantic gives the members of a union"""
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: Error
+
+
+class RefusalError(Exception):
+    """A request that is not answered. param: the field that is wrong. code: what a program can tell it by."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
+        if status == HTTPStatus.UNAUTHORIZED:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        return ErrorBody(error=Error(message=str(self), type=kind, param=self.param, code=self.code)).model_dump()
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def refusal_of(error: Exception) -> RefusalError:
+    """What an exception means to the client; a bug's traceback goes to the log and not over the wire."""
+    if isinstance(error, RefusalError):
+        return error
+    if isinstance(error, UserError):
+        return RefusalError(HTTPStatus.BAD_REQUEST, str(error))
+    _log.error("a request failed", exc_info=error)
+    return RefusalError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; its log says why")
+
+
+def install(app: FastAPI) -> None:
+    """Let every failure of an app have this form."""
+
+    @app.exception_handler(RefusalError)
+    @app.exception_handler(UserError)
+    @app.exception_handler(Exception)
+    def _(request: Request, error: Exception) -> JSONResponse:
+        return refusal_of(error).response
+
+    @app.exception_handler(RequestValidationError)
+    def _(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _first(error).response
+
+    @app.exception_handler(HTTPException)
+    def _(request: Request, error: HTTPException) -> JSONResponse:
+        refusal = RefusalError(error.status_code, str(error.detail))
+        return JSONResponse(refusal.body, error.status_code, error.headers)
+
+
+def _first(error: RequestValidationError) -> RefusalError:
+    """The first thing that is wrong with a body, and where."""
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return RefusalError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {errors[0]['ctx']['error']}")
+    # a union says of each of its members why it is not that one; what comes closest goes deepest
+    places = [[str(part) for part in each["loc"][1:] if not str(part).startswith(_MEMBERS)] for each in errors]
+    first, place = max(zip(errors, places, strict=True), key=lambda pair: len(pair[1]))
+    where = ".".join(place)
+    if where:
+        return RefusalError(HTTPStatus.BAD_REQUEST, f"{where}: {first['msg']}", param=where)
+    why = str(first["ctx"]["error"]) if first["type"] == "value_error" else "send a JSON object as application/json"
+    return RefusalError(HTTPStatus.BAD_REQUEST, f"the body: {why}")

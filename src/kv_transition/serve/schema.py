@@ -1,0 +1,218 @@
+"""Requests and answers of the API as typed models; what they say is what /openapi.json says."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Seed = Annotated[int, Field(ge=0, lt=2**48)]
+Count = Annotated[int, Field(ge=1)]
+Stop = Annotated[str, Field(min_length=1)]
+Place = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Tokens(_Strict):
+    tokens: Count
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+
+
+class InMessage(_Strict):
+    message: Place
+    """number of the message, from 0"""
+    characters: Place
+    """of its text"""
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class Request(BaseModel):
+    """What both kinds of request have. Fields that are not listed are ignored, unless they would change the answer."""
+
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": True})
+
+    model: str
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: Seed | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    kv_policy: str | dict[str, Any] = "full"
+    """a kind of policy, or ``{"kind": ..., hyper-parameters}``"""
+    kv_budget: Annotated[float, Field(gt=0, le=1)] | Tokens | None = None
+    """share of the entries that is kept, or ``{"tokens": n}``"""
+    kv_mode: Literal["before_question", "after_prompt"] = "after_prompt"
+    """what is compressed: the context, before the question is read; or the whole prompt"""
+    kv_first_token: Literal["compressed", "full"] = "compressed"
+    """after_prompt: which cache the first token comes from"""
+    kv_seed: Seed | None = None
+    """in place of ``seed``, for clients that set that one themselves"""
+    kv_pace: Annotated[list[Place], Field(min_length=2, max_length=2)] | None = None
+    """entropy_recall's controls: moments and steps of the answer that this one is a control of"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        """JSON may hold half of a character that takes two escapes; no tokenizer and no answer can."""
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text in it holds half of a character (a lone surrogate)") from None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return body
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(Request):
+    prompt: str | list[int] | list[str] | list[list[int]]
+    kv_context: Place | None = None
+    """length of the context: characters of a text, tokens of a prompt in token ids"""
+
+
+class ChatRequest(Request):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    kv_context: Place | InMessage | None = None
+    """messages that are the context: it ends with the text of the last of them; or a place inside of a message"""
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class PromptTokens(BaseModel):
+    cached_tokens: int
+    """those that had been read for another request"""
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens
+
+
+class KV(BaseModel):
+    """What became of the cache. Entries per KV head (mean over evictable layers), bytes, seconds."""
+
+    policy: str
+    hyper_parameters: dict[str, Any]
+    budget: str
+    mode: str
+    seed: int
+    budget_entries: int
+    protected: int
+    kept_final: float
+    kept_mean: float
+    cache_bytes: int
+    total_bytes: int
+    full_bytes: int
+    reused: bool
+    """whether what was compressed had been read already; ``prefill_s`` is what reading it took then"""
+    prefill_s: float
+    compress_s: float
+    ttft_s: float
+    decode_s: float
+    peak_mem_mb: float | None
+    token_ids: list[int]
+    record: dict[str, Any]
+    """what the policy says of itself"""
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class CompletionChoice(BaseModel):
+    index: int = 0
+    text: str
+    logprobs: None = None
+    finish_reason: FinishReason | None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    kv: KV | None = None
+
+
+class Said(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int = 0
+    message: Said
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class Chat(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    kv: KV
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "kv_transition"
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+    model: str
+    running: bool
+    waiting: int
+    prefills: int
+    prefill_bytes: int

@@ -1,0 +1,50 @@
+"""The text of an answer while its tokens come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_UNFINISHED = "\ufffd"
+"""what a tokenizer makes of the first bytes of a character"""
+
+
+class Transcript:
+    """Turns tokens into text, says what can be said of it so far, and sees where a stop sequence ends it.
+
+    What may still become part of a character or of a stop sequence is held back. The text up to the end is the
+    tokenizer's text of all tokens, cut before the first stop sequence.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
+        self._tokenizer, self._stops = tokenizer, stops
+        self._said = ""
+        self.stopped = False
+        self.text = ""
+
+    def hear(self, tokens: Sequence[int]) -> str:
+        """What can be said now, after all these ``tokens``."""
+        self.text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        found = [at for stop in self._stops if (at := self.text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self.text = self.text[: min(found)]
+        sayable = self.text if self.stopped else self._without_open_end()
+        return self._say(sayable)
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        return self._say(self.text)
+
+    def _without_open_end(self) -> str:
+        text = self.text
+        if text.endswith(_UNFINISHED):
+            return self._said
+        longest = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        return text[: len(text) - longest]
+
+    def _say(self, text: str) -> str:
+        if not text.startswith(self._said):  # a tokenizer that changes its mind about blanks
+            return ""
+        new, self._said = text[len(self._said) :], text
+        return new

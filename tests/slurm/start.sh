@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Starts a Slurm of one node on this machine, as root, and waits until it takes jobs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+spool=/var/spool/kvt-slurm
+
+mkdir -p /run/munge /etc/slurm "$spool"/state "$spool"/spool
+chown munge: /run/munge
+chmod 755 /run/munge
+# jobs are submitted without SLURM_CONF, so the files lie where Slurm looks by itself
+install -m 644 slurm.conf gres.conf /etc/slurm/
+
+munge --no-input >/dev/null 2>&1 || runuser -u munge -- munged
+scontrol ping 2>/dev/null | grep -q 'is UP' || slurmctld -c
+pid=$(cat "$spool/slurmd.pid" 2>/dev/null || true)
+[ -n "$pid" ] && kill -0 "$pid" 2>/dev/null || slurmd -N localhost
+
+for _ in $(seq 100); do
+    [ "$(sinfo --noheader --format %T 2>/dev/null)" = idle ] && exit 0
+    sleep 0.2
+done
+sinfo >&2
+tail -n 5 "$spool"/slurmctld.log "$spool"/slurmd.log >&2
+exit 1
