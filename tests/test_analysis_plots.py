@@ -144,6 +144,17 @@ def test_what_is_kept_in_other_memory_is_not_saved(tmp_path):
     assert any("h2o evicts stays in host memory" in words for words in experiment.limits({}, results))
 
 
+def test_a_policy_with_a_footprint_of_its_own_is_no_alias(tmp_path):
+    rows = demo().to_pylist()
+    own = [row | {"policy": "quantized", "budget": "r1"} for row in rows if row["policy"] == "h2o"]
+    own = [row for row in own if row["kept_final"] < 0.3 * row["prompt_tokens"]]
+    alias = [row | {"policy": "h2o", "alias": True} for row in rows if row["policy"] == "full"]
+    results = read_results(*analysed(tmp_path, pa.Table.from_pylist(rows + own + alias, schema=demo().schema)))
+    assert ("quantized", "r1") in results.pairs
+    assert ("h2o", "r1") not in results.pairs
+    assert ("quantized", "r1") in {(point["policy"], point["budget"]) for point in tradeoff.front(results)}
+
+
 def test_without_bytes_there_is_a_word_instead_of_a_front(tmp_path):
     rows = [r | {"cache_bytes": None, "full_bytes": None} for r in demo(n=2).to_pylist()]
     paths = analysed(tmp_path, pa.Table.from_pylist(rows, schema=demo(n=1).schema))

@@ -11,7 +11,7 @@ from kv_transition.analysis import labels
 from kv_transition.analysis.aggregate import FULL
 from kv_transition.analysis.results import Results
 from kv_transition.analysis.tradeoff import footprints, p_value, signed
-from kv_transition.report.numbers import MISSING, kept_of, listed, number, tokens_of
+from kv_transition.report.numbers import MISSING, kept_of, listed, number, sentence, tokens_of
 
 KEPT = 0.95  # a bin is without loss while the mean is at least this share of the full cache's
 
@@ -154,7 +154,7 @@ def answer(results: Results, task: str, mode: str, tested: pl.DataFrame | None =
         winners = [p for p, b in everywhere if b == smallest]
         shown = [p for p in winners if _shown(tested, task, mode, p, smallest)]
         verb = ("are" if smallest.startswith("t") else "is") if shown else "may be"
-        lead = f"{kept_of(smallest)} {verb} enough, with {listed(shown or winners)}."
+        lead = sentence(f"{kept_of(smallest)} {verb} enough, with {listed(shown or winners)}.")
         winners = shown or winners
         reach = labels.tokens(results.bins(task)[-1]["token_max"])
         text = f"No loss was seen at any length, to {reach} tokens: {winners[0]} keeps {kept(winners[0], smallest)}."
@@ -171,7 +171,7 @@ def answer(results: Results, task: str, mode: str, tested: pl.DataFrame | None =
         if held[longest].last is not None:
             policy, budget = longest
             reach = labels.tokens(held[longest].last["token_max"])
-            lead = f"{kept_of(budget)} is enough to {reach} tokens, with {policy}."
+            lead = sentence(f"{kept_of(budget)} is enough to {reach} tokens, with {policy}.")
             text = f"Beyond that a loss shows; over all lengths it keeps {kept(policy, budget)}."
             return lead, text
         lead = "Nothing tried is without loss, at any length."
