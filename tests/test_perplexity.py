@@ -424,7 +424,7 @@ class TestSettings:
         own = changed(perplexity={"corpus": "text", "path": str(tmp_path)})
         before = specs.windows(own)
         (tmp_path / "a.txt").write_text("two")
-        specs._content.cache_clear()
+        specs.jobs._content.cache_clear()
         assert specs.windows(own) != before
 
     @pytest.mark.parametrize(

@@ -152,11 +152,15 @@ def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
     from kv_transition import specs
 
     settings = _checked(config, set_)
-    n = len(specs.cells(settings)) * settings.binning.n_bins * len(settings.tasks)
-    if settings.adaptive.enabled:
-        typer.echo(f"{config} is fine: at most {n * len(settings.adaptive.shards)} cells")
-    else:
-        typer.echo(f"{config} is fine: {n} cells")
+    adaptive, perplexity = settings.adaptive, settings.perplexity
+    shards = len(adaptive.shards) if adaptive.enabled else 1
+    jobs = {
+        "cells": len(specs.cells(settings)) * settings.binning.n_bins * len(settings.tasks) * shards,
+        "perplexity jobs": len(specs.perplexity_cells(settings)) * len(perplexity.context_tokens if perplexity else []),
+        "chat jobs": len(specs.chat_cells(settings)),
+    }
+    found = ", ".join(f"{n} {name}" for name, n in jobs.items() if n)
+    typer.echo(f"{config} is fine: {'at most ' if adaptive.enabled else ''}{found}")
 
 
 @app.command()

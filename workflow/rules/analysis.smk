@@ -4,7 +4,7 @@
 # The hash that each cell's rows must carry. The .snakemake folder, which knows what is stale, can get lost; a grid
 # that changed has another name here, so that scoring runs again all the same and compares.
 GRID = {
-    files.cell(task, *key, bin): specs.digest(cell_spec(*key))
+    files.cell(task, *key, bin): digest(cell_spec(*key))
     for files in ([FILES.shard(number) for number in range(len(SHARDS))] if ADAPTIVE else [FILES])
     for task in TASKS
     for key in specs.cells(SETTINGS)
@@ -14,7 +14,7 @@ GRID = {
 
 rule grid:
     output:
-        FILES.file(f"grid/{specs.digest(GRID)}.json"),
+        FILES.file(f"grid/{digest(GRID)}.json"),
     log:
         FILES.log("grid"),
     conda:

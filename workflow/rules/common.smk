@@ -13,7 +13,7 @@ from kv_transition import paths as paths_module
 from kv_transition import specs
 from kv_transition.errors import UserError
 from kv_transition.paths import Paths
-from kv_transition.provenance import code_hash, content_digest, read_metadata
+from kv_transition.provenance import code_hash, content_digest, digest, read_metadata
 
 
 def experiment():

@@ -16,7 +16,7 @@ rule perplexity_stats:
         policies={name: dict(options or {}) for name, options in SETTINGS.kv.policies.items()},
         # the .snakemake folder, which knows what is stale, can get lost
         expected={
-            FILES.perplexity(CORPUS, *key, bin): specs.digest(specs.perplexity(SETTINGS, *key))
+            FILES.perplexity(CORPUS, *key, bin): digest(specs.perplexity(SETTINGS, *key))
             for key in specs.perplexity_cells(SETTINGS)
             for bin in PERPLEXITY_BINS
         },
