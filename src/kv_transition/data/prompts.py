@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from kv_transition.data.tokens import TEMPLATE_DATE
 from kv_transition.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 # Stands between the segments while a chat template is rendered; private-use characters, which no text should hold.
 _BOUNDARY = "\ue000\ue0ff\ue000"
-
-# Some chat templates write today's date into the prompt unless they are given one.
-_DATE = "01 Jan 2024"
 
 Piece = tuple[str, str | None]
 """Literal text and the field ("context" or "input") that follows it."""
@@ -195,7 +193,7 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, context: str, question: str)
         messages = [{"role": "user", "content": text}]
         try:
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, date_string=_DATE
+                messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE
             )
         except Exception as error:  # a template raises what it likes
             raise UserError(f"model.chat_template: the tokenizer's chat template fails: {error}") from None

@@ -11,6 +11,9 @@ from kv_transition.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TEMPLATE_DATE = "01 Jan 2024"
+"""for the chat templates that write today's date into a prompt unless they are given one"""
+
 _PROBE = "In 1850, naïve Zoë's\ttests:  café №7\n\n- 漢字 and f(x) = 3.14!"
 
 

@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kv_transition.data.tokens import TEMPLATE_DATE
 from kv_transition.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# Some chat templates write today's date into the prompt unless they are given one.
-_DATE = "01 Jan 2024"
 
 # Stands for an answer while a template is rendered; private-use characters, which no text should hold. Templates that
 # leave the reasoning out of earlier answers would lose a part of it.
@@ -92,7 +90,9 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, system: str | None, users: Seque
 
 def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, prompt: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, date_string=_DATE)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt, date_string=TEMPLATE_DATE
+        )
     except Exception as error:  # a template raises what it likes
         raise UserError(f"model.chat_template: the tokenizer's chat template fails: {error}; set it to never") from None
 

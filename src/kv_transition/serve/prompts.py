@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from kv_transition.data.tokens import TEMPLATE_DATE
 from kv_transition.engines.local import LocalEngine
 from kv_transition.serve.refusals import RefusalError
 from kv_transition.serve.schema import ChatRequest, CompletionRequest, InMessage
 
 # Stands where the context ends while a chat template is rendered; private-use characters, which no text should hold.
 _BOUNDARY = "\ue000\ue0fe\ue000"
-
-# As the project's own prompts: some chat templates write today's date into the prompt unless they are given one.
-_DATE = "01 Jan 2024"
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,9 @@ def _render(tokenizer: Any, request: ChatRequest, texts: Sequence[str]) -> str:
     pairs = zip(request.messages, texts, strict=True)
     messages = [{"role": message.role, "content": text} for message, text in pairs]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=_DATE)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE
+        )
     except Exception as error:  # a template raises what it likes
         raise _bad("messages", f"the chat template refuses them: {error}") from None
 
