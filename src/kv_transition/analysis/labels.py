@@ -22,10 +22,19 @@ def token_range(low: float, high: float) -> str:
     return f"{first}–{last}"
 
 
+OWN = "r1"
+"""budget of the full cache, and of policies with a footprint of their own"""
+
+
+def kept(policy: str, name: str) -> str:
+    """What a policy keeps at a budget: `budget`, and ``100 %`` of the full cache."""
+    return "100 %" if policy == "full" else budget(name)
+
+
 def budget(name: str) -> str:
-    """``r0.2`` as ``20 %``, ``t128`` as ``128 tokens``; ``r1``, of any but the full cache, is a policy's own share."""
-    if name == "r1":
-        return "its own share"
+    """``r0.2`` as ``20 %``, ``t128`` as ``128 tokens``; ``r1``, but for the full cache, as a policy's own footprint."""
+    if name == OWN:
+        return "its own"
     if name.startswith("r"):
         return f"{100 * float(name[1:]):g} %"
     return f"{name[1:]} tokens"

@@ -93,7 +93,7 @@ def points(table: pl.DataFrame, policies: Options) -> list[Row]:
         found.append({
             "corpus": row["corpus"], "span": names[place], "bin": row["bin"], "name": row["policy"],
             "policy": lines.get(row["policy"], row["policy"]), "budget": row["budget"],
-            "kept": labels.budget(row["budget"]), "tokens": row["context_max"],
+            "kept": labels.kept(row["policy"], row["budget"]), "tokens": row["context_max"],
             "compression": None if row["compression"] is None else 100 * row["compression"],
             "estimate": level * row["ratio"], **_scaled(row, level),
             "interval": labels.interval(row["perplexity"], row["perplexity_low"], row["perplexity_high"]),

@@ -95,8 +95,7 @@ def _ordered(table: pl.DataFrame, kinds: Mapping[str, str]) -> list[Cell]:
 def _name(cell: Cell) -> Row:
     chat_set, policy, budget = cell
     label = f"{policy} (control: deletes text, no KV compression)" if policy == TEXT_DROP else policy
-    own = budget == FULL["budget"] and policy != FULL["policy"]
-    return {"set": chat_set, "policy": label, "budget": "its own" if own else labels.budget(budget)}
+    return {"set": chat_set, "policy": label, "budget": labels.kept(policy, budget)}
 
 
 def _source(row: Mapping[str, Any]) -> str:

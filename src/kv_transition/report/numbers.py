@@ -63,7 +63,9 @@ def tokens_of(bin: Mapping[str, Any]) -> str:
 
 
 def kept_of(budget: str) -> str:
-    """``20 % of the cache``, ``128 tokens``."""
+    """``20 % of the cache``, ``128 tokens``, ``its own share of the cache``."""
+    if budget == labels.OWN:
+        return "its own share of the cache"
     return labels.budget(budget) + ("" if budget.startswith("t") else " of the cache")
 
 

@@ -100,13 +100,6 @@ def _table(row: Mapping[str, Any]) -> str:
     return "perplexity_pairs" if "reference_policy" in row else "perplexity"
 
 
-def _kept(budget: str, policy: str = "") -> str:
-    """A budget as people say it; policies with a footprint of their own stand at r1 beside the full cache."""
-    if budget != FULL["budget"]:
-        return labels.budget(budget)
-    return "100 %" if policy == FULL["policy"] else "its own"
-
-
 def _whole(table: pl.DataFrame, corpus: str) -> tuple[str, pl.DataFrame]:
     """The longest view of a corpus: all lengths, or its only one; with what it is called."""
     names = {bin: name for (of, bin), name in spans(table).items() if of == corpus}
@@ -150,7 +143,7 @@ def _groups(table: pl.DataFrame) -> list[Row]:
         for row in sorted(own.to_dicts(), key=_order):
             full = row["policy"] == FULL["policy"]
             rows.append({
-                "policy": row["policy"], "kept": _kept(row["budget"], row["policy"]),
+                "policy": row["policy"], "kept": labels.kept(row["policy"], row["budget"]),
                 "compression": DASH if full else _number(row, "compression", 1, 100, " %"),
                 "end": DASH if full else _number(row, "compression_end", 1, 100, " %"),
                 "perplexity": _number(row, "perplexity"),
@@ -190,7 +183,7 @@ def _merging(pairs: pl.DataFrame, alpha: float) -> Row:
         rows.append({
             "pair": f"{row['policy']} : {row['reference_policy']}",
             "corpus": row["corpus"] if several else "", "span": names[row["corpus"], row["bin"]],
-            "kept": _kept(row["budget"]), "compression": _percent(row["compression"]),
+            "kept": labels.budget(row["budget"]), "compression": _percent(row["compression"]),
             "other": _percent(row["reference_compression"]), "ratio": _number(row, "ratio", 4),
             "p": p_value(row["p_holm"]), "n": f"{row['n']} ({row['clusters']})", "outcome": outcome,
             "order": (row["corpus"], labels.budget_order(row["budget"]), row["policy"]),
@@ -224,7 +217,7 @@ def _study(table: pl.DataFrame, corpus: str, policies: Mapping[str, Any], settin
             "name": expected.name, "perplexity": expected.perplexity, "memory": expected.memory,
             "compression": f"{100 * expected.compression:.0f} %",
             "own": "not run" if found is None else
-            found["policy"] + (f", {_kept(found['budget'])}" if found["policy"] != FULL["policy"] else ""),
+            found["policy"] + (f", {labels.budget(found['budget'])}" if found["policy"] != FULL["policy"] else ""),
             "own_perplexity": MISSING if found is None else _number(found, "perplexity"),
             "own_compression": DASH if found is None else _percent(found["compression"]),
             "own_memory": DASH if found is None else _memory(found["total_bytes"]),
