@@ -141,7 +141,7 @@ def report_context(source: Source, title: str | None, missing: Mapping[str, str]
         "title": title or settings.get("experiment", "kv-transition"),
         "experiment": settings.get("experiment", "experiment"),
         "model": experiment.model_name(settings),
-        "tiny": experiment.is_tiny_reader(settings),
+        "embedded": experiment.embedded(settings),
         "answers": results.scores.height if results else 0,
         "confidence": allocation.percent(statistics["confidence"]),
         "resamples": statistics["resamples"],

@@ -18,7 +18,8 @@ from kv_transition.errors import UserError
 from kv_transition.report import endpoints, findings
 from kv_transition.report.numbers import listed, tokens_of
 
-TINY_READER = "tiny-reader"
+EMBEDDED = {"tiny-reader": "tiny reader", "tiny-follower": "tiny follower"}
+"""the models that the project trained on its own synthetic tasks, by their folder"""
 Config = Mapping[str, Any]
 
 
@@ -33,9 +34,9 @@ def read_config(path: str) -> dict[str, Any]:
     return value
 
 
-def is_tiny_reader(experiment: Config) -> bool:
-    """Whether the model is the one that the project trained on its own synthetic task."""
-    return Path(str((experiment.get("model") or {}).get("name", ""))).name == TINY_READER
+def embedded(experiment: Config) -> str | None:
+    """What the model is called if it is one of `EMBEDDED`."""
+    return EMBEDDED.get(Path(str((experiment.get("model") or {}).get("name", ""))).name)
 
 
 def model_name(experiment: Config) -> str:
@@ -133,9 +134,9 @@ def _decoding(decoding: Config) -> str:
 def limits(experiment: Config, results: Results | None) -> list[str]:
     """What this experiment cannot say; ``results``: None where no task was answered."""
     decoding, found = experiment.get("decoding") or {}, []
-    if is_tiny_reader(experiment):
+    if name := embedded(experiment):
         found.append(
-            "The model is the project's own tiny reader, trained on a synthetic task. Rankings of policies from it are "
+            f"The model is the project's own {name}, trained on a synthetic task. Rankings of policies from it are "
             "not findings about language models; it shows that the measurement works."
         )
     if results is None:
@@ -189,6 +190,6 @@ def future(experiment: Config, results: Results | None) -> list[str]:
         )
     if (experiment.get("decoding") or {}).get("repeats", 1) == 1:
         found.append("Repeats of each example, to see instability within an example.")
-    if is_tiny_reader(experiment):
+    if embedded(experiment):
         found.append("The same experiment with a pretrained language model and a real data set (LongBench).")
     return found
