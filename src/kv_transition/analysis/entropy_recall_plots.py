@@ -23,18 +23,15 @@ from kv_transition.analysis.drawing import (
     filtered,
     inner,
     note,
-    png,
     rows_of,
+    save_figures,
     shape,
-    svg,
     view,
 )  # fmt: skip
 from kv_transition.analysis.entropy_verdict import FAILS, HOLDS
 from kv_transition.analysis.examples import FULL, example_values, is_full
 from kv_transition.analysis.observations import LEVELS, read_observations
 from kv_transition.analysis.results import read_table
-from kv_transition.errors import UserError
-from kv_transition.provenance import atomic_path, write_text
 
 KEY = ["task", "policy", "granularity", "memory"]
 # A policy is drawn as the study has it where that was observed, else as it could be.
@@ -279,19 +276,6 @@ def _moments_layers(rows: list[Row], full: list[Row], names: list[str], title: s
     ]  # fmt: skip
 
 
-def _save(drawn: Mapping[str, Spec], outputs: Mapping[str, str]) -> None:
-    for name, path in outputs.items():
-        figure, _, ext = name.rpartition("_")
-        if figure not in drawn or ext not in ("svg", "png"):
-            raise UserError(f"plots: no figure is called {name!r}; known are {', '.join(drawn)} (with _svg or _png)")
-        picture = svg(drawn[figure])
-        if ext == "svg":
-            write_text(path, picture)
-        else:
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(png(picture))
-
-
 def write_entropy_recall_plots(
     table: str, observations: Sequence[str], confidence: float, outputs: Mapping[str, str]
 ) -> None:
@@ -302,7 +286,7 @@ def write_entropy_recall_plots(
     found = read_table(table)
     drawn = {"entropy_bins": bins_figure(found, confidence)}
     drawn["entropy_scatter"] = scatter_figure(found, read_observations(observations), confidence)
-    _save(drawn, outputs)
+    save_figures(drawn, outputs)
 
 
 def write_moments_plots(
@@ -312,4 +296,4 @@ def write_moments_plots(
 
     Raises UserError for an output of another name.
     """
-    _save({"recall_moments": moments_figure(pq.read_table(scores), policies, confidence)}, outputs)
+    save_figures({"recall_moments": moments_figure(pq.read_table(scores), policies, confidence)}, outputs)

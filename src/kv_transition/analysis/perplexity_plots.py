@@ -27,17 +27,14 @@ from kv_transition.analysis.drawing import (
     filtered,
     inner,
     note,
-    png,
     rows_of,
+    save_figures,
     shape,
-    svg,
     view,
 )  # fmt: skip
 from kv_transition.analysis.examples import FULL
 from kv_transition.analysis.results import read_table
-from kv_transition.errors import UserError
 from kv_transition.policies import catalog
-from kv_transition.provenance import atomic_path, write_text
 
 FIGURES = ("ppl_vs_compression", "ppl_vs_len", "merge_vs_drop")
 ALL_LENGTHS = "all lengths"
@@ -298,13 +295,4 @@ def write_perplexity_plots(
         "ppl_vs_len": length_figure(stats, policies, confidence),
         "merge_vs_drop": pairs_figure(read_table(pairs), confidence),
     }
-    for name, path in outputs.items():
-        figure, _, ext = name.rpartition("_")
-        if figure not in drawn or ext not in ("svg", "png"):
-            raise UserError(f"plots: no figure is called {name!r}; known are {', '.join(drawn)} (with _svg or _png)")
-        picture = svg(drawn[figure])
-        if ext == "svg":
-            write_text(path, picture)
-        else:
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(png(picture))
+    save_figures(drawn, outputs)

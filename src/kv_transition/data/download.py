@@ -18,6 +18,7 @@ from kv_transition.data.hub import hub_source
 from kv_transition.data.records import Record, local_source
 from kv_transition.data.tasks import Task, get_task
 from kv_transition.errors import UserError
+from kv_transition.script import status
 
 
 def load_synthetic(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
@@ -132,12 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--task", required=True)
     parser.add_argument("--output", required=True)
     args = parser.parse_args(argv)
-    try:
-        download(args.spec, args.task, args.output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return status(download, args.spec, args.task, args.output)
 
 
 if __name__ == "__main__":

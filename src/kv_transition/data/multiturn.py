@@ -29,6 +29,7 @@ from typing import Any
 from kv_transition.data import checks as checks_module
 from kv_transition.errors import UserError
 from kv_transition.provenance import digest, rows_to_table, write_table
+from kv_transition.script import status
 from kv_transition.tables import CONVERSATIONS
 
 ROLES = ("system", "user", "assistant")
@@ -206,20 +207,13 @@ def chosen(rows: list[dict[str, Any]], n: int | None, seed: int, max_turns: int 
     return [row | {"turns": row["turns"][:max_turns]} for row in rows]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--spec", type=json.loads, required=True)
-    parser.add_argument("--output", required=True)
-    arguments = parser.parse_args(argv)
-    chat = arguments.spec["chat"]
-    try:
-        if chat["source"] == "generated":
-            rows = generated(chat["n"], chat["max_turns"] or GENERATED_TURNS, chat["seed"])
-        else:
-            rows = chosen(read(chat["path"], chat["source"]), chat["n"], chat["seed"], chat["max_turns"])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+def write(spec: dict[str, Any], output: str) -> None:
+    """The job: the conversations that a spec asks for, in one form. Raises UserError as `read` does."""
+    chat = spec["chat"]
+    if chat["source"] == "generated":
+        rows = generated(chat["n"], chat["max_turns"] or GENERATED_TURNS, chat["seed"])
+    else:
+        rows = chosen(read(chat["path"], chat["source"]), chat["n"], chat["seed"], chat["max_turns"])
     table = rows_to_table(
         (
             row
@@ -233,14 +227,21 @@ def main(argv: list[str] | None = None) -> int:
     facts = {
         "source": chat["source"],
         "path": chat["path"] or "",
-        "content": arguments.spec["content"] or "",
+        "content": spec["content"] or "",
         "conversations": len(rows),
         "dropped_assistant": dropped,
     }
-    write_table(arguments.output, table, facts)
+    write_table(output, table, facts)
     turns = sum(len(row["turns"]) for row in rows)
     print(f"{len(rows)} conversations of {turns} turns; {dropped} of the assistant's turns dropped", file=sys.stderr)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--spec", type=json.loads, required=True)
+    parser.add_argument("--output", required=True)
+    arguments = parser.parse_args(argv)
+    return status(write, arguments.spec, arguments.output)
 
 
 if __name__ == "__main__":

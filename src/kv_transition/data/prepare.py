@@ -23,6 +23,7 @@ from kv_transition.data.tasks import Task, get_task
 from kv_transition.data.templates import official
 from kv_transition.data.tokens import load_tokenizer, tokenizer_sha256
 from kv_transition.errors import UserError
+from kv_transition.script import status
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -297,12 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--source", required=True)
     parser.add_argument("--outdir", required=True)
     args = parser.parse_args(argv)
-    try:
-        prepare(args.spec, args.task, args.source, args.outdir)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return status(prepare, args.spec, args.task, args.source, args.outdir)
 
 
 if __name__ == "__main__":

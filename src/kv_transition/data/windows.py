@@ -20,6 +20,7 @@ from kv_transition.data.binning import choose
 from kv_transition.data.corpus import books, hub_repository
 from kv_transition.data.tokens import load_tokenizer, tokenizer_sha256
 from kv_transition.errors import UserError
+from kv_transition.script import status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -129,12 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--spec", type=json.loads, required=True)
     parser.add_argument("--output", nargs="+", required=True, help="a file for each length bin")
     arguments = parser.parse_args(argv)
-    try:
-        write(arguments.spec, arguments.output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return status(write, arguments.spec, arguments.output)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kv_transition.data.checks import Check, describe
 from kv_transition.engines.openai_compat import Client, Reply, Request
-from kv_transition.errors import UserError
 from kv_transition.eval.retention import KEY, Case, cases, read_chat
 from kv_transition.provenance import digest, rows_to_table, text_sha256, write_table
+from kv_transition.script import status
 from kv_transition.tables import JUDGE
 
 RUBRIC = Path(__file__).with_name("rubric.txt").read_text(encoding="utf-8")
@@ -157,12 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True)
     parser.add_argument("chat", nargs="+")
     arguments = parser.parse_args(argv)
-    try:
-        write_judge(arguments.chat, arguments.output, arguments.store, arguments.spec["judge"])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return status(write_judge, arguments.chat, arguments.output, arguments.store, arguments.spec["judge"])
 
 
 if __name__ == "__main__":

@@ -196,15 +196,10 @@ def main(argv: list[str] | None = None) -> None:
     table = rows_to_table(made, CELLS)
     facts = {
         "config_hash": digest({key: value for key, value in spec.items() if key not in ("code", "prefill_code")}),
-        "model": spec["model"]["name"],
-        "model_revision": spec["model"]["revision"],
-        "model_fingerprint": spec["model"]["fingerprint"],
-        "dtype": spec["model"]["dtype"],
         "model_load_s": round(model_load_s, 3),
         "hyper_parameters": spec["hyper_parameters"],
         "kind": spec["kind"],
-        "clock": "process" if engine.device.type == "cpu" else "wall",
-        **engine.description,
+        **job.model_facts(spec["model"], engine),
         **job.bin_metadata(arguments.bin),
     }
     write_table(arguments.output, table, facts)

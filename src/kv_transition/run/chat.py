@@ -339,18 +339,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"played {number} of {len(turns)} conversations ({len(own)} turns{note})", file=sys.stderr, flush=True)
     facts = {
         "config_hash": digest({key: value for key, value in spec.items() if key != "code"}),
-        "model": spec["model"]["name"],
-        "model_revision": spec["model"]["revision"],
-        "model_fingerprint": spec["model"]["fingerprint"],
-        "dtype": spec["model"]["dtype"],
         "model_load_s": round(model_load_s, 3),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "chat_template": "the tokenizer's" if chat else "plain",
         "kind": spec["kind"],
         "hyper_parameters": spec["hyper_parameters"],
-        "clock": "process" if engine.device.type == "cpu" else "wall",
         "source": read_metadata(arguments.conversations).get("source", ""),
-        **engine.description,
+        **job.model_facts(spec["model"], engine),
     }
     write_table(arguments.layers, rows_to_table(layers, CHAT_LAYERS), facts)
     write_table(arguments.output, rows_to_table(rows, CHAT), facts)

@@ -11,6 +11,7 @@ from typing import Any
 
 from kv_transition.errors import UserError
 from kv_transition.provenance import digest, read_metadata
+from kv_transition.script import status
 
 _SEED_BITS = 40
 
@@ -51,8 +52,5 @@ def answer_seed(seed: int, example_id: str, repeat: int) -> int:
 
 def run(main: Callable[[], None]) -> None:
     """Run a job's main; bad input becomes one sentence and status 2, a bug keeps its traceback."""
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    if code := status(main):
+        sys.exit(code)

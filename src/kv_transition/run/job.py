@@ -8,7 +8,17 @@ from typing import Any
 from kv_transition.engines.local import LocalEngine
 from kv_transition.run.command import answer_seed, arguments, bin_metadata, read_bin, run
 
-__all__ = ["answer_seed", "arguments", "bin_metadata", "load_engine", "read_bin", "run", "statistics", "store_settings"]
+__all__ = [
+    "answer_seed",
+    "arguments",
+    "bin_metadata",
+    "load_engine",
+    "model_facts",
+    "read_bin",
+    "run",
+    "statistics",
+    "store_settings",
+]
 
 STORE_VARIABLE = "KVT_PREFILL_STORE"
 """``root:mode:max_gb`` of the prefill store: where tensors lie changes no result, so no rule depends on it"""
@@ -28,6 +38,18 @@ def store_settings() -> tuple[str, str, float]:
 def statistics() -> frozenset[str]:
     """Statistics that some cell of the experiment reads."""
     return frozenset(filter(None, os.environ.get(STATISTICS_VARIABLE, "").split(",")))
+
+
+def model_facts(model: dict[str, Any], engine: LocalEngine) -> dict[str, str]:
+    """What a file says of the model that it was made with, and of how its seconds were counted."""
+    return {
+        "model": model["name"],
+        "model_revision": model["revision"],
+        "model_fingerprint": model["fingerprint"],
+        "dtype": model["dtype"],
+        "clock": "process" if engine.device.type == "cpu" else "wall",
+        **engine.description,
+    }
 
 
 def load_engine(model: dict[str, Any], threads: int) -> LocalEngine:

@@ -307,15 +307,11 @@ def main(argv: list[str] | None = None) -> None:
         ) from error
     facts = {
         "observe_hash": digest(spec),
-        "model": spec["model"]["name"],
-        "model_revision": spec["model"]["revision"],
-        "model_fingerprint": spec["model"]["fingerprint"],
-        "dtype": spec["model"]["dtype"],
         "vocab_size": engine.model.config.get_text_config().vocab_size,
         "policies": spec["policies"],
         "reasoning": spec["reasoning"],
         "sequences": lengths,
-        **engine.description,
+        **job.model_facts(spec["model"], engine),
         **job.bin_metadata(arguments.bin),
     }
     write_table(arguments.layers, pa.concat_tables(layers), facts)

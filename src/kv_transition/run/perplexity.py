@@ -187,16 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     table = rows_to_table(rows(engine, windows, spec, store), PERPLEXITY)
     about = read_metadata(arguments.windows)
     facts = {
-        "model": spec["model"]["name"],
-        "model_revision": spec["model"]["revision"],
-        "model_fingerprint": spec["model"]["fingerprint"],
-        "dtype": spec["model"]["dtype"],
         "model_load_s": round(model_load_s, 3),
         "kind": spec["kind"],
         "hyper_parameters": spec["hyper_parameters"],
         "streaming": spec["streaming"],
-        "clock": "process" if engine.device.type == "cpu" else "wall",
-        **engine.description,
+        **job.model_facts(spec["model"], engine),
         **{key: about[key] for key in ("corpus", "revision", "split", "source", "stride") if key in about},
     }
     write_table(arguments.output, table, facts)
