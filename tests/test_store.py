@@ -336,6 +336,20 @@ def test_one_that_vanishes_or_is_replaced_while_it_is_opened_is_only_a_miss(stor
         monkeypatch.undo()
 
 
+def test_one_that_vanishes_and_is_there_again_while_it_is_opened_is_only_a_miss(store, prefill, monkeypatch):
+    store.save("abc", prefill)
+
+    def opened(path, framework):
+        path.unlink()
+        store.save("abc", prefill)
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr(cache_file, "safe_open", opened)
+    assert store.load("abc") is None
+    monkeypatch.undo()
+    assert store.load("abc") is not None
+
+
 # several jobs at once
 
 

@@ -197,13 +197,16 @@ def _handle(path: str | Path) -> Iterator[Any]:
     Raises FileNotFoundError if the file vanishes, or another takes its place, in between.
     """
     with open(path, "rb") as held:
+        handle, failure = None, None
         try:
             handle = safe_open(path, framework="pt")
         except RuntimeError as error:
-            os.stat(path)
-            raise OSError(str(error)) from error
+            failure = error
+        # also where opening failed: a file that vanished may be there again by now
         if not os.path.samestat(os.fstat(held.fileno()), os.stat(path)):
-            raise FileNotFoundError(path)
+            raise FileNotFoundError(path) from failure
+        if handle is None:
+            raise OSError(str(failure)) from failure
         with handle:
             yield handle
 
