@@ -16,7 +16,6 @@ Seconds are CPU time, with one thread. What is compared takes turns; the figures
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -31,7 +30,17 @@ from unittest import mock
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import numpy as np
-from workload import QUESTION_TOKENS, ROOT, SIZES, Size, run, snakemake, write_documents, write_experiment
+from workload import (
+    QUESTION_TOKENS,
+    ROOT,
+    SIZES,
+    Size,
+    run,
+    snakemake,
+    write_documents,
+    write_experiment,
+    write_figures,
+)
 
 POLICY = "knorm"
 BUDGET = "r0.2"
@@ -393,15 +402,5 @@ def measure(quick: bool) -> dict[str, Any]:
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
-    figures = measure(arguments.quick)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write_figures(__doc__, measure)

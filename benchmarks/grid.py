@@ -10,7 +10,6 @@ processes.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import tempfile
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workload import PEER, ROOT, SIZES, Cost, Size, run, snakemake, write_documents, write_experiment
+from workload import PEER, ROOT, SIZES, Cost, Size, run, snakemake, write_documents, write_experiment, write_figures
 
 from kv_transition.budget import Budget
 from kv_transition.paths import Paths
@@ -144,15 +143,5 @@ def measure(quick: bool) -> dict[str, Any] | None:
     return {"rows": compare(QUICK if quick else Grid()), "act_each_step": ACT_EACH_STEP}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
-    figures = measure(arguments.quick)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write_figures(__doc__, measure)

@@ -10,7 +10,6 @@ transformers' own. Every process has one thread, float32, greedy decoding.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workload import ROOT, SIZES, VOCABULARY, Cost, Size, snakemake, write_documents, write_experiment
+from workload import ROOT, SIZES, VOCABULARY, Cost, Size, snakemake, write_documents, write_experiment, write_figures
 
 READER = ROOT / "resources" / "tiny-reader"
 NAME = "served"
@@ -313,15 +312,5 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
-    figures = measure(arguments.quick)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write_figures(__doc__, measure)

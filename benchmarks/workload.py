@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,14 @@ def snakemake(folder: Path, experiment: Path, *options: str) -> Cost:
     """The whole pipeline of an experiment, one job at a time, with ``folder`` as working directory."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--configfile", experiment]
     return run([*command, "--cores", "1", "--quiet", "all", *options], folder)
+
+
+def write_figures(doc: str, measure: Callable[[bool], Any]) -> None:
+    """The command line of a benchmark: ``measure`` gets whether sizes shall be small, and gives what is written."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    arguments = parser.parse_args()
+    figures = measure(arguments.quick)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import random
 import sys
 import tempfile
@@ -211,22 +210,8 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 
 def build_model(seed: int) -> Qwen2ForCausalLM:
-    """Make the model with its initial weights, which depend on the seed only."""
-    config = model_config()
-    model = Qwen2ForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    residual_scale = 0.5 / math.sqrt(config.num_hidden_layers)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif "embed_tokens" in name:
-                parameter.normal_(0.0, EMBEDDING_STD, generator=generator)
-            else:
-                scale = residual_scale if "o_proj" in name or "down_proj" in name else 1.0
-                parameter.normal_(0.0, scale / math.sqrt(parameter.shape[1]), generator=generator)
-        reader.set_previous_token_heads(model)
-    return model
+    """Make the model with its initial weights, which depend on the seed only: drawn as the tiny reader's."""
+    return reader.build_model(seed, model_config())
 
 
 @dataclass

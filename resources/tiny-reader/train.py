@@ -231,9 +231,9 @@ def collate(rows: list[Row]) -> tuple[Tensor, Tensor]:
 # Model and optimisers.
 
 
-def build_model(seed: int) -> Qwen2ForCausalLM:
-    """Make the model with its initial weights, which depend on the seed only."""
-    config = model_config()
+def build_model(seed: int, config: Qwen2Config | None = None) -> Qwen2ForCausalLM:
+    """Make the model, or one of another ``config``, with its initial weights, which depend on the seed only."""
+    config = config or model_config()
     model = Qwen2ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     residual_scale = 0.5 / math.sqrt(config.num_hidden_layers)

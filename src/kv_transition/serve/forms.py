@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,7 +36,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(ABC):
     """What all chunks of one answer have in common."""
 
     model: str
@@ -45,25 +46,27 @@ class Form:
     default_tokens: ClassVar[int]
     """longest answer where the request does not say"""
 
+    @abstractmethod
     def whole(self, result: Result) -> Json:
-        raise NotImplementedError
+        """The answer as one object."""
 
     def first(self) -> list[Json]:
         """Chunks before the text."""
         return []
 
+    @abstractmethod
     def piece(self, text: str) -> Json:
-        raise NotImplementedError
+        """A chunk of text."""
 
+    @abstractmethod
     def last(self, result: Result) -> Json:
         """The chunk with the reason why the text ends, and what became of the cache."""
-        raise NotImplementedError
 
     def usage(self, result: Result) -> Json:
         return self._chunk([]) | {"usage": result.usage.model_dump()}
 
-    def _chunk(self, choices: list[Json]) -> Json:
-        raise NotImplementedError
+    @abstractmethod
+    def _chunk(self, choices: list[Json]) -> Json: ...
 
 
 class ChatForm(Form):
