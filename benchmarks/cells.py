@@ -143,7 +143,8 @@ class Bench:
 
     def cell(self, engine: Any) -> float:
         """CPU seconds of the cell job, its model loaded before."""
-        from kv_transition.run import cell, job
+        from kv_transition.run import job
+        from kv_transition.studies.grid import run as cell
 
         with mock.patch.object(job, "load_engine", return_value=engine), mock.patch.dict(os.environ, self.environment):
             return cpu(lambda: cell.main(self.arguments))
@@ -250,7 +251,7 @@ def start_over_import(bench: Bench, plan: Plan) -> dict[str, Any]:
 
     starts, imports = in_turn(
         plan.repeats,
-        lambda: process("-m", "kv_transition.run.cell", *arguments),
+        lambda: process("-m", "kv_transition.studies.grid.run", *arguments),
         lambda: process("-c", load),
     )
     return {"cell": summary(starts), "import": summary(imports), "ratio": over(starts, imports)}

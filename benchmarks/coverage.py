@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from document import put, table
 
-from kv_transition.analysis import intervals
-from kv_transition.analysis.intervals import Interval
-from kv_transition.analysis.noninferiority import KEPT, margin
+from kv_transition.stats import intervals
+from kv_transition.stats.intervals import Interval
+from kv_transition.studies.grid.analysis.noninferiority import KEPT, margin
 
 SIZES = (5, 10, 20, 40, 100)
 CONFIDENCE = 0.95

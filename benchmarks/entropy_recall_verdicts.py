@@ -19,9 +19,9 @@ import numpy as np
 import simulated_steps as simulated
 from document import put, table
 
-from kv_transition.analysis.entropy_recall import analyse
-from kv_transition.analysis.entropy_verdict import AFTER_CONTROLLING, CONFIRMED, NOT_CONFIRMED, OUTCOMES, UNDECIDED
-from kv_transition.analysis.examples import Statistics
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.recall.analysis import analyse
+from kv_transition.studies.recall.verdict import AFTER_CONTROLLING, CONFIRMED, NOT_CONFIRMED, OUTCOMES, UNDECIDED
 
 STEPS = 24
 SIZES = (10, 20, 40)

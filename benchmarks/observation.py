@@ -31,7 +31,7 @@ def measure(length: int, steps: int, device: str, repeats: int) -> dict[str, Any
     from kv_transition.engines.local import LocalEngine
     from kv_transition.policies.catalog import create, hyper_parameters
     from kv_transition.run.decode import Answer, Setting, decode
-    from kv_transition.run.observe import follow, shadows_of
+    from kv_transition.studies.recall.run import follow, shadows_of
 
     torch.set_num_threads(1)
     size = next(size for size in SIZES if (size.layers, size.hidden) == (8, 512))

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from document import put, table
 
-from kv_transition.analysis.examples import Statistics
-from kv_transition.analysis.perplexity import share
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.perplexity.analysis import share
 
 LEVEL, COST = 3.0, 0.05  # nats a token: the full cache's, and what the policy adds
 TOKENS, RESAMPLES = 64, 1000

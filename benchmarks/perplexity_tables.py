@@ -24,19 +24,17 @@ import polars as pl
 from document import put, table
 from sinks import stories
 
-from kv_transition import specs
-from kv_transition.analysis import labels
-from kv_transition.analysis.examples import Statistics
-from kv_transition.analysis.perplexity import merge_against_drop, perplexity, read_windows, share
-from kv_transition.analysis.tradeoff import p_value
-from kv_transition.data import windows
+from kv_transition import labels, specs
 from kv_transition.engines.local import LocalEngine
+from kv_transition.labels import p_value
 from kv_transition.paths import Paths
 from kv_transition.provenance import git_commit, rows_to_table, write_table
 from kv_transition.run import job
-from kv_transition.run import perplexity as run
 from kv_transition.run.prefill import store_of
 from kv_transition.settings import parse
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.perplexity import run, windows
+from kv_transition.studies.perplexity.analysis import merge_against_drop, perplexity, read_windows, share
 from kv_transition.tables import PERPLEXITY
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kv_transition.analysis.observations import Steps
+from kv_transition.studies.recall.observations import Steps
 
 Draw = Callable[[np.random.Generator, int, int], Steps]
 

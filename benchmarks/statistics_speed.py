@@ -22,12 +22,12 @@ import polars as pl
 import pyarrow as pa
 from document import put, table
 
-from kv_transition.analysis import transition
-from kv_transition.analysis.aggregate import bin_stats
-from kv_transition.analysis.clusters import resample_sums
-from kv_transition.analysis.comparisons import comparisons, pairs
-from kv_transition.analysis.examples import Statistics
-from kv_transition.analysis.noninferiority import noninferiority
+from kv_transition.stats.clusters import resample_sums
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.grid.analysis import transition
+from kv_transition.studies.grid.analysis.aggregate import bin_stats
+from kv_transition.studies.grid.analysis.comparisons import comparisons, pairs
+from kv_transition.studies.grid.analysis.noninferiority import noninferiority
 from kv_transition.tables import SCORES
 
 ROWS, LIMIT = 100_000, 10.0

@@ -18,11 +18,12 @@ import numpy as np
 from document import put, table
 from scipy.stats import binomtest
 
-from kv_transition.analysis import adaptive, intervals
-from kv_transition.analysis.examples import Statistics
-from kv_transition.analysis.instability import Point
-from kv_transition.analysis.transition import Verdict, detect
-from kv_transition.analysis.verdict import BUDGET, LENGTH, Axis
+from kv_transition.stats import intervals
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.grid.analysis import adaptive
+from kv_transition.studies.grid.analysis.instability import Point
+from kv_transition.studies.grid.analysis.outcomes import BUDGET, LENGTH, Axis
+from kv_transition.studies.grid.analysis.transition import Verdict, detect
 
 RESAMPLES = 300
 SIZES = (10, 20, 40, 100)

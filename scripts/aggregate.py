@@ -1,7 +1,7 @@
 """Statistics of every cell, paired differences from the full cache and between policies, and non-inferiority."""
 
-from kv_transition.analysis.aggregate import write_aggregates
 from kv_transition.script import logged
+from kv_transition.studies.grid.analysis.aggregate import write_aggregates
 
 with logged(snakemake.log[0]):
     write_aggregates(

@@ -1,7 +1,7 @@
 """Take a look at the experiment: which bins need more examples."""
 
-from kv_transition.analysis.looks import write_look
 from kv_transition.script import logged
+from kv_transition.studies.grid.analysis.looks import write_look
 
 with logged(snakemake.log[0]):
     write_look(

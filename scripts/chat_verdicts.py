@@ -1,7 +1,7 @@
 """Which instructions the answers of conversations follow, by rule and by judge."""
 
-from kv_transition.eval.retention import write_verdicts
 from kv_transition.script import logged
+from kv_transition.studies.chat.verdicts import write_verdicts
 
 with logged(snakemake.log[0]):
     judge = snakemake.input.get("judge")

@@ -1,7 +1,7 @@
 """Relate entropy to recall: correlations, means by entropy bin, verdicts."""
 
-from kv_transition.analysis.entropy_recall import write_entropy_recall
 from kv_transition.script import logged
+from kv_transition.studies.recall.analysis import write_entropy_recall
 
 with logged(snakemake.log[0]):
     write_entropy_recall(

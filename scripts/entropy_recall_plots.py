@@ -1,7 +1,7 @@
 """Draw entropy against recall."""
 
-from kv_transition.analysis.entropy_recall_plots import write_entropy_recall_plots
 from kv_transition.script import logged
+from kv_transition.studies.recall.plots import write_entropy_recall_plots
 
 with logged(snakemake.log[0]):
     write_entropy_recall_plots(

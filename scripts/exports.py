@@ -1,7 +1,7 @@
 """Write the CSV tables, summary.json, matched_budget.json and the SQLite database."""
 
-from kv_transition.report.exports import write_exports
-from kv_transition.report.sqlite import write_sqlite
+from kv_transition.outputs.exports import write_exports
+from kv_transition.outputs.sqlite import write_sqlite
 from kv_transition.script import logged
 
 with logged(snakemake.log[0]):

@@ -1,7 +1,7 @@
 """Draw perplexity against compression and against length, and merging beside dropping."""
 
-from kv_transition.analysis.perplexity_plots import write_perplexity_plots
 from kv_transition.script import logged
+from kv_transition.studies.perplexity.plots import write_perplexity_plots
 
 with logged(snakemake.log[0]):
     write_perplexity_plots(

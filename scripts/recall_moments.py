@@ -1,8 +1,8 @@
 """Compare entropy's moments to recall with chance's, and draw what recalling costs."""
 
-from kv_transition.analysis.entropy_recall_plots import write_moments_plots
-from kv_transition.analysis.recall_moments import write_recall_moments
 from kv_transition.script import logged
+from kv_transition.studies.recall.moments import write_recall_moments
+from kv_transition.studies.recall.plots import write_moments_plots
 
 with logged(snakemake.log[0]):
     outputs = dict(snakemake.output.items())

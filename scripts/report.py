@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kv_transition.report.build import build_report
+from kv_transition.outputs.build import build_report
 from kv_transition.script import logged
 
 with logged(snakemake.log[0]):

@@ -1,7 +1,7 @@
 """Retention, survival, conflicts and agreement from the verdicts."""
 
-from kv_transition.analysis.retention import write_retention
 from kv_transition.script import logged
+from kv_transition.studies.chat.analysis import write_retention
 
 with logged(snakemake.log[0]):
     write_retention(

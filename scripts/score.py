@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from kv_transition.eval.score import score_cells
 from kv_transition.script import logged
+from kv_transition.studies.grid.score import score_cells
 
 with logged(snakemake.log[0]):
     score_cells(

@@ -1,7 +1,7 @@
 """Find the transition zone of every policy, along the lengths and along the budgets."""
 
-from kv_transition.analysis.transition import write_transition
 from kv_transition.script import logged
+from kv_transition.studies.grid.analysis.transition import write_transition
 
 with logged(snakemake.log[0]):
     write_transition(

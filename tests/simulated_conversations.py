@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from kv_transition.data.checks import Check
+from kv_transition.studies.chat.checks import Check
 from kv_transition.tables import CHAT, CHAT_LAYERS, CHAT_VERDICTS
 
 Row = dict[str, Any]

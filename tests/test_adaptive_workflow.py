@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from project import SMALL, Project
 
 from kv_transition import settings as settings_module
-from kv_transition.analysis import adaptive
-from kv_transition.analysis.aggregate import Statistics, bin_stats, comparisons
-from kv_transition.analysis.noninferiority import noninferiority
-from kv_transition.analysis.transition import tables_of
 from kv_transition.data.shard import cut
 from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata
+from kv_transition.studies.grid.analysis import adaptive
+from kv_transition.studies.grid.analysis.aggregate import Statistics, bin_stats, comparisons
+from kv_transition.studies.grid.analysis.noninferiority import noninferiority
+from kv_transition.studies.grid.analysis.transition import tables_of
 
 PLAN = {"enabled": True, "start": 8, "step": 8, "cap": 24}
 ADAPTIVE = SMALL | {

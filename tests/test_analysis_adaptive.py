@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from kv_transition.analysis import adaptive, intervals
-from kv_transition.analysis.adaptive import Adaptive, allocate
 from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table
+from kv_transition.stats import intervals
+from kv_transition.studies.grid.analysis import adaptive
+from kv_transition.studies.grid.analysis.adaptive import Adaptive, allocate
 from kv_transition.tables import ALLOCATION, TRANSITION
 
 PLAN = Adaptive(enabled=True, start=5, step=5, cap=20)

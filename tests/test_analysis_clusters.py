@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kv_transition.analysis import clusters
+from kv_transition.stats import clusters
 
 CELLS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4)), min_size=1, max_size=20)
 

@@ -7,9 +7,9 @@ from scipy import stats
 from simulated_scores import BUDGETS, MODES, POLICIES, cell_rows, demo, table
 from statsmodels.stats.multitest import multipletests
 
-from kv_transition.analysis import comparisons as c
-from kv_transition.analysis import intervals
-from kv_transition.analysis.examples import Statistics
+from kv_transition.stats import intervals
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.grid.analysis import comparisons as c
 
 SETTINGS = Statistics(resamples=1000)
 

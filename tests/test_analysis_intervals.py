@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.api import OLS
 
-from kv_transition.analysis import intervals
+from kv_transition.stats import intervals
 
 Z = 1.959963984540054
 SCORES = st.lists(st.floats(0, 1).map(lambda v: round(v, 3)), min_size=1, max_size=25)

@@ -6,8 +6,8 @@ import pytest
 from scipy import stats
 from simulated_scores import cell_rows, table
 
-from kv_transition.analysis import noninferiority as ni
-from kv_transition.analysis.examples import Statistics
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.grid.analysis import noninferiority as ni
 
 SETTINGS = Statistics(resamples=200)
 

@@ -9,12 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 from simulated_scores import POLICIES, demo
 
-from kv_transition.analysis import plots, tradeoff
-from kv_transition.analysis.aggregate import write_aggregates
-from kv_transition.analysis.results import read_results
-from kv_transition.analysis.transition import write_transition
+from kv_transition import labels
 from kv_transition.errors import UserError
-from kv_transition.report import experiment, findings, verdict
+from kv_transition.outputs import experiment
+from kv_transition.studies.grid import plots, tradeoff
+from kv_transition.studies.grid.analysis.aggregate import write_aggregates
+from kv_transition.studies.grid.analysis.transition import write_transition
+from kv_transition.studies.grid.report import findings
+from kv_transition.studies.grid.report import headline as verdict
+from kv_transition.studies.grid.results import read_results
 
 STATISTICS = {"confidence": 0.95, "resamples": 300, "seed": 0}
 
@@ -165,9 +168,9 @@ def test_without_bytes_there_is_a_word_instead_of_a_front(tmp_path):
 
 def test_differences_are_written_with_their_sign():
     row = {"estimate": -0.314, "ci_low": -0.41, "ci_high": 0.001}
-    assert tradeoff.signed(row) == "−0.31 [−0.41, 0.00]"
-    assert tradeoff.signed({"estimate": 0.5, "ci_low": None, "ci_high": 0.62}) == "+0.50 […, +0.62]"
-    assert tradeoff.signed({"estimate": None, "ci_low": None, "ci_high": None}) == "–"
+    assert labels.signed(row) == "−0.31 [−0.41, 0.00]"
+    assert labels.signed({"estimate": 0.5, "ci_low": None, "ci_high": 0.62}) == "+0.50 […, +0.62]"
+    assert labels.signed({"estimate": None, "ci_low": None, "ci_high": None}) == "–"
 
 
 def test_an_unknown_figure_is_named(tables, tmp_path):

@@ -9,10 +9,10 @@ from simulated_scores import LENGTHS, cell_rows, demo, table
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from kv_transition.analysis import instability, transition
-from kv_transition.analysis.examples import Statistics
-from kv_transition.analysis.multiplicity import holm
-from kv_transition.analysis.verdict import BUDGET
+from kv_transition.stats.examples import Statistics
+from kv_transition.stats.multiplicity import holm
+from kv_transition.studies.grid.analysis import instability, transition
+from kv_transition.studies.grid.analysis.outcomes import BUDGET
 
 SETTINGS = Statistics(resamples=500)
 

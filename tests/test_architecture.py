@@ -11,6 +11,7 @@ import pytest
 
 from kv_transition import provenance
 from kv_transition.provenance import NEUTRAL, code_hash, imported_modules
+from kv_transition.studies import registry
 
 SOURCE = Path(provenance.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -20,8 +21,11 @@ LAYERS = [
     {"cli", "__main__", "quickstart"},
     {"doctor"},
     {"plan"},
-    {"report"},
-    {"analysis", "eval"},
+    {"outputs"},
+    {"studies"},
+    {"report", "eval"},
+    {"plotting"},
+    {"stats"},
     {"serve"},
     {"run"},
     {"engines"},
@@ -29,7 +33,7 @@ LAYERS = [
     {"cache"},
     {"attention"},
 ]
-BESIDE = {"data", "settings", "paths", "provenance", "errors", "budget", "tables", "experiment", "script", "specs"}
+BESIDE = {"data", "settings", "paths", "provenance", "errors", "budget", "tables", "labels", "script", "specs"}
 # specs knows what every job depends on, so it reads the catalog of policies
 MAY_LOOK_UP = {"specs": {"policies"}}
 
@@ -88,10 +92,10 @@ def loaded_modules(code: str) -> set[str]:
             {"torch", "transformers", "polars", "pyarrow", "scipy", "altair", "fastapi", "uvicorn"},
         ),
         ("kv_transition.data.prepare, kv_transition.data.download", {"torch", "scipy", "polars", "datasets"}),
-        ("kv_transition.data.windows", {"torch", "transformers", "scipy", "polars", "datasets"}),
-        ("kv_transition.run.cell", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
-        ("kv_transition.run.remote", {"torch", "transformers", "polars", "scipy", "altair", "datasets"}),
-        ("kv_transition.run.chat", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
+        ("kv_transition.studies.perplexity.windows", {"torch", "transformers", "scipy", "polars", "datasets"}),
+        ("kv_transition.studies.grid.run", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
+        ("kv_transition.studies.grid.remote", {"torch", "transformers", "polars", "scipy", "altair", "datasets"}),
+        ("kv_transition.studies.chat.run", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
     ],
 )
 def test_light_paths_stay_light(modules, heavy):
@@ -101,37 +105,37 @@ def test_light_paths_stay_light(modules, heavy):
 @pytest.mark.parametrize(
     "roots",
     [
-        ["kv_transition.run.cell", "kv_transition.policies.h2o_heavy"],
+        ["kv_transition.studies.grid.run", "kv_transition.policies.h2o_heavy"],
         ["kv_transition.run.prefill"],
         ["kv_transition.data.prepare"],
         ["kv_transition.data.download"],
-        ["kv_transition.data.windows"],
-        ["kv_transition.eval.score"],
-        ["kv_transition.analysis.aggregate"],
-        ["kv_transition.analysis.transition"],
-        ["kv_transition.analysis.plots"],
-        ["kv_transition.analysis.adaptive"],
-        ["kv_transition.analysis.observation_checks"],
-        ["kv_transition.analysis.step_logs"],
-        ["kv_transition.analysis.entropy_recall"],
-        ["kv_transition.analysis.entropy_recall_plots"],
-        ["kv_transition.analysis.recall_moments"],
-        ["kv_transition.analysis.perplexity"],
-        ["kv_transition.analysis.perplexity_plots"],
-        ["kv_transition.run.observe", "kv_transition.policies.h2o"],
-        ["kv_transition.run.calibrate"],
-        ["kv_transition.eval.judge"],
-        ["kv_transition.eval.retention"],
-        ["kv_transition.analysis.retention"],
-        ["kv_transition.analysis.memory_table"],
-        ["kv_transition.analysis.retention_plots"],
-        ["kv_transition.run.perplexity", "kv_transition.policies.snapkv"],
-        ["kv_transition.run.remote"],
-        ["kv_transition.run.chat", "kv_transition.policies.streaming_llm"],
-        ["kv_transition.run.chat", "kv_transition.run.text_drop"],
-        ["kv_transition.data.multiturn"],
-        ["kv_transition.report.build"],
-        ["kv_transition.report.exports"],
+        ["kv_transition.studies.perplexity.windows"],
+        ["kv_transition.studies.grid.score"],
+        ["kv_transition.studies.grid.analysis.aggregate"],
+        ["kv_transition.studies.grid.analysis.transition"],
+        ["kv_transition.studies.grid.plots"],
+        ["kv_transition.studies.grid.analysis.adaptive"],
+        ["kv_transition.studies.recall.checks"],
+        ["kv_transition.studies.recall.step_logs"],
+        ["kv_transition.studies.recall.analysis"],
+        ["kv_transition.studies.recall.plots"],
+        ["kv_transition.studies.recall.moments"],
+        ["kv_transition.studies.perplexity.analysis"],
+        ["kv_transition.studies.perplexity.plots"],
+        ["kv_transition.studies.recall.run", "kv_transition.policies.h2o"],
+        ["kv_transition.studies.grid.calibrate"],
+        ["kv_transition.studies.chat.judge"],
+        ["kv_transition.studies.chat.verdicts"],
+        ["kv_transition.studies.chat.analysis"],
+        ["kv_transition.studies.chat.memory_table"],
+        ["kv_transition.studies.chat.plots"],
+        ["kv_transition.studies.perplexity.run", "kv_transition.policies.snapkv"],
+        ["kv_transition.studies.grid.remote"],
+        ["kv_transition.studies.chat.run", "kv_transition.policies.streaming_llm"],
+        ["kv_transition.studies.chat.run", "kv_transition.studies.chat.text_drop"],
+        ["kv_transition.studies.chat.multiturn"],
+        ["kv_transition.outputs.build", *registry.modules("report")],
+        ["kv_transition.outputs.exports"],
     ],
     ids=lambda roots: roots[-1].removeprefix("kv_transition."),
 )
@@ -141,7 +145,7 @@ def test_the_code_hash_covers_what_is_really_imported(roots):
 
 
 def test_a_cells_hash_leaves_out_what_cannot_change_it():
-    covered = imported_modules("kv_transition.run.cell", "kv_transition.policies.snapkv")
+    covered = imported_modules("kv_transition.studies.grid.run", "kv_transition.policies.snapkv")
     assert "kv_transition.policies.snapkv" in covered
     assert not any(part(m) in ("settings", "paths", "report", "analysis", "eval") for m in covered)
     assert not covered & {"kv_transition.policies.h2o", "kv_transition.policies.catalog", "kv_transition.specs"}

@@ -12,8 +12,8 @@ from kv_transition.budget import Budget
 from kv_transition.cache.store import PrefillStore
 from kv_transition.policies.catalog import create, hyper_parameters
 from kv_transition.provenance import digest, rows_to_table
-from kv_transition.run import cell
 from kv_transition.run.decode import Setting
+from kv_transition.studies.grid import run as cell
 from kv_transition.tables import CELLS
 
 SPEC = {

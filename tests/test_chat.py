@@ -19,15 +19,15 @@ from models import FAMILIES, engine, random_model, reference, sliding_model, tok
 from kv_transition import settings as settings_module
 from kv_transition import specs
 from kv_transition.budget import Budget
-from kv_transition.data import multiturn
-from kv_transition.data.turns import Turn
 from kv_transition.engines import loading
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create, hyper_parameters, kinds
-from kv_transition.run import chat, text_drop
-from kv_transition.run.chat import CacheMemory, TurnSetting, play, repetition
 from kv_transition.run.decode import Answer
+from kv_transition.studies.chat import multiturn, text_drop
+from kv_transition.studies.chat import run as chat
+from kv_transition.studies.chat.run import CacheMemory, TurnSetting, play, repetition
+from kv_transition.studies.chat.turns import Turn
 from kv_transition.tables import CHAT, CHAT_LAYERS
 
 DATA = os.environ.get("KVT_DATA")

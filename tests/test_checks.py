@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transition.data.conversations import generate
 from kv_transition.errors import UserError
-from kv_transition.eval import checks
-from kv_transition.eval.checks import Check, at_turn, of_conversation, passes, validate
+from kv_transition.studies.chat import rules as checks
+from kv_transition.studies.chat.conversations import generate
+from kv_transition.studies.chat.rules import Check, at_turn, of_conversation, passes, validate
 
 WORDS = st.lists(st.sampled_from(["red", "Blue", "GREEN", "a", "don't", "7", "so-so", "end.", "why?", "...", "é"]))
 SPACES = st.sampled_from([" ", "\n", "\t", "  ", "\n\n"])

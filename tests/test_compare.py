@@ -12,7 +12,7 @@ from scipy import stats
 from simulated_scores import demo
 
 from kv_transition.errors import UserError
-from kv_transition.report.compare import compare, setting_differences
+from kv_transition.outputs.compare import compare, setting_differences
 
 CONFIG = {
     "experiment": "one", "model": {"name": "org/model", "dtype": "float32"}, "kv": {"budgets": [0.5, 0.2]},

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_transition.data import conversations
-from kv_transition.data.checks import at_turn, of_conversation
-from kv_transition.data.conversations import Shape, generate
-from kv_transition.eval.checks import passes
+from kv_transition.studies.chat import conversations
+from kv_transition.studies.chat.checks import at_turn, of_conversation
+from kv_transition.studies.chat.conversations import Shape, generate
+from kv_transition.studies.chat.rules import passes
 
 RULE = re.compile(r"When asked about a (\w+) (,|now|still) (start with|end with|say only) (\w+) \.")
 FACT = re.compile(r"The (\w+) of (\w+) is (\w+) \.")
@@ -188,7 +188,7 @@ def test_generation_is_a_function_of_its_arguments():
     assert first == list(generate(5, 8, seed=1))
     assert list(generate(9, 8, seed=1))[:5] == first
     assert list(generate(5, 8, seed=2)) != first
-    code = "from kv_transition.data.conversations import generate; print(list(generate(3, 8, seed=1)))"
+    code = "from kv_transition.studies.chat.conversations import generate; print(list(generate(3, 8, seed=1)))"
     runs = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True

@@ -15,10 +15,16 @@ from hypothesis import strategies as st
 from scipy import stats
 from simulated_observations import POLICIES, observed, recalled_scores, rows_of, simulated_steps, table
 
-from kv_transition.analysis import entropy_recall_plots as plots
-from kv_transition.analysis.association import Estimate, moments2, rank_statistics, resample_weights
-from kv_transition.analysis.entropy_recall import analyse, entropy_recall, write_entropy_recall
-from kv_transition.analysis.entropy_verdict import (
+from kv_transition.errors import UserError
+from kv_transition.provenance import read_metadata
+from kv_transition.stats.association import Estimate, moments2, rank_statistics, resample_weights
+from kv_transition.stats.examples import Statistics
+from kv_transition.stats.frames import read_table
+from kv_transition.studies.recall import plots
+from kv_transition.studies.recall.analysis import analyse, entropy_recall, write_entropy_recall
+from kv_transition.studies.recall.moments import answer, pairs_of, points, recall_moments, write_recall_moments
+from kv_transition.studies.recall.observations import cells, levels, read_observations
+from kv_transition.studies.recall.verdict import (
     AFTER_CONTROLLING,
     CONFIRMED,
     NOT_CONFIRMED,
@@ -27,12 +33,6 @@ from kv_transition.analysis.entropy_verdict import (
     controlled,
     judge,
 )
-from kv_transition.analysis.examples import Statistics
-from kv_transition.analysis.observations import cells, levels, read_observations
-from kv_transition.analysis.recall_moments import answer, pairs_of, points, recall_moments, write_recall_moments
-from kv_transition.analysis.results import read_table
-from kv_transition.errors import UserError
-from kv_transition.provenance import read_metadata
 from kv_transition.tables import ENTROPY_RECALL
 
 FAST = Statistics(resamples=200)
@@ -493,11 +493,12 @@ def test_the_figure_of_the_moments(tmp_path):
 
 def report(folder, monkeypatch, files=None, moments=True) -> tuple[str, str]:
     """The whole report as Markdown and page, with the section where ``files`` or ``moments`` are given."""
-    from kv_transition.analysis.aggregate import write_aggregates
-    from kv_transition.analysis.transition import write_transition
-    from kv_transition.report import build, entropy_recall
+    from kv_transition.outputs import build
+    from kv_transition.studies.grid.analysis.aggregate import write_aggregates
+    from kv_transition.studies.grid.analysis.transition import write_transition
+    from kv_transition.studies.recall import report as entropy_recall
 
-    section = build.Section(entropy_recall.NAME, entropy_recall.TITLE, entropy_recall.build)
+    section = entropy_recall.SECTIONS[0]
     monkeypatch.setattr(build, "SECTIONS", (section,))
     monkeypatch.setattr(build, "FIGURES", build.FIGURES | entropy_recall.FIGURES)
     paths = {name: str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")}

@@ -12,9 +12,9 @@ from kv_transition import specs
 from kv_transition.cache.store import PrefillStore
 from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table
-from kv_transition.run import cell
-from kv_transition.run.calibrate import step_entropies
 from kv_transition.settings import parse
+from kv_transition.studies.grid import run as cell
+from kv_transition.studies.grid.calibrate import step_entropies
 from kv_transition.tables import CELLS
 
 TREATED = {"kind": "entropy_recall", "tau_quantile": 0.9}

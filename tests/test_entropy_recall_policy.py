@@ -25,9 +25,9 @@ from kv_transition.errors import UserError
 from kv_transition.policies.base import top
 from kv_transition.policies.catalog import create
 from kv_transition.policies.entropy_recall import random_moments, token_entropy
-from kv_transition.run.calibrate import held_out, step_entropies
 from kv_transition.run.decode import Answer, Setting, answer, answer_all, begin
-from kv_transition.run.recall import calibrated, paces, quantile
+from kv_transition.studies.grid.calibrate import held_out, step_entropies
+from kv_transition.studies.grid.moments import calibrated, paces, quantile
 
 INNER = ["h2o", "h2o_heavy", "streaming_llm", "tova"]
 MODES = ["before_question", "after_prompt"]

@@ -98,7 +98,7 @@ def rules() -> list[tuple[str, str, list[str], str]]:
             name = re.match(r" *(?:rule|checkpoint) (\w+):", text)[1]
             env = re.search(r"envs/(\w+)\.yaml", text)
             modules = re.findall(r"python -m (kv_transition[\w.]*\w)", text.replace("{CELL_JOB}", "cell"))
-            modules += ["kv_transition.run.remote"] if "{CELL_JOB}" in text else []
+            modules += ["kv_transition.studies.grid.remote"] if "{CELL_JOB}" in text else []
             for script in re.findall(r"scripts/(\w+\.py)", text):
                 modules += sorted(imports_of(ROOT / "scripts" / script, PACKAGE))
             if env:

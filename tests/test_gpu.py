@@ -23,8 +23,8 @@ from kv_transition.engines.local import LocalEngine
 from kv_transition.engines.reading import ATTENTION, attention_function
 from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create, hyper_parameters
-from kv_transition.run import cell
 from kv_transition.run.decode import Answer, Setting, answer, answer_all
+from kv_transition.studies.grid import run as cell
 
 DEVICE = "cuda"
 

@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from kv_transition import settings, specs
-from kv_transition.data.checks import Check
 from kv_transition.engines import openai_compat
 from kv_transition.errors import UserError
-from kv_transition.eval import judge as judge_module
-from kv_transition.eval.judge import main, write_judge
-from kv_transition.eval.retention import write_verdicts
 from kv_transition.provenance import rows_to_table, text_sha256, write_table
 from kv_transition.settings import Judge
+from kv_transition.studies.chat import judge as judge_module
+from kv_transition.studies.chat.checks import Check
+from kv_transition.studies.chat.judge import main, write_judge
+from kv_transition.studies.chat.verdicts import write_verdicts
 from kv_transition.tables import CHAT, CHAT_VERDICTS
 
 KEY = "sk-planted-0123456789"

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from kv_transition.data import multiturn
-from kv_transition.data.turns import render
 from kv_transition.errors import UserError
+from kv_transition.studies.chat import multiturn
+from kv_transition.studies.chat.turns import render
 from kv_transition.tables import CONVERSATIONS
 
 DATA = os.environ.get("KVT_DATA")

@@ -18,18 +18,18 @@ from policy_states import best as best_of
 
 from kv_transition import settings as settings_module
 from kv_transition import specs
-from kv_transition.analysis.observation_checks import check, write_checks
-from kv_transition.analysis.step_logs import write_logs
 from kv_transition.budget import Budget
 from kv_transition.cache.store import PrefillStore
 from kv_transition.errors import UserError
 from kv_transition.policies.base import top
 from kv_transition.policies.catalog import create, hyper_parameters
 from kv_transition.provenance import write_table
-from kv_transition.run import observe
 from kv_transition.run.decode import Setting
 from kv_transition.run.decode import answer as answer_plainly
-from kv_transition.run.shadow import GRANULARITIES, MEMORIES, best, thinned, without_lowest
+from kv_transition.studies.recall import run as observe
+from kv_transition.studies.recall.checks import check, write_checks
+from kv_transition.studies.recall.shadow import GRANULARITIES, MEMORIES, best, thinned, without_lowest
+from kv_transition.studies.recall.step_logs import write_logs
 from kv_transition.tables import OBSERVATION_CHECKS, OBSERVATION_LAYERS, OBSERVATIONS
 
 N, STEPS = 40, 8
@@ -569,7 +569,7 @@ def test_a_killed_job_is_run_again_to_the_same_table(finished, tmp_path):
     def command(name: str) -> list[str]:
         bin_file = finished.results / "data/reader_qa/bin1.parquet"
         out = ["--output", str(tmp_path / name / "steps.parquet"), "--layers", str(tmp_path / name / "layers.parquet")]
-        module = [sys.executable, "-m", "kv_transition.run.observe"]
+        module = [sys.executable, "-m", "kv_transition.studies.recall.run"]
         return [*module, "--spec", json.dumps(spec), "--bin", str(bin_file), *out]
 
     environment = os.environ | {

@@ -15,15 +15,15 @@ from kv_transition import settings, specs
 from kv_transition.budget import Budget
 from kv_transition.cache.state import same
 from kv_transition.cache.store import PrefillStore
-from kv_transition.data import windows as windows_job
 from kv_transition.engines import local
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create
 from kv_transition.provenance import read_metadata
-from kv_transition.run import perplexity as job
 from kv_transition.run.decode import Setting
-from kv_transition.run.perplexity import score, stream
+from kv_transition.studies.perplexity import run as job
+from kv_transition.studies.perplexity import windows as windows_job
+from kv_transition.studies.perplexity.run import score, stream
 
 N, FED, K = 40, 24, 16
 CAUSAL = torch.ones(N + FED, N + FED, dtype=torch.bool).tril()

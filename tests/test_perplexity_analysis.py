@@ -12,10 +12,10 @@ from scipy.stats import permutation_test
 from simulated_windows import LOG_PPL, simulated
 from statsmodels.stats.multitest import multipletests
 
-from kv_transition.analysis import perplexity as analysis
-from kv_transition.analysis.examples import Statistics
 from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.perplexity import analysis
 
 STATISTICS = Statistics(resamples=2000)
 FEW = Statistics(resamples=100)

@@ -20,8 +20,8 @@ from kv_transition.budget import Budget
 from kv_transition.cache.state import STATISTICS
 from kv_transition.policies import catalog
 from kv_transition.policies.base import Policy
-from kv_transition.run import observe
-from kv_transition.run.shadow import GRANULARITIES, MEMORIES, Oracle, held_by, shadow
+from kv_transition.studies.recall import run as observe
+from kv_transition.studies.recall.shadow import GRANULARITIES, MEMORIES, Oracle, held_by, shadow
 
 KINDS = [k for k in catalog.kinds() if not specs.why_not_observed(k, catalog.hyper_parameters(k))]
 BUDGET = Budget.parse("r0.2")

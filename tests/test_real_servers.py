@@ -21,7 +21,9 @@ from kv_transition.data.prompts import PromptBuilder, Template
 from kv_transition.data.tokens import load_tokenizer
 from kv_transition.engines.openai_compat import Client
 from kv_transition.policies.catalog import hyper_parameters
-from kv_transition.run import cell, job, remote
+from kv_transition.run import job
+from kv_transition.studies.grid import remote
+from kv_transition.studies.grid import run as cell
 
 pytestmark = pytest.mark.slow
 

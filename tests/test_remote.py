@@ -23,8 +23,8 @@ from kv_transition.engines import device_memory, openai_compat
 from kv_transition.errors import UserError
 from kv_transition.eval.failures import failure
 from kv_transition.provenance import digest, imported_modules, read_metadata, rows_to_table, write_table
-from kv_transition.run import remote
 from kv_transition.run.command import answer_seed
+from kv_transition.studies.grid import remote
 from kv_transition.tables import BIN
 
 SOURCE = Path(remote.__file__).parents[2]
@@ -85,7 +85,7 @@ class Cell:
 
     def start(self, requests: str = "2:2:1:PLANTED_KEY") -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": str(SOURCE), "KVT_REQUESTS": requests}
-        command = [sys.executable, "-m", "kv_transition.run.remote", *self.arguments]
+        command = [sys.executable, "-m", "kv_transition.studies.grid.remote", *self.arguments]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def rows(self) -> list[dict]:
@@ -492,7 +492,7 @@ def test_the_hash_of_a_cell_knows_its_endpoint_and_not_how_it_is_asked():
     assert first != hashed({"base_url": "http://127.0.0.1:9000/v1"})
     assert first != hashed({"extra_body": {"a": 1}})
     assert first != hashed({"request": {"timeout_s": 5.0}})
-    covered = imported_modules("kv_transition.run.remote")
+    covered = imported_modules("kv_transition.studies.grid.remote")
     assert "kv_transition.engines.openai_compat" in covered
     assert not covered & {"kv_transition.engines.local", "kv_transition.cache.state", "kv_transition.settings"}
 
@@ -582,7 +582,7 @@ def test_an_experiment_over_http_reaches_its_report(tmp_path, monkeypatch):
 
 
 def test_the_report_says_what_was_declared_and_what_does_not_fit():
-    from kv_transition.report import endpoints
+    from kv_transition.studies.grid.report import endpoints
 
     told = experiment({"endpoints": MAPPED, "model": "m", "extra_body": {"a": 0}}).model_dump(mode="json")
     assert endpoints.setup(told) == [

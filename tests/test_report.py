@@ -16,14 +16,15 @@ import pytest
 import yaml
 from simulated_scores import POLICIES, demo
 
-from kv_transition.analysis.aggregate import write_aggregates
-from kv_transition.analysis.plots import write_plots
-from kv_transition.analysis.results import Results, read_results
-from kv_transition.analysis.transition import write_transition
 from kv_transition.errors import UserError
-from kv_transition.report import build, verdict
-from kv_transition.report.build import build_report
+from kv_transition.outputs import build
+from kv_transition.outputs.build import build_report
 from kv_transition.report.page import inline_svg, script_json
+from kv_transition.studies.grid.analysis.aggregate import write_aggregates
+from kv_transition.studies.grid.analysis.transition import write_transition
+from kv_transition.studies.grid.plots import write_plots
+from kv_transition.studies.grid.report import headline as verdict
+from kv_transition.studies.grid.results import Results, read_results
 
 EXTRA = ("pairs", "noninferiority", "smallest_budgets", "budget_transition")
 STATISTICS = {"confidence": 0.95, "resamples": 300, "seed": 0}

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from simulated_conversations import chat_rows, layer_rows
 
-from kv_transition.analysis.memory_table import write_memory_table
-from kv_transition.analysis.retention import write_retention
-from kv_transition.analysis.retention_plots import FIGURES, write_retention_plots
 from kv_transition.errors import UserError
-from kv_transition.eval.retention import write_verdicts
+from kv_transition.outputs.build import Source, build_report
 from kv_transition.provenance import rows_to_table, write_table
-from kv_transition.report import memory
-from kv_transition.report.build import Source, build_report
+from kv_transition.studies.chat import report as memory
+from kv_transition.studies.chat.analysis import write_retention
+from kv_transition.studies.chat.memory_table import write_memory_table
+from kv_transition.studies.chat.plots import FIGURES, write_retention_plots
+from kv_transition.studies.chat.verdicts import write_verdicts
 from kv_transition.tables import CHAT, CHAT_LAYERS, JUDGE
 
 STATISTICS = {"confidence": 0.95, "resamples": 500, "seed": 0}

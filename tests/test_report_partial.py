@@ -18,7 +18,7 @@ SCRIPT = """
 import sys
 from kv_transition import settings
 from kv_transition.errors import UserError
-from kv_transition.report.partial import write_partial
+from kv_transition.outputs.partial import write_partial
 try:
     print(write_partial(settings.load("small.yaml", [f"output.dir={sys.argv[1]}"])))
 except UserError as error:

@@ -11,12 +11,11 @@ import yaml
 from simulated_windows import simulated
 from test_report import Page
 
-from kv_transition.analysis import perplexity as analysis
-from kv_transition.analysis import perplexity_plots as plots
-from kv_transition.analysis.drawing import svg
 from kv_transition.errors import UserError
-from kv_transition.report import perplexity as section
-from kv_transition.report.build import build_report
+from kv_transition.outputs.build import build_report
+from kv_transition.plotting.drawing import svg
+from kv_transition.studies.perplexity import analysis, plots
+from kv_transition.studies.perplexity import report as section
 
 STATISTICS = {"confidence": 0.95, "resamples": 2000, "seed": 0}
 POLICIES = {

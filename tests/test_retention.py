@@ -17,15 +17,15 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from kv_transition.analysis import agreement
-from kv_transition.analysis.examples import Statistics
-from kv_transition.analysis.memory_table import anatomy, memory_table, write_memory_table
-from kv_transition.analysis.retention import first_failures, pairs, retention, sizes, write_retention
-from kv_transition.analysis.survival import median, survival
-from kv_transition.data import multiturn
-from kv_transition.eval.checks import Check
-from kv_transition.eval.retention import verdicts, write_verdicts
 from kv_transition.provenance import rows_to_table, write_table
+from kv_transition.stats import agreement
+from kv_transition.stats.examples import Statistics
+from kv_transition.stats.survival import median, survival
+from kv_transition.studies.chat import multiturn
+from kv_transition.studies.chat.analysis import first_failures, pairs, retention, sizes, write_retention
+from kv_transition.studies.chat.memory_table import anatomy, memory_table, write_memory_table
+from kv_transition.studies.chat.rules import Check
+from kv_transition.studies.chat.verdicts import verdicts, write_verdicts
 from kv_transition.tables import CACHE_ANATOMY, CHAT, CHAT_LAYERS, CHAT_VERDICTS, MEMORY_TABLE, RETENTION
 
 QUICK = Statistics(resamples=500)

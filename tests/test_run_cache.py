@@ -19,7 +19,7 @@ from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.run import cache as run_cache
 from kv_transition.run.cache_commands import app
-from kv_transition.run.cell import rows
+from kv_transition.studies.grid.run import rows
 
 READER = str(Path(__file__).parent.parent / "resources/tiny-reader")
 TEXT = " ".join(f"Person {i} of the town keeps {i * 7 % 13} grey horses and one blue door." for i in range(12))

@@ -14,7 +14,7 @@ import pytest
 
 from kv_transition import provenance, tables
 from kv_transition.errors import UserError
-from kv_transition.eval.score import score_cells
+from kv_transition.studies.grid.score import score_cells
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "score.py"
 HASH = "0123456789abcdef"

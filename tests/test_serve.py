@@ -18,11 +18,13 @@ from kv_transition.cache.store import PrefillStore
 from kv_transition.engines.local import LocalEngine
 from kv_transition.engines.openai_compat import Client
 from kv_transition.policies import catalog
-from kv_transition.run import cell, command, remote
+from kv_transition.run import command
 from kv_transition.serve.app import create_app
 from kv_transition.serve.model import Served
 from kv_transition.serve.prefills import Prefills
 from kv_transition.serve.transcript import Transcript
+from kv_transition.studies.grid import remote
+from kv_transition.studies.grid import run as cell
 
 KINDS = [kind for kind in catalog.kinds() if kind != "entropy_recall"]
 POLICIES = [{"kind": kind} for kind in KINDS] + [

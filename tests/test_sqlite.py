@@ -12,11 +12,11 @@ import pytest
 import yaml
 from simulated_scores import POLICIES, demo
 
-from kv_transition.analysis.aggregate import write_aggregates
-from kv_transition.analysis.transition import write_transition
 from kv_transition.errors import UserError
-from kv_transition.report.exports import write_exports
-from kv_transition.report.sqlite import write_sqlite
+from kv_transition.outputs.exports import write_exports
+from kv_transition.outputs.sqlite import write_sqlite
+from kv_transition.studies.grid.analysis.aggregate import write_aggregates
+from kv_transition.studies.grid.analysis.transition import write_transition
 from kv_transition.tables import BIN, EXAMPLES
 
 STATISTICS = {"confidence": 0.95, "resamples": 200, "seed": 0}

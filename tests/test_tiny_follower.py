@@ -14,9 +14,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from kv_transition.data import conversations, turns  # noqa: E402
 from kv_transition.data.tokens import load_tokenizer  # noqa: E402
 from kv_transition.engines.local import LocalEngine  # noqa: E402
+from kv_transition.studies.chat import conversations, turns  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "resources" / "tiny-follower"
 

@@ -2,9 +2,9 @@
 
     python resources/tiny-follower/evaluate.py
 
-Conversations of the ``test`` split are played on one growing cache (`kv_transition.run.chat.play`): the model reads
-what the user says, answers greedily, and has its own answers in the cache, right or wrong. After each answer a policy
-compresses the cache to a share of the tokens so far. An answer counts if it passes the check of the rule in force;
+Conversations of the ``test`` split are played on one growing cache (`kv_transition.studies.chat.run.play`): the model
+reads what the user says, answers greedily, and has its own answers in the cache, right or wrong. After each answer a
+policy compresses the cache to a share of the tokens so far. An answer counts if it passes the check of the rule in force;
 turns in which no rule is due do not count. Writes ``evaluation.json`` next to the weights and renews the table in the
 model card.
 """
@@ -22,9 +22,9 @@ from pathlib import Path
 from statsmodels.stats.proportion import proportion_confint
 
 from kv_transition.budget import Budget
-from kv_transition.data import conversations, turns
-from kv_transition.data.checks import at_turn, of_conversation
-from kv_transition.eval.checks import passes
+from kv_transition.studies.chat import conversations, turns
+from kv_transition.studies.chat.checks import at_turn, of_conversation
+from kv_transition.studies.chat.rules import passes
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,8 +57,9 @@ def said(conversation: Mapping) -> tuple[str | None, list[str]]:
 def play(engine, conversation: Mapping, kind: str = "full", budget: str = "r1", seed: int = 0) -> list[str]:
     """Answer every turn on one cache, compressed by a policy with its default hyper-parameters behind each answer."""
     from kv_transition.policies.catalog import create
-    from kv_transition.run import chat, job
+    from kv_transition.run import job
     from kv_transition.run.decode import Answer
+    from kv_transition.studies.chat import run as chat
 
     system, users = said(conversation)
     own = turns.render(engine.tokenizer, system, users, chat=True)

@@ -3,9 +3,9 @@
     python resources/tiny-follower/train.py
 
 The follower is a four-layer Qwen2 model with a word-level vocabulary. It is trained on conversations of the ``train``
-split of ``kv_transition.data.conversations`` and written to this script's folder. It is made as the tiny reader is
-(``resources/tiny-reader/train.py``, which says why each part is needed) and shares its previous-token heads and
-optimisers:
+split of ``kv_transition.studies.chat.conversations`` and written to this script's folder. It is made as the tiny
+reader is (``resources/tiny-reader/train.py``, which says why each part is needed) and shares its previous-token heads
+and optimisers:
 
 * Layer 0 starts with heads that look one to four words back.
 * Training starts with rows of bare rules and facts stated twice in different order, where what is said the second time
@@ -36,8 +36,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from kv_transition.data import conversations
-from kv_transition.data.conversations import Conversation, Fact, Rule, Shape
+from kv_transition.studies.chat import conversations
+from kv_transition.studies.chat.conversations import Conversation, Fact, Rule, Shape
 
 HERE = Path(__file__).resolve().parent
 

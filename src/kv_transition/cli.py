@@ -113,7 +113,7 @@ def report(
     if not partial:
         raise typer.Exit(_snakemake(Step.report, config, set_, cores, dry_run, profile, sdm))
     settings = _checked(config, set_)
-    from kv_transition.report.partial import write_partial
+    from kv_transition.outputs.partial import write_partial
 
     with _refusing():
         typer.echo(write_partial(settings))
@@ -126,7 +126,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder for report.md, report.html and the differences.")],
 ) -> None:
     """Compare two experiments: paired differences with intervals."""
-    from kv_transition.report.compare import compare as write_comparison
+    from kv_transition.outputs.compare import compare as write_comparison
 
     with _refusing():
         write_comparison(str(a), str(b), str(output))

@@ -21,20 +21,18 @@ from typing import Any
 import polars as pl
 import torch
 
-from kv_transition import specs
-from kv_transition.analysis import labels
-from kv_transition.analysis.examples import FULL, Statistics
-from kv_transition.analysis.perplexity import perplexity, read_windows
+from kv_transition import labels, specs
 from kv_transition.budget import Budget
 from kv_transition.cache.store import PrefillStore
-from kv_transition.data import windows
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.paths import Paths
 from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.run import job
-from kv_transition.run import perplexity as run
 from kv_transition.settings import Settings, parse
+from kv_transition.stats.examples import FULL, Statistics
+from kv_transition.studies.perplexity import run, windows
+from kv_transition.studies.perplexity.analysis import perplexity, read_windows
 from kv_transition.tables import PERPLEXITY
 
 EXPERIMENT = {

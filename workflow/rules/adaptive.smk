@@ -35,7 +35,7 @@ rule score_shard:
         "../../envs/analysis.yaml"
     params:
         aliases=specs.aliases(SETTINGS),
-        code=code_hash("kv_transition.eval.score"),
+        code=code_hash("kv_transition.studies.grid.score"),
     script:
         "../../scripts/score.py"
 
@@ -82,7 +82,7 @@ checkpoint allocate:
     params:
         plan=SETTINGS.adaptive.model_dump(),
         statistics=SETTINGS.statistics.model_dump(),
-        code=code_hash("kv_transition.analysis.looks"),
+        code=code_hash("kv_transition.studies.grid.analysis.looks"),
     script:
         "../../scripts/allocate.py"
 
@@ -99,7 +99,7 @@ rule score:
     conda:
         "../../envs/analysis.yaml"
     params:
-        code=code_hash("kv_transition.analysis.looks"),
+        code=code_hash("kv_transition.studies.grid.analysis.looks"),
     script:
         "../../scripts/publish.py"
 

@@ -49,7 +49,7 @@ else:
             "../../envs/analysis.yaml"
         params:
             aliases=specs.aliases(SETTINGS),
-            code=code_hash("kv_transition.eval.score"),
+            code=code_hash("kv_transition.studies.grid.score"),
         script:
             "../../scripts/score.py"
 
@@ -71,7 +71,7 @@ rule aggregate:
         "../../envs/analysis.yaml"
     params:
         statistics=STATISTICS,
-        code=code_hash("kv_transition.analysis.aggregate"),
+        code=code_hash("kv_transition.studies.grid.analysis.aggregate"),
     script:
         "../../scripts/aggregate.py"
 
@@ -91,6 +91,6 @@ rule transition:
         "../../envs/analysis.yaml"
     params:
         statistics=STATISTICS,
-        code=code_hash("kv_transition.analysis.transition"),
+        code=code_hash("kv_transition.studies.grid.analysis.transition"),
     script:
         "../../scripts/transition.py"

@@ -16,7 +16,7 @@ rule conversations:
     params:
         spec=as_json(specs.conversations(SETTINGS)),
     shell:
-        "python -m kv_transition.data.multiturn --spec {params.spec:q} --output {output} > {log} 2>&1"
+        "python -m kv_transition.studies.chat.multiturn --spec {params.spec:q} --output {output} > {log} 2>&1"
 
 
 rule chat:
@@ -35,5 +35,5 @@ rule chat:
     params:
         spec=lambda wildcards: as_json(specs.chat(SETTINGS, wildcards.policy, wildcards.budget)),
     shell:
-        "python -m kv_transition.run.chat --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.studies.chat.run --spec {params.spec:q} --threads {threads}"
         " --conversations {input} --output {output.turns} --layers {output.layers} > {log} 2>&1"

@@ -13,6 +13,8 @@ from kv_transition import paths as paths_module
 from kv_transition import specs
 from kv_transition.errors import UserError
 from kv_transition.paths import Paths
+from kv_transition.studies import registry
+from kv_transition.report.section import template_folders
 from kv_transition.provenance import code_hash, content_digest, digest, read_metadata
 
 

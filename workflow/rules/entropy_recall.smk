@@ -14,7 +14,7 @@ rule entropy_recall:
         "../../envs/analysis.yaml"
     params:
         statistics=SETTINGS.statistics.model_dump(),
-        code=code_hash("kv_transition.analysis.entropy_recall"),
+        code=code_hash("kv_transition.studies.recall.analysis"),
     script:
         "../../scripts/entropy_recall.py"
 
@@ -44,7 +44,7 @@ rule entropy_recall_plots:
         "../../envs/analysis.yaml"
     params:
         confidence=SETTINGS.statistics.confidence,
-        code=code_hash("kv_transition.analysis.entropy_recall_plots"),
+        code=code_hash("kv_transition.studies.recall.plots"),
     script:
         "../../scripts/entropy_recall_plots.py"
 
@@ -68,7 +68,7 @@ rule recall_moments:
     params:
         statistics=STATISTICS,
         policies={name: dict(options or {}) for name, options in SETTINGS.kv.policies.items()},
-        code=code_hash("kv_transition.analysis.recall_moments", "kv_transition.analysis.entropy_recall_plots"),
+        code=code_hash("kv_transition.studies.recall.moments", "kv_transition.studies.recall.plots"),
     script:
         "../../scripts/recall_moments.py"
 

@@ -42,7 +42,7 @@ rule cell:
     params:
         spec=lambda wildcards: as_json(cell_spec(wildcards.mode, wildcards.policy, wildcards.budget)),
     shell:
-        ("python -m kv_transition.run.remote" if REMOTE else "python -m kv_transition.run.cell")
+        ("python -m kv_transition.studies.grid.remote" if REMOTE else "python -m kv_transition.studies.grid.run")
         + " --spec {params.spec:q} --threads {threads}"
         " --bin {input.bin} --output {output} --calibration {input.calibration} --treated {input.treated}"
         " > {log} 2>&1"

@@ -28,7 +28,7 @@ rule observe:
     params:
         spec=as_json(specs.observe(SETTINGS)) if OBSERVED else "{}",
     shell:
-        "python -m kv_transition.run.observe --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.studies.recall.run --spec {params.spec:q} --threads {threads}"
         " --bin {input.bin} --output {output.steps} --layers {output.layers} > {log} 2>&1"
 
 
@@ -42,7 +42,7 @@ rule observation_checks:
     conda:
         "../../envs/analysis.yaml"
     params:
-        code=code_hash("kv_transition.analysis.observation_checks"),
+        code=code_hash("kv_transition.studies.recall.checks"),
     script:
         "../../scripts/observation_checks.py"
 
@@ -58,6 +58,6 @@ rule observation_logs:
     conda:
         "../../envs/analysis.yaml"
     params:
-        code=code_hash("kv_transition.analysis.step_logs"),
+        code=code_hash("kv_transition.studies.recall.step_logs"),
     script:
         "../../scripts/observation_logs.py"

@@ -26,7 +26,7 @@ rule perplexity_windows:
     params:
         spec=as_json(specs.windows(SETTINGS)),
     shell:
-        "python -m kv_transition.data.windows --spec {params.spec:q} --output {output} > {log} 2>&1"
+        "python -m kv_transition.studies.perplexity.windows --spec {params.spec:q} --output {output} > {log} 2>&1"
 
 
 rule perplexity:
@@ -46,5 +46,5 @@ rule perplexity:
     params:
         spec=lambda wildcards: as_json(specs.perplexity(SETTINGS, wildcards.policy, wildcards.budget)),
     shell:
-        "python -m kv_transition.run.perplexity --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.studies.perplexity.run --spec {params.spec:q} --threads {threads}"
         " --windows {input} --output {output} > {log} 2>&1"

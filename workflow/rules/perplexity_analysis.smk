@@ -20,7 +20,7 @@ rule perplexity_stats:
             for key in specs.perplexity_cells(SETTINGS)
             for bin in PERPLEXITY_BINS
         },
-        code=code_hash("kv_transition.analysis.perplexity"),
+        code=code_hash("kv_transition.studies.perplexity.analysis"),
     script:
         "../../scripts/perplexity_stats.py"
 
@@ -51,7 +51,7 @@ rule perplexity_plots:
     params:
         policies={name: dict(options or {}) for name, options in SETTINGS.kv.policies.items()},
         confidence=SETTINGS.statistics.confidence,
-        code=code_hash("kv_transition.analysis.perplexity_plots"),
+        code=code_hash("kv_transition.studies.perplexity.plots"),
     script:
         "../../scripts/perplexity_plots.py"
 

@@ -70,7 +70,7 @@ rule plots:
     conda:
         "../../envs/analysis.yaml"
     params:
-        code=code_hash("kv_transition.analysis.plots"),
+        code=code_hash("kv_transition.studies.grid.plots"),
     script:
         "../../scripts/plots.py"
 
@@ -95,8 +95,8 @@ rule report:
     params:
         title=SETTINGS.report.title or SETTINGS.experiment,
         extra=EXTRA,
-        code=code_hash("kv_transition.report.build"),
-        templates=content_digest(os.path.join(REPO, "src/kv_transition/report/templates")),
+        code=code_hash("kv_transition.outputs.build", *registry.modules("report")),
+        templates=[content_digest(folder) for folder in template_folders()],
     script:
         "../../scripts/report.py"
 
@@ -130,6 +130,6 @@ rule exports:
         "../../envs/analysis.yaml"
     params:
         extra=EXTRA,
-        code=code_hash("kv_transition.report.exports", "kv_transition.report.sqlite"),
+        code=code_hash("kv_transition.outputs.exports", "kv_transition.outputs.sqlite"),
     script:
         "../../scripts/exports.py"

@@ -18,7 +18,7 @@ rule chat_verdicts:
     conda:
         "../../envs/analysis.yaml"
     params:
-        code=code_hash("kv_transition.eval.retention"),
+        code=code_hash("kv_transition.studies.chat.verdicts"),
     script:
         "../../scripts/chat_verdicts.py"
 
@@ -35,7 +35,7 @@ rule retention:
         "../../envs/analysis.yaml"
     params:
         statistics=SETTINGS.statistics.model_dump(),
-        code=code_hash("kv_transition.analysis.retention"),
+        code=code_hash("kv_transition.studies.chat.analysis"),
     script:
         "../../scripts/retention.py"
 
@@ -54,7 +54,7 @@ rule memory_table:
         "../../envs/analysis.yaml"
     params:
         statistics=SETTINGS.statistics.model_dump(),
-        code=code_hash("kv_transition.analysis.memory_table"),
+        code=code_hash("kv_transition.studies.chat.memory_table"),
     script:
         "../../scripts/memory_table.py"
 
@@ -83,7 +83,7 @@ rule retention_plots:
         "../../envs/analysis.yaml"
     params:
         confidence=SETTINGS.statistics.confidence,
-        code=code_hash("kv_transition.analysis.retention_plots"),
+        code=code_hash("kv_transition.studies.chat.plots"),
     script:
         "../../scripts/retention_plots.py"
 

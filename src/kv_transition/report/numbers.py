@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kv_transition.analysis import labels, tradeoff
+from kv_transition import labels
 
 DASH = "–"
 
@@ -47,7 +47,7 @@ def number(
     if row is None or row["estimate"] is None:
         return MISSING
     if signed:
-        text = tradeoff.signed(row, digits)
+        text = labels.signed(row, digits)
     else:
         text = labels.interval(*(None if row[k] is None else row[k] * scale for k in _BOUNDS), digits)
     point, _, bounds = text.partition(" ")

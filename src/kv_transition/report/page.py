@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from kv_transition.analysis import drawing
 from kv_transition.errors import UserError
+from kv_transition.plotting import drawing
 from kv_transition.provenance import write_text
+from kv_transition.report.section import template_folders
 
 
 def environment(html: bool) -> Environment:
+    """Return the Jinja environment of the report's templates; ``html``: values are escaped."""
     return Environment(
-        loader=PackageLoader("kv_transition.report"),
+        loader=FileSystemLoader(template_folders()),
         autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,

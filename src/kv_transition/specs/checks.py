@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kv_transition.data.corpus import hub_repository
 from kv_transition.data.hub import hub_source
 from kv_transition.data.records import local_source
 from kv_transition.data.tasks import get_task
@@ -13,6 +12,7 @@ from kv_transition.policies import catalog
 from kv_transition.provenance import digest
 from kv_transition.settings import Dataset, Settings
 from kv_transition.specs.grid import FULL, RECALL, TEXT_DROP, cells, endpoint, observed, recall_of, resolve, scored
+from kv_transition.studies.perplexity.corpus import hub_repository
 
 
 def check(settings: Settings) -> None:

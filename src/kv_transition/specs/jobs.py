@@ -12,7 +12,7 @@ from kv_transition.provenance import code_hash, content_digest, digest
 from kv_transition.settings import Settings
 from kv_transition.specs.grid import ORACLE, endpoint, observed, resolve
 
-EVAL = Path(__file__).parents[1] / "eval"
+RUBRIC = Path(__file__).parents[1] / "studies" / "chat" / "rubric.txt"
 HELD_OUT = 32
 """examples of a task that tau is calibrated on, at most"""
 
@@ -42,7 +42,7 @@ def calibrate(settings: Settings) -> dict[str, Any]:
         "model": _model(settings),
         "prepare": prepare(settings),
         "examples": HELD_OUT,
-        "code": code_hash("kv_transition.run.calibrate"),
+        "code": code_hash("kv_transition.studies.grid.calibrate"),
     }
 
 
@@ -62,7 +62,7 @@ def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, A
         "decoding": settings.decoding.model_dump(include={"temperature", "repeats", "batch", "compile", "seed"}),
         "model": reading["model"],
         "prefill_code": reading["code"],
-        "code": code_hash("kv_transition.run.cell", *catalog.modules(kind)),
+        "code": code_hash("kv_transition.studies.grid.run", *catalog.modules(kind)),
         "policy_content": catalog.content(kind),
     }
 
@@ -82,7 +82,7 @@ def _remote_cell(settings: Settings, mode: str, policy: str, budget: str) -> dic
         "endpoint": endpoint(settings, policy, budget)
         | engine.model_dump(include={"api", "send", "serves"})
         | engine.request.model_dump(include={"timeout_s", "stream"}),
-        "code": code_hash("kv_transition.run.remote"),
+        "code": code_hash("kv_transition.studies.grid.remote"),
         "policy_content": catalog.content(kind) if engine.serves else None,
     }
 
@@ -99,7 +99,7 @@ def observe(settings: Settings) -> dict[str, Any]:
         "seed": settings.decoding.seed,
         "model": reading["model"],
         "prefill_code": reading["code"],
-        "code": code_hash("kv_transition.run.observe", *(m for kind in kinds for m in catalog.modules(kind))),
+        "code": code_hash("kv_transition.studies.recall.run", *(m for kind in kinds for m in catalog.modules(kind))),
         "policy_content": {kind: catalog.content(kind) for kind in kinds},
     }
 
@@ -113,7 +113,7 @@ def windows(settings: Settings) -> dict[str, Any]:
         "perplexity": section,
         "content": _content(path) if path and Path(path).exists() else None,
         "model": model | {"tokenizer": _tokenizer_content(model["name"])},
-        "code": code_hash("kv_transition.data.windows"),
+        "code": code_hash("kv_transition.studies.perplexity.windows"),
     }
 
 
@@ -132,7 +132,7 @@ def perplexity(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
         **settings.perplexity.model_dump(include={"streaming", "streaming_chunk", "seed"}),
         "model": reading["model"],
         "prefill_code": reading["code"],
-        "code": code_hash("kv_transition.run.perplexity", *catalog.modules(kind)),
+        "code": code_hash("kv_transition.studies.perplexity.run", *catalog.modules(kind)),
         "policy_content": catalog.content(kind),
     }
 
@@ -140,9 +140,9 @@ def perplexity(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
 def conversations(settings: Settings) -> dict[str, Any]:
     """The spec of the job that brings conversations into one form."""
     chat = settings.chat
-    modules = ["kv_transition.data.multiturn"]
+    modules = ["kv_transition.studies.chat.multiturn"]
     if chat.source == "generated":
-        modules.append("kv_transition.data.conversations")
+        modules.append("kv_transition.studies.chat.conversations")
     return {
         "chat": chat.model_dump(include={"source", "path", "n", "seed", "max_turns"}) | {"name": chat.set},
         "content": _content(chat.path) if chat.path else None,
@@ -153,7 +153,7 @@ def conversations(settings: Settings) -> dict[str, Any]:
 def chat(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
     """The spec of the conversations of a (policy, budget); its digest is the ``chat_hash`` of their rows."""
     if policy in settings.chat.controls:
-        kind, hyper_parameters, modules, content = policy, {}, [f"kv_transition.run.{policy}"], None
+        kind, hyper_parameters, modules, content = policy, {}, [f"kv_transition.studies.chat.{policy}"], None
     else:
         kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
         modules, content = catalog.modules(kind), catalog.content(kind)
@@ -170,7 +170,7 @@ def chat(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
         "answer_nll": settings.chat.answer_nll,
         "seed": settings.decoding.seed,
         "model": _model(settings),
-        "code": code_hash("kv_transition.run.chat", *modules),
+        "code": code_hash("kv_transition.studies.chat.run", *modules),
         "policy_content": content,
     }
 
@@ -179,8 +179,8 @@ def judge(settings: Settings) -> dict[str, Any]:
     """The spec of the job that asks the judge; the answers that it judges are its input."""
     return {
         "judge": settings.chat.judge.model_dump(),
-        "rubric": _content(str(EVAL / "rubric.txt")),
-        "code": code_hash("kv_transition.eval.judge"),
+        "rubric": _content(str(RUBRIC)),
+        "code": code_hash("kv_transition.studies.chat.judge"),
     }
 
 

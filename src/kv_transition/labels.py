@@ -1,0 +1,104 @@
+"""How bins, budgets and modes are written for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MODES = {"before_question": "before the question", "after_prompt": "after the prompt"}
+
+
+def tokens(count: float) -> str:
+    """``256``, ``1.0k``, ``16k``."""
+    if count < 1000:
+        return f"{count:.0f}"
+    return f"{count / 1000:.1f}k" if count < 9950 else f"{count / 1000:.0f}k"
+
+
+def token_range(low: float, high: float) -> str:
+    """``241–268``, ``0.9–1.1k``."""
+    first, last = tokens(low), tokens(high)
+    if first == last:
+        return first
+    if first.endswith("k") and last.endswith("k"):
+        first = first[:-1]
+    return f"{first}–{last}"
+
+
+OWN = "r1"
+"""budget of the full cache, and of policies with a footprint of their own"""
+
+
+def kept(policy: str, name: str) -> str:
+    """What a policy keeps at a budget: `budget`, and ``100 %`` of the full cache."""
+    return "100 %" if policy == "full" else budget(name)
+
+
+def budget(name: str) -> str:
+    """``r0.2`` as ``20 %``, ``t128`` as ``128 tokens``; ``r1``, but for the full cache, as a policy's own footprint."""
+    if name == OWN:
+        return "its own"
+    if name.startswith("r"):
+        return f"{100 * float(name[1:]):g} %"
+    return f"{name[1:]} tokens"
+
+
+def budget_order(name: str) -> tuple[int, float]:
+    """Sort key: fractions before tokens, large before small."""
+    return (name[0] != "r", -float(name[1:]))
+
+
+def mode(name: str) -> str:
+    return MODES.get(name, name.replace("_", " "))
+
+
+def failure(name: str) -> str:
+    """``EMPTY_OUTPUT`` as ``empty output``; acronyms stay."""
+    return name if name == "OOM" else name.replace("_", " ").lower()
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def interval(estimate: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
+    """``0.97 [0.91, 0.99]``; an open bound is written as an ellipsis."""
+    if estimate is None:
+        return "–"
+    if low is None and high is None:
+        return number(estimate, digits)
+    ends = ("…" if end is None else number(end, digits) for end in (low, high))
+    return f"{number(estimate, digits)} [{', '.join(ends)}]"
+
+
+def count(n: int, clusters: int | None = None) -> str:
+    """``n = 20``, and from how many documents where examples share them."""
+    return f"n = {n}" if clusters is None or clusters == n else f"n = {n} from {clusters} documents"
+
+
+def signed(row: Mapping[str, Any], digits: int = 2) -> str:
+    """``-0.31 [-0.41, -0.21]`` with a real minus, and a plus before gains."""
+    if row["estimate"] is None:
+        return "–"
+    point, low, high = (_with_sign(row[k], digits) for k in ("estimate", "ci_low", "ci_high"))
+    return f"{point} [{low}, {high}]"
+
+
+def _with_sign(value: float | None, digits: int) -> str:
+    if value is None:
+        return "…"
+    value = round(value, digits) or 0.0  # no sign before a zero
+    return f"{value:+.{digits}f}".replace("-", "−") if value else f"{value:.{digits}f}"
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def percent(share: float) -> str:
+    """A confidence level, with as many digits as tell it from certainty."""
+    away = 100 * (1 - share)
+    digits = next((d for d in range(2, 11) if away >= 10.0 ** (1 - d)), 10)
+    return f"{100 * share:.{digits}f}".rstrip("0").rstrip(".") + " %"

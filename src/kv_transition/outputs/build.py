@@ -1,0 +1,111 @@
+"""The report: one Markdown file beside its figures, one HTML page that holds everything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kv_transition.errors import UserError
+from kv_transition.labels import percent
+from kv_transition.outputs import experiment
+from kv_transition.provenance import read_metadata
+from kv_transition.report import page
+from kv_transition.report.section import Section, Source
+from kv_transition.stats.frames import read_table
+from kv_transition.studies import registry
+from kv_transition.studies.grid.report.answered import answered
+from kv_transition.studies.grid.results import read_results
+
+_REPORTS = registry.load("report")
+SECTIONS: tuple[Section, ...] = tuple(section for report in _REPORTS for section in report.SECTIONS)
+FIGURES: dict[str, tuple[str, str]] = {name: words for report in _REPORTS for name, words in report.FIGURES.items()}
+"""title and caption of each figure, in the order in which the page shows them"""
+
+
+def build_report(
+    *,
+    scores: str | None = None,
+    bin_stats: str | None = None,
+    comparisons: str | None = None,
+    transition: str | None = None,
+    manifests: Sequence[str],
+    config: str,
+    plots_dir: str,
+    output_md: str,
+    output_html: str,
+    title: str | None = None,
+    extra: Mapping[str, str] | None = None,
+    missing: Mapping[str, str] | None = None,
+) -> None:
+    """Write report.md (which refers to the figures beside it) and report.html (which holds them).
+
+    Paths, but for ``title``; the first four are None where no task is answered; ``extra``: paths of further tables by
+    name, left out where there is no such file;
+    ``missing``: why each cell that is not in ``scores`` is not, by its path, for a report of an unfinished experiment.
+    Raises UserError if a table is empty or a file cannot be read.
+    """
+    source = Source(
+        read_results(scores, bin_stats, comparisons, transition) if scores else None,
+        experiment.read_config(config),
+        [_read_json(path) for path in manifests],
+        read_metadata(scores) if scores else {},
+        {name: read_table(path) for name, path in (extra or {}).items() if Path(path).is_file()},
+    )
+    folder, base = Path(plots_dir), Path(output_md).resolve().parent
+    figures = {
+        name: {"name": name, "title": heading, "caption": caption, "path": _relative(folder / f"{name}.svg", base),
+               "svg": page.read_svg(folder / f"{name}.svg", name, caption)}
+        for name, (heading, caption) in FIGURES.items() if (folder / f"{name}.svg").is_file()
+    }  # fmt: skip
+    interactive = folder / "interactive.html"
+    context = report_context(source, title, missing or {})
+    context["figures"] = figures
+    context["interactive"] = _relative(interactive, base) if interactive.is_file() else None
+    page.write_markdown(output_md, "report.md.jinja", context)
+    page.write_page(output_html, "report.html.jinja", context)
+
+
+def _relative(path: Path, base: Path) -> str:
+    resolved = path.resolve()
+    return resolved.relative_to(base).as_posix() if resolved.is_relative_to(base) else resolved.as_posix()
+
+
+def report_context(source: Source, title: str | None, missing: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that the templates show but the figures."""
+    results, settings = source.results, source.experiment
+    statistics = {"confidence": 0.95, "resamples": 10_000} | (settings.get("statistics") or {})
+    if results:
+        statistics["confidence"] = results.confidence
+    found = [(section, section.build(source)) for section in SECTIONS]
+    extra = [{"name": s.name, "title": s.title, "content": content} for s, content in found if content is not None]
+    context = {
+        "title": title or settings.get("experiment", "kv-transition"),
+        "experiment": settings.get("experiment", "experiment"),
+        "model": experiment.model_name(settings),
+        "embedded": experiment.embedded(settings),
+        "answers": results.scores.height if results else 0,
+        "confidence": percent(statistics["confidence"]),
+        "resamples": statistics["resamples"],
+        "missing": missing,
+        "setup": experiment.setup(settings, results, source.manifests, source.metadata),
+        "sections": extra,
+        "warnings": [(m.get("task", "?"), w) for m in source.manifests for w in m.get("warnings", [])],
+        "limits": experiment.limits(settings, results),
+        "future": experiment.future(settings, results),
+        "commit": experiment.commit(settings),
+        "citation": experiment.citation(settings),
+        "charts": {s["name"]: s["content"]["chart"] for s in extra if "chart" in s["content"]},
+    }
+    if results:
+        shown = answered(source, results)
+        context |= shown | {"charts": shown["charts"] | context["charts"]}
+    return context
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the manifest cannot be read ({error}); run the prepare step again") from None

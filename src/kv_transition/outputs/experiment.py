@@ -1,0 +1,194 @@
+"""What was run, and what it cannot say: from the resolved configuration, the manifests and the files' metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+
+from kv_transition import __version__, labels
+from kv_transition.errors import UserError
+from kv_transition.report.numbers import listed, tokens_of
+from kv_transition.stats.examples import FULL
+from kv_transition.studies.grid.report import endpoints, findings
+from kv_transition.studies.grid.results import Results
+
+EMBEDDED = {"tiny-reader": "tiny reader", "tiny-follower": "tiny follower"}
+"""the models that the project trained on its own synthetic tasks, by their folder"""
+Config = Mapping[str, Any]
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The resolved experiment. Raises UserError if it cannot be read."""
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: the resolved experiment cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: the resolved experiment must be a mapping of sections")
+    return value
+
+
+def embedded(experiment: Config) -> str | None:
+    """What the model is called if it is one of `EMBEDDED`."""
+    return EMBEDDED.get(Path(str((experiment.get("model") or {}).get("name", ""))).name)
+
+
+def model_name(experiment: Config) -> str:
+    model = experiment.get("model") or {}
+    return str(model.get("name", "unknown")) + (f" @ {model['revision']}" if model.get("revision") else "")
+
+
+def commit(experiment: Config) -> str:
+    return (experiment.get("provenance") or {}).get("git_commit", "unknown")
+
+
+def citation(experiment: Config) -> str:
+    """A BibTeX entry of the software at the version and commit that made the results."""
+    return (
+        "@software{kv_transition,\n"
+        "  title   = {kv-transition},\n"
+        "  author  = {{The kv-transition developers}},\n"
+        f"  version = {{{__version__}}},\n"
+        f"  note    = {{commit {commit(experiment)}}},\n"
+        "}"
+    )
+
+
+def setup(
+    experiment: Config, results: Results | None, manifests: Sequence[Config], metadata: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """What was run, as pairs of name and value; ``results``: None where no task was answered."""
+    section = {name: experiment.get(name) or {} for name in ("model", "kv", "hardware")}
+    model, kv = section["model"], section["kv"]
+    provenance = experiment.get("provenance") or {}
+    device = model.get("device", "auto")
+    card = section["hardware"].get("gpu_model")
+    rows = [
+        ("Model", model_name(experiment) + (f", {model['dtype']}" if model.get("dtype") else "")),
+        *(_answered(experiment, results) if results else []),
+        ("Device", device if device == "cpu" or not card else f"{device} ({card} asked for)"),
+    ]
+    if endpoints.is_remote(experiment):
+        rows[0] = ("Model", f"{model_name(experiment)}, its tokenizer; the weights are the endpoint's")
+        rows[-1:] = endpoints.setup(experiment)
+    hyper = {name: options for name, options in (kv.get("policies") or {}).items() if options}
+    if hyper:
+        rows.append(("Hyper-parameters", "; ".join(f"{n}: {json.dumps(o)}" for n, o in hyper.items())))
+    for manifest in manifests:
+        if template := (manifest.get("template") or {}):
+            task = manifest.get("task", "?")
+            rows.append((f"Prompt of {task}", f"{template.get('source')}, sha256 {str(template.get('sha256'))[:12]}"))
+    versions = provenance.get("package_versions") or {}
+    rows += [
+        ("Code", f"commit {commit(experiment)}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"),
+    ]
+    rows += [
+        (label, metadata[key])
+        for key, label in (
+            ("cells_git_commit", "Answers made at commit"),
+            ("attention", "Attention"),
+            ("attention_statistics", "Attention statistics"),
+            ("device", "Hardware"),
+            ("model_fingerprint", "Model's fingerprint"),
+            ("timestamp", "Scored at"),
+        )
+        if metadata.get(key)
+    ]
+    return rows
+
+
+def _answered(experiment: Config, results: Results) -> list[tuple[str, str]]:
+    dataset = experiment.get("dataset") or {}
+    counts = results.stats.filter(statistic="score_mean")["n"]
+    low, high = counts.min(), counts.max()
+    tasks = list(dict.fromkeys(t for t, _ in results.groups))
+    return [
+        ("Data set", ", ".join(f"{dataset.get('name', '?')}/{t}" for t in tasks)
+         + (f" @ {dataset['revision']}" if dataset.get("revision") else "")),
+        ("Metric", ", ".join(sorted(set(results.scores["metric"].drop_nulls()))) or "unknown"),
+        ("Policies", ", ".join([FULL["policy"], *results.policies])),
+        ("Cache kept", ", ".join(labels.budget(b) for b in results.budgets) or "all"),
+        ("Compressed", ", ".join(labels.mode(m) for m in dict.fromkeys(m for _, m in results.groups))),
+        ("Length bins", "; ".join(
+            f"{t}: " + ", ".join(tokens_of(b) for b in results.bins(t)) + " tokens" for t in tasks)),
+        ("Examples in a bin", str(low) if low == high else f"{low} to {high}"),
+        ("Answers", f"{results.scores.height}"),
+        ("Decoding", _decoding(experiment.get("decoding") or {})),
+    ]  # fmt: skip
+
+
+def _decoding(decoding: Config) -> str:
+    temperature = decoding.get("temperature", 0)
+    how = "greedy" if not temperature else f"temperature {temperature}"
+    repeats = decoding.get("repeats", 1)
+    return how + (f", {repeats} repeats of each example" if repeats > 1 else "")
+
+
+def limits(experiment: Config, results: Results | None) -> list[str]:
+    """What this experiment cannot say; ``results``: None where no task was answered."""
+    decoding, found = experiment.get("decoding") or {}, []
+    if name := embedded(experiment):
+        found.append(
+            f"The model is the project's own {name}, trained on a synthetic task. Rankings of policies from it are "
+            "not findings about language models; it shows that the measurement works."
+        )
+    if results is None:
+        return found
+    found += findings.exploratory(results)
+    if results.keeping_all:
+        verb = "evict" if len(results.keeping_all) > 1 else "evicts"
+        found.append(
+            f"What {listed(results.keeping_all)} {verb} stays in host memory. "
+            "“Kept” is what a step attends to; bytes are those of both memories, so nothing is saved."
+        )
+    if len({mode for _, mode in results.groups}) > 1:
+        found.append(
+            "The two modes answer different questions and are never mixed: after the prompt, the policy has seen the "
+            "question, and late tokens may already carry the answer; before the question, it has not."
+        )
+    found.append(
+        "“No loss seen” is no proof that there is none: each interval says how large a loss may be hidden. Bins are "
+        "ranges of length, so a transition is located to a bin, not to a token."
+    )
+    if not decoding.get("temperature") and decoding.get("repeats", 1) == 1:
+        found.append(
+            "Each example was answered once, greedily: instability within an example (other seeds, other wordings) "
+            "was not measured."
+        )
+    if not results.stats.filter(statistic="latency_p50").drop_nulls("estimate").height:
+        found.append("No answer was timed alone on the machine, so nothing is said about speed.")
+    if remote := endpoints.limits(experiment, results.scores):
+        return found + remote
+    found.append("Reading the prompt is always done with full attention; only what is kept afterwards is compressed.")
+    return found
+
+
+def future(experiment: Config, results: Results | None) -> list[str]:
+    """What would tell most next, from what was left open."""
+    if results is None:
+        return []
+    found = []
+    verdicts = results.transition.filter(detector="definition")
+    undecided = verdicts.filter(outcome="undecided").height
+    if undecided:
+        found.append(
+            f"More examples in the bins of the {undecided} undecided policy and budget pairs: their intervals "
+            "reach both sides of the criterion."
+        )
+    shortest = results.stats["bin"].min()
+    collapsed_first = verdicts.filter(pl.col("collapse_bin") == shortest, outcome="cliff").height
+    if collapsed_first:
+        found.append(
+            f"Larger budgets or shorter documents for the {collapsed_first} pairs that collapsed in the shortest bin."
+        )
+    if (experiment.get("decoding") or {}).get("repeats", 1) == 1:
+        found.append("Repeats of each example, to see instability within an example.")
+    if embedded(experiment):
+        found.append("The same experiment with a pretrained language model and a real data set (LongBench).")
+    return found

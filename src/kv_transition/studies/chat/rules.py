@@ -1,0 +1,122 @@
+"""Whether an answer follows an instruction, by rule.
+
+`kv_transition.studies.chat.checks` says what a check is and when it is in force.
+An answer of white space alone follows no instruction, also not to be short.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+from kv_transition.eval.metrics import exact_match
+from kv_transition.studies.chat.checks import KINDS, LANGUAGES, Check, at_turn, describe, of_conversation, validate
+
+__all__ = ["KINDS", "LANGUAGES", "Check", "at_turn", "describe", "detect_language", "of_conversation", "passes",
+           "validate"]  # fmt: skip
+
+# Where a sentence may end: a mark, closing quotes or brackets, then white space or the end; after a Chinese or
+# Japanese mark no space is needed.
+_SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]]*(?=\s|$)|[。！？]+[」』”’）]*""")
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
+CONFIDENCE = 0.5
+"""share of the probability that a language needs; below it a text is of no language"""
+
+
+def passes(check: Check, text: str) -> bool:
+    """Whether the answer is as the check has it.
+
+    - ``max_words``, ``min_words``: words are what white space separates.
+    - ``max_sentences``: pieces that hold a letter or digit and end at ``. ! ? …`` before white space, or at the end.
+    - ``lines``: as many lines that are not blank.
+    - ``contains``, ``excludes``: all (none) of the phrases stand in it as whole words.
+    - ``starts_with``, ``ends_with``: one of the phrases stands there, as whole words.
+    - ``case``: ``upper`` without a lower-case letter, ``lower`` without a capital one, ``title`` with a capital as
+      every word's first letter.
+    - ``json``: an object or a list and nothing else, alone or in one Markdown fence; with the keys given, an object
+      that has them.
+    - ``language``: the most likely one of ``LANGUAGES`` (py3langid), with a probability of at least one half.
+    - ``matches``: the regular expression is found in it; ``^`` and ``$`` are the ends of the text.
+    - ``answer``: one of the texts, both normalised as for exact match.
+
+    Phrases and expressions ignore case unless ``case_sensitive``; a blank in a phrase is any white space.
+    """
+    text = text.strip()
+    if not text:
+        return False
+    match check.kind:
+        case "max_words":
+            return len(text.split()) <= check.value
+        case "min_words":
+            return len(text.split()) >= check.value
+        case "max_sentences":
+            return sum(any(map(str.isalnum, piece)) for piece in _SENTENCE_END.split(text)) <= check.value
+        case "lines":
+            return sum(bool(line.strip()) for line in text.splitlines()) == check.value
+        case "contains":
+            return all(_phrase(phrase, check).search(text) for phrase in check.values)
+        case "excludes":
+            return not any(_phrase(phrase, check).search(text) for phrase in check.values)
+        case "starts_with":
+            return any(_phrase(phrase, check).match(text) for phrase in check.values)
+        case "ends_with":
+            return any(_phrase(phrase, check, r"\Z").search(text) for phrase in check.values)
+        case "case":
+            return _is_case(text, check.value)
+        case "json":
+            return _is_json(text, check.values)
+        case "language":
+            return detect_language(text) == check.value
+        case "matches":
+            return re.search(check.value, text, 0 if check.case_sensitive else re.IGNORECASE) is not None
+        case "answer":
+            return exact_match(text, check.values) == 1
+    raise ValueError(f"a check's kind is one of {', '.join(KINDS)}, not {check.kind!r}")
+
+
+def _phrase(phrase: str, check: Check, behind: str = "") -> re.Pattern[str]:
+    """Finds the phrase where no word goes on at either of its ends."""
+    words = r"\s+".join(map(re.escape, phrase.split()))
+    start = r"(?<!\w)" if re.match(r"\s*\w", phrase) else ""
+    end = r"(?!\w)" if re.search(r"\w\s*$", phrase) else ""
+    return re.compile(f"{start}{words}{end}{behind}", 0 if check.case_sensitive else re.IGNORECASE)
+
+
+def _is_case(text: str, case: str) -> bool:
+    if case == "upper":
+        return not any(map(str.islower, text))
+    if case == "lower":
+        return not any(map(str.isupper, text))
+    firsts = (next(filter(str.isalpha, word), "") for word in text.split())
+    return not any(map(str.islower, firsts))
+
+
+def _is_json(text: str, keys: list[str]) -> bool:
+    fenced = _FENCED.fullmatch(text)
+    try:
+        found = json.loads(fenced[1] if fenced else text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return False
+    if keys:
+        return isinstance(found, dict) and all(key in found for key in keys)
+    return isinstance(found, (dict, list))
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=CONFIDENCE)
+    identifier.set_languages(LANGUAGES)
+    return identifier
+
+
+def detect_language(text: str) -> str:
+    """The ISO 639-1 code of the most likely language among ``LANGUAGES``, or ``und`` where none is likely enough."""
+    return _identifier().classify(text)[0]

@@ -1,0 +1,153 @@
+"""The control that is no compression of a cache: old text is deleted, and what is left of it is read again.
+
+After each answer the conversation's text is cut to the budget, word by word: first the words of the middle turns, from
+the oldest on, then those of the first turn from its end (the system's come last), then those of the latest from its
+start. A turn of which nothing is left is gone with its frame. What is left is read anew from position 0, so that the
+model never knew what was deleted, while a model whose cache was compressed has read it all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kv_transition.budget import Budget
+from kv_transition.cache.state import CacheState
+from kv_transition.engines.local import LocalEngine
+from kv_transition.run.decode import Answer, Setting
+from kv_transition.studies.chat.turns import Turn, render
+
+_WORD = re.compile(r"\s*\S+")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What is left of a turn: the words of the user and of the answer, each with the white space before it."""
+
+    user: tuple[str, ...]
+    said: tuple[str, ...]
+    ids: tuple[int, ...] | None
+    """the answer's own tokens, while it is whole"""
+
+    @property
+    def empty(self) -> bool:
+        return not self.user and not self.said
+
+
+Words = tuple[tuple[str, ...], tuple[Exchange, ...]]
+"""of the system, and of each turn"""
+
+
+@dataclass
+class TextMemory:
+    """A conversation's text, cut to a budget of tokens after each turn."""
+
+    engine: LocalEngine
+    tokenizer: Any
+    system: str | None
+    users: Sequence[str]
+    turns: Sequence[Turn]
+    budget: Budget
+    chat: bool
+    own: Setting
+    left: Words = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = _words(self.system or ""), ()
+
+    def setting(self, number: int) -> Setting:
+        return self.own
+
+    def opening(self, number: int) -> list[int]:
+        """Of the text that is left with the new turn behind it: what of it is new."""
+        system, exchanges = self.left
+        texts = [*("".join(exchange.user) for exchange in exchanges), self.users[number - 1]]
+        return self._rendered(system, texts)[-1].opening
+
+    def forget(self, state: CacheState, number: int, answer: Answer, seen: int) -> CacheState | None:
+        said = _words(self.engine.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+        system, exchanges = self.left
+        whole = system, (*exchanges, Exchange(_words(self.users[number - 1]), said, tuple(answer.tokens)))
+        answer.budget_entries = k = self.budget.kept(seen)
+        self.left = cut(whole, lambda words: len(self._ids(words)) <= k)
+        ids = self._ids(self.left)
+        answer.record |= {"dropped_words": _count(whole) - _count(self.left), "read_again": 0}
+        if self.left == whole:
+            return state
+        answer.record["read_again"] = len(ids)
+        return self.engine.extend(None, ids, frozenset()) if ids else None
+
+    def _rendered(self, system: tuple[str, ...], users: Sequence[str]) -> list[Turn]:
+        return render(self.tokenizer, "".join(system) or None, users, chat=self.chat)
+
+    def _ids(self, words: Words) -> list[int]:
+        system, exchanges = words
+        ids: list[int] = []
+        turns = self._rendered(system, ["".join(exchange.user) for exchange in exchanges]) if exchanges else []
+        for turn, exchange in zip(turns, exchanges, strict=True):
+            said = exchange.ids
+            if said is None:
+                said = self.tokenizer("".join(exchange.said), add_special_tokens=False, verbose=False).input_ids
+            ids += [*turn.opening, *said, *turn.closing]
+        return ids
+
+
+def cut(words: Words, fits: Any) -> Words:
+    """The words without as few as need be, in the order of the module's docstring, so that ``fits`` holds of them."""
+    versions = list(_shorter(words))
+    low, high = 0, len(versions) - 1
+    # a word less may be a token more at the seam, so what is found is looked at again
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(versions[middle]) else (middle + 1, high)
+    while low < len(versions) - 1 and not fits(versions[low]):
+        low += 1
+    return versions[low]
+
+
+def _shorter(words: Words) -> Iterator[Words]:
+    """The words, then one less each time, down to none."""
+    system, exchanges = words
+    now = list(exchanges)
+
+    def version() -> Words:
+        kept = tuple(exchange for exchange in now if not exchange.empty)
+        return (system if kept else ()), kept
+
+    yield version()
+    for i in range(1, len(now) - 1):
+        while not now[i].empty:
+            now[i] = _from_the_start(now[i])
+            yield version()
+    while now and not now[0].empty:
+        now[0] = _from_the_end(now[0])
+        yield version()
+    while system and any(not exchange.empty for exchange in now):
+        system = system[:-1]
+        yield version()
+    while now and not now[-1].empty:
+        now[-1] = _from_the_start(now[-1])
+        yield version()
+
+
+def _from_the_start(exchange: Exchange) -> Exchange:
+    if exchange.user:
+        return replace(exchange, user=exchange.user[1:])
+    return replace(exchange, said=exchange.said[1:], ids=None)
+
+
+def _from_the_end(exchange: Exchange) -> Exchange:
+    if exchange.said:
+        return replace(exchange, said=exchange.said[:-1], ids=None)
+    return replace(exchange, user=exchange.user[:-1])
+
+
+def _count(words: Words) -> int:
+    system, exchanges = words
+    return len(system) + sum(len(exchange.user) + len(exchange.said) for exchange in exchanges)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text))

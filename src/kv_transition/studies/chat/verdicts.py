@@ -1,0 +1,138 @@
+"""Whether the answers of conversations follow the instructions in force: a verdict for each, by rule and by judge.
+
+An instruction that a later one overrides is asked after as well: whether it is still followed tells which of the two
+wins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kv_transition.errors import UserError
+from kv_transition.provenance import rows_to_table, write_table
+from kv_transition.studies.chat.rules import Check, at_turn, describe, passes
+from kv_transition.tables import CHAT, CHAT_VERDICTS, JUDGE
+
+KEY = ("chat_set", "conversation_id", "turn", "policy", "budget")
+FULL = "full"
+OTHERS = 10
+"""answers of other conversations that chance is taken from, at most"""
+
+Row = dict[str, Any]
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An answer (a row of ``tables.CHAT``) and an instruction in force at its turn."""
+
+    row: Row
+    check: Check
+    overridden_by: str | None
+
+    @property
+    def key(self) -> Key:
+        return (*(self.row[name] for name in KEY), self.check.id)
+
+
+def read_chat(paths: Iterable[str]) -> list[Row]:
+    """The answers of all files (``tables.CHAT``), in order.
+
+    Raises UserError if a file cannot be read.
+    """
+    rows: list[Row] = []
+    for path in paths:
+        try:
+            table = pq.read_table(path, columns=CHAT.names, partitioning=None).cast(CHAT)
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} holds no conversations ({reason}): delete it and run again") from None
+        rows += table.to_pylist()
+    return rows
+
+
+def cases(rows: Sequence[Row]) -> list[Case]:
+    """Every instruction in force at every answer, in the order of the rows."""
+    own = [[Check.model_validate(check) for check in json.loads(row["checks"] or "[]")] for row in rows]
+    # A row has the checks in force at its turn; one that is replaced by a check which is not due there is known from
+    # the conversation's other turns.
+    known: dict[Key, dict[str, Check]] = {}
+    for row, checks in zip(rows, own, strict=True):
+        known.setdefault((row["chat_set"], row["conversation_id"]), {}).update({c.id: c for c in checks})
+    return [
+        Case(row, check, overridden_by)
+        for row in rows
+        for check, overridden_by in at_turn(list(known[row["chat_set"], row["conversation_id"]].values()), row["turn"])
+    ]
+
+
+def verdicts(rows: Sequence[Row], judged: Iterable[Row] = ()) -> list[Row]:
+    """A row of ``tables.CHAT_VERDICTS`` for each of the `cases`; ``judged``: rows of ``tables.JUDGE``."""
+    said = {tuple(row[name] for name in (*KEY, "check_id")): row for row in judged}
+    found = cases(rows)
+    chance = _chance([case for case in found if case.row["policy"] == FULL], rows)
+    return [
+        {
+            **{name: case.row[name] for name in KEY},
+            "check_id": case.check.id,
+            "kind": case.check.kind,
+            "asks": describe(case.check),
+            "standing": case.check.standing,
+            "since": case.check.since,
+            "age": case.row["turn"] - case.check.since,
+            "overrides": case.check.overrides,
+            "overridden_by": case.overridden_by,
+            "rule": passes(case.check, case.row["text"]) if case.row["text"] is not None else None,
+            "chance": chance.get(case.key),
+        }
+        | {name: said.get(case.key, {}).get(name) for name in ("judge", "judge_reason", "judge_error")}
+        for case in found
+    ]
+
+
+def _chance(found: Sequence[Case], rows: Sequence[Row]) -> dict[Key, float]:
+    """How often answers under the full cache, at the same turn of conversations without the check, pass it."""
+    answers: dict[Key, list[tuple[str, str]]] = {}
+    for row in rows:
+        if row["policy"] == FULL and row["text"] is not None:
+            answers.setdefault((row["chat_set"], row["turn"]), []).append((row["conversation_id"], row["text"]))
+    asked: dict[Key, set[str]] = {}
+    for case in found:
+        wanted = (case.row["chat_set"], case.row["conversation_id"], case.row["turn"])
+        asked.setdefault(wanted, set()).add(describe(case.check))
+    chance = {}
+    for case in found:
+        if not case.check.standing:
+            continue
+        name, turn, own = case.row["chat_set"], case.row["turn"], case.row["conversation_id"]
+        there = answers.get((name, turn), [])
+        # those that follow it in the order of the file, round and round
+        begin = next((i for i, (id, _) in enumerate(there) if id == own), 0)
+        others = [
+            text
+            for id, text in (*there[begin + 1 :], *there[:begin])
+            if id != own and describe(case.check) not in asked.get((name, id, turn), ())
+        ]
+        if others:
+            chance[case.key] = fmean(passes(case.check, text) for text in others[:OTHERS])
+    return chance
+
+
+def write_verdicts(chat: Sequence[str], output: str, judge: str | None = None) -> None:
+    """The `chat_verdicts` rule.
+
+    Args:
+        chat: paths of answers (``tables.CHAT``).
+        output: path of the verdicts (``tables.CHAT_VERDICTS``).
+        judge: path of what the judge said (``tables.JUDGE``), if there is one.
+    """
+    judged = pq.read_table(judge, columns=JUDGE.names).to_pylist() if judge else []
+    rows = read_chat(chat)
+    write_table(output, rows_to_table(verdicts(rows, judged), CHAT_VERDICTS), {"judged": bool(judge)})

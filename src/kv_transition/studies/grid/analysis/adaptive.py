@@ -1,0 +1,189 @@
+"""Adaptive allocation: in which bins more examples are needed, and how confident each look may claim to be.
+
+Looking again and again at growing data finds something sooner or later. So alpha is spent over the looks (Lan and
+DeMets 1983) by the function of O'Brien-Fleming type: little at first, nearly all at the last look. The looks are fixed
+beforehand by start, step and cap; where examples go then depends on the data without harm, since every look's level
+holds whatever the looks before it showed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from kv_transition import labels
+from kv_transition.errors import UserError
+from kv_transition.provenance import rows_to_table
+from kv_transition.studies.grid.analysis.outcomes import UNDECIDED
+from kv_transition.tables import ALLOCATION
+
+NODES = 400  # of the numerical integration; the boundaries then have four digits
+LEAST = 1e-12  # no level is smaller: an early look claims nothing all the same, and its intervals stay finite
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """The configuration's ``adaptive`` section: examples a bin at the first look, more at each, and at most."""
+
+    enabled: bool = False
+    start: int = 5
+    step: int = 5
+    cap: int = 40
+
+    def __post_init__(self) -> None:
+        if not (0 < self.start <= self.cap and self.step > 0):
+            raise UserError(
+                f"adaptive: start {self.start}, step {self.step} and cap {self.cap} must be positive and start no "
+                "larger than cap"
+            )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Examples in a bin that was added to at every look: start, start + step, ..., cap."""
+        return (*range(self.start, self.cap, self.step), self.cap)
+
+
+def spent(fraction: float, alpha: float) -> float:
+    """Alpha spent when ``fraction`` of the data is in: 4 - 4 Phi(z_(alpha/4) / sqrt(fraction)).
+
+    The function of O'Brien-Fleming type (Lan and DeMets 1983), for each side at alpha / 2.
+    """
+    return float(4 * norm.sf(norm.isf(alpha / 4) / np.sqrt(min(fraction, 1.0))))
+
+
+@lru_cache(maxsize=64)
+def levels(sizes: tuple[int, ...], alpha: float) -> tuple[float, ...]:
+    """The nominal two-sided level of each look: over all looks an error has the probability ``alpha``.
+
+    Boundaries of a Brownian motion that is seen at size / last size, by recursive integration (Armitage, McPherson and
+    Rowe 1969): the chance to cross the boundary at a look for the first time is what alpha is spent there.
+    """
+    times = np.array(sizes) / sizes[-1]
+    shares = np.diff([0.0, *(spent(t, alpha) for t in times)])
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    farthest = float(norm.isf(LEAST / 2))
+    found: list[float] = []
+    at, mass, before = np.zeros(1), np.ones(1), 0.0  # the motion starts at 0
+    for now, share in zip(times, shares, strict=True):
+        scale, root = np.sqrt(now - before), np.sqrt(now)
+
+        def too_often(z: float, at=at, mass=mass, scale=scale, root=root, share=share) -> float:
+            return float(mass @ (norm.sf((z * root - at) / scale) + norm.cdf((-z * root - at) / scale))) - share
+
+        z = farthest if too_often(farthest) >= 0 else brentq(too_often, 0.0, farthest)
+        found.append(float(2 * norm.sf(z)))
+        new = nodes * z * root
+        mass = weights * z * root * (norm.pdf((new[:, None] - at) / scale) / scale @ mass)
+        at, before = new, now
+    return tuple(found)
+
+
+def confidence(adaptive: Adaptive, look: int, base: float = 0.95) -> float:
+    """Of every interval and test at ``look`` (from 0): all looks together then keep ``base``."""
+    return 1 - levels(adaptive.sizes, round(1 - base, 12))[look]
+
+
+def allocate(
+    tables: Sequence[pa.Table],
+    have: Mapping[tuple[str, int], int],
+    available: Mapping[tuple[str, int], int],
+    adaptive: Adaptive,
+    look: int,
+    base: float = 0.95,
+) -> pa.Table:
+    """How many examples each bin is to have at the next look (tables.ALLOCATION), a row for every (task, bin).
+
+    Args:
+        tables: tables.TRANSITION of this look, made with ``confidence(adaptive, look, base)``, which is what may be
+            claimed, and with ``base``: what an early look may not claim can be there all the same.
+        have: examples in (task, bin) now.
+        available: examples that the data hold for (task, bin).
+        adaptive: the ``adaptive`` section.
+        look: number of this look, from 0.
+        base: the experiment's confidence, over all looks.
+
+    A bin gets more examples (``wanted`` > ``n``) while for any mode, policy and budget the place of onset or collapse
+    is open there by either table (see `open_bins`), and neither cap nor data end is reached. No row wants more: the
+    last look.
+    """
+    reasons: dict[tuple[str, int], dict[str, str]] = {}
+    for row in (row for table in tables for row in pl.from_arrow(table).filter(detector="definition").to_dicts()):
+        name = f"{row['policy']} at {labels.budget(row['budget'])}, {labels.mode(row['mode'])}"
+        for bin, why in open_bins(row, base).items():
+            reasons.setdefault((row["task"], bin), {}).setdefault(name, f"{name}: {why}")
+    sizes, last = adaptive.sizes, look + 1 >= len(adaptive.sizes)
+    out = []
+    for (task, bin), n in sorted(have.items()):
+        limit = min(adaptive.cap, available[task, bin])
+        why = list(reasons.get((task, bin), {}).values())
+        wanted = n
+        if not why:
+            reason = "decided here for every policy and budget"
+        elif n >= adaptive.cap or last:
+            reason = f"the cap of {adaptive.cap} examples or the last look is reached; open for {_several(why)}"
+        elif n >= limit:
+            reason = f"the data hold no more examples; open for {_several(why)}"
+        else:
+            wanted = min(n + adaptive.step, limit)
+            reason = f"open for {_several(why)}"
+        out.append(
+            {
+                "task": task,
+                "bin": bin,
+                "look": look,
+                "n": n,
+                "available": available[task, bin],
+                "wanted": wanted,
+                "alpha_spent": spent(sizes[look] / sizes[-1], 1 - base),
+                "confidence": confidence(adaptive, look, base),
+                "reason": reason,
+            }
+        )
+    return rows_to_table(out, ALLOCATION)
+
+
+def _several(why: Sequence[str]) -> str:
+    return why[0] if len(why) == 1 else f"{len(why)} policies and budgets, first {why[0]}"
+
+
+def open_bins(row: Mapping[str, Any], base: float) -> dict[int, str]:
+    """The bins in which one row of tables.TRANSITION is not decided, and why.
+
+    Onset and collapse each have an interval: the fewest bins (or none at all) that hold the share ``base`` of their
+    bootstrap distribution. It is to be one bin wide. Where the outcome is undecided, its open bins count as well; and
+    where no onset was found, the bins before the collapse that have too few examples for any test.
+    """
+    details = json.loads(row["details"])
+    bins = details.get("bins", [])
+    found: dict[int, str] = {}
+    for event in ("onset", "collapse"):
+        shares = {b["bin"]: b[f"probability_{event}"] for b in bins} | {None: details.get(f"probability_no_{event}", 1)}
+        held = interval(shares, base)
+        if len(held) > 1:
+            found |= {b: f"the {event} may be in any of {len(held)} places" for b in held if b is not None}
+    if row["onset_bin"] is None:
+        before = [b for b in bins if row["collapse_bin"] is None or b["bin"] < row["collapse_bin"]]
+        found |= {b["bin"]: "too few examples for any test" for b in before if b["blind"]}
+    if row["outcome"] == UNDECIDED:
+        found |= {b["bin"]: "undecided" for b in bins if b["open"] and b["full_mean"] > 0}
+    return found
+
+
+def interval(shares: Mapping[Any, float], base: float) -> list[Any]:
+    """The fewest places that together hold the share ``base``, the likeliest first."""
+    held, total = [], 0.0
+    for place, share in sorted(shares.items(), key=lambda item: -item[1]):
+        held.append(place)
+        total += share
+        if total >= base - 1e-12:
+            break
+    return held

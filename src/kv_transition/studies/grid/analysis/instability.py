@@ -1,0 +1,193 @@
+"""How unstable, and how far fallen, a policy is at one point: its evidence, in the sample and in its bootstrap samples.
+
+A point is a length bin at one budget, or a budget in one length bin. Its instability is any of (a) more failures than
+the full cache on the same examples, (b) more variance over repeats of one example than the full cache, (c) more
+dispersion between examples than the mean implies. docs/statistics.md gives the tests and their false alarm rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy import special, stats
+
+from kv_transition import labels
+from kv_transition.stats import intervals
+from kv_transition.stats.clusters import Moments, divide, resample_sums
+from kv_transition.stats.multiplicity import holm
+
+CRITERIA = ("failures", "repeats", "dispersion")
+COLLAPSED = 0.5  # of the full cache's mean
+# A full cache that answers nearly all or nearly nothing right cannot say how scores would spread at another mean.
+INFORMATIVE = (0.1, 0.9)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy at one budget in one bin: arrays [examples], policy and full cache on the same examples.
+
+    ``bin`` its length bin, ``tokens`` the bin's range, ``budget`` as in the paths. The variances over repeats are NaN
+    where there is one answer alone. ``clusters``: codes of the shared documents, or None where each has its own.
+    """
+
+    bin: int
+    tokens: tuple[int, int]
+    score: np.ndarray
+    failed: np.ndarray
+    full_score: np.ndarray
+    full_failed: np.ndarray
+    score_var: np.ndarray
+    full_score_var: np.ndarray
+    budget: str = "r1"
+    clusters: np.ndarray | None = None
+
+    @property
+    def n(self) -> int:
+        return len(self.score)
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """What is resampled ``[clusters, columns]``: sums over the examples of each cluster (see `_COLUMNS`)."""
+        codes = np.arange(self.n) if self.clusters is None else np.unique(self.clusters, return_inverse=True)[1]
+        count = int(codes.max(initial=-1)) + 1
+
+        def of(values: np.ndarray) -> np.ndarray:
+            return np.bincount(codes, weights=np.nan_to_num(values), minlength=count)
+
+        n, total = of(np.ones(self.n)), of(self.score)
+        repeated = ~np.isnan(self.score_var) & ~np.isnan(self.full_score_var)
+        failures = of(self.failed) - of(self.full_failed)
+        variances = of(np.where(repeated, self.score_var - self.full_score_var, 0))
+        columns = {
+            "n": n,
+            "total": total,
+            "squares": total**2,
+            "cross": total * n,
+            "sizes": n**2,
+            "score2": of(self.score**2),
+            "graded": of(~np.isin(self.score, (0, 1))),
+            "full": of(self.full_score),
+            "full2": of(self.full_score**2),
+            "failed_more": failures > 1e-12,
+            "failed_less": failures < -1e-12,
+            "varied_more": variances > 1e-12,
+            "varied_less": variances < -1e-12,
+            "repeated": of(repeated),
+        }
+        return np.stack([np.asarray(columns[name], dtype=float) for name in _COLUMNS], axis=1)
+
+    @property
+    def count(self) -> int:
+        """How many clusters there are."""
+        return len(self.sums)
+
+    @property
+    def label(self) -> str:
+        """``n = 20``, with the documents where examples share them."""
+        return labels.count(self.n, self.count)
+
+
+_COLUMNS = (
+    *("n", "total", "squares", "cross", "sizes", "score2", "graded", "full", "full2"),
+    *("failed_more", "failed_less", "varied_more", "varied_less", "repeated"),
+)
+
+
+def resampled(points: Sequence[Point], samples: int, seed: int) -> list[np.ndarray]:
+    """The column sums of every point ``[samples + 1, columns]``, the sample itself first.
+
+    Clusters are drawn with replacement within each bin. Points of one bin that have the same number of clusters are
+    drawn together: policies and budgets stay paired, and the draws are made once.
+    """
+    out: list[np.ndarray | None] = [None] * len(points)
+    together: dict[tuple[int, int], list[int]] = {}
+    for i, point in enumerate(points):
+        together.setdefault((point.bin, point.count), []).append(i)
+    for (bin, _), members in together.items():
+        stacked = resample_sums(np.hstack([points[i].sums for i in members]), samples, seed + bin)
+        for i, part in zip(members, np.split(stacked, len(members), axis=1), strict=True):
+            out[i] = part
+    return out
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What points show, for the sample (arrays [points]) or for bootstrap samples of it ([samples, points])."""
+
+    low: np.ndarray
+    high: np.ndarray
+    full_mean: np.ndarray
+    p: np.ndarray  # [..., points, criteria], NaN where a criterion does not apply
+
+    @property
+    def collapsed(self) -> np.ndarray:
+        return self.high < COLLAPSED * self.full_mean
+
+
+def evidence(sums: Sequence[np.ndarray], confidence: float, one_full: bool) -> tuple[Evidence, Evidence]:
+    """Of the sample itself and of its bootstrap samples, from `resampled`.
+
+    ``one_full``: all points have the same examples of the full cache (budgets within a bin), which count once.
+    """
+    column = {name: np.stack([s[:, i] for s in sums], axis=1) for i, name in enumerate(_COLUMNS)}
+    of = Moments(*(column[name] for name in ("n", "total", "squares", "cross", "sizes")))
+    coin = column["graded"] == 0
+    low, high = intervals.bounded_mean_from_moments(of, coin, confidence)
+    full_mean = column["full"] / of.n
+    p = np.full((*of.n.shape, len(CRITERIA)), np.nan)
+    p[..., 0] = sign_test_p(column["failed_more"], column["failed_less"])
+    repeated = column["repeated"][0] > 0
+    p[:, repeated, 1] = sign_test_p(column["varied_more"], column["varied_less"])[:, repeated]
+
+    informative = (full_mean[0] >= INFORMATIVE[0]) & (full_mean[0] <= INFORMATIVE[1])
+    if informative.any() and not coin[0].all():
+        full_phi = np.nan_to_num(_phi(column["full"], column["full2"], of.n))
+        weight = np.where(informative, of.n, 0) / (informative.sum() if one_full else 1)
+        clusters = np.array([_clusters(s) for s in sums])
+        p[..., 2] = _dispersion_p(
+            _phi(of.total, column["score2"], of.n), (full_phi * weight).sum(axis=1), weight.sum(axis=1), clusters
+        )
+    return Evidence(low[0], high[0], full_mean[0], p[0]), Evidence(low[1:], high[1:], full_mean[1:], p[1:])
+
+
+def _clusters(sums: np.ndarray) -> float:
+    n, sizes = sums[0, _COLUMNS.index("n")], sums[0, _COLUMNS.index("sizes")]
+    return n**2 / sizes
+
+
+def sign_test_p(more: np.ndarray, less: np.ndarray) -> np.ndarray:
+    """One-sided exact sign test: how likely is ``more`` or yet more, if either sign is as likely (McNemar 1947)."""
+    return special.bdtrc(np.asarray(more) - 1, np.asarray(more + less, dtype=np.int64), 0.5)
+
+
+def _phi(total: np.ndarray, squares: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """The share of the largest variance that the mean allows."""
+    mean = total / n
+    most = mean * (1 - mean)
+    return divide(squares / n - mean**2, np.where(most > 1e-12, most, 0))
+
+
+def _dispersion_p(phi: np.ndarray, full_spread: np.ndarray, full_n: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """One-sided p-values [samples + 1, points] that phi exceeds the full cache's: log ratio over its bootstrap error.
+
+    The full cache's phi is taken over all its informative points together and mixed with the prior at the maximum, as
+    for intervals, which keeps the test conservative.
+    """
+    prior = intervals.PRIOR_OBSERVATIONS
+    reference = np.minimum((full_spread + prior) / (full_n + prior), 1)
+    excess = np.log(np.where(phi > 0, phi, np.nan)) - np.log(reference)[:, None]
+    error = np.array([np.nanstd(point) if np.isfinite(point).sum() > 1 else np.nan for point in excess[1:].T])
+    z = np.divide(excess, error, out=np.full(excess.shape, np.nan), where=error > 1e-9)
+    return stats.t.sf(z, np.maximum(clusters - 1, 1))
+
+
+def unstable(p: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which points are significantly unstable [samples, points], and the Holm-adjusted p-values behind it."""
+    applies = ~np.isnan(p)
+    flat = np.where(applies, p, 1.0).reshape(len(p), -1)
+    adjusted = holm(flat, applies.reshape(len(p), -1).sum(axis=1)).reshape(p.shape)
+    adjusted = np.where(applies, adjusted, np.nan)
+    return (np.where(applies, adjusted, 1.0) < 1 - confidence).any(axis=-1), adjusted

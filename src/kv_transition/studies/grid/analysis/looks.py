@@ -1,0 +1,82 @@
+"""Looks at a growing experiment: what each decides, and what is published after the last one (adaptive.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kv_transition.errors import UserError
+from kv_transition.provenance import write_table
+from kv_transition.stats.examples import Statistics, inherited
+from kv_transition.studies.grid.analysis.adaptive import Adaptive, allocate, confidence
+from kv_transition.studies.grid.analysis.transition import transitions
+from kv_transition.tables import ALLOCATION, SCORES
+
+
+def write_look(
+    scores_paths: Sequence[str],
+    manifest_paths: Sequence[str],
+    output: str,
+    plan: Mapping[str, Any],
+    statistics: Mapping[str, Any],
+    look: int,
+) -> None:
+    """The `allocate` checkpoint: how many examples each bin is to have after this look (tables.ALLOCATION).
+
+    Args:
+        scores_paths: tables.SCORES of every shard that was run so far.
+        manifest_paths: of the tasks; the examples of a bin that they name are what the data hold.
+        output: path of the table.
+        plan: the ``adaptive`` section.
+        statistics: the ``statistics`` section; its confidence is kept over all looks together.
+        look: its number, from 0.
+
+    Raises UserError if a manifest cannot be read, or the scores hold no row.
+    """
+    scores, fields = joined(scores_paths, SCORES)
+    adaptive, base = Adaptive(**plan), statistics["confidence"]
+    available = {key: n for path in manifest_paths for key, n in _chosen(path).items()}
+    have = dict.fromkeys(available, 0)
+    examples = scores.select(["task", "bin", "example_id"]).group_by(["task", "bin"]).aggregate(
+        [("example_id", "count_distinct")]
+    )  # fmt: skip
+    for row in examples.to_pylist():
+        have[row["task"], row["bin"]] = row["example_id_count_distinct"]
+    levels = (confidence(adaptive, look, base), base)
+    found = [transitions(scores, Statistics(**{**statistics, "confidence": level})) for level in levels]
+    table = allocate(found, have, available, adaptive, look, base)
+    write_table(output, table, fields | {"adaptive": dict(plan), "statistics": dict(statistics)})
+
+
+def write_published(
+    scores_paths: Sequence[str], look_paths: Sequence[str], scores_output: str, allocation_output: str
+) -> None:
+    """The scores of all shards as one table, and all looks as another.
+
+    The scores' metadata hold ``confidence``: that of the last look, at which everything made from them is to be stated.
+    """
+    allocation, looked = joined(look_paths, ALLOCATION)
+    scores, fields = joined(scores_paths, SCORES)
+    last = max(allocation.to_pylist(), key=lambda row: row["look"])
+    write_table(scores_output, scores, fields | {"confidence": last["confidence"], "looks": last["look"] + 1})
+    write_table(allocation_output, allocation, looked)
+
+
+def joined(paths: Sequence[str], schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
+    """The rows of all files, and the metadata that all have in common."""
+    tables = [pq.read_table(path, partitioning=None).cast(schema) for path in paths]
+    return pa.concat_tables(tables), dict(set.intersection(*(set(inherited(path).items()) for path in paths)))
+
+
+def _chosen(path: str) -> dict[tuple[str, int], int]:
+    """Examples of each (task, bin) that a manifest names."""
+    try:
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {(manifest["task"], b["bin"]): b["n"] for b in manifest["bins"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable manifest ({error!r}): delete it and run again") from None

@@ -1,0 +1,167 @@
+"""Does a policy keep 95 % of the full cache's score at a budget, and which is the smallest budget that does?
+
+That no loss was seen proves nothing; non-inferiority is the test that does. H0: mean score <= 0.95 times the full
+cache's, on the same examples, that is mean(d) <= 0 for d = score - 0.95 score_full.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from scipy import stats
+
+from kv_transition import labels
+from kv_transition.provenance import rows_to_table
+from kv_transition.stats import intervals
+from kv_transition.stats.clusters import divide, sums
+from kv_transition.stats.examples import CELL, Statistics, by_cell, example_values, is_full, padded, paired
+from kv_transition.stats.intervals import Interval, finite
+from kv_transition.stats.multiplicity import adjust
+from kv_transition.tables import NONINFERIORITY, SMALLEST_BUDGET
+
+KEPT = 0.95
+SEQUENCE = f"ratio: {intervals.FIELLER}; budget: fixed sequence of tests of non-inferiority"
+LOST_PAIR = "lower end: Student t with one more pair lost; upper end: {}"
+
+
+def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT) -> pa.Table:
+    """The test for every policy and budget, per bin and over all bins (``bin`` null): tables.NONINFERIORITY.
+
+    ``estimate`` is the mean of d with its interval; ``ratio`` the share of the full cache's score that was kept.
+    One-sided p-values, Holm-adjusted over the policies and bins of one task, mode and budget; non-inferior where
+    p_holm < (1 - confidence) / 2, which for a single test is where the interval lies above 0.
+    """
+    frame = example_values(scores).filter(~pl.col("alias"))
+    both = paired(frame.filter(~is_full()), frame.filter(is_full()), ["task", "mode"], "_full")
+    rows: list[dict[str, Any]] = []
+    levels = [both, both.with_columns(bin=pl.lit(None, dtype=both.schema["bin"]))] if both.height else []
+    for level in levels:
+        lists = by_cell(level, CELL)
+        keys = lists.select(CELL).to_dicts()
+        clusters = padded(lists["cluster"])
+        score, full = padded(lists["score"]), padded(lists["score_full"])
+        found, p = margin(score - kept * full, kept, statistics.confidence, clusters)
+        ratio = intervals.ratio(score, full, statistics.confidence, clusters)
+        for i, key in enumerate(keys):
+            row = {**key, "kept": kept, **found.row(i), "method": f"paired, {found.method[i]}"}
+            if found.n[i]:
+                scope = "all bins" if key["bin"] is None else "by bin"
+                row |= {
+                    "ratio": finite(ratio.estimate[i]),
+                    "ratio_low": finite(ratio.low[i]),
+                    "ratio_high": finite(ratio.high[i]),
+                    "p_value": float(p[i]),
+                    "family": "/".join((key["task"], key["mode"], key["budget"], "noninferiority", scope)),
+                }
+            rows.append(row)
+    adjust(rows)
+    for row in rows:
+        row["non_inferior"] = row["p_holm"] < statistics.alpha / 2 if "p_holm" in row else None
+        row["n_needed"] = examples_needed(statistics.alpha / 2 / row["tests"], kept) if "p_holm" in row else None
+        row.pop("tests", None)
+    return rows_to_table(rows, NONINFERIORITY)
+
+
+def margin(
+    difference: np.ndarray, kept: float, confidence: float, clusters: np.ndarray | None = None
+) -> tuple[Interval, np.ndarray]:
+    """The mean of d = score - kept * full score ``[cells, n]``, and one-sided p-values [cells] that it is not above 0.
+
+    Student's t after one more pair that the policy loses altogether (d = -kept; with clusters, a document of mean
+    size): without it twenty equal pairs, whose spread is 0, would prove that nothing is ever lost, and the rate of
+    wrong claims at the margin would be near twice the nominal one. p < (1 - confidence) / 2 just where the lower bound
+    lies above 0; the upper bound is `intervals.bounded_mean`'s.
+    """
+    found = intervals.bounded_mean(difference, confidence, (-kept, 1.0), clusters)
+    count, total = sums(difference, clusters)
+    present = (count > 0).sum(axis=1)
+    size = np.where(present > 0, divide((count**2).sum(axis=1), count.sum(axis=1)), 1)[:, None]
+    count, total = np.hstack([count, size]), np.hstack([total, -kept * size])
+    n = count.sum(axis=1)
+    mean = total.sum(axis=1) / n
+    squares = ((total - count * mean[:, None]) ** 2).sum(axis=1)
+    error = np.sqrt(divide(squares * (present + 1), n**2 * present))
+    low = mean - stats.t.ppf((1 + confidence) / 2, np.maximum(present, 1)) * error
+    p = stats.t.sf(divide(mean, error), np.maximum(present, 1))
+    method = np.array([LOST_PAIR.format(name) for name in found.method], dtype=object)
+    low = np.maximum(np.fmin(low, found.estimate), -kept)
+    return Interval(found.estimate, low, found.high, found.n, method, found.clusters), np.where(present > 0, p, np.nan)
+
+
+@lru_cache(maxsize=256)
+def examples_needed(level: float, kept: float = KEPT) -> int | None:
+    """How many examples, all right with both caches, would show non-inferiority at a one-sided ``level``.
+
+    The fewest for which the test can succeed at all. None if more than 100,000.
+    """
+    for n in np.unique(np.geomspace(2, 100_000, 800).astype(int)).tolist():
+        if margin(np.full((1, n), 1 - kept), kept, 0.95)[1][0] < level:
+            return n
+    return None
+
+
+def smallest_budgets(tested: pa.Table, statistics: Statistics) -> pa.Table:
+    """Per policy, bin and over all bins, the smallest budget down to which the policy is non-inferior.
+
+    A fixed sequence (Maurer et al. 1995): budgets are tested from the largest to the smallest, and the first that
+    fails ends it, so that the budgets of one policy need no further adjustment. Shares and numbers of tokens are
+    sequences of their own. ``budget`` goes by the Holm-adjusted p-values, ``budget_unadjusted`` by those of a reader
+    who had asked about this policy and bin alone; null where not even the largest budget passes.
+    """
+    frame = pl.from_arrow(tested).with_columns(kind=pl.col("budget").str.slice(0, 1))
+    rows = []
+    key = ["task", "mode", "policy", "bin", "kind"]
+    for (task, mode, policy, bin, _), part in frame.sort(key, nulls_last=True).group_by(key, maintain_order=True):
+        steps = sorted(part.to_dicts(), key=lambda row: labels.budget_order(row["budget"]))
+        passed = _passed(steps, "p_holm", statistics.alpha / 2)
+        alone = _passed(steps, "p_value", statistics.alpha / 2)
+        last = passed[-1] if passed else None
+        shown = last or steps[0]
+        rows.append(
+            {
+                "task": task,
+                "mode": mode,
+                "policy": policy,
+                "bin": bin,
+                "kept": shown["kept"],
+                "budget": last["budget"] if last else None,
+                "budget_unadjusted": alone[-1]["budget"] if alone else None,
+                "tested": [row["budget"] for row in steps],
+                **{name: shown[name] for name in ("ratio", "ratio_low", "ratio_high", "n", "clusters")},
+                "method": SEQUENCE,
+                "reason": _reason(policy, mode, passed, steps),
+            }
+        )
+    return rows_to_table(rows, SMALLEST_BUDGET)
+
+
+def _passed(steps: list[dict[str, Any]], p: str, level: float) -> list[dict[str, Any]]:
+    stop = next((i for i, row in enumerate(steps) if row[p] is None or row[p] >= level), len(steps))
+    return steps[:stop]
+
+
+def _reason(policy: str, mode: str, passed: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
+    share = f"{100 * steps[0]['kept']:g} %"
+
+    def at(row: dict[str, Any]) -> str:
+        ratio = labels.interval(row["ratio"], row["ratio_low"], row["ratio_high"])
+        return f"{labels.budget(row['budget'])} (ratio {ratio}, {labels.count(row['n'], row['clusters'])})"
+
+    name = f"{policy}, {labels.mode(mode)}"
+    if len(passed) == len(steps):
+        return f"{name}: keeps {share} of the full cache's score down to {at(passed[-1])}, the smallest budget tested."
+    failed = steps[len(passed)]
+    if not failed["n"] or failed["p_value"] is None:
+        why = f"no answers to compare at {labels.budget(failed['budget'])}"
+    else:
+        why = f"not shown at {at(failed)}"
+        if failed["n_needed"] is None or failed["clusters"] < failed["n_needed"]:
+            needed = "more than 100,000" if failed["n_needed"] is None else f"at least {failed['n_needed']}"
+            why += f"; even without any loss that would need {needed} examples"
+    if passed:
+        return f"{name}: keeps {share} of the full cache's score down to {at(passed[-1])}; {why}."
+    return f"{name}: at no budget shown to keep {share} of the full cache's score; {why}."

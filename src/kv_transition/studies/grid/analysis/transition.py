@@ -1,0 +1,251 @@
+"""Where, along the length bins or along the budgets of a bin, a policy stops being reliable: the transition zone.
+
+*Onset* is the first significantly unstable point (Holm over points and criteria; instability.py) before *collapse*, the
+first point whose mean lies below half of the full cache's, upper bound included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from kv_transition import labels
+from kv_transition.provenance import rows_to_table, write_table
+from kv_transition.stats.examples import Statistics, example_values, inherited, is_full
+from kv_transition.stats.intervals import finite
+from kv_transition.studies.grid.analysis import instability, zscore
+from kv_transition.studies.grid.analysis import outcomes as verdict
+from kv_transition.studies.grid.analysis.instability import CRITERIA, Evidence, Point
+from kv_transition.studies.grid.analysis.outcomes import BUDGET, LENGTH, OUTCOMES, UNDECIDED, Axis, Finding, Verdict
+from kv_transition.tables import BUDGET_TRANSITION, TRANSITION
+
+__all__ = [
+    "OUTCOMES",
+    "Point",
+    "Verdict",
+    "budget_transitions",
+    "detect",
+    "tables_of",
+    "transitions",
+    "write_transition",
+]
+
+METHOD = (
+    "onset: exact sign tests of failures and of variance over repeats against the full cache, and a bootstrap z test "
+    "of dispersion, Holm over {points} and criteria; collapse: upper bound of the mean below half of the full cache's"
+)
+NOTHING = "undecided, because no example has a score both here and with the full cache"
+
+
+def detect(
+    points: Sequence[Point],
+    name: str,
+    statistics: Statistics,
+    axis: Axis = LENGTH,
+    sums: Sequence[np.ndarray] | None = None,
+    note: str = "",
+) -> Verdict:
+    """The transition along the points in order; ``name`` opens the sentences, ``note`` ends them.
+
+    ``sums``: of `instability.resampled` where the caller has them already.
+    """
+    if not points:
+        return Verdict(UNDECIDED, f"{name}: {NOTHING}{note}.", f"{name}: {NOTHING}{note}.")
+    if sums is None:
+        sums = instability.resampled(points, max(statistics.resamples, 1), statistics.seed)
+    seen, again = instability.evidence(sums, statistics.confidence, one_full=axis is BUDGET)
+    unstable, p_holm = (found[0] for found in instability.unstable(seen.p[None], statistics.confidence))
+    onset, collapse = (int(found[0]) for found in first(unstable[None], seen.collapsed[None]))
+    onsets, collapses = first(instability.unstable(again.p, statistics.confidence)[0], again.collapsed)
+    at_onset = [float((onsets == i).mean()) for i in range(len(points))]
+    at_collapse = [float((collapses == i).mean()) for i in range(len(points))]
+
+    finding = Finding(points, seen, p_holm, onset, collapse, axis, statistics.alpha)
+    outcome, why = verdict.outcome(finding)
+    found = Verdict(outcome, f"{name}: {why}{note}.", f"{name}: {verdict.sentence(finding, outcome, why)}{note}.")
+    open_at = verdict.undecided(finding) if outcome == UNDECIDED else None
+    found.details = {
+        axis.plural: [
+            _details(point, axis, seen, p_holm, i)
+            | {
+                "unstable": bool(unstable[i]),
+                "collapsed": bool(seen.collapsed[i]),
+                "blind": i in finding.blind,
+                "open": open_at is not None and i in open_at[0],
+                "probability_onset": at_onset[i],
+                "probability_collapse": at_collapse[i],
+            }
+            for i, point in enumerate(points)
+        ],
+        "probability_no_onset": float((onsets < 0).mean()),
+        "probability_no_collapse": float((collapses < 0).mean()),
+        "bootstrap_samples": len(onsets),
+    }
+    if onset >= 0:
+        found.onset, found.onset_probability = onset, at_onset[onset]
+    if collapse >= 0:
+        found.collapse, found.collapse_probability = collapse, at_collapse[collapse]
+    return found
+
+
+def first(unstable: np.ndarray, collapsed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of onset and collapse per sample [samples, points], -1 for none; onset only before collapse."""
+    count = unstable.shape[1]
+    collapse = np.where(collapsed.any(axis=1), collapsed.argmax(axis=1), count)
+    early = unstable & (np.arange(count) < collapse[:, None])
+    onset = np.where(early.any(axis=1), early.argmax(axis=1), -1)
+    return onset, np.where(collapse == count, -1, collapse)
+
+
+def _details(point: Point, axis: Axis, seen: Evidence, p_holm: np.ndarray, i: int) -> dict[str, Any]:
+    return {
+        **verdict.key(point, axis),
+        "tokens": list(point.tokens),
+        "n": point.n,
+        "clusters": point.count,
+        "mean": float(point.score.mean()),
+        "mean_low": float(seen.low[i]),
+        "mean_high": float(seen.high[i]),
+        "full_mean": float(seen.full_mean[i]),
+        "failure_rate": float(point.failed.mean()),
+        "full_failure_rate": float(point.full_failed.mean()),
+        **{f"p_{name}": finite(seen.p[i, j]) for j, name in enumerate(CRITERIA)},
+        "p_holm": finite(np.nanmin(p_holm[i])),
+    }
+
+
+def transitions(scores: pa.Table, statistics: Statistics) -> pa.Table:
+    """Along the length bins, by both detectors, for every task, mode, policy and budget (tables.TRANSITION)."""
+    return tables_of(scores, statistics)[0]
+
+
+def budget_transitions(scores: pa.Table, statistics: Statistics) -> pa.Table:
+    """Along the budgets of each kind in every bin, by both detectors (tables.BUDGET_TRANSITION)."""
+    return tables_of(scores, statistics)[1]
+
+
+def tables_of(scores: pa.Table, statistics: Statistics) -> tuple[pa.Table, pa.Table]:
+    """`transitions` and `budget_transitions` together, from the same bootstrap samples."""
+    joined, ranges = _joined(scores)
+    along_length, along_budget = [], []
+    for (task, mode), part in joined.group_by("task", "mode", maintain_order=True):
+        keyed = _points(part, {b: tokens for (t, b), tokens in ranges.items() if t == task})
+        sums = instability.resampled(list(keyed.values()), max(statistics.resamples, 1), statistics.seed)
+        resampled = dict(zip(keyed, sums, strict=True))
+        combinations = part.select("policy", "budget", "bin").unique(maintain_order=True).rows()
+        bins = sorted(b for t, b in ranges if t == task)
+        for policy, budget in dict.fromkeys(c[:2] for c in combinations):
+            keys = [(policy, budget, b) for b in bins]
+            name = f"{policy} at {labels.budget(budget)}, {labels.mode(mode)}"
+            base = {"task": task, "mode": mode, "policy": policy, "budget": budget}
+            along_length += _rows(keys, keyed, resampled, name, LENGTH, statistics, base, ranges)
+        for policy, b in dict.fromkeys((c[0], c[2]) for c in combinations):
+            budgets = sorted({c[1] for c in combinations if c[0] == policy}, key=labels.budget_order)
+            for kind in sorted({name[0] for name in budgets}):
+                keys = [(policy, budget, b) for budget in budgets if budget[0] == kind]
+                tokens = f"{labels.token_range(*ranges[task, b])} tokens"
+                name = f"{policy} at {tokens}, {labels.mode(mode)}"
+                base = {"task": task, "mode": mode, "policy": policy, "bin": b, "kind": kind}
+                along_budget += _rows(keys, keyed, resampled, name, BUDGET, statistics, base, ranges)
+    return rows_to_table(along_length, TRANSITION), rows_to_table(along_budget, BUDGET_TRANSITION)
+
+
+def _joined(scores: pa.Table) -> tuple[pl.DataFrame, dict[tuple[str, int], tuple[int, int]]]:
+    """Examples of the policies beside the full cache's where it has them, and the tokens of (task, bin)."""
+    frame = example_values(scores).filter(~pl.col("alias"))
+    ends = frame.group_by("task", "bin").agg(pl.col("token_len").min(), pl.col("token_len").max().alias("last"))
+    ranges = {(task, b): (int(low), int(high)) for task, b, low, high in ends.iter_rows()}
+    # An answer that the machinery could not give has no score; here it is worth nothing, as it is to a reader.
+    lost = pl.col("score").is_null() & (pl.col("failed") > 0)
+    frame = frame.with_columns(score=pl.when(lost).then(0.0).otherwise(pl.col("score")))
+    joined = frame.filter(~is_full()).join(
+        frame.filter(is_full()), on=["task", "mode", "bin", "example_id"], how="left", suffix="_full"
+    )
+    return joined.sort("task", "mode", "policy", "budget", "bin", "example_id"), ranges
+
+
+def _points(part: pl.DataFrame, ranges: Mapping[int, tuple[int, int]]) -> dict[tuple[str, str, int], Point]:
+    """The points of one task and mode with examples scored here and with the full cache, by policy, budget, bin."""
+    both = part.filter(pl.col("score").is_not_null() & pl.col("score_full").is_not_null())
+    return {
+        (policy, budget, b): _point(b, ranges[b], budget, cell)
+        for (policy, budget, b), cell in both.group_by("policy", "budget", "bin", maintain_order=True)
+    }
+
+
+def _point(number: int, tokens: tuple[int, int], budget: str, cell: pl.DataFrame) -> Point:
+    def column(name: str) -> np.ndarray:
+        return cell[name].cast(pl.Float64).fill_null(np.nan).to_numpy()
+
+    names = ("score", "failed", "score_full", "failed_full", "score_var", "score_var_full")
+    clusters = cell["cluster"].rank("dense").to_numpy()
+    return Point(int(number), tokens, *(column(name) for name in names), budget=budget, clusters=clusters)
+
+
+def _rows(
+    keys: Sequence[tuple[str, str, int]],
+    keyed: Mapping[tuple[str, str, int], Point],
+    resampled: Mapping[tuple[str, str, int], np.ndarray],
+    name: str,
+    axis: Axis,
+    statistics: Statistics,
+    base: Mapping[str, Any],
+    ranges: Mapping[tuple[str, int], tuple[int, int]],
+) -> Iterable[dict[str, Any]]:
+    """Both detectors over the keys that have points; what is missing is said."""
+    there = [key for key in keys if key in keyed]
+    points = [keyed[key] for key in there]
+    note = _missing([key for key in keys if key not in keyed], base["task"], axis, ranges) if points else ""
+    detectors: dict[str, tuple[Callable[[], Verdict], str]] = {
+        "definition": (
+            lambda: detect(points, name, statistics, axis, [resampled[key] for key in there], note),
+            METHOD,
+        ),
+        "zscore": (lambda: zscore.detect(points, name, axis), zscore.METHOD),
+    }
+    for detector, (found_by, method) in detectors.items():
+        found = found_by()
+        yield {
+            **base,
+            "detector": detector,
+            "outcome": found.outcome,
+            f"onset_{axis.singular}": None if found.onset is None else axis.of(points[found.onset]),
+            f"collapse_{axis.singular}": None if found.collapse is None else axis.of(points[found.collapse]),
+            "onset_probability": found.onset_probability,
+            "collapse_probability": found.collapse_probability,
+            "n": sum(point.n for point in points),
+            "method": method.format(points=axis.plural),
+            "reason": found.reason,
+            "sentence": found.sentence,
+            "details": json.dumps(found.details, sort_keys=True),
+        }
+
+
+def _missing(
+    keys: Sequence[tuple[str, str, int]], task: str, axis: Axis, ranges: Mapping[tuple[str, int], tuple[int, int]]
+) -> str:
+    if not keys:
+        return ""
+    if axis.along_length:
+        names = [f"{labels.token_range(*ranges[task, b])} tokens" for _, _, b in keys]
+    else:
+        names = [labels.budget(budget) for _, budget, _ in keys]
+    return f"; no answers to compare at {', '.join(names)}"
+
+
+def write_transition(
+    scores_path: str, output: str, statistics: Mapping[str, Any], budget_output: str | None = None
+) -> None:
+    """The `transition` rule: scores.parquet to transition.parquet and, where asked for, budget_transition.parquet."""
+    import pyarrow.parquet as pq
+
+    along_length, along_budget = tables_of(pq.read_table(scores_path), Statistics(**statistics))
+    fields = inherited(scores_path) | {"statistics": dict(statistics)}
+    write_table(output, along_length, fields)
+    if budget_output:
+        write_table(budget_output, along_budget, fields)

@@ -1,0 +1,99 @@
+"""The calibration job: how uncertain the model is while it answers examples that no cell sees.
+
+    python -m kv_transition.studies.grid.calibrate --spec JSON --task NAME --examples EXAMPLES.parquet
+        --manifest MANIFEST.json --output CALIBRATION.json
+
+A `tau_quantile` of the policy entropy_recall is a quantile of these entropies. The full cache answers, so that one file
+a task serves every budget and mode.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from kv_transition.data.binning import bin_of
+from kv_transition.data.prepare import choose_wording
+from kv_transition.data.prompts import PromptBuilder
+from kv_transition.data.tasks import get_task
+from kv_transition.engines.local import LocalEngine
+from kv_transition.errors import UserError
+from kv_transition.policies.entropy_recall import token_entropy
+from kv_transition.provenance import write_json
+from kv_transition.run import job
+
+_DIGITS = 6
+
+Row = dict[str, Any]
+
+
+def held_out(examples: Sequence[Row], manifest: Row, n: int) -> list[Row]:
+    """At most ``n`` examples that are in no bin but as long as some bin's, as many from each length as there are.
+
+    An example with the very document of one in a bin is left out too. Raises UserError if nothing is left.
+    """
+    edges = manifest["edges"]
+    used = {name for b in manifest["bins"] for name in b["example_ids"]}
+    documents = {row["context"] for row in examples if row["example_id"] in used}
+    by_bin: dict[int, list[Row]] = {}
+    for row in sorted(examples, key=lambda row: sha256(row["example_id"].encode()).hexdigest()):
+        b = bin_of(row["token_len"], edges)
+        if b is not None and row["example_id"] not in used and row["context"] not in documents:
+            by_bin.setdefault(b, []).append(row)
+    if not by_bin:
+        raise UserError(
+            "kv.policies: tau_quantile is calibrated on examples whose documents are in no bin, and of the "
+            f"{len(examples)} of {manifest['task']} none is left; have more of them (dataset.n_per_length), fewer in "
+            "each bin (binning.n_per_bin), or give tau itself"
+        )
+    ranked = [(place, b, row) for b, rows in by_bin.items() for place, row in enumerate(rows)]
+    return [row for _, _, row in sorted(ranked, key=lambda each: each[:2])[:n]]
+
+
+def step_entropies(
+    engine: LocalEngine, context_ids: Sequence[int], question_ids: Sequence[int], max_new_tokens: int
+) -> list[float]:
+    """Of each token that the model says and reads, greedily with the full cache: nats of what it was drawn from."""
+    state = engine.prefill(context_ids, question_ids, frozenset()).prompt
+    entropies = []
+    # the last token is said and not read, so it is no step
+    for left in range(max_new_tokens - 1, 0, -1):
+        token = int(state.logits.argmax())
+        if token in engine.eos:
+            break
+        entropies.append(token_entropy(state.logits))
+        state = engine.extend(state, [token], frozenset(), room=left)
+    return entropies
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = job.arguments(__doc__, argv, "--task", "--examples", "--manifest", "--output")
+    spec, preparing = arguments.spec, arguments.spec["prepare"]
+    manifest = json.loads(Path(arguments.manifest).read_text(encoding="utf-8"))
+    chosen = held_out(job.read_bin(arguments.examples), manifest, spec["examples"])
+    engine = job.load_engine(spec["model"], arguments.threads)
+    task = get_task(preparing["dataset"]["name"], arguments.task)
+    wording = choose_wording(preparing["dataset"], task, preparing["decoding"]["max_tokens"], preparing["modes"])
+    build = PromptBuilder(engine.tokenizer, wording.template, manifest["max_length"], manifest["chat_template"])
+    entropies = []
+    for number, row in enumerate(chosen, 1):
+        prompt = build(row["context"], row["question"])
+        entropies += step_entropies(engine, prompt.context_ids, prompt.question_ids, wording.max_new_tokens)
+        print(f"answered {number} of {len(chosen)} held-out prompts", file=sys.stderr)
+    write_json(
+        arguments.output,
+        {
+            "task": arguments.task,
+            "example_ids": [row["example_id"] for row in chosen],
+            "steps": len(entropies),
+            "entropies": sorted(round(entropy, _DIGITS) for entropy in entropies),
+        },
+    )
+
+
+if __name__ == "__main__":
+    job.run(main)

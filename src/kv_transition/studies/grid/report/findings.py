@@ -1,0 +1,177 @@
+"""What the tables say, in sentences: everything here is computed, nothing is canned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import polars as pl
+
+from kv_transition import labels
+from kv_transition.report.numbers import kept_of, listed, number, sentence, tokens_of
+from kv_transition.stats.examples import FULL
+from kv_transition.studies.grid.report.headline import KEPT, holds
+from kv_transition.studies.grid.results import Results
+
+EXPLORATORY = 20
+NAMED = 3
+
+OUTCOMES = {
+    "stable": "stable",
+    "unstable": "unstable without collapse",
+    "zone": "transition zone",
+    "cliff": "cliff",
+    "undecided": "undecided",
+}
+
+
+def findings(results: Results) -> list[dict[str, Any]]:
+    """The key findings, a sentence each, by task and mode."""
+    return [
+        {"heading": results.heading(task, mode), "sentences": [sentence(s) for s in _of_group(results, task, mode)]}
+        for task, mode in results.groups
+    ]
+
+
+def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
+    means = results.stats.filter(task=task, mode=mode, statistic="score_mean", **FULL).drop_nulls("estimate")
+    if not means.height:
+        yield "the full cache was not run, so nothing can be compared with it."
+        return
+    lowest = means.sort("bin").row(int(means.sort("bin")["estimate"].arg_min()), named=True)
+    yield (
+        f"the full cache scores lowest at {tokens_of(lowest)} tokens: {number(lowest, 'bin_stats')} (n = "
+        f"{lowest['n']})."
+    )
+    for budget in results.budgets:
+        pooled = [results.compared(task, mode, p, budget, None, "score_ratio") for p in results.contenders]
+        ranked = sorted(
+            (row for row in pooled if row and row["estimate"] is not None), key=lambda row: -row["estimate"]
+        )
+        if not ranked:
+            continue
+        best = ranked[0]
+        text = f"with {kept_of(budget)} kept, {_kept(best)} (n = {best['n']})"
+        if len(ranked) > 1:
+            worst = ranked[-1]
+            bounds = (best["ci_low"], worst["ci_high"])
+            apart = None not in bounds and bounds[0] > bounds[1]
+            text += f", {worst['policy']} least: {number(worst, 'comparisons', 0, 100, ' %')} (n = {worst['n']})" + (
+                "" if apart else "; their intervals overlap"
+            )
+        yield text + "."
+    yield from _reach(results, task, mode)
+    zones = results.transition.filter(detector="definition", task=task, mode=mode)
+    if zones.height:
+        counts = dict(zones["outcome"].value_counts().iter_rows())
+        parts = [f"{name} {counts[k]}" for k, name in OUTCOMES.items() if k in counts]
+        yield f"along the lengths, {zones.height} pairs of policy and budget: {', '.join(parts)}."
+    answers = results.scores.filter(task=task, mode=mode)
+    kinds = answers["failure"].drop_nulls().value_counts().sort(["count", "failure"], descending=[True, False])
+    if kinds.height:
+        name, count = kinds.row(0)
+        yield (
+            f"{kinds['count'].sum()} of {answers.height} answers failed, most often as “{labels.failure(name)}” "
+            f"({count}); a wrong answer is not a failure."
+        )
+    else:
+        yield f"none of {answers.height} answers failed; a wrong answer is not a failure."
+
+
+def _reach(results: Results, task: str, mode: str) -> Iterable[str]:
+    held = {
+        (p, b): holds(results, task, mode, p, b)
+        for p, b in results.pairs[1:]
+        if p in results.contenders and results.compared(task, mode, p, b, None, "score_ratio")
+    }
+    everywhere = [k for k, h in held.items() if h.everywhere]
+    if everywhere:
+        names = listed(f"{p} at {labels.budget(b)}" for p, b in everywhere)
+        yield f"no loss was seen at any length for {names}."
+    elif held:
+        (policy, budget), longest = max(held.items(), key=lambda kv: kv[1].last["bin"] if kv[1].last else -1)
+        if longest.last is None:
+            yield (
+                f"no policy at any budget is without loss even in the shortest bin (at least {100 * KEPT:g} % of the "
+                "full cache's mean, no significant loss)."
+            )
+        else:
+            yield (
+                f"nothing is without loss at all lengths; {policy} at {labels.budget(budget)} holds longest, to "
+                f"{labels.tokens(longest.last['token_max'])} tokens."
+            )
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    kept = number(row, "comparisons", 0, 100, " %")
+    return f"{row['policy']} keeps most of the full cache's score: {kept}"
+
+
+def exploratory(results: Results) -> list[str]:
+    """Sentences about what is too small to conclude from."""
+    means = results.stats.filter(statistic="score_mean")
+    small = means.filter(pl.col("n") < EXPLORATORY)
+    if not small.height:
+        return []
+    return [
+        f"{small.height} of {means.height} cells have fewer than {EXPLORATORY} scored examples (fewest: "
+        f"{small['n'].min()}); everything about them is exploratory."
+    ]
+
+
+def oddities(results: Results) -> list[str]:
+    """What is peculiar about these data, and what it means for the numbers: a sentence each."""
+    return [sentence(text) for text in _oddities(results)]
+
+
+def _oddities(results: Results) -> Iterable[str]:
+    for task in dict.fromkeys(task for task, _ in results.groups):
+        if len(results.bins(task)) == 1:
+            yield f"{task} has one length bin only, so nothing can be said about a transition along the length."
+    single = results.stats.filter(pl.col("statistic") == "score_mean", pl.col("n") == 1)
+    if single.height:
+        yield (
+            f"{single.height} cells have n = 1: one example shows no spread, so their intervals are as wide as the "
+            "method allows and a difference can hardly be significant."
+        )
+    all_failed = results.stats.filter(pl.col("statistic") == "failure_rate", pl.col("estimate") == 1.0, pl.col("n") > 0)
+    if all_failed.height:
+        yield f"every answer failed in {all_failed.height} cells: {_named(all_failed)}."
+    missing = results.scores["score"].null_count()
+    if missing:
+        failed = results.scores.filter(pl.col("score").is_null() & pl.col("failure").is_not_null()).height
+        yield (
+            f"{missing} of {results.scores.height} answers have no score (lost to an error, or not a number); they are "
+            f"in no mean score, and {failed} of them count as failures."
+        )
+    for task, mode, policy, budget, n in _identical(results):
+        yield (
+            f"{policy} at {labels.budget(budget)}, {labels.mode(mode)} ({task}), scores exactly like the full cache on "
+            f"all {n} examples: the difference is 0 and its interval says only how large a difference n examples can "
+            "hide."
+        )
+    unmeasured = results.scores["cache_bytes"].null_count()
+    if unmeasured:
+        yield f"for {unmeasured} of {results.scores.height} answers the bytes of the cache could not be measured."
+
+
+def _named(cells: pl.DataFrame) -> str:
+    rows = cells.sort("mode", "policy", "budget", "bin").to_dicts()
+    names = [
+        f"{r['policy']} at {labels.budget(r['budget'])} {labels.mode(r['mode'])}, {tokens_of(r)} tokens (n = {r['n']})"
+        for r in rows[:NAMED]
+    ]
+    more = len(rows) - NAMED
+    return "; ".join(names) + (f"; and {more} more" if more > 0 else "")
+
+
+def _identical(results: Results) -> Iterable[tuple[str, str, str, str, int]]:
+    """(task, mode, policy, budget, n) whose scores are the full cache's, example by example."""
+    unit = ["task", "mode", "bin", "example_id", "repeat"]
+    full = results.scores.filter(**FULL).select(*unit, reference="score")
+    pairs = results.scores.filter(pl.col("policy") != FULL["policy"]).join(full, on=unit)
+    found = pairs.group_by("task", "mode", "policy", "budget").agg(
+        same=(pl.col("score") == pl.col("reference")).all(ignore_nulls=False), n=pl.col("example_id").n_unique()
+    )
+    same = found.filter(pl.col("same").fill_null(False)).drop("same")
+    yield from same.sort("task", "mode", "policy", "budget").rows()

@@ -1,0 +1,209 @@
+"""One cell of the grid: every example of a bin under one policy, budget and mode.
+
+    python -m kv_transition.studies.grid.run --spec JSON --bin BIN.parquet --output CELL.parquet
+
+Each example: take its prefill, compress it to the budget, let the question in, decode (see `run.decode`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from kv_transition.budget import Budget
+from kv_transition.engines.local import LocalEngine
+from kv_transition.policies.base import Policy
+from kv_transition.policies.catalog import create, is_press
+from kv_transition.provenance import digest, rows_to_table, write_table
+from kv_transition.run import job
+from kv_transition.run.decode import Answer, Setting, begin, finish
+from kv_transition.run.prefill import read_once, store_of
+from kv_transition.studies.grid.moments import Paces, calibrated, paces
+from kv_transition.tables import CELLS
+
+Unit = tuple[dict[str, Any], int]
+"""an example and the number of its repeat"""
+
+
+def setting_of(spec: dict[str, Any]) -> Setting:
+    return Setting(
+        policy=_policy(spec["kind"], spec["hyper_parameters"]),
+        budget=Budget.parse(spec["budget"]),
+        mode=spec["mode"],
+        first_token=spec["first_token"],
+        temperature=spec["decoding"]["temperature"],
+        compile=spec["decoding"].get("compile", False),
+    )
+
+
+def _policy(kind: str, hyper_parameters: dict[str, Any]) -> Policy:
+    return _presses().Press(kind, hyper_parameters) if is_press(kind) else create(kind, hyper_parameters)
+
+
+def _presses() -> ModuleType:
+    """By name, so that other cells' hash of code does not cover it."""
+    return importlib.import_module("kv_transition.run.press")
+
+
+def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool) -> Iterator[list[Unit]]:
+    """Runs of at most ``size`` answers to decode together: those whose caches will hold equally many entries.
+
+    ragged: also others, where padding costs less than it gains. A policy that acts each step never is padded, and one
+    that acts before a step's attention decodes one answer at a time.
+    """
+    if setting.policy.one_at_a_time:
+        size = 1
+    each_step = setting.evicts and setting.policy.acts_each_step
+    held = each_step and not setting.policy.ignores_budget
+
+    def entries(unit: Unit) -> int:
+        context, question = (len(unit[0][key]) for key in ("context_ids", "question_ids"))
+        before_question = setting.mode == "before_question"
+        n = context if before_question else context + question
+        k = setting.entries(n) if setting.evicts else n
+        return k + question if before_question and not held else k
+
+    # the largest first: what does not fit is known at once, and the buffers of compiled decoding hold all that follow
+    ordered = sorted(units, key=entries, reverse=True)
+    run: list[Unit] = []
+    for unit in ordered:
+        alike = not run or entries(unit) == entries(run[0]) or (ragged and not each_step)
+        if run and (len(run) == size or not alike):
+            yield run
+            run = []
+        run.append(unit)
+    if run:
+        yield run
+
+
+def rows(
+    engine: LocalEngine,
+    examples: list[dict[str, Any]],
+    spec: dict[str, Any],
+    store: Any,
+    calibration: str | None = None,
+    treated: str | None = None,
+) -> list[dict[str, Any]]:
+    """The cell's rows, an answer each, in the order of the bin.
+
+    calibration, treated: the files that a cell of entropy_recall takes beside its bin (see `run.recall`).
+    """
+    setting = setting_of(spec)
+    setting = replace(setting, policy=calibrated(setting.policy, calibration))
+    paced = paces(treated)
+    decoding = spec["decoding"]
+    units = [(example, repeat) for example in examples for repeat in range(decoding["repeats"])]
+    done: dict[tuple[str, int], dict[str, Any]] = {}
+    for batch in batches(units, decoding["batch"], setting, ragged=engine.device.type == "cuda"):
+        for (example, repeat), row in zip(batch, _answered(engine, batch, setting, spec, store, paced), strict=True):
+            done[example["example_id"], repeat] = _identity(engine, example, repeat, spec) | row
+    return [done[example["example_id"], repeat] for example, repeat in units]
+
+
+def _answered(
+    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any, paced: Paces
+) -> list[dict[str, Any]]:
+    """A row each. A batch that is too large for the memory is halved; what is too large alone is a failure."""
+    try:
+        return _answer(engine, units, setting, spec, store, paced)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = (str(error).strip().splitlines() or ["no memory left"])[0]
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if len(units) == 1:
+        return [{"error": f"OOM: {reason}"}]
+    middle = len(units) // 2
+    halves = (units[:middle], units[middle:])
+    return [row for half in halves for row in _answered(engine, half, setting, spec, store, paced)]
+
+
+def _answer(
+    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any, paced: Paces
+) -> list[dict[str, Any]]:
+    seeds = [job.answer_seed(spec["decoding"]["seed"], e["example_id"], r) for e, r in units]
+    answers = [
+        Answer(seed, example["max_new_tokens"], paced.get((example["example_id"], repeat)))
+        for seed, (example, repeat) in zip(seeds, units, strict=True)
+    ]
+    states, load_s = [], []
+    for (example, _), answer in zip(units, answers, strict=True):
+        if is_press(spec["kind"]):
+            context, question = example["context_ids"], example["question_ids"]
+            states.append(_presses().begin(engine, context, question, setting, answer))
+            load_s.append(0.0)
+        else:
+            prefill, seconds = read_once(engine, store, example, setting.policy.statistics)
+            states.append(begin(engine, prefill, example["question_ids"], setting, answer))
+            load_s.append(seconds)
+    finish(engine, states, setting, answers)
+    peak = engine.peak_memory_mb()
+    return [_row(engine, setting, *pair, peak) for pair in zip(answers, load_s, strict=True)]
+
+
+def _identity(engine: LocalEngine, example: dict[str, Any], repeat: int, spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: example[key] for key in ("task", "example_id", "bin", "prompt_sha256")},
+        **{key: spec[key] for key in ("mode", "policy", "budget")},
+        "cell_hash": digest(spec),
+        "repeat": repeat,
+        "prompt_tokens": example["prompt_len"],
+        "batch_size": 1,
+        "co_running": False,
+        "engine": engine.name,
+    }
+
+
+def _row(engine: LocalEngine, setting: Setting, got: Answer, load_s: float, peak: float | None) -> dict[str, Any]:
+    return {
+        "text": engine.tokenizer.decode(got.tokens, skip_special_tokens=True),
+        "finish_reason": got.finish_reason,
+        "completion_tokens": len(got.tokens),
+        "budget_entries": got.budget_entries,
+        "protected": setting.policy.protected(got.budget_entries),
+        "kept_final": got.kept[-1],
+        "kept_mean": sum(got.kept) / len(got.kept),
+        "cache_bytes": got.cache_bytes,
+        "total_bytes": got.total_bytes,
+        "full_bytes": got.full_bytes,
+        "load_s": load_s,
+        "prefill_s": got.prefill_s,
+        "compress_s": got.compress_s,
+        "ttft_s": got.prefill_s + got.compress_s + got.first_token_s,
+        "decode_s": got.decode_s,
+        "latency_s": got.prefill_s + got.compress_s + got.decode_s,
+        "batch_size": got.batch_size,
+        "peak_mem_mb": peak,
+        "raw": json.dumps({"token_ids": got.tokens} | got.record),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = job.arguments(__doc__, argv, "--bin", "--output", optional=("--calibration", "--treated"))
+    spec = arguments.spec
+    examples = job.read_bin(arguments.bin)
+    started = time.perf_counter()
+    engine = job.load_engine(spec["model"], arguments.threads)
+    model_load_s = time.perf_counter() - started
+    store = store_of(spec["model"], spec["prefill_code"], arguments.bin)
+    made = rows(engine, examples, spec, store, arguments.calibration, arguments.treated)
+    table = rows_to_table(made, CELLS)
+    facts = {
+        "config_hash": digest({key: value for key, value in spec.items() if key not in ("code", "prefill_code")}),
+        "model_load_s": round(model_load_s, 3),
+        "hyper_parameters": spec["hyper_parameters"],
+        "kind": spec["kind"],
+        **job.model_facts(spec["model"], engine),
+        **job.bin_metadata(arguments.bin),
+    }
+    write_table(arguments.output, table, facts)
+
+
+if __name__ == "__main__":
+    job.run(main)

@@ -1,0 +1,244 @@
+"""Perplexity under eviction, from the scored windows: of each policy and budget, and beside the full cache's.
+
+Perplexity is exp(sum of nll / number of tokens). Windows of one book are alike, so books are drawn whole: intervals are
+estimate -+ t standard errors of the cluster bootstrap, of perplexities and ratios on the logarithm. Policies are
+compared on the windows that both scored (docs/perplexity.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from kv_transition.errors import UserError
+from kv_transition.policies import catalog
+from kv_transition.provenance import rows_to_table, write_table
+from kv_transition.stats.association import METHOD, Carriers, kish, resample_weights, summarised
+from kv_transition.stats.clusters import divide
+from kv_transition.stats.examples import FULL, Statistics, inherited, is_full
+from kv_transition.stats.intervals import finite, sign_flip_p
+from kv_transition.stats.multiplicity import adjust
+from kv_transition.tables import PERPLEXITY_PAIRS, PERPLEXITY_STATS
+
+CELL = ["corpus", "policy", "budget", "bin"]
+WINDOW = ["corpus", "bin", "book_id", "window"]
+MEANS = ("budget_entries", "kept_final", "kept_mean", "cache_bytes", "total_bytes", "full_bytes",
+         "prefill_s", "compress_s", "score_s")  # fmt: skip
+COLUMNS = [*WINDOW, "policy", "budget", "context_tokens", "nll_sum", "n_tokens", "bytes_before", "bytes_after",
+           "peak_mem_mb", "perplexity_hash", *MEANS]  # fmt: skip
+MERGE, DROP = "entropy_merge", "entropy_drop"
+EXPLORATORY = 20  # fewer books than these are labelled so
+ONE_BOOK = "; no interval from one book"
+Options = Mapping[str, Mapping[str, Any] | None]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A sum over windows divided by another: ``value`` and bounds, NaN where one book cannot give them."""
+
+    value: float
+    low: float
+    high: float
+
+    def columns(self, name: str) -> Row:
+        return {name: finite(self.value), f"{name}_low": finite(self.low), f"{name}_high": finite(self.high)}
+
+    def exp(self) -> Share:
+        return Share(float(np.exp(self.value)), float(np.exp(self.low)), float(np.exp(self.high)))
+
+    def rest(self) -> Share:
+        """1 minus it."""
+        return Share(1 - self.value, 1 - self.high, 1 - self.low)
+
+
+def share(top: np.ndarray, bottom: np.ndarray, book: np.ndarray, statistics: Statistics) -> Share:
+    """sum(top) / sum(bottom) over windows [n], whose books are drawn with replacement; ``book`` [n]: codes 0, 1, ...
+
+    Windows without either number are left out.
+    """
+    there = np.isfinite(top) & np.isfinite(bottom)
+    if not there.any():
+        return Share(np.nan, np.nan, np.nan)
+    _, book = np.unique(book[there], return_inverse=True)
+    books = int(book.max()) + 1
+    sums = np.column_stack([np.bincount(book, weights=column[there], minlength=books) for column in (top, bottom)])
+    drawn = resample_weights(books, statistics.resamples, statistics.seed) @ sums
+    found = summarised(divide(*drawn.T), Carriers(books, kish(sums[:, 1])), statistics.confidence)
+    return Share(found.value, found.low, found.high)
+
+
+def read_windows(paths: Sequence[str], expected: Mapping[str, str] | None = None) -> pl.DataFrame:
+    """The rows of all files (tables.PERPLEXITY) in their order; a sum of nll that is no number is null.
+
+    expected: the ``perplexity_hash`` that the rows of each file must carry, by its path; None: any. Raises UserError
+    where they carry another, there is no window, one stands twice, or its nll or number of tokens makes no sense.
+    """
+    read = {path: pl.read_parquet(path, columns=COLUMNS) for path in paths}
+    for path, part in read.items() if expected is not None else ():
+        if other := set(part["perplexity_hash"]) - {expected.get(path)}:
+            raise UserError(
+                f"{path} was made with other settings or code, perplexity_hash {min(map(str, other))} instead of "
+                f"{expected.get(path)}; delete it and run again"
+            )
+    parts = [part for part in read.values() if part.height]
+    if not parts:
+        raise UserError("perplexity: there is no window; give a corpus with longer texts, or shorter contexts")
+    frame = pl.concat(parts, how="vertical_relaxed").sort(*CELL, "book_id", "window")
+    nll = pl.col("nll_sum").cast(pl.Float64)
+    frame = frame.with_columns(nll_sum=pl.when(nll.is_finite()).then(nll))
+    wrong = {
+        "stands more than once; run the perplexity step again": frame.select(
+            *CELL, "book_id", "window"
+        ).is_duplicated(),
+        "has a negative sum of nll; run the perplexity step again": (frame["nll_sum"] < 0).fill_null(False),
+        "has a score but no scored token; run the perplexity step again": (
+            frame["nll_sum"].is_not_null() & ~(frame["n_tokens"].fill_null(0) > 0)
+        ),
+    }
+    for what, rows in wrong.items():
+        if rows.any():
+            first = frame.filter(rows).row(0, named=True)
+            where = f"{first['policy']}/{first['budget']}/bin{first['bin']}"
+            raise UserError(f"perplexity: window {first['window']} of {first['book_id']} in {where} {what}")
+    return frame
+
+
+def _levels(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """Each length bin, and all of them as one, whose bin is null."""
+    yield frame
+    yield frame.with_columns(bin=pl.lit(None, dtype=frame.schema["bin"]))
+
+
+def _codes(frame: pl.DataFrame) -> np.ndarray:
+    return frame["book_id"].rank("dense").to_numpy() - 1
+
+
+def _floats(frame: pl.DataFrame, *columns: str) -> list[np.ndarray]:
+    return [frame[column].cast(pl.Float64).fill_null(np.nan).to_numpy() for column in columns]
+
+
+def _method(books: int) -> str:
+    return f"{METHOD} by book, Student t" + (ONE_BOOK if books == 1 else "")
+
+
+def perplexity(windows: pl.DataFrame, statistics: Statistics) -> pa.Table:
+    """A row per corpus, policy, budget and length bin, and over all lengths (tables.PERPLEXITY_STATS).
+
+    The full cache's own ratio is 1 by definition and has no interval.
+    """
+    full = windows.filter(is_full()).select(*WINDOW, nll_full="nll_sum", tokens_full="n_tokens")
+    both = windows.join(full, on=WINDOW, how="left", maintain_order="left")
+    rows = []
+    for level in _levels(both):
+        for key, own in level.group_by(CELL, maintain_order=True):
+            rows.append(dict(zip(CELL, key, strict=True)) | _cell(own, statistics))
+    return rows_to_table(rows, PERPLEXITY_STATS)
+
+
+def _cell(own: pl.DataFrame, statistics: Statistics) -> Row:
+    scored = own.drop_nulls("nll_sum")
+    paired = scored.drop_nulls("nll_full").filter(pl.col("n_tokens") == pl.col("tokens_full"))
+    nll, tokens, seconds = _floats(scored, "nll_sum", "n_tokens", "score_s")
+    before, after, end, full = _floats(scored, "bytes_before", "bytes_after", "cache_bytes", "full_bytes")
+    book = _codes(scored)
+    found = share(nll, tokens, book, statistics).exp().columns("perplexity")
+    found |= share(after, before, book, statistics).rest().columns("compression")
+    found |= share(end, full, book, statistics).rest().columns("compression_end")
+    found |= share(tokens, seconds, book, statistics).columns("tokens_per_s")
+    if own["policy"][0] == FULL["policy"]:
+        ratio = Share(1.0 if scored.height else np.nan, np.nan, np.nan)
+    else:
+        nll, reference, tokens = _floats(paired, "nll_sum", "nll_full", "n_tokens")
+        ratio = share(nll - reference, tokens, _codes(paired), statistics).exp()
+    books = scored["book_id"].n_unique()
+    return found | ratio.columns("ratio") | {
+        "context_min": own["context_tokens"].min(),
+        "context_max": own["context_tokens"].max(),
+        "paired": paired.height,
+        "n": scored.height,
+        "clusters": books,
+        "n_tokens": int(scored["n_tokens"].sum()),
+        "missing": own.height - scored.height,
+        "exploratory": books < EXPLORATORY,
+        "method": _method(books),
+        **{name: scored[name].mean() for name in MEANS},
+        "peak_mem_mb": scored["peak_mem_mb"].max(),
+    }  # fmt: skip
+
+
+def pairs_of(policies: Options) -> list[tuple[str, str]]:
+    """(merging, dropping): policies of a configuration's ``kv.policies`` that choose the same spans."""
+    found: dict[str, dict[str, Row]] = {MERGE: {}, DROP: {}}
+    for name, options in policies.items():
+        kind, chosen = catalog.resolve(name, options or {})
+        if kind in found:
+            found[kind][name] = {key: value for key, value in chosen.items() if key != "count_bias"}
+    return [(m, d) for m, spans in found[MERGE].items() for d, other in found[DROP].items() if spans == other]
+
+
+def merge_against_drop(windows: pl.DataFrame, policies: Options, statistics: Statistics) -> pa.Table:
+    """Each merging policy against the one that drops the same spans, on the same windows (tables.PERPLEXITY_PAIRS).
+
+    p-values are of the paired permutation test of the nll, whose signs flip by book; Holm-adjusted over all pairs,
+    budgets and bins of a corpus (those over all lengths apart).
+    """
+    rows = []
+    for merging, dropping in pairs_of(policies):
+        both = windows.filter(policy=merging).join(
+            windows.filter(policy=dropping), on=[*WINDOW, "budget"], suffix="_other", maintain_order="left"
+        )
+        both = both.drop_nulls(["nll_sum", "nll_sum_other"])
+        for level in _levels(both):
+            for key, own in level.group_by("corpus", "budget", "bin", maintain_order=True):
+                named = dict(zip(("corpus", "budget", "bin"), key, strict=True))
+                rows.append(named | {"policy": merging, "reference_policy": dropping} | _pair(own, statistics))
+    for row in rows:
+        row["family"] = f"{row['corpus']}/merge_drop/{'all lengths' if row['bin'] is None else 'by bin'}"
+    adjust(rows)
+    return rows_to_table([{k: v for k, v in row.items() if k != "tests"} for row in rows], PERPLEXITY_PAIRS)
+
+
+def _pair(own: pl.DataFrame, statistics: Statistics) -> Row:
+    nll, other, tokens = _floats(own, "nll_sum", "nll_sum_other", "n_tokens")
+    book, books = _codes(own), own["book_id"].n_unique()
+    p = sign_flip_p((nll - other)[None], statistics.resamples, statistics.seed, book[None])
+
+    def gone(suffix: str) -> float | None:
+        before, after = (own[f"{name}{suffix}"].sum() for name in ("bytes_before", "bytes_after"))
+        return 1 - after / before if before else None
+
+    return share(nll - other, tokens, book, statistics).exp().columns("ratio") | {
+        "context_min": own["context_tokens"].min(),
+        "context_max": own["context_tokens"].max(),
+        "n": own.height,
+        "clusters": books,
+        "exploratory": books < EXPLORATORY,
+        "method": _method(books),
+        "p_value": float(p[0]),
+        "compression": gone(""),
+        "reference_compression": gone("_other"),
+    }
+
+
+def write_perplexity(
+    windows: Sequence[str],
+    output: str,
+    pairs: str,
+    statistics: Mapping[str, Any],
+    policies: Options,
+    expected: Mapping[str, str] | None = None,
+) -> None:
+    """The `perplexity_stats` rule; ``policies``: the configuration's ``kv.policies``; ``expected``: as `read_windows`.
+
+    Raises UserError where the windows cannot be analysed.
+    """
+    found, chosen = read_windows(windows, expected), Statistics(**statistics)
+    fields = inherited(windows[0]) | {"statistics": dict(statistics)}
+    write_table(output, perplexity(found, chosen), fields)
+    write_table(pairs, merge_against_drop(found, policies, chosen), fields)

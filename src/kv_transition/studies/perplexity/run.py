@@ -1,0 +1,201 @@
+"""One cell of the perplexity grid: every window of a length bin under one policy and budget.
+
+    python -m kv_transition.studies.perplexity.run --spec JSON --windows WINDOWS.parquet --output SCORES.parquet
+
+Each window: read its context, compress it to the budget, then feed the tokens that follow it, whatever the model would
+have said, and take down how little it expected each next one. The first of them is fed and not scored, since the full
+cache foretold it; so every score is from what the policy left. A policy that acts each step acts after each of them.
+
+With ``streaming`` the policy acts while the context is read as well, as in the evaluation of StreamingLLM (Xiao et al.,
+arXiv 2309.17453); otherwise the context is read with the full cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kv_transition.budget import Budget
+from kv_transition.cache.state import CacheState
+from kv_transition.cache.store import PrefillStore
+from kv_transition.engines.local import LocalEngine
+from kv_transition.policies.catalog import create
+from kv_transition.provenance import digest, read_metadata, rows_to_table, write_table
+from kv_transition.run import job
+from kv_transition.run.decode import Setting
+from kv_transition.run.prefill import read_once, store_of
+from kv_transition.tables import PERPLEXITY, WINDOW_KEY
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A context as the policy left it."""
+
+    state: CacheState
+    token_bytes: float
+    """of a full cache"""
+    prefill_s: float
+    """of reading; with streaming, of what the policy did meanwhile as well"""
+    compress_s: float = 0.0
+    record: Row = field(default_factory=dict)
+    """what the policy says of its compression"""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of the tokens after a context."""
+
+    state: CacheState
+    """the cache after the last fed token"""
+    nats: Tensor
+    """[n] fp32, -log p of each scored token"""
+    kept: Sequence[float]
+    """entries per KV head after each fed token"""
+    record: Row = field(default_factory=dict)
+    """what the policy says of its steps"""
+
+
+def setting_of(spec: Row) -> Setting:
+    policy = create(spec["kind"], spec["hyper_parameters"])
+    return Setting(policy, Budget.parse(spec["budget"]), mode="before_question")
+
+
+def read(engine: LocalEngine, window: Row, setting: Setting, k: int, seed: int, store: PrefillStore) -> Read:
+    """The context of a window, read with the full cache (or taken from the store) and then compressed to ``k``."""
+    prefill, _ = read_once(engine, store, window | {"question_ids": []}, setting.policy.statistics)
+    full = prefill.context
+    started = engine.clock()
+    state = setting.compress(full, k, seed)
+    compress_s = engine.clock() - started
+    record = setting.policy.record(full, k) if setting.evicts else {}
+    return Read(state, full.nbytes / full.length, prefill.context_s, compress_s, record)
+
+
+def stream(engine: LocalEngine, tokens: Sequence[int], setting: Setting, k: int, chunk: int) -> Read:
+    """``tokens`` read ``chunk`` by ``chunk``, with no more than ``k`` entries held from one to the next."""
+    started = engine.clock()
+    state, token_bytes = None, 0.0
+    for start in range(0, len(tokens), chunk):
+        grown = engine.extend(state, tokens[start : start + chunk], setting.while_decoding)
+        token_bytes = token_bytes or grown.nbytes / grown.length
+        state = setting.hold(grown, k)
+    return Read(state, token_bytes, engine.clock() - started)
+
+
+def score(
+    engine: LocalEngine, state: CacheState, tokens: Sequence[int], setting: Setting, k: int, seed: int = 0
+) -> Scored:
+    """Feed all ``tokens`` [n + 1] but the last against ``state``, and score all but the first.
+
+    A policy that acts each step does so after each of them, and before it where it watches. The tokens of all other
+    policies are read as one block, with the same result.
+    """
+    fed, targets = tokens[:-1], tokens[1:]
+    if not (setting.evicts and setting.policy.acts_each_step):
+        after, nats = engine.score(state, fed, targets, frozenset())
+        held = state.entries
+        return Scored(after, nats, [held + 1 + i for i in range(len(fed))])
+    watcher = setting.policy.watch(seed)
+    nats, kept = [], []
+    for token, target in zip(fed, targets, strict=True):
+        look = watcher.before_attention(state.logits[None]) if watcher else None
+        grown, own = engine.score(state, [token], [target], setting.while_decoding, before_attention=look)
+        state = setting.hold(grown, k)
+        nats.append(own)
+        kept.append(state.entries)
+    return Scored(state, torch.cat(nats), kept, watcher.record(state) if watcher else {})
+
+
+def measured(engine: LocalEngine, window: Row, setting: Setting, spec: Row, store: PrefillStore) -> Row:
+    """What a window came to: the columns of PERPLEXITY that do not say which window it is."""
+    context = window["context_ids"]
+    seed = job.answer_seed(spec["seed"], f"{window['book_id']}/{window['window']}/{len(context)}", 0)
+    k = setting.entries(len(context))
+    if spec["streaming"] and setting.evicts:
+        own = stream(engine, context, setting, k, spec["streaming_chunk"])
+    else:
+        own = read(engine, window, setting, k, seed, store)
+    bytes_after = own.state.nbytes
+    started = engine.clock()
+    got = score(engine, own.state, window["target_ids"], setting, k, seed)
+    score_s = engine.clock() - started
+    nll = float(got.nats.double().sum())
+    finite = math.isfinite(nll)
+    return {
+        "nll_sum": nll if finite else None,
+        "n_tokens": len(got.nats),
+        "budget_entries": k,
+        "kept_final": got.kept[-1],
+        "kept_mean": sum(got.kept) / len(got.kept),
+        "bytes_before": round(own.token_bytes * len(context)),
+        "bytes_after": bytes_after,
+        "cache_bytes": got.state.nbytes,
+        "total_bytes": got.state.total_nbytes,
+        "full_bytes": round(own.token_bytes * got.state.length),
+        "prefill_s": own.prefill_s,
+        "compress_s": own.compress_s,
+        "score_s": score_s,
+        "peak_mem_mb": engine.peak_memory_mb(),
+        "raw": json.dumps(own.record | got.record),
+        "error": None if finite else "NOT_FINITE: a token has no finite probability; try another model.dtype",
+    }
+
+
+def rows(engine: LocalEngine, windows: Sequence[Row], spec: Row, store: PrefillStore) -> list[Row]:
+    """A row of PERPLEXITY for each window; one that is too large for the memory says so in its error."""
+    setting = setting_of(spec)
+    made: list[Row] = []
+    for number, window in enumerate(windows, 1):
+        try:
+            row = measured(engine, window, setting, spec, store)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            row = {"error": f"OOM: {(str(error).strip().splitlines() or ['no memory left'])[0]}"}
+        if "nll_sum" not in row and engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        identity = {name: window[name] for name in WINDOW_KEY}
+        made.append(
+            identity | {"policy": spec["policy"], "budget": spec["budget"], "perplexity_hash": digest(spec)} | row
+        )
+        print(f"scored {number} of {len(windows)} windows, perplexity {so_far(made)}", file=sys.stderr, flush=True)
+    return made
+
+
+def so_far(made: Sequence[Row]) -> str:
+    scored = [row for row in made if row.get("nll_sum") is not None]
+    tokens = sum(row["n_tokens"] for row in scored)
+    return f"{math.exp(min(sum(row['nll_sum'] for row in scored) / tokens, 700)):.4g}" if tokens else "unknown"
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = job.arguments(__doc__, argv, "--windows", "--output")
+    spec = arguments.spec
+    windows = job.read_bin(arguments.windows)
+    started = time.perf_counter()
+    engine = job.load_engine(spec["model"], arguments.threads)
+    model_load_s = time.perf_counter() - started
+    store = store_of(spec["model"], spec["prefill_code"], arguments.windows)
+    table = rows_to_table(rows(engine, windows, spec, store), PERPLEXITY)
+    about = read_metadata(arguments.windows)
+    facts = {
+        "model_load_s": round(model_load_s, 3),
+        "kind": spec["kind"],
+        "hyper_parameters": spec["hyper_parameters"],
+        "streaming": spec["streaming"],
+        **job.model_facts(spec["model"], engine),
+        **{key: about[key] for key in ("corpus", "revision", "split", "source", "stride") if key in about},
+    }
+    write_table(arguments.output, table, facts)
+
+
+if __name__ == "__main__":
+    job.run(main)

@@ -1,0 +1,228 @@
+"""Entropy against recall: whether the model's uncertainty tells when a policy has evicted what is needed.
+
+For every task, policy, budget, granularity and memory of the observation: means by entropy bin, correlations as they
+are, within examples and after controls, the trend over the bins, AUROC of entropy for a failed recall, and a verdict.
+The example is the unit: its steps are alike, so intervals are of examples drawn as a whole (docs/entropy_recall.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kv_transition.provenance import rows_to_table, write_table
+from kv_transition.stats import intervals
+from kv_transition.stats.association import (
+    NO_ENTROPY,
+    NO_STEPS,
+    Carriers,
+    Estimate,
+    Moments2,
+    bent,
+    missing,
+    moments2,
+    moments2_within,
+    rank_statistics,
+    ranks_within,
+    resample_weights,
+    summarised,
+)
+from kv_transition.stats.examples import Statistics, inherited
+from kv_transition.stats.intervals import Interval, finite
+from kv_transition.stats.multiplicity import adjust
+from kv_transition.studies.recall.observations import LEVELS, Steps, cells, read_observations
+from kv_transition.studies.recall.verdict import Bin, Verdict, controlled, empty_bin, judge
+from kv_transition.tables import ENTROPY_RECALL
+
+FAILED_BELOW = 0.5  # a recall that AUROC calls failed
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was found in one cell, as such and as ``rows`` of the table."""
+
+    steps: Steps
+    bins: dict[str, Bin]
+    estimates: dict[str, Estimate]
+    verdict: Verdict
+    controlled: Verdict
+    rows: list[Row]
+
+    @property
+    def slope(self) -> Estimate:
+        return self.estimates["slope"]
+
+    @property
+    def size(self) -> Row:
+        return {"n": len(self.steps.examples), "steps": len(self.steps)}
+
+
+def analyse(steps: Steps, statistics: Statistics) -> Cell:
+    """Everything about one cell's steps."""
+    confidence = statistics.confidence
+    bins, mean_rows = _means(steps, confidence)
+    if len(steps):
+        estimates = _estimates(steps, statistics)
+    else:
+        names = ("pearson", "spearman", "auroc", "partial", "trend", "slope")
+        estimates = dict.fromkeys(names, missing(NO_STEPS))
+    low, high = bins["low"], bins["high"]
+    raw = judge(estimates["trend"], low, high)
+    after = controlled(raw, estimates["pearson"], estimates["partial"], low, high, _varying(steps))
+    cell = Cell(steps, bins, estimates, raw, after, mean_rows)
+    cell.rows.extend(_row(name, found) | cell.size for name, found in estimates.items())
+    left_out = f"{steps.left_out} steps without entropy or recall left out; " if steps.left_out else ""
+    for name, found in (("verdict", raw), ("verdict_controlled", after)):
+        cell.rows.append({"statistic": name, "outcome": found.outcome, "reason": left_out + found.reason} | cell.size)
+    return cell
+
+
+def _row(name: str, found: Estimate) -> Row:
+    bounds = {"estimate": found.value, "ci_low": found.low, "ci_high": found.high, "p_value": found.p}
+    return {"statistic": name, "method": found.method} | {column: finite(value) for column, value in bounds.items()}
+
+
+def _mean_row(name: str, found: Interval, i: int) -> Row:
+    """The i-th mean over steps, whose clusters are the examples."""
+    row = found.row(i)
+    steps, n = row["n"], row.pop("clusters")
+    method = row["method"] if steps else "no step has such an entropy"
+    return {"statistic": name} | row | {"n": n, "steps": steps, "method": method}
+
+
+def _means(steps: Steps, confidence: float) -> tuple[dict[str, Bin], list[Row]]:
+    """Mean recall by entropy bin; the same as rows, with that of all steps and the share of failed recalls."""
+    names = [*(f"recall_{level}" for level in LEVELS), "recall", "failed_recall"]
+    if not len(steps):
+        empty = {"n": 0, "steps": 0, "method": NO_STEPS}
+        return dict.fromkeys(LEVELS, empty_bin()), [{"statistic": name} | empty for name in names]
+    inside = steps.level == np.arange(len(LEVELS))[:, None]
+    failed = (steps.recall < FAILED_BELOW).astype(float)
+    values = np.stack([*np.where(inside, steps.recall, np.nan), steps.recall, failed])
+    found = intervals.bounded_mean(values, confidence, clusters=np.broadcast_to(steps.example, values.shape))
+    rows = [_mean_row(name, found, i) for i, name in enumerate(names)]
+    bins = {
+        level: Bin(found.estimate[i], found.low[i], found.high[i], rows[i]["n"], rows[i]["steps"])
+        for i, level in enumerate(LEVELS)
+    }
+    return bins, rows
+
+
+def _varying(steps: Steps) -> str:
+    """The confounders that vary at all: ``step, length and kind of prompt``."""
+    named = {"step": steps.step, "length": steps.length, "kind of prompt": steps.kind}
+    names = [name for name, values in named.items() if len(values) and np.ptp(values) > 0]
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def _controls(steps: Steps) -> dict[str, np.ndarray]:
+    """What may drive both entropy and recall, as regressors [steps, k]: bent lines of step and length, kinds."""
+    examples = len(steps.examples)
+    kinds = (steps.kind[:, None] == np.arange(1, len(steps.kinds))).astype(float)
+    found = {"step": bent(steps.step, examples), "length": bent(steps.length, examples), "kind": kinds}
+    return found | {"": np.column_stack(list(found.values()))}
+
+
+def _estimates(steps: Steps, statistics: Statistics) -> dict[str, Estimate]:
+    confidence, example, recall = statistics.confidence, steps.example, steps.recall
+    weights = resample_weights(len(steps.examples), statistics.resamples, statistics.seed)
+
+    def both(x: np.ndarray, y: np.ndarray = recall, controls: np.ndarray | None = None) -> Moments2:
+        return moments2(x, y, example, weights, controls)
+
+    plain = both(steps.entropy)
+    spearman, auroc = rank_statistics(steps.entropy, recall, recall < FAILED_BELOW, example, weights, confidence)
+    found = {"pearson": plain.correlation(confidence), "spearman": spearman}
+    found["pearson_within"] = moments2_within(steps.entropy, recall, example, weights).correlation(confidence)
+    ranks = (ranks_within(values, example) for values in (steps.entropy, recall))
+    found["spearman_within"] = moments2_within(*ranks, example, weights).correlation(confidence)
+    for name, controls in _controls(steps).items():
+        label = f"partial_{name}".rstrip("_")
+        found[label] = both(steps.entropy, controls=controls).correlation(confidence)
+    found["trend"] = both(steps.level.astype(float)).slope(confidence)
+    if found["trend"].method == NO_ENTROPY:
+        found["trend"] = missing(f"all steps have {LEVELS[steps.level[0]]} entropy")
+    found["slope"] = plain.slope(confidence)
+    found["auroc"] = auroc
+    for name, confounder in (("step", steps.step), ("length", steps.length)):
+        for outcome, values in (("entropy", steps.entropy), ("recall", recall)):
+            one = both(confounder, values).correlation(confidence)
+            same = one.method == NO_ENTROPY
+            found[f"{outcome}_on_{name}"] = missing(f"the {name} does not vary") if same else one
+    return found
+
+
+def _kinds(steps: Steps, confidence: float) -> list[Row]:
+    """Mean entropy and recall of each kind of prompt, where there are several."""
+    if len(steps.kinds) < 2:
+        return []
+    inside = steps.kind == np.arange(len(steps.kinds))[:, None]
+    codes = np.broadcast_to(steps.example, inside.shape)
+    entropy = intervals.mean(np.where(inside, steps.entropy, np.nan), confidence, codes)
+    recall = intervals.bounded_mean(np.where(inside, steps.recall, np.nan), confidence, clusters=codes)
+    return [
+        _mean_row(f"{name}_of_kind:{kind}", found, i)
+        for name, found in (("entropy", entropy), ("recall", recall))
+        for i, kind in enumerate(steps.kinds)
+    ]
+
+
+def _sensitivity(found: Mapping[str, Cell], confidence: float) -> Iterator[Row]:
+    """How the slope of recall on entropy changes with the budget, for budgets that are shares.
+
+    ``sensitivity``: change of the slope for a budget larger by 1; above 0: entropy matters more at small budgets.
+    Chance alone gives a recall of r, which flattens slopes at large budgets by itself: ``sensitivity_corrected`` is of
+    the slope of (recall - r) / (1 - r).
+    """
+    shares = {float(budget[1:]): cell for budget, cell in found.items() if budget.startswith("r") and budget != "r1"}
+    size = next(iter(found.values())).size
+    r = np.array(list(shares))
+    why = None
+    if len(shares) < 2:
+        why = "needs two budgets that are shares"
+    elif any(cell.slope.draws is None for cell in shares.values()):
+        why = next(cell.slope.method for cell in shares.values() if cell.slope.draws is None)
+    elif len({tuple(cell.steps.examples) for cell in shares.values()}) > 1:
+        why = "the budgets were observed on different examples"
+    for name, scale in (("sensitivity", np.ones(len(r))), ("sensitivity_corrected", 1 / (1 - r))):
+        if why:
+            yield _row(name, missing(why)) | size
+            continue
+        slopes = np.stack([cell.slope.draws for cell in shares.values()], axis=1) * scale
+        around = r - r.mean()
+        draws = slopes @ around / (around @ around)
+        by = Carriers(size["n"], min(cell.slope.by.effective for cell in shares.values()))
+        yield _row(name, summarised(draws, by, confidence)) | size
+
+
+def entropy_recall(observations: Sequence[str], statistics: Statistics) -> pa.Table:
+    """A row per statistic of every cell of the observation files (tables.ENTROPY_RECALL).
+
+    Raises UserError where there is no observed step or a row makes no sense.
+    """
+    rows: list[Row] = []
+    curves: dict[tuple[str, ...], dict[str, Cell]] = {}
+    for key, steps in cells(read_observations(observations)):
+        cell = analyse(steps, statistics)
+        own = [*cell.rows, *_kinds(steps, statistics.confidence)]
+        family = "/".join((key["task"], key["granularity"], key["memory"], "trend"))
+        for row in own:
+            tested = row["statistic"] == "trend" and row.get("p_value") is not None
+            rows.append(key | row | ({"family": family} if tested else {}))
+        curves.setdefault(tuple(v for k, v in key.items() if k != "budget"), {})[key["budget"]] = cell
+    for (task, policy, granularity, memory), found in curves.items():
+        key = {"task": task, "policy": policy, "granularity": granularity, "memory": memory}
+        rows += [key | row for row in _sensitivity(found, statistics.confidence)]
+    adjust(rows)
+    return rows_to_table([{k: v for k, v in row.items() if k != "tests"} for row in rows], ENTROPY_RECALL)
+
+
+def write_entropy_recall(observations: Sequence[str], output: str, statistics: Mapping[str, Any]) -> None:
+    """The `entropy_recall` rule. Raises UserError where the observations cannot be analysed."""
+    table = entropy_recall(observations, Statistics(**statistics))
+    write_table(output, table, inherited(observations[0]) | {"statistics": dict(statistics)})

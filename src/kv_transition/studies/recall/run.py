@@ -1,0 +1,323 @@
+"""The observation job: what each policy would hold while the full cache decodes, and how uncertain the model is.
+
+    python -m kv_transition.studies.recall.run --spec JSON --bin BIN.parquet --output STEPS.parquet
+        --layers LAYERS.parquet
+
+Nothing is evicted: the answer is the full cache's own, decoded greedily from the prefill after the prompt. Before each
+of its tokens is read, every policy says under every budget what it would hold (see `run.shadow`); then the token's
+attention says what it needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kv_transition.budget import Budget
+from kv_transition.cache.state import CacheState
+from kv_transition.engines.local import LocalEngine
+from kv_transition.errors import UserError
+from kv_transition.policies.catalog import create
+from kv_transition.provenance import digest, write_table
+from kv_transition.run import job
+from kv_transition.run.prefill import read_once, store_of
+from kv_transition.studies.recall.shadow import ORACLE, Oracle, Shadow, as_rows, best, shadow, thinned
+from kv_transition.tables import OBSERVATION_LAYERS, OBSERVATIONS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+REASONING = " Let us reason step by step, one fact at a time:\n"
+"""Read after the prompt, as the beginning of the answer, in the manner of Kojima et al. (2022), arXiv 2205.11916"""
+
+CONTINUATION = "continuation"
+"""kind of prompt: the context alone, with no question after it"""
+
+_SEED_BITS = 40
+"""as in the cells"""
+
+Key = tuple[str, str, str, str]
+"""policy, budget, granularity, memory"""
+
+
+@dataclass
+class Trace:
+    """One decoded sequence of T steps under B keys."""
+
+    keys: list[Key] = field(default_factory=list)
+    token_id: list[int] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    n: list[int] = field(default_factory=list)
+    k: list[list[int]] = field(default_factory=list)
+    """[T, B], as all below"""
+    recall: list[list[float]] = field(default_factory=list)
+    gold_mass_kept: list[list[float]] = field(default_factory=list)
+    gold_new: list[list[float | None]] = field(default_factory=list)
+    entropy_gap: list[list[float | None]] = field(default_factory=list)
+    entropy_gap_gold: list[list[float | None]] = field(default_factory=list)
+    finish_reason: str = "length"
+    layers: dict[Key, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """sums over the steps of recall and gold_mass_kept in each evictable layer, of keys per KV head"""
+
+
+@torch.inference_mode()
+def follow(
+    engine: LocalEngine, state: CacheState, shadows: Sequence[Shadow], max_tokens: int, entropy_gap_every: int = 0
+) -> Trace:
+    """Decode greedily from a full state, with its logits, and compare what is needed with what is held.
+
+    Step t reads the token that the logits before it produced, whose entropy is the step's; gold are the K entries that
+    this token's attention weighs most, of the n before it. The end token is not read. shadows: fresh ones.
+    entropy_gap_every: measure both entropy gaps at every such step; 0: never.
+    """
+    for each in shadows:
+        each.begin(state)
+    trace = Trace()
+    statistics = frozenset({"attn_sum"}).union(*(s.policy.statistics for s in shadows if s.policy.acts_each_step))
+    golds: dict[tuple[str, str], Tensor] = {}
+    for step in range(max_tokens):
+        token = int(state.logits.argmax(-1))
+        if token in engine.eos:
+            trace.finish_reason = "stop"
+            break
+        predictions = [each.predict(state) for each in shadows]
+        attention: list[Tensor] = []
+        after = engine.extend(state, [token], statistics, max_tokens - step, attention)
+        # the token's own entry is in no set
+        attention = [row[:, : state.length] for row in attention]
+        for each, sets in zip(shadows, predictions, strict=True):
+            if isinstance(each, Oracle):
+                sets |= each.hindsight(attention)
+        altered = _Altered(engine, state, token, after.logits) if _due(step, entropy_gap_every) else None
+        golds = _compare(trace, shadows, predictions, attention, golds, altered)
+        trace.token_id.append(token)
+        trace.entropy.append(entropy(state.logits))
+        trace.n.append(state.length)
+        state = after
+    return trace
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def entropy(logits: Tensor) -> float:
+    """-sum p log p in nats of the softmax of logits [V], temperature 1, fp32."""
+    return float(torch.special.entr(logits.float().softmax(-1)).sum())
+
+
+@dataclass
+class _Altered:
+    """How a step's next-token distribution changes when it sees fewer entries."""
+
+    engine: LocalEngine
+    state: CacheState
+    token: int
+    logits: Tensor
+    """[V], of the step as it was"""
+
+    _known: dict[int, float] = field(default_factory=dict)
+
+    def divergence(self, mask: Tensor) -> float:
+        """KL, in nats, of the distribution by the entries of a mask [R, n] alone from that by all entries."""
+        # both memories may hold one and the same set
+        if id(mask) not in self._known:
+            self._known[id(mask)] = self._divergence(mask)
+        return self._known[id(mask)]
+
+    def without(self, mask: Tensor) -> float:
+        """The same by all entries but those of a mask."""
+        return self._divergence(~mask)
+
+    def _divergence(self, mask: Tensor) -> float:
+        less = self.engine.extend(thinned(self.state, mask), [self.token], frozenset())
+        whole, partial = (logits.double().log_softmax(-1) for logits in (self.logits, less.logits))
+        return float((whole.exp() * (whole - partial)).sum())
+
+
+def _compare(
+    trace: Trace,
+    shadows: Sequence[Shadow],
+    predictions: Sequence[dict[tuple[str, str], Tensor]],
+    attention: list[Tensor],
+    before: dict[tuple[str, str], Tensor],
+    altered: _Altered | None,
+) -> dict[tuple[str, str], Tensor]:
+    """Add a step to the trace; the step's gold sets by granularity and budget."""
+    golds: dict[tuple[str, str], Tensor] = {}
+    new: dict[tuple[str, str], float | None] = {}
+    gaps: dict[tuple[str, str], float | None] = {}
+    rows = {g: as_rows(attention, g) for g in {g for sets in predictions for g, _ in sets}}
+    n = attention[0].shape[-1]
+    columns: list[tuple[Key, int, tuple[str, str], Tensor]] = []
+    for each, sets in zip(shadows, predictions, strict=True):
+        k = each.budget.kept(n)
+        for (granularity, memory), mask in sets.items():
+            at = granularity, str(each.budget)
+            if at not in golds:
+                golds[at] = best(rows[granularity], k)
+                new[at] = _share_new(golds[at], before.get(at), k)
+                gaps[at] = altered.without(golds[at]) if altered else None
+            columns.append(((each.name, at[1], granularity, memory), k, at, mask))
+
+    recall, mass = torch.empty(2, len(columns), dtype=torch.float64)
+    for granularity, row in rows.items():
+        chosen = [i for i, (_, _, at, _) in enumerate(columns) if at[0] == granularity]
+        pred = torch.stack([columns[i][3] for i in chosen])
+        gold = torch.stack([golds[columns[i][2]] for i in chosen])
+        sizes = torch.tensor([columns[i][1] for i in chosen], device=row.device)[:, None]
+        hits = (pred & gold).sum(-1).double() / sizes  # [b, R]
+        # all of it may lie on the token itself
+        share = row / row.sum(-1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
+        masses = (pred * share).sum(-1).double()
+        recall[chosen], mass[chosen] = hits.mean(-1).cpu(), masses.mean(-1).cpu()
+        if granularity == "per_head":
+            _add_layers(trace, [columns[i][0] for i in chosen], attention, hits.cpu(), masses.cpu())
+
+    trace.keys = [key for key, *_ in columns]
+    trace.k.append([k for _, k, *_ in columns])
+    trace.recall.append(recall.tolist())
+    trace.gold_mass_kept.append(mass.tolist())
+    trace.gold_new.append([new[at] for _, _, at, _ in columns])
+    trace.entropy_gap_gold.append([gaps[at] for _, _, at, _ in columns])
+    trace.entropy_gap.append([altered.divergence(mask) if altered else None for *_, mask in columns])
+    return golds
+
+
+def _share_new(gold: Tensor, before: Tensor | None, k: int) -> float | None:
+    """Share of the gold entries that were not gold a step before."""
+    if before is None:
+        return None
+    again = (gold[:, : before.shape[-1]] & before).sum(-1)
+    return 1 - float(again.double().mean()) / k
+
+
+def _add_layers(trace: Trace, keys: list[Key], attention: list[Tensor], recall: Tensor, mass: Tensor) -> None:
+    heads = [len(layer) for layer in attention]
+    of_layers = [torch.stack([part.mean(-1) for part in x.split(heads, -1)], -1) for x in (recall, mass)]
+    for key, *own in zip(keys, *of_layers, strict=True):
+        sums = trace.layers.get(key, (0, 0))
+        trace.layers[key] = sums[0] + own[0], sums[1] + own[1]
+
+
+def shadows_of(spec: dict[str, Any], seed: int) -> list[Shadow]:
+    """A fresh shadow of each policy and budget of a spec."""
+    found = []
+    for name, options in spec["policies"].items():
+        kind = options["kind"]
+        policy = None if kind == ORACLE else create(kind, options["hyper_parameters"])
+        for budget in map(Budget.parse, spec["budgets"]):
+            each = shadow(name, kind, policy, budget, spec["granularities"], spec["memories"], seed)
+            if each is not None:
+                found.append(each)
+    return found
+
+
+def observed(
+    engine: LocalEngine, examples: Sequence[dict[str, Any]], spec: dict[str, Any], store: Any
+) -> Iterator[tuple[dict[str, Any], str, Trace]]:
+    """Each example, the kind of its prompt and what was seen; with continuations a second time without its question."""
+    statistics = frozenset({"attn_sum"}).union(*(s.policy.statistics for s in shadows_of(spec, 0)))
+    for number, example in enumerate(examples, 1):
+        prefill, _ = read_once(engine, store, example, statistics)
+        kind = str(json.loads(example["meta"] or "{}").get("kind") or example["task"])
+        prompts = [(kind, prefill.prompt)]
+        if spec["reasoning"]:
+            begun = engine.tokenizer(REASONING, add_special_tokens=False, verbose=False).input_ids
+            prompts = [(kind, engine.extend(prefill.prompt, begun, statistics))]
+        if spec["continuations"]:
+            prompts.append((CONTINUATION, prefill.context))
+        most = example["max_new_tokens"] if spec["max_tokens"] == "task" else spec["max_tokens"]
+        for prompt_kind, state in prompts:
+            # that of the cells' first repeat
+            seed = int(digest([spec["seed"], example["example_id"], 0]), 16) % 2**_SEED_BITS
+            yield example, prompt_kind, follow(engine, state, shadows_of(spec, seed), most, spec["entropy_gap_every"])
+        print(f"observed {number} of {len(examples)} prompts", file=sys.stderr, flush=True)
+
+
+def steps_table(example: dict[str, Any], prompt_kind: str, trace: Trace) -> pa.Table:
+    """T x B rows of OBSERVATIONS."""
+    import numpy as np
+    import pyarrow as pa
+
+    steps, width = len(trace.n), len(trace.keys)
+
+    def of_steps(values: list) -> Any:
+        return np.repeat(np.array(values), width)
+
+    def flat(values: list[list]) -> list:
+        return [value for row in values for value in row]
+
+    columns = {
+        "task": [example["task"]] * (steps * width),
+        "bin": [example["bin"]] * (steps * width),
+        "example_id": [example["example_id"]] * (steps * width),
+        "prompt_kind": [prompt_kind] * (steps * width),
+        **{name: [key[i] for key in trace.keys] * steps for i, name in enumerate(_KEY)},
+        "step": of_steps(range(steps)),
+        "token_id": of_steps(trace.token_id),
+        "entropy": of_steps(trace.entropy),
+        "n": of_steps(trace.n),
+        **{name: flat(getattr(trace, name)) for name in OBSERVATIONS.names if name in _OF_SETS},
+    }
+    return pa.table({name: columns[name] for name in OBSERVATIONS.names}, schema=OBSERVATIONS)
+
+
+_KEY = ("policy", "budget", "granularity", "memory")
+_OF_SETS = {"k", "recall", "gold_mass_kept", "gold_new", "entropy_gap", "entropy_gap_gold"}
+
+
+def layers_table(example: dict[str, Any], prompt_kind: str, trace: Trace) -> pa.Table:
+    """A row of OBSERVATION_LAYERS for each policy, budget, memory and evictable layer."""
+    import pyarrow as pa
+
+    rows = []
+    steps = len(trace.n)
+    of_example = {name: example[name] for name in ("task", "bin", "example_id")} | {"prompt_kind": prompt_kind}
+    for (policy, budget, _, memory), (recall, mass) in trace.layers.items():
+        of_key = of_example | {"policy": policy, "budget": budget, "memory": memory, "steps": steps}
+        for layer, (own_recall, own_mass) in enumerate(zip(recall.tolist(), mass.tolist(), strict=True)):
+            rows.append(of_key | {"layer": layer, "recall": own_recall / steps, "gold_mass_kept": own_mass / steps})
+    return pa.Table.from_pylist(rows, schema=OBSERVATION_LAYERS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    import pyarrow as pa
+
+    arguments = job.arguments(__doc__, argv, "--bin", "--output", "--layers")
+    spec = arguments.spec
+    examples = job.read_bin(arguments.bin)
+    engine = job.load_engine(spec["model"], arguments.threads)
+    store = store_of(spec["model"], spec["prefill_code"], arguments.bin)
+    steps, layers, lengths = [OBSERVATIONS.empty_table()], [OBSERVATION_LAYERS.empty_table()], []
+    try:
+        for example, kind, trace in observed(engine, examples, spec, store):
+            steps.append(steps_table(example, kind, trace))
+            layers.append(layers_table(example, kind, trace))
+            lengths.append([example["example_id"], kind, len(trace.n), trace.finish_reason])
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            "observe: the memory does not hold a full cache and what is followed beside it; lower model.max_length or "
+            "prefill.chunk_tokens, or give observe.granularities: [global]"
+        ) from error
+    facts = {
+        "observe_hash": digest(spec),
+        "vocab_size": engine.model.config.get_text_config().vocab_size,
+        "policies": spec["policies"],
+        "reasoning": spec["reasoning"],
+        "sequences": lengths,
+        **job.model_facts(spec["model"], engine),
+        **job.bin_metadata(arguments.bin),
+    }
+    write_table(arguments.layers, pa.concat_tables(layers), facts)
+    write_table(arguments.output, pa.concat_tables(steps), facts)
+
+
+if __name__ == "__main__":
+    job.run(main)

@@ -1,0 +1,103 @@
+"""Observations in the recall study's own layout: a log of steps for each budget, with a plot of its own.
+
+    {task}_budget_{ratio}_{timestamp}.jsonl   metadata in the first line, then a step a line
+    {task}_budget_{ratio}/logs.json           the same as {"metadata", "steps"}
+    {task}_budget_{ratio}/plots/entropy_recall.svg, .png
+
+As in the study they follow accumulated attention (h2o_heavy, else h2o, else the first policy observed) with scores over
+the full cache (memory ideal) and sets averaged over layers and heads (granularity global), where these were observed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import polars as pl
+import vl_convert
+
+from kv_transition.plotting import drawing
+from kv_transition.provenance import atomic_path, read_metadata, write_json, write_text
+
+_PREFERRED = {"policy": ("h2o_heavy", "h2o"), "memory": ("ideal",), "granularity": ("global",)}
+_COLUMNS = ["example_id", "prompt_kind", "step", "token_id", "entropy", "n"]
+
+
+def write_logs(observations: Sequence[str], folder: str) -> None:
+    """Write the observation files of one task, a file for each bin, as the study's logs. A second run replaces them."""
+    steps = pl.concat([pl.read_parquet(path) for path in observations])
+    about = read_metadata(observations[0])
+    chosen: dict[str, str] = {}
+    for column, names in _PREFERRED.items():
+        there = steps[column].unique(maintain_order=True).to_list()
+        if there:
+            chosen[column] = next((name for name in names if name in there), there[0])
+            steps = steps.filter(pl.col(column) == chosen[column])
+    written = max(read_metadata(path)["timestamp"] for path in observations)
+    metadata = {
+        "model": Path(about["model"]).name,
+        "model_path": about["model"],
+        "model_revision": None if about.get("model_revision") in ("", "null") else about.get("model_revision"),
+        **{key: about.get(key) for key in ("dataset", "split", "attention", "attention_version", "dtype")},
+        "max_length": int(about["max_length"]) if "max_length" in about else None,
+        "timestamp": written,
+        **chosen,
+    }
+    task = steps["task"][0] if len(steps) else Path(observations[0]).parent.name
+    budgets = steps["budget"].unique(maintain_order=True).to_list()
+    logs = _in_columns(steps, budgets)
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    moment = datetime.fromisoformat(written).strftime("%Y%m%dT%H%M%S")
+    for budget in budgets:
+        own = metadata | {"budget": float(budget[1:])}
+        rows = logs.with_columns(pl.col(_column(budget)).alias("recall")).to_dicts()
+        name = f"{task}_budget_{budget[1:]}"
+        lines = [json.dumps({"metadata": own}), *(json.dumps(row) for row in rows)]
+        write_text(out / f"{name}_{moment}.jsonl", "\n".join(lines) + "\n")
+        write_json(out / name / "logs.json", {"metadata": own, "steps": rows})
+        _draw(rows, own, out / name / "plots" / "entropy_recall")
+
+
+def _column(budget: str) -> str:
+    """r0.1 -> recall_10"""
+    return f"recall_{float(budget[1:]) * 100:g}"
+
+
+def _in_columns(steps: pl.DataFrame, budgets: Sequence[str]) -> pl.DataFrame:
+    """A row a step: recall_10, recall_20, ... beside its entropy."""
+    logs = steps.select(_COLUMNS).unique(maintain_order=True)
+    for budget in budgets:
+        own = steps.filter(pl.col("budget") == budget).select(
+            "example_id", "prompt_kind", "step", pl.col("recall").alias(_column(budget))
+        )
+        logs = logs.join(own, on=["example_id", "prompt_kind", "step"], how="left", maintain_order="left")
+    return logs
+
+
+def _draw(rows: list[dict[str, Any]], metadata: dict[str, Any], path: Path) -> None:
+    """Every step as a point with the least-squares line, and the budget as the level of chance."""
+    data = drawing.Datasets()
+    points = alt.Chart(data.add([{"entropy": row["entropy"], "recall": row["recall"]} for row in rows]))
+    chance = alt.Chart(data.add([{"recall": metadata["budget"]}]))
+    at = {"x": alt.X("entropy:Q", title="token entropy (nats)"), "y": alt.Y("recall:Q", title="recall")}
+    layers = [
+        chance.mark_rule(strokeDash=[4, 4], color=drawing.NEUTRAL).encode(y="recall:Q"),
+        points.mark_circle(size=14, opacity=0.35, color=drawing.PALETTE[0]).encode(**at),
+        points.transform_regression("entropy", "recall").mark_line(color=drawing.PALETTE[1]).encode(**at),
+    ]
+    budget, policy = metadata["budget"], metadata.get("policy")
+    spec = drawing.compose(
+        {"layer": [drawing.inner(layer) for layer in layers], "width": 460, "height": 300},
+        data,
+        f"Entropy and recall, budget {budget:g}",
+        f"{policy}, {len(rows)} steps; dashed: chance",
+    )
+    svg = vl_convert.vegalite_to_svg(spec)
+    write_text(path.with_suffix(".svg"), svg)
+    with atomic_path(path.with_suffix(".png")) as temporary:
+        temporary.write_bytes(drawing.png(svg))

@@ -1,0 +1,23 @@
+"""The studies of this project, in the order in which the report shows them. A new study is one line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+STUDIES = (
+    "grid",
+    "recall",
+    "perplexity",
+    "chat",
+)
+
+
+def modules(name: str) -> list[str]:
+    """Return the dotted name of the module ``name`` of each study; every study has one."""
+    return [f"kv_transition.studies.{study}.{name}" for study in STUDIES]
+
+
+def load(name: str) -> list[ModuleType]:
+    """Import the module ``name`` of each study. Imports stay lazy: a module is loaded where it is asked for."""
+    return [import_module(module) for module in modules(name)]
