@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from kv_transition.studies.grid import specs as grid_specs
+
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import numpy as np
@@ -102,7 +104,7 @@ class Bench:
     """Prompts of one length that are prepared and read, and the cell job on them."""
 
     def __init__(self, folder: Path, size: Size, length: int, plan: Plan):
-        from kv_transition import settings, specs
+        from kv_transition import settings
         from kv_transition.paths import Paths
 
         self.folder = folder
@@ -118,7 +120,7 @@ class Bench:
             budgets=[0.2],
         )
         snakemake(folder, experiment, "--until", "prepare")
-        self.spec = specs.cell(settings.load(experiment), "before_question", POLICY, BUDGET)
+        self.spec = grid_specs.cell(settings.load(experiment), "before_question", POLICY, BUDGET)
         self.bin = Path(Paths(str(folder / "results"), "bench").bin(data.stem, 0))
         self.store = folder / "results" / "prefill"
         self.output = folder / "cell.parquet"

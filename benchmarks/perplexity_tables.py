@@ -34,6 +34,7 @@ from kv_transition.run.prefill import store_of
 from kv_transition.settings import parse
 from kv_transition.stats.examples import Statistics
 from kv_transition.studies.perplexity import run, windows
+from kv_transition.studies.perplexity import specs as perplexity_specs
 from kv_transition.studies.perplexity.analysis import merge_against_drop, perplexity, read_windows, share
 from kv_transition.tables import PERPLEXITY
 
@@ -114,11 +115,11 @@ def scored(config: Row, folder: Path) -> pl.DataFrame:
     specs.check(settings)
     files, corpus = Paths(str(folder), "run"), settings.perplexity.corpus
     bins = [files.windows(corpus, b) for b in range(len(settings.perplexity.context_tokens))]
-    windows.write(specs.windows(settings), bins)
+    windows.write(perplexity_specs.windows(settings), bins)
     engine = job.load_engine(specs.prefill(settings)["model"], threads=1)
     made = []
-    for policy, budget in specs.perplexity_cells(settings):
-        spec = specs.perplexity(settings, policy, budget)
+    for policy, budget in perplexity_specs.cells(settings):
+        spec = perplexity_specs.cell(settings, policy, budget)
         for b, path in enumerate(bins):
             store = store_of(spec["model"], spec["prefill_code"], path)
             rows = run.rows(engine, job.read_bin(path), spec, store)

@@ -28,7 +28,7 @@ from kv_transition.studies.grid.analysis import transition
 from kv_transition.studies.grid.analysis.aggregate import bin_stats
 from kv_transition.studies.grid.analysis.comparisons import comparisons, pairs
 from kv_transition.studies.grid.analysis.noninferiority import noninferiority
-from kv_transition.tables import SCORES
+from kv_transition.studies.grid.tables import SCORES
 
 ROWS, LIMIT = 100_000, 10.0
 

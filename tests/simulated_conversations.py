@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from kv_transition.studies.chat.checks import Check
-from kv_transition.tables import CHAT, CHAT_LAYERS, CHAT_VERDICTS
+from kv_transition.studies.chat.tables import CHAT, CHAT_LAYERS, CHAT_VERDICTS
 
 Row = dict[str, Any]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kv_transition.tables import OBSERVATIONS, SCORES
+from kv_transition.studies.grid.tables import SCORES
+from kv_transition.studies.recall.tables import OBSERVATIONS
 
 _FILE = Path(__file__).parents[1] / "benchmarks" / "simulated_steps.py"
 _SPEC = importlib.util.spec_from_file_location("simulated_steps", _FILE)

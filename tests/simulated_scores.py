@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pyarrow as pa
 
-from kv_transition.tables import SCORES
+from kv_transition.studies.grid.tables import SCORES
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 MODES = ("before_question", "after_prompt")

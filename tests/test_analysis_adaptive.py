@@ -13,7 +13,7 @@ from kv_transition.provenance import rows_to_table
 from kv_transition.stats import intervals
 from kv_transition.studies.grid.analysis import adaptive
 from kv_transition.studies.grid.analysis.adaptive import Adaptive, allocate
-from kv_transition.tables import ALLOCATION, TRANSITION
+from kv_transition.studies.grid.tables import ALLOCATION, TRANSITION
 
 PLAN = Adaptive(enabled=True, start=5, step=5, cap=20)
 

@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata
 from kv_transition.studies.grid.analysis.aggregate import Statistics, bin_stats, comparisons, write_aggregates
-from kv_transition.tables import BIN_STATS, COMPARISONS, NONINFERIORITY, SMALLEST_BUDGET
+from kv_transition.studies.grid.tables import BIN_STATS, COMPARISONS, NONINFERIORITY, SMALLEST_BUDGET
 
 SETTINGS = Statistics(resamples=2000)
 

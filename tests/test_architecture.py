@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from kv_transition import provenance
-from kv_transition.provenance import NEUTRAL, code_hash, imported_modules
+from kv_transition.provenance import code_hash, imported_modules, is_neutral
 from kv_transition.studies import registry
 
 SOURCE = Path(provenance.__file__).parent
@@ -33,7 +34,21 @@ LAYERS = [
     {"cache"},
     {"attention"},
 ]
-BESIDE = {"data", "settings", "paths", "provenance", "errors", "budget", "tables", "labels", "script", "specs"}
+FACES = {"kv_transition.studies.registry", "kv_transition.studies.study"}
+BESIDE = {
+    "data",
+    "sections",
+    "registry",
+    "settings",
+    "paths",
+    "provenance",
+    "errors",
+    "budget",
+    "tables",
+    "labels",
+    "script",
+    "specs",
+}
 # specs knows what every job depends on, so it reads the catalog of policies
 MAY_LOOK_UP = {"specs": {"policies"}}
 
@@ -44,17 +59,30 @@ def module_name(file: Path) -> str:
 
 
 def part(module: str) -> str:
-    return [*module.split("."), ""][1]
+    """The layer that a module belongs to; what a study says of itself to the whole project lies below all layers."""
+    return "registry" if module in FACES else [*module.split("."), ""][1]
 
 
 def imports(file: Path) -> set[str]:
+    """Everything that a file imports when it runs: what stands under TYPE_CHECKING is for readers of types only."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    todo: list[ast.AST] = [ast.parse(file.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            todo += node.orelse
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            # `from package import module` names a module; any other name is one of the module's own
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & MODULES) | ({node.module} if names - MODULES else set())
+        todo += ast.iter_child_nodes(node)
     return found
+
+
+MODULES = {module_name(file) for file in FILES}
 
 
 def level(name: str) -> int | None:
@@ -70,6 +98,39 @@ def test_imports_go_one_way(file):
             assert other in BESIDE | MAY_LOOK_UP.get(mine, set()), f"{mine} stands beside the layers, not on {other}"
         elif level(mine) is not None and level(other) is not None:
             assert level(mine) <= level(other), f"{mine} lies below {other}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module_name(file): imports(file) & MODULES for file in FILES}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail("circle: " + " -> ".join(error.args[1]))
+
+
+def test_a_circle_would_be_found():
+    with pytest.raises(CycleError):
+        tuple(TopologicalSorter({"a": {"b"}, "b": {"c"}, "c": {"a"}}).static_order())
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "studies" in f.relative_to(SOURCE).parts], ids=module_name)
+def test_a_study_takes_only_tables_from_another(file):
+    mine = module_name(file).split(".")[2:3]
+    for module in imports(file):
+        other = module.split(".")
+        if other[:2] == ["kv_transition", "studies"] and len(other) > 3 and other[2:3] != mine:
+            assert other[3] == "tables", f"{module} belongs to another study"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_no_file_is_longer_than_400_lines(file):
+    assert len(file.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("study", registry.STUDIES)
+def test_every_study_has_the_same_shape(study):
+    for name in ("settings", "specs", "study", "tables", "run", "plan", "analysis", "plots", "report"):
+        assert f"kv_transition.studies.{study}.{name}" in MODULES
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if part(module_name(f)) in ("attention", "cache", "policies")])
@@ -141,7 +202,7 @@ def test_light_paths_stay_light(modules, heavy):
 )
 def test_the_code_hash_covers_what_is_really_imported(roots):
     loaded = {m for m in loaded_modules(f"import {', '.join(roots)}") if m.startswith("kv_transition")}
-    assert loaded - NEUTRAL <= imported_modules(*roots)
+    assert {m for m in loaded if not is_neutral(m)} <= imported_modules(*roots)
 
 
 def test_a_cells_hash_leaves_out_what_cannot_change_it():

@@ -14,7 +14,7 @@ from kv_transition.policies.catalog import create, hyper_parameters
 from kv_transition.provenance import digest, rows_to_table
 from kv_transition.run.decode import Setting
 from kv_transition.studies.grid import run as cell
-from kv_transition.tables import CELLS
+from kv_transition.studies.grid.tables import CELLS
 
 SPEC = {
     "mode": "before_question",

@@ -26,9 +26,10 @@ from kv_transition.policies.catalog import create, hyper_parameters, kinds
 from kv_transition.run.decode import Answer
 from kv_transition.studies.chat import multiturn, text_drop
 from kv_transition.studies.chat import run as chat
+from kv_transition.studies.chat import specs as chat_specs
 from kv_transition.studies.chat.run import CacheMemory, TurnSetting, play, repetition
+from kv_transition.studies.chat.tables import CHAT, CHAT_LAYERS
 from kv_transition.studies.chat.turns import Turn
-from kv_transition.tables import CHAT, CHAT_LAYERS
 
 DATA = os.environ.get("KVT_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="KVT_DATA names no folder with real files: real chats are skipped")
@@ -540,7 +541,7 @@ def parsed(**changes) -> settings_module.Settings:
 def test_the_grid_of_conversations():
     own = parsed()
     specs.check(own)
-    assert specs.chat_cells(own) == [
+    assert chat_specs.cells(own) == [
         ("full", "r1"),
         ("int4", "r1"),
         ("random", "r0.5"),
@@ -548,9 +549,9 @@ def test_the_grid_of_conversations():
         ("text_drop", "r0.5"),
         ("text_drop", "t100"),
     ]
-    control = specs.chat(own, "text_drop", "t100")
+    control = chat_specs.cell(own, "text_drop", "t100")
     assert (control["kind"], control["hyper_parameters"]) == ("text_drop", {})
-    assert specs.chat_cells(parsed(chat=None, perplexity={"corpus": "text", "path": "x"})) == []
+    assert chat_specs.cells(parsed(chat=None, perplexity={"corpus": "text", "path": "x"})) == []
 
 
 @pytest.mark.parametrize(
@@ -594,10 +595,10 @@ def test_real_conversations_are_played_by_a_real_small_model(tmp_path, source, f
     )
     specs.check(own)
     read = str(tmp_path / "c.parquet")
-    assert multiturn.main(["--spec", json.dumps(specs.conversations(own)), "--output", read]) == 0
-    for key in specs.chat_cells(own):
+    assert multiturn.main(["--spec", json.dumps(chat_specs.conversations(own)), "--output", read]) == 0
+    for key in chat_specs.cells(own):
         output, layers = (str(tmp_path / f"{key[0]}{end}.parquet") for end in ("", ".layers"))
-        asked = ["--spec", json.dumps(specs.chat(own, *key))]
+        asked = ["--spec", json.dumps(chat_specs.cell(own, *key))]
         chat.main([*asked, "--conversations", read, "--output", output, "--layers", layers])
         table = pq.read_table(output)
         assert table.schema.equals(CHAT)

@@ -24,6 +24,7 @@ from kv_transition.studies.recall import plots
 from kv_transition.studies.recall.analysis import analyse, entropy_recall, write_entropy_recall
 from kv_transition.studies.recall.moments import answer, pairs_of, points, recall_moments, write_recall_moments
 from kv_transition.studies.recall.observations import cells, levels, read_observations
+from kv_transition.studies.recall.tables import ENTROPY_RECALL
 from kv_transition.studies.recall.verdict import (
     AFTER_CONTROLLING,
     CONFIRMED,
@@ -33,7 +34,6 @@ from kv_transition.studies.recall.verdict import (
     controlled,
     judge,
 )
-from kv_transition.tables import ENTROPY_RECALL
 
 FAST = Statistics(resamples=200)
 STATISTICS = {"confidence": 0.95, "resamples": 200, "seed": 0}

@@ -14,8 +14,9 @@ from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table
 from kv_transition.settings import parse
 from kv_transition.studies.grid import run as cell
+from kv_transition.studies.grid import specs as grid_specs
 from kv_transition.studies.grid.calibrate import step_entropies
-from kv_transition.tables import CELLS
+from kv_transition.studies.grid.tables import CELLS
 
 TREATED = {"kind": "entropy_recall", "tau_quantile": 0.9}
 SPEC = {
@@ -58,8 +59,8 @@ def test_cells_take_the_calibration_and_the_treated_cell_where_they_need_them():
     settings = experiment(h2o={}, treated=TREATED, control=control, fixed={"kind": "entropy_recall", "tau": 1.0})
     specs.check(settings)
     policies = settings.kv.policies
-    assert [name for name in policies if specs.calibrated(settings, name)] == ["treated"]
-    assert {name: specs.treated(settings, name) for name in policies if specs.treated(settings, name)} == {
+    assert [name for name in policies if grid_specs.calibrated(settings, name)] == ["treated"]
+    assert {name: grid_specs.treated(settings, name) for name in policies if grid_specs.treated(settings, name)} == {
         "control": "treated"
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kv_transition.provenance import NEUTRAL, PACKAGE, SOURCE, imported_modules
+from kv_transition.provenance import PACKAGE, SOURCE, imported_modules, is_neutral
 
 ROOT = Path(__file__).parents[1]
 ENVS = {path.stem: path for path in sorted((ROOT / "envs").glob("*.yaml"))}
@@ -99,8 +99,7 @@ def rules() -> list[tuple[str, str, list[str], str]]:
             env = re.search(r"envs/(\w+)\.yaml", text)
             modules = re.findall(r"python -m (kv_transition[\w.]*\w)", text.replace("{CELL_JOB}", "cell"))
             modules += ["kv_transition.studies.grid.remote"] if "{CELL_JOB}" in text else []
-            for script in re.findall(r"scripts/(\w+\.py)", text):
-                modules += sorted(imports_of(ROOT / "scripts" / script, PACKAGE))
+            modules += re.findall(r'calling\("(kv_transition[\w.]*):', text)
             if env:
                 found.append((name, env[1], modules, text))
     return found
@@ -131,7 +130,8 @@ def modules_run(env: str) -> set[str]:
         roots |= {f"{PACKAGE}.policies.{file.stem}" for file in (SOURCE / "policies").glob("*.py")}
     found = imported_modules(*roots)
     # the neutral modules are left out of code hashes, not out of what is run
-    return found | {m for m in roots | {*NEUTRAL} if file_of(m)}
+    neutral = {m for module in found for m in imports_of(file_of(module), PACKAGE) if is_neutral(m)}
+    return found | {m for m in roots | neutral if file_of(m)}
 
 
 def needed(env: str) -> set[str]:

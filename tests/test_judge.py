@@ -19,16 +19,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from kv_transition import settings, specs
+from kv_transition import settings
 from kv_transition.engines import openai_compat
 from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table, text_sha256, write_table
 from kv_transition.settings import Judge
 from kv_transition.studies.chat import judge as judge_module
+from kv_transition.studies.chat import specs as chat_specs
 from kv_transition.studies.chat.checks import Check
 from kv_transition.studies.chat.judge import main, write_judge
+from kv_transition.studies.chat.tables import CHAT, CHAT_VERDICTS
 from kv_transition.studies.chat.verdicts import write_verdicts
-from kv_transition.tables import CHAT, CHAT_VERDICTS
 
 KEY = "sk-planted-0123456789"
 GOOD = {"follows": True, "reason": "it does"}
@@ -388,9 +389,9 @@ def experiment(**judge):
 
 def test_a_judge_makes_no_conversation_stale():
     plain, judged = experiment(), experiment(base_url="http://127.0.0.1:1/v1", model="m")
-    assert specs.chat(plain, "random", "r0.5") == specs.chat(judged, "random", "r0.5")
-    assert specs.conversations(plain) == specs.conversations(judged)
-    assert specs.judge(judged)["judge"]["model"] == "m"
+    assert chat_specs.cell(plain, "random", "r0.5") == chat_specs.cell(judged, "random", "r0.5")
+    assert chat_specs.conversations(plain) == chat_specs.conversations(judged)
+    assert chat_specs.judge(judged)["judge"]["model"] == "m"
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from tokenizers import processors
 
 from kv_transition.errors import UserError
 from kv_transition.studies.chat import multiturn
+from kv_transition.studies.chat.tables import CONVERSATIONS
 from kv_transition.studies.chat.turns import render
-from kv_transition.tables import CONVERSATIONS
 
 DATA = os.environ.get("KVT_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="KVT_DATA names no folder with real files: real chats are skipped")

@@ -27,10 +27,11 @@ from kv_transition.provenance import write_table
 from kv_transition.run.decode import Setting
 from kv_transition.run.decode import answer as answer_plainly
 from kv_transition.studies.recall import run as observe
+from kv_transition.studies.recall import specs as recall_specs
 from kv_transition.studies.recall.checks import check, write_checks
 from kv_transition.studies.recall.shadow import GRANULARITIES, MEMORIES, best, thinned, without_lowest
 from kv_transition.studies.recall.step_logs import write_logs
-from kv_transition.tables import OBSERVATION_CHECKS, OBSERVATION_LAYERS, OBSERVATIONS
+from kv_transition.studies.recall.tables import OBSERVATION_CHECKS, OBSERVATION_LAYERS, OBSERVATIONS
 
 N, STEPS = 40, 8
 BUDGETS = ("r0.1", "r0.2", "r0.3", "r0.5")
@@ -532,8 +533,8 @@ def configured(**observed):
 
 
 def test_what_can_be_observed_is_observed():
-    assert list(specs.observe(configured())["policies"]) == ["h2o", "h2o_heavy", "snap", "oracle"]
-    assert specs.observe(configured(budgets=[0.25]))["budgets"] == ["r0.25"]
+    assert list(recall_specs.observe(configured())["policies"]) == ["h2o", "h2o_heavy", "snap", "oracle"]
+    assert recall_specs.observe(configured(budgets=[0.25]))["budgets"] == ["r0.25"]
     assert "attn_sum" in specs.statistics(configured())
 
 
@@ -563,7 +564,7 @@ def test_a_killed_job_is_run_again_to_the_same_table(finished, tmp_path):
     import subprocess
     import sys
 
-    spec = specs.observe(configured(max_tokens=6, continuations=True)) | {"code": "x"}
+    spec = recall_specs.observe(configured(max_tokens=6, continuations=True)) | {"code": "x"}
     spec["model"] = spec["model"] | {"name": str(finished.folder / "resources/tiny-reader")}
 
     def command(name: str) -> list[str]:

@@ -22,6 +22,7 @@ from kv_transition.policies.catalog import create
 from kv_transition.provenance import read_metadata
 from kv_transition.run.decode import Setting
 from kv_transition.studies.perplexity import run as job
+from kv_transition.studies.perplexity import specs as perplexity_specs
 from kv_transition.studies.perplexity import windows as windows_job
 from kv_transition.studies.perplexity.run import score, stream
 
@@ -389,7 +390,7 @@ def changed(**sections) -> settings.Settings:
 
 class TestSettings:
     def test_policies_with_a_footprint_of_their_own_run_once_and_full_is_a_cell(self):
-        assert specs.perplexity_cells(changed()) == [
+        assert perplexity_specs.cells(changed()) == [
             ("full", "r1"),
             ("streaming_llm", "r0.25"),
             ("streaming_llm", "t32"),
@@ -397,7 +398,7 @@ class TestSettings:
             ("h2o", "r0.25"),
             ("h2o", "t32"),
         ]
-        assert specs.perplexity_cells(changed(perplexity={"policies": ["merge_0.5"]})) == [
+        assert perplexity_specs.cells(changed(perplexity={"policies": ["merge_0.5"]})) == [
             ("full", "r1"),
             ("merge_0.5", "r1"),
         ]
@@ -405,27 +406,27 @@ class TestSettings:
     def test_streaming_llm_turns_its_keys_unless_it_says_otherwise(self):
         def positions(**own):
             found = changed(kv={"policies": {"full": {}, "s": {"kind": "streaming_llm", **own}}})
-            return specs.perplexity(found, "s", "r0.25")["hyper_parameters"]["positions"]
+            return perplexity_specs.cell(found, "s", "r0.25")["hyper_parameters"]["positions"]
 
         assert positions() == "cache"
         assert positions(positions="original") == "original"
 
     def test_a_spec_depends_on_what_its_result_does(self):
-        base = specs.perplexity(changed(), "h2o", "r0.25")
-        assert base == specs.perplexity(changed(perplexity={"books": 3, "stride": 16}), "h2o", "r0.25")
-        assert base != specs.perplexity(changed(perplexity={"streaming": True}), "h2o", "r0.25")
-        assert base["code"] != specs.perplexity(changed(), "streaming_llm", "r0.25")["code"]
-        windows = specs.windows(changed())
-        assert windows == specs.windows(changed(perplexity={"streaming": True, "policies": ["h2o"]}))
-        assert windows != specs.windows(changed(perplexity={"stride": 16}))
+        base = perplexity_specs.cell(changed(), "h2o", "r0.25")
+        assert base == perplexity_specs.cell(changed(perplexity={"books": 3, "stride": 16}), "h2o", "r0.25")
+        assert base != perplexity_specs.cell(changed(perplexity={"streaming": True}), "h2o", "r0.25")
+        assert base["code"] != perplexity_specs.cell(changed(), "streaming_llm", "r0.25")["code"]
+        windows = perplexity_specs.windows(changed())
+        assert windows == perplexity_specs.windows(changed(perplexity={"streaming": True, "policies": ["h2o"]}))
+        assert windows != perplexity_specs.windows(changed(perplexity={"stride": 16}))
 
     def test_the_content_of_a_local_corpus_counts(self, tmp_path):
         (tmp_path / "a.txt").write_text("one")
         own = changed(perplexity={"corpus": "text", "path": str(tmp_path)})
-        before = specs.windows(own)
+        before = perplexity_specs.windows(own)
         (tmp_path / "a.txt").write_text("two")
         specs.jobs._content.cache_clear()
-        assert specs.windows(own) != before
+        assert perplexity_specs.windows(own) != before
 
     @pytest.mark.parametrize(
         ("sections", "sentence"),
@@ -473,10 +474,10 @@ def run_jobs(found: settings.Settings, folder, monkeypatch) -> dict[tuple[str, s
     monkeypatch.setenv("KVT_PREFILL_STORE", f"{folder}/store:always:1")
     monkeypatch.setenv("KVT_STATISTICS", ",".join(specs.statistics(found)))
     bins = [str(folder / f"bin{b}.parquet") for b in range(len(found.perplexity.context_tokens))]
-    assert windows_job.main(["--spec", json.dumps(specs.windows(found)), "--output", *bins]) == 0
+    assert windows_job.main(["--spec", json.dumps(perplexity_specs.windows(found)), "--output", *bins]) == 0
     rows = {}
-    for policy, budget in specs.perplexity_cells(found):
-        spec = specs.perplexity(found, policy, budget)
+    for policy, budget in perplexity_specs.cells(found):
+        spec = perplexity_specs.cell(found, policy, budget)
         for b, windows in enumerate(bins):
             output = str(folder / f"{policy}-{budget}-{b}.parquet")
             job.main(["--spec", json.dumps(spec), "--windows", windows, "--output", output])

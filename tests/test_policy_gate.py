@@ -15,15 +15,15 @@ from policy_states import random_state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kv_transition import specs
 from kv_transition.budget import Budget
 from kv_transition.cache.state import STATISTICS
 from kv_transition.policies import catalog
 from kv_transition.policies.base import Policy
 from kv_transition.studies.recall import run as observe
+from kv_transition.studies.recall import specs as recall_specs
 from kv_transition.studies.recall.shadow import GRANULARITIES, MEMORIES, Oracle, held_by, shadow
 
-KINDS = [k for k in catalog.kinds() if not specs.why_not_observed(k, catalog.hyper_parameters(k))]
+KINDS = [k for k in catalog.kinds() if not recall_specs.why_not_observed(k, catalog.hyper_parameters(k))]
 BUDGET = Budget.parse("r0.2")
 
 

@@ -25,6 +25,7 @@ from kv_transition.eval.failures import failure
 from kv_transition.provenance import digest, imported_modules, read_metadata, rows_to_table, write_table
 from kv_transition.run.command import answer_seed
 from kv_transition.studies.grid import remote
+from kv_transition.studies.grid import specs as grid_specs
 from kv_transition.tables import BIN
 
 SOURCE = Path(remote.__file__).parents[2]
@@ -436,7 +437,7 @@ MAPPED = {"h2o@r0.5": {"model": "half"}, "h2o@r0.2": {"base_url": "http://127.0.
 def test_every_policy_and_budget_has_what_stands_for_it():
     settings = experiment({"endpoints": MAPPED, "model": "m", "extra_body": {"a": 0, "b": 0}})
     specs.check(settings)
-    told = {cell[1:]: specs.cell(settings, *cell)["endpoint"] for cell in specs.cells(settings)}
+    told = {cell[1:]: grid_specs.cell(settings, *cell)["endpoint"] for cell in grid_specs.cells(settings)}
     keys = ("base_url", "model", "extra_body")
     assert {cell: tuple(e[key] for key in keys) for cell, e in told.items()} == {
         ("full", "r1"): ("http://127.0.0.1:8000/v1", "m", {"a": 0, "b": 0}),
@@ -477,14 +478,16 @@ def test_policies_that_only_the_endpoint_knows_are_taken_by_name():
     kv = {"modes": ["after_prompt"], "policies": {"full": {}, "fp8": {"bits": 8}}, "budgets": [1.0, 0.5]}
     settings = experiment({"endpoints": {"fp8": {"model": "x"}}}, kv=kv)
     specs.check(settings)
-    assert specs.cell(settings, "after_prompt", "fp8", "r0.5")["hyper_parameters"] == {"bits": 8}
+    assert grid_specs.cell(settings, "after_prompt", "fp8", "r0.5")["hyper_parameters"] == {"bits": 8}
     with pytest.raises(UserError, match="there is no policy 'fp8'"):
         specs.check(experiment({"serves": "kv_transition"}, kv=kv))
 
 
 def test_the_hash_of_a_cell_knows_its_endpoint_and_not_how_it_is_asked():
     def hashed(engine: dict, **changes) -> str:
-        return digest(specs.cell(experiment({"endpoints": MAPPED} | engine, **changes), "after_prompt", "h2o", "r0.5"))
+        return digest(
+            grid_specs.cell(experiment({"endpoints": MAPPED} | engine, **changes), "after_prompt", "h2o", "r0.5")
+        )
 
     first = hashed({})
     assert first == hashed({"api_key_env": None, "request": {"retries": 0, "concurrency": 9}})

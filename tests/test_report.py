@@ -89,7 +89,7 @@ def make(
     pq.write_table(scores, paths["scores"])
     write_aggregates(
         paths["scores"], paths["bin_stats"], paths["comparisons"], STATISTICS, pairs_path=extra["pairs"],
-        noninferiority_path=extra["noninferiority"], smallest_path=extra["smallest_budgets"],
+        noninferiority_path=extra["noninferiority"], smallest_budgets_path=extra["smallest_budgets"],
     )  # fmt: skip
     write_transition(paths["scores"], paths["transition"], STATISTICS, extra["budget_transition"])
     plots = folder / "plots"

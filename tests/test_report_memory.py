@@ -16,8 +16,8 @@ from kv_transition.studies.chat import report as memory
 from kv_transition.studies.chat.analysis import write_retention
 from kv_transition.studies.chat.memory_table import write_memory_table
 from kv_transition.studies.chat.plots import FIGURES, write_retention_plots
+from kv_transition.studies.chat.tables import CHAT, CHAT_LAYERS, JUDGE
 from kv_transition.studies.chat.verdicts import write_verdicts
-from kv_transition.tables import CHAT, CHAT_LAYERS, JUDGE
 
 STATISTICS = {"confidence": 0.95, "resamples": 500, "seed": 0}
 POLICIES = {"full": {}, "dice": {"kind": "random"}, "sinks": {"kind": "streaming_llm"}, "snapkv": {}}

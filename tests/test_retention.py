@@ -25,8 +25,8 @@ from kv_transition.studies.chat import multiturn
 from kv_transition.studies.chat.analysis import first_failures, pairs, retention, sizes, write_retention
 from kv_transition.studies.chat.memory_table import anatomy, memory_table, write_memory_table
 from kv_transition.studies.chat.rules import Check
+from kv_transition.studies.chat.tables import CACHE_ANATOMY, CHAT, CHAT_LAYERS, CHAT_VERDICTS, MEMORY_TABLE, RETENTION
 from kv_transition.studies.chat.verdicts import verdicts, write_verdicts
-from kv_transition.tables import CACHE_ANATOMY, CHAT, CHAT_LAYERS, CHAT_VERDICTS, MEMORY_TABLE, RETENTION
 
 QUICK = Statistics(resamples=500)
 

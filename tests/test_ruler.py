@@ -24,6 +24,7 @@ from kv_transition.data.tasks import get_task
 from kv_transition.data.tokens import load_tokenizer as load_anew
 from kv_transition.errors import UserError
 from kv_transition.eval.metrics import score_answer
+from kv_transition.studies.grid import specs as grid_specs
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("niah_single", "niah_multikey", "niah_multivalue", "variable_tracking", "common_words")
@@ -320,8 +321,8 @@ def test_unknown_tasks_and_splits_are_refused():
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lengths": [601]}, {"n_per_length": 4}])
 def test_both_jobs_are_told_what_their_examples_depend_on(change):
     before, after = settings.parse(config()), settings.parse(config(**change))
-    assert specs.download(before) != specs.download(after)
-    assert specs.prepare(before) != specs.prepare(after)
+    assert grid_specs.download(before) != grid_specs.download(after)
+    assert grid_specs.prepare(before) != grid_specs.prepare(after)
 
 
 @pytest.mark.parametrize("name", ["snapkv_longbench", "ruler_smoke"])

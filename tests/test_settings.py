@@ -15,6 +15,7 @@ from kv_transition import settings as settings_module
 from kv_transition import specs
 from kv_transition.budget import Budget
 from kv_transition.errors import UserError
+from kv_transition.studies.grid import specs as grid_specs
 
 GOOD = {
     "experiment": "good",
@@ -363,12 +364,12 @@ def test_tokens_are_whole_numbers(value):
 
 def test_a_budget_of_one_is_full_and_runs_no_cell_of_its_own():
     settings = settings_module.parse(changed({"kv.modes": ["after_prompt"]}))
-    assert specs.cells(settings) == [
+    assert grid_specs.cells(settings) == [
         ("after_prompt", "full", "r1"),
         ("after_prompt", "snapkv", "r0.5"),
         ("after_prompt", "snapkv", "t64"),
     ]
-    assert specs.aliases(settings) == [("snapkv", "r1")]
+    assert grid_specs.aliases(settings) == [("snapkv", "r1")]
 
 
 # ---------------------------------------------------------------------------------------------------- --set

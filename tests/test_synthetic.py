@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_transition.data import synthetic
+from kv_transition.data import synthetic, world
 from kv_transition.data.synthetic import (
     DEFAULT_KINDS,
     KINDS,
@@ -18,7 +18,6 @@ from kv_transition.data.synthetic import (
     MIN_DOCUMENT_TOKENS,
     QUESTION_TEMPLATE,
     RELATIONS,
-    VOCABULARY,
     ask,
     draw_document,
     make_document,
@@ -26,6 +25,7 @@ from kv_transition.data.synthetic import (
     reader_mixed,
     reader_qa,
 )
+from kv_transition.data.world import VOCABULARY
 
 seeds = st.integers(0, 2**32)
 document_sizes = st.integers(MIN_DOCUMENT_TOKENS, 600)
@@ -39,7 +39,7 @@ def sentences(context: str) -> set[str]:
 def test_vocabulary_has_no_duplicates_and_starts_with_the_special_tokens():
     assert VOCABULARY[:4] == ("<pad>", "<bos>", "<eos>", "<unk>")
     assert len(set(VOCABULARY)) == len(VOCABULARY)
-    invented = {*synthetic.FIRST_NAMES, *synthetic.SURNAMES, *synthetic.ORGANISATION_NAMES, *synthetic.CITY_NAMES}
+    invented = {*world.FIRST_NAMES, *world.SURNAMES, *world.ORGANISATION_NAMES, *world.CITY_NAMES}
     ordinary = set(VOCABULARY) - invented
     assert not {word.lower() for word in invented} & {word.lower() for word in ordinary}
 

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from kv_transition.data import synthetic  # noqa: E402
+from kv_transition.data import synthetic, world  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "resources" / "tiny-reader"
 
@@ -137,8 +137,8 @@ def test_weights_are_small_and_in_half_precision():
 
 
 def test_the_vocabulary_is_that_of_the_task(model, tokenizer):
-    assert tokenizer.get_vocab() == {word: i for i, word in enumerate(synthetic.VOCABULARY)}
-    assert model.config.vocab_size == len(synthetic.VOCABULARY)
+    assert tokenizer.get_vocab() == {word: i for i, word in enumerate(world.VOCABULARY)}
+    assert model.config.vocab_size == len(world.VOCABULARY)
     special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     assert special == (0, 1, 2, 3)
     config = model.generation_config

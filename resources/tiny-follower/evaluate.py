@@ -4,9 +4,9 @@
 
 Conversations of the ``test`` split are played on one growing cache (`kv_transition.studies.chat.run.play`): the model
 reads what the user says, answers greedily, and has its own answers in the cache, right or wrong. After each answer a
-policy compresses the cache to a share of the tokens so far. An answer counts if it passes the check of the rule in force;
-turns in which no rule is due do not count. Writes ``evaluation.json`` next to the weights and renews the table in the
-model card.
+policy compresses the cache to a share of the tokens so far. An answer counts if it passes the check of the rule in
+force; turns in which no rule is due do not count. Writes ``evaluation.json`` next to the weights and renews the table
+in the model card.
 """
 
 from __future__ import annotations

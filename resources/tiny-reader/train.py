@@ -43,12 +43,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from kv_transition.data import synthetic
+from kv_transition.data import synthetic, world
 
 HERE = Path(__file__).resolve().parent
 
 PAD, BOS, EOS, UNK = range(4)
-WORD_ID = {word: i for i, word in enumerate(synthetic.VOCABULARY)}
+WORD_ID = {word: i for i, word in enumerate(world.VOCABULARY)}
 
 # ----------------------------------------------------------------------------------------------------
 # Configuration.
@@ -88,7 +88,7 @@ LOG_STEPS = 25
 def model_config() -> Qwen2Config:
     """Return the architecture: 0.8 million parameters, a quarter of them embeddings."""
     return Qwen2Config(
-        vocab_size=len(synthetic.VOCABULARY),
+        vocab_size=len(world.VOCABULARY),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
@@ -117,7 +117,7 @@ ROLE_ID = {role: i for i, role in enumerate(ROLES)}
 class Row:
     """A training sequence: words and, for each, the role (a key of ``ROLE_ID``) it is supervised in."""
 
-    words: list[str] = field(default_factory=lambda: [synthetic.SPECIAL_TOKENS[BOS]])
+    words: list[str] = field(default_factory=lambda: [world.SPECIAL_TOKENS[BOS]])
     roles: list[int] = field(default_factory=lambda: [0])
 
     def add(self, words: Sequence[str], role: str = "context") -> None:
@@ -128,10 +128,8 @@ class Row:
 
 def repeated_names_row(rng: random.Random, n_tokens: int) -> Row:
     """Make a row of different names, then the same cycle of names from another start."""
-    everything = synthetic.FIRST_NAMES + synthetic.SURNAMES + synthetic.ORGANISATION_NAMES + synthetic.CITY_NAMES
-    pool = rng.choice(
-        (synthetic.FIRST_NAMES, synthetic.SURNAMES, synthetic.ORGANISATION_NAMES, synthetic.CITY_NAMES, everything)
-    )
+    everything = world.FIRST_NAMES + world.SURNAMES + world.ORGANISATION_NAMES + world.CITY_NAMES
+    pool = rng.choice((world.FIRST_NAMES, world.SURNAMES, world.ORGANISATION_NAMES, world.CITY_NAMES, everything))
     names = rng.sample(pool, min(n_tokens // 2 - 2, len(pool)))
     start = rng.randrange(len(names))
     row = Row()
@@ -146,26 +144,26 @@ def repeated_names_row(rng: random.Random, n_tokens: int) -> Row:
 def repeated_facts_row(rng: random.Random, n_tokens: int) -> Row:
     """Make a row of facts about different names, then the same facts in another order."""
     n_facts = min(150, max(2, (n_tokens - 3) // 16))
-    surnames = rng.sample(synthetic.SURNAMES, n_facts)
-    organisations = rng.sample(synthetic.ORGANISATION_NAMES, n_facts)
-    cities = rng.sample(synthetic.CITY_NAMES, n_facts)
+    surnames = rng.sample(world.SURNAMES, n_facts)
+    organisations = rng.sample(world.ORGANISATION_NAMES, n_facts)
+    cities = rng.sample(world.CITY_NAMES, n_facts)
     relations = tuple(synthetic.RELATIONS)
     only = rng.choice(relations) if rng.random() < 0.6 else None
     facts = []
     for surname, organisation, city in zip(surnames, organisations, cities, strict=True):
         relation = only or rng.choice(relations)
         if synthetic.RELATIONS[relation].subject == "person":
-            name = (rng.choice(synthetic.FIRST_NAMES), surname)
+            name = (rng.choice(world.FIRST_NAMES), surname)
         else:
-            name = (organisation, synthetic.organisation_type(rng))
+            name = (organisation, world.organisation_type(rng))
         if relation == "employer":
-            value = (rng.choice(synthetic.ORGANISATION_NAMES), synthetic.organisation_type(rng))
+            value = (rng.choice(world.ORGANISATION_NAMES), world.organisation_type(rng))
         elif relation == "job":
-            value = synthetic.job_title(rng)
+            value = world.job_title(rng)
         elif relation == "year":
-            value = synthetic.founding_year(rng)
+            value = world.founding_year(rng)
         else:
-            value = synthetic.place_name(rng, city)
+            value = world.place_name(rng, city)
         facts.append((name, synthetic.RELATIONS[relation].statement, value))
     row = Row()
     for name, statement, value in facts:
@@ -203,7 +201,7 @@ def document_row(rng: random.Random, n_document_tokens: int, n_questions: int, m
             # The second word of a name mostly follows from the first: more supervision for the same circuit.
             second = len(row.roles) - len(prompt) + prompt.index(name[0]) + 1
             row.roles[second] = ROLE_ID["name"]
-        row.add([*answer, synthetic.SPECIAL_TOKENS[EOS]], kind)
+        row.add([*answer, world.SPECIAL_TOKENS[EOS]], kind)
     return row
 
 
@@ -476,18 +474,18 @@ def train(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Make the word-level tokenizer: white space separates tokens, ``<bos>`` is a special token in front."""
-    tokenizer = Tokenizer(models.WordLevel(WORD_ID, unk_token=synthetic.SPECIAL_TOKENS[UNK]))
+    tokenizer = Tokenizer(models.WordLevel(WORD_ID, unk_token=world.SPECIAL_TOKENS[UNK]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bos = synthetic.SPECIAL_TOKENS[BOS]
+    bos = world.SPECIAL_TOKENS[BOS]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, BOS)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=synthetic.SPECIAL_TOKENS[PAD],
+        pad_token=world.SPECIAL_TOKENS[PAD],
         bos_token=bos,
-        eos_token=synthetic.SPECIAL_TOKENS[EOS],
-        unk_token=synthetic.SPECIAL_TOKENS[UNK],
+        eos_token=world.SPECIAL_TOKENS[EOS],
+        unk_token=world.SPECIAL_TOKENS[UNK],
         clean_up_tokenization_spaces=False,
         model_max_length=model_config().max_position_embeddings,
     )

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ import typer
 
 from kv_transition.errors import UserError
 from kv_transition.run.cache_commands import app as cache_app
+from kv_transition.studies import registry
 
 if TYPE_CHECKING:
     from kv_transition.settings import Settings
@@ -35,43 +35,21 @@ Sdm = Annotated[
 DEFAULT = Path("config/config.yaml")
 
 
-class Step(StrEnum):
-    """What can be asked for; each step includes those before it."""
+COMMANDS = {
+    "prepare": "Fetch or generate the examples, make prompts, bin them by length.",
+    "run": "Run every job that has a model: cells, observations, perplexity, conversations.",
+    "score": "Score the answers and label failures.",
+    "analyze": "Estimate, compare, find the transition zone, draw.",
+    "all": "Everything, from the data set to the report.",
+    "export": "Write the tables as CSV, JSON and SQLite.",
+} | {study.command: study.help for study in registry.studies() if study.command}
+"""what can be asked for beside the report; each command includes those before it"""
 
-    prepare = "prepare"
-    run = "run"
-    score = "score"
-    analyze = "analyze"
-    report = "report"
-    all = "all"
-    observe = "observe"
-    perplexity = "perplexity"
-    chat = "chat"
-    export = "export"
-
-
-# The rules at which each step ends, by the section of the experiment that they belong to; all: of every experiment.
-_UNTIL = {
-    Step.prepare: {"dataset": ["prepare"], "perplexity": ["perplexity_windows"], "chat": ["conversations"]},
-    Step.run: {"dataset": ["cell"], "observe": ["observe"], "perplexity": ["perplexity"], "chat": ["chat"]},
-    Step.score: {"dataset": ["score"], "chat": ["chat_verdicts"]},
-    Step.report: {"all": ["report", "exports"]},
-    Step.observe: {"observe": ["observation_checks", "observation_logs", "entropy_recall_plots"]},
-    Step.perplexity: {"perplexity": ["perplexity_stats", "perplexity_plots"]},
-    Step.chat: {"chat": ["memory_table", "retention_plots"]},
-    Step.export: {"all": ["exports"]},
-}
-_LACKING = {
-    "dataset": "the experiment has no dataset, so there are no tasks to answer; add one, such as "
-    "dataset: {name: synthetic, lengths: [256, 512], n_per_length: 20}",
-    "observe": "the experiment observes nothing; add observe: {enabled: true}",
-    "perplexity": "the experiment scores no text; add the section perplexity, such as "
-    "perplexity: {corpus: text, path: books/}",
-    "chat": "the experiment has no conversations; add the section chat, such as chat: {source: generated, n: 20}",
-}
+# Rules of every experiment at which commands end; those of a study are in its `study.STUDY`.
+_UNTIL = {"report": ["report", "exports"], "export": ["exports"]}
 
 
-def _command(step: Step, doc: str) -> None:
+def _command(step: str, doc: str) -> None:
     def command(
         config: Config = DEFAULT,
         set_: Set = [],  # noqa: B006, typer's way to say a list
@@ -82,20 +60,10 @@ def _command(step: Step, doc: str) -> None:
     ) -> None:
         raise typer.Exit(_snakemake(step, config, set_, cores, dry_run, profile, sdm))
 
-    app.command(name=step.value, help=doc)(command)
+    app.command(name=step, help=doc)(command)
 
 
-for _step, _doc in {
-    Step.prepare: "Fetch or generate the examples, make prompts, bin them by length.",
-    Step.run: "Run every job that has a model: cells, observations, perplexity, conversations.",
-    Step.score: "Score the answers and label failures.",
-    Step.analyze: "Estimate, compare, find the transition zone, draw.",
-    Step.all: "Everything, from the data set to the report.",
-    Step.observe: "Compare what policies would hold with what each step needs.",
-    Step.perplexity: "Score text from compressed caches.",
-    Step.chat: "Play conversations on a cache that is compressed turn by turn.",
-    Step.export: "Write the tables as CSV, JSON and SQLite.",
-}.items():
+for _step, _doc in COMMANDS.items():
     _command(_step, _doc)
 
 
@@ -111,7 +79,7 @@ def report(
 ) -> None:
     """Write report.md, report.html and the exports."""
     if not partial:
-        raise typer.Exit(_snakemake(Step.report, config, set_, cores, dry_run, profile, sdm))
+        raise typer.Exit(_snakemake("report", config, set_, cores, dry_run, profile, sdm))
     settings = _checked(config, set_)
     from kv_transition.outputs.partial import write_partial
 
@@ -149,18 +117,12 @@ def where(
 @app.command()
 def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
     """Check an experiment file without running anything."""
-    from kv_transition import specs
+    from kv_transition.plan.work import work
 
     settings = _checked(config, set_)
-    adaptive, perplexity = settings.adaptive, settings.perplexity
-    shards = len(adaptive.shards) if adaptive.enabled else 1
-    jobs = {
-        "cells": len(specs.cells(settings)) * settings.binning.n_bins * len(settings.tasks) * shards,
-        "perplexity jobs": len(specs.perplexity_cells(settings)) * len(perplexity.context_tokens if perplexity else []),
-        "chat jobs": len(specs.chat_cells(settings)),
-    }
-    found = ", ".join(f"{n} {name}" for name, n in jobs.items() if n)
-    typer.echo(f"{config} is fine: {'at most ' if adaptive.enabled else ''}{found}")
+    found = work(settings)
+    jobs = ", ".join(f"{len(item.jobs)} {item.name}" for item in found.items)
+    typer.echo(f"{config} is fine: {'at most ' if settings.adaptive.enabled else ''}{jobs}")
 
 
 @app.command()
@@ -278,15 +240,15 @@ def _checked(config: Path, assignments: list[str]) -> Settings:
         return settings
 
 
-def _rules(step: Step, settings: Settings) -> list[str]:
-    """Where Snakemake is to stop; nothing: at the end. Raises UserError if the experiment has nothing of the kind."""
-    if step not in _UNTIL:
-        return []
-    there = {"all": True, "observe": settings.observe.enabled}
-    there |= {name: getattr(settings, name) is not None for name in ("dataset", "perplexity", "chat")}
-    rules = [rule for section, rules in _UNTIL[step].items() if there[section] for rule in rules]
-    if not rules:
-        raise UserError(f"{step}: {_LACKING[next(iter(_UNTIL[step]))]}")
+def _rules(step: str, settings: Settings) -> list[str]:
+    """Return the rules at which Snakemake is to stop; none: at the end.
+
+    Raises UserError if the experiment has nothing of the kind.
+    """
+    asked = [study for study in registry.studies() if step in study.rules]
+    rules = _UNTIL.get(step, []) + [rule for study in asked if study.there(settings) for rule in study.rules[step]]
+    if asked and not rules:
+        raise UserError(f"{step}: {asked[0].lacking}")
     # Where looks decide which cells run, the first cells are not the last.
     return ["score" if rule == "cell" and settings.adaptive.enabled else rule for rule in rules]
 
@@ -321,7 +283,7 @@ def _profiles() -> list[str]:
 
 
 def _snakemake(
-    step: Step,
+    step: str,
     config: Path,
     assignments: list[str],
     cores: str | None,
@@ -345,7 +307,7 @@ def _snakemake(
         command += ["--config", f"set={json.dumps(assignments)}"]
     if dry_run:
         command += ["--dry-run"]
-    if step is Step.analyze:
+    if step == "analyze":
         command += ["--omit-from", "report", "exports"]
     if until:
         command += ["--until", *until]

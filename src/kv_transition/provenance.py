@@ -23,9 +23,7 @@ PACKAGE = "kv_transition"
 SOURCE = Path(__file__).parent
 
 # Modules that cannot change a result: they name files, describe them and report errors.
-NEUTRAL = frozenset(
-    f"{PACKAGE}{m}" for m in ("", ".errors", ".paths", ".provenance", ".script", ".tables", ".policies.catalog")
-)
+_NEUTRAL = frozenset(f"{PACKAGE}{m}" for m in ("", ".errors", ".paths", ".provenance", ".script", ".policies.catalog"))
 
 _RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "polars", "flash_attn")
 
@@ -84,6 +82,11 @@ def _parsed(file: Path) -> tuple[str, tuple[str, ...]]:
     return hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest(), imports
 
 
+def is_neutral(module: str) -> bool:
+    """Return whether a module of this package cannot change a result: paths, errors, columns of tables and so on."""
+    return module in _NEUTRAL or module.endswith(".tables")
+
+
 def imported_modules(*roots: str) -> set[str]:
     """The modules of this package that the roots import, directly or not, themselves included.
 
@@ -94,10 +97,12 @@ def imported_modules(*roots: str) -> set[str]:
     while todo:
         name = todo.pop()
         file = _module_file(name)
-        if file is None or name in seen or name in NEUTRAL:
+        if file is None or name in seen:
+            continue
+        todo.append(name.rpartition(".")[0])  # a package's own code runs before its modules'
+        if is_neutral(name):
             continue
         seen.add(name)
-        todo.append(name.rpartition(".")[0])  # a package's own code runs before its modules'
         todo.extend(_parsed(file)[1])
     return seen
 

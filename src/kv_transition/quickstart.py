@@ -32,8 +32,9 @@ from kv_transition.run import job
 from kv_transition.settings import Settings, parse
 from kv_transition.stats.examples import FULL, Statistics
 from kv_transition.studies.perplexity import run, windows
+from kv_transition.studies.perplexity import specs as perplexity_specs
 from kv_transition.studies.perplexity.analysis import perplexity, read_windows
-from kv_transition.tables import PERPLEXITY
+from kv_transition.studies.perplexity.tables import PERPLEXITY
 
 EXPERIMENT = {
     "experiment": "quickstart",
@@ -83,7 +84,7 @@ def model_loaded(found: Found) -> Facts:
 
 def cache_made(found: Found) -> Facts:
     path = found.files.windows(found.settings.perplexity.corpus, 0)
-    windows.write(specs.windows(found.settings), [path])
+    windows.write(perplexity_specs.windows(found.settings), [path])
     found.windows = job.read_bin(path)
     first = found.windows[0]["context_ids"]
     state = found.engine.extend(None, first)
@@ -125,8 +126,8 @@ def _exp(nats: float, found: Found) -> float:
 def strategies_applied(found: Found) -> Facts:
     settings, store = found.settings, PrefillStore(Path(found.files.prefill_store), "never", 1.0, {})
     corpus, context = settings.perplexity.corpus, settings.perplexity.context_tokens[0]
-    for policy, budget in specs.perplexity_cells(settings):
-        spec = specs.perplexity(settings, policy, budget)
+    for policy, budget in perplexity_specs.cells(settings):
+        spec = perplexity_specs.cell(settings, policy, budget)
         rows = run.rows(found.engine, found.windows, spec, store)
         failed = [row["error"] for row in rows if row.get("nll_sum") is None]
         require(not failed, f"{policy}: {failed[0] if failed else ''}")
@@ -149,7 +150,7 @@ def strategies_applied(found: Found) -> Facts:
 
 def results_saved(found: Found) -> Facts:
     corpus, settings = found.settings.perplexity.corpus, found.settings
-    files = [found.files.perplexity(corpus, *key, 0) for key in specs.perplexity_cells(settings)]
+    files = [found.files.perplexity(corpus, *key, 0) for key in perplexity_specs.cells(settings)]
     table = perplexity(read_windows(files), Statistics(**settings.statistics.model_dump()))
     path = found.files.table("perplexity")
     write_table(path, table, {"model": settings.model.name})

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
+from inspect import Parameter, signature
+from typing import Any
 
 from kv_transition.errors import UserError
 
@@ -28,3 +31,34 @@ def status(work: Callable[..., None], *arguments: object) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def call(function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Call ``module:name`` with the named inputs, outputs and params of a rule as its arguments.
+
+    An argument ``x`` fills the parameter ``x``, ``x_path`` or ``x_paths``. Outputs that fill none are handed over
+    together as ``outputs``, by their names. What a rule only waits for is an input ``needs``; it is no argument.
+    """
+    module, _, name = function.partition(":")
+    work = getattr(import_module(module), name)
+    parameters = signature(work).parameters
+    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
+    found: dict[str, Any] = {}
+    figures: dict[str, str] = {}
+    for given, is_output in ((inputs, False), (params, False), (outputs, True)):
+        for key, value in given.items():
+            fills = next((p for p in (key, f"{key}_path", f"{key}_paths") if p in parameters), None)
+            plain = list(value) if not is_output and type(value).__name__ == "Namedlist" else value
+            if key in ("needs", "function", "code", "templates"):
+                continue
+            if is_output and fills is None:
+                figures[key] = str(value)
+            elif fills or takes_any:
+                found[fills or key] = plain
+            else:
+                raise TypeError(f"{function} has no parameter for {key}")
+    if "outputs" in parameters:
+        found["outputs"] = figures
+    elif figures:
+        raise TypeError(f"{function} has no parameter for {', '.join(figures)}")
+    work(**found)

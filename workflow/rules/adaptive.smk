@@ -24,20 +24,20 @@ rule shard:
 rule score_shard:
     input:
         grid=rules.grid.output[0],
-        cells=[PIECES.cell("{task}", *key, "{bin}") for key in specs.cells(SETTINGS)],
+        cells=[PIECES.cell("{task}", *key, "{bin}") for key in grid_specs.cells(SETTINGS)],
         bins=[PIECES.bin("{task}", "{bin}")],
         manifests=[FILES.manifest("{task}")],
     output:
-        PIECES.bin_scores("{task}", "{bin}"),
+        output=PIECES.bin_scores("{task}", "{bin}"),
     log:
         PIECES.log("score", "{task}", "bin{bin}"),
     conda:
         "../../envs/analysis.yaml"
     params:
-        aliases=specs.aliases(SETTINGS),
-        code=code_hash("kv_transition.studies.grid.score"),
+        **calling("kv_transition.studies.grid.score:write_scores"),
+        aliases=grid_specs.aliases(SETTINGS),
     script:
-        "../../scripts/score.py"
+        "../../scripts/call.py"
 
 
 def decided(look):
@@ -70,21 +70,22 @@ def scores_at(look):
 
 checkpoint allocate:
     input:
-        previous=lambda wildcards: FILES.allocation(int(wildcards.look) - 1) if int(wildcards.look) else [],
+        needs=lambda wildcards: FILES.allocation(int(wildcards.look) - 1) if int(wildcards.look) else [],
         scores=lambda wildcards: scores_at(int(wildcards.look)),
         manifests=[FILES.manifest(task) for task in TASKS],
     output:
-        FILES.allocation("{look}"),
+        output=FILES.allocation("{look}"),
     log:
         FILES.log("allocate", "look{look}"),
     conda:
         "../../envs/analysis.yaml"
     params:
+        **calling("kv_transition.studies.grid.analysis.looks:write_look"),
         plan=SETTINGS.adaptive.model_dump(),
+        look=lambda wildcards: int(wildcards.look),
         statistics=SETTINGS.statistics.model_dump(),
-        code=code_hash("kv_transition.studies.grid.analysis.looks"),
     script:
-        "../../scripts/allocate.py"
+        "../../scripts/call.py"
 
 
 rule score:
@@ -99,9 +100,9 @@ rule score:
     conda:
         "../../envs/analysis.yaml"
     params:
-        code=code_hash("kv_transition.studies.grid.analysis.looks"),
+        **calling("kv_transition.studies.grid.analysis.looks:write_published"),
     script:
-        "../../scripts/publish.py"
+        "../../scripts/call.py"
 
 
 def CELLS(wildcards):
@@ -109,7 +110,7 @@ def CELLS(wildcards):
     return [
         FILES.shard(number).cell(task, *key, bin)
         for task, bin, number in shards_at(last_look())
-        for key in specs.cells(SETTINGS)
+        for key in grid_specs.cells(SETTINGS)
     ]
 
 

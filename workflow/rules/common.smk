@@ -11,6 +11,7 @@ from snakemake.settings.types import DeploymentMethod
 from kv_transition import settings as settings_module
 from kv_transition import paths as paths_module
 from kv_transition import specs
+from kv_transition.studies.grid import specs as grid_specs
 from kv_transition.errors import UserError
 from kv_transition.paths import Paths
 from kv_transition.studies import registry
@@ -32,6 +33,7 @@ def experiment():
 
 
 SETTINGS = experiment()
+POLICIES = {name: dict(options or {}) for name, options in SETTINGS.kv.policies.items()}
 FILES = Paths(SETTINGS.output.dir, SETTINGS.experiment)
 REPO = os.path.dirname(os.path.dirname(workflow.current_basedir.get_path_or_uri(secret_free=True)))
 TASKS = SETTINGS.tasks
@@ -41,7 +43,6 @@ BINS = range(SETTINGS.binning.n_bins)
 ADAPTIVE = SETTINGS.adaptive.enabled
 SHARDS = SETTINGS.adaptive.shards
 PIECES = FILES.shard("{shard}") if ADAPTIVE else FILES
-CELLS = [FILES.cell(task, *key, bin) for task in TASKS for key in specs.cells(SETTINGS) for bin in BINS]
 
 # Answers of an endpoint need no GPU of ours, and no prefill.
 REMOTE = SETTINGS.engine.kind == "openai"
@@ -88,25 +89,28 @@ shell.prefix(
 )
 
 
-@cache
-def cell_spec(mode, policy, budget):
-    """A cell's spec and the hash that its rows carry."""
-    return specs.cell(SETTINGS, mode, policy, budget)
+def calling(function, *modules):
+    """The params of a rule that calls ``module:function``: its name, and a hash of its code and of further modules."""
+    return {"function": function, "code": code_hash(function.partition(":")[0], *modules)}
+
+
+def in_report(figure, ext):
+    """A figure that Snakemake's own report shows."""
+    return report(FILES.plot(figure, ext), caption="../report/plot.rst", category="Figures", labels={"figure": figure})
+
+
+def figures(names):
+    """The outputs of a rule that draws: each figure as SVG, which Snakemake's report shows, and as PNG."""
+    svg = {f"{name}_svg": in_report(name, "svg") for name in names}
+    return svg | {f"{name}_png": FILES.plot(name, "png") for name in names}
 
 
 def as_json(value):
     return json.dumps(value, sort_keys=True)
 
 
-CALIBRATION = FILES.file("calibration/{task}.json")
-
-
-def calibration_of(wildcards):
-    return CALIBRATION.format(task=wildcards.task) if specs.calibrated(SETTINGS, wildcards.policy) else []
-
-
-def treated_of(wildcards):
-    treated = specs.treated(SETTINGS, wildcards.policy)
-    if treated is None:
-        return []
-    return PIECES.cell("{task}", "{mode}", treated, "{budget}", "{bin}").format(**dict(wildcards.items()))
+# What the studies of the experiment add to the whole: files that are wanted, tables that the report shows by name, and
+# files that have to be there before the report is written.
+TARGETS = []
+TABLES = {}
+BEFORE_REPORT = []

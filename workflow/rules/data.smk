@@ -1,4 +1,10 @@
-# Examples: fetched or generated, made into prompts, counted, binned by length.
+# Examples: fetched or generated, made into prompts, counted, binned by length; then the model reads each prompt once.
+from kv_transition.studies.grid import specs as grid_specs
+
+
+# examples may come from the network
+localrules:
+    download,
 
 
 rule download:
@@ -9,7 +15,7 @@ rule download:
     conda:
         "../../envs/data.yaml"
     params:
-        spec=as_json(specs.download(SETTINGS)) if TASKS else "{}",
+        spec=as_json(grid_specs.download(SETTINGS)) if TASKS else "{}",
     shell:
         "python -m kv_transition.data.download --spec {params.spec:q} --task {wildcards.task}"
         " --output {output} > {log} 2>&1"
@@ -27,8 +33,29 @@ rule prepare:
     conda:
         "../../envs/data.yaml"
     params:
-        spec=as_json(specs.prepare(SETTINGS)) if TASKS else "{}",
+        spec=as_json(grid_specs.prepare(SETTINGS)) if TASKS else "{}",
         outdir=lambda wildcards, output: os.path.dirname(output.manifest),
     shell:
         "python -m kv_transition.data.prepare --spec {params.spec:q} --task {wildcards.task}"
         " --source {input} --outdir {params.outdir} > {log} 2>&1"
+
+
+rule prefill:
+    input:
+        PIECES.bin("{task}", "{bin}"),
+    output:
+        PIECES.prefill_index("{task}", "{bin}"),
+    log:
+        PIECES.log("prefill", "{task}", "bin{bin}"),
+    # The longest bins first: they take longest, and nothing then waits for them at the end.
+    priority: lambda wildcards: 100 + int(wildcards.bin)
+    conda:
+        "../../envs/inference.yaml"
+    threads: 4 if ON_GPU else 1
+    resources:
+        **GPU,
+    params:
+        spec=as_json(specs.prefill(SETTINGS)),
+    shell:
+        "python -m kv_transition.run.prefill --spec {params.spec:q} --threads {threads}"
+        " --bin {input} --index {output} > {log} 2>&1"

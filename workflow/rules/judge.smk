@@ -16,7 +16,7 @@ rule judge:
     conda:
         "../../envs/analysis.yaml"
     params:
-        spec=as_json(specs.judge(SETTINGS)),
+        spec=as_json(chat_specs.judge(SETTINGS)),
         # verdicts stay here whatever becomes of the output, so that a rerun asks only for those that are missing
         store=FILES.file("chat/judge.sqlite"),
     shell:

@@ -1,9 +1,11 @@
 # Text scored token by token from a compressed cache: windows of books, a length bin each, under every policy and budget.
 
+from kv_transition.studies.perplexity import specs as perplexity_specs
+
 CORPUS = SETTINGS.perplexity.corpus
 PERPLEXITY_BINS = range(len(SETTINGS.perplexity.context_tokens))
 PERPLEXITY = [
-    FILES.perplexity(CORPUS, *key, bin) for key in specs.perplexity_cells(SETTINGS) for bin in PERPLEXITY_BINS
+    FILES.perplexity(CORPUS, *key, bin) for key in perplexity_specs.cells(SETTINGS) for bin in PERPLEXITY_BINS
 ]
 
 
@@ -24,7 +26,7 @@ rule perplexity_windows:
     conda:
         "../../envs/data.yaml"
     params:
-        spec=as_json(specs.windows(SETTINGS)),
+        spec=as_json(perplexity_specs.windows(SETTINGS)),
     shell:
         "python -m kv_transition.studies.perplexity.windows --spec {params.spec:q} --output {output} > {log} 2>&1"
 
@@ -44,7 +46,54 @@ rule perplexity:
     resources:
         **GPU,
     params:
-        spec=lambda wildcards: as_json(specs.perplexity(SETTINGS, wildcards.policy, wildcards.budget)),
+        spec=lambda wildcards: as_json(perplexity_specs.cell(SETTINGS, wildcards.policy, wildcards.budget)),
     shell:
         "python -m kv_transition.studies.perplexity.run --spec {params.spec:q} --threads {threads}"
         " --windows {input} --output {output} > {log} 2>&1"
+
+
+rule perplexity_stats:
+    input:
+        windows=PERPLEXITY,
+    output:
+        table=report(FILES.table("perplexity"), caption="../report/perplexity.rst", category="Tables"),
+        pairs=report(FILES.table("perplexity_pairs"), caption="../report/perplexity_pairs.rst", category="Tables"),
+    log:
+        FILES.log("perplexity_stats"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.perplexity.analysis:write_perplexity"),
+        statistics=SETTINGS.statistics.model_dump(),
+        policies=POLICIES,
+        # the .snakemake folder, which knows what is stale, can get lost
+        expected={
+            FILES.perplexity(CORPUS, *key, bin): digest(perplexity_specs.cell(SETTINGS, *key))
+            for key in perplexity_specs.cells(SETTINGS)
+            for bin in PERPLEXITY_BINS
+        },
+    script:
+        "../../scripts/call.py"
+
+
+rule perplexity_plots:
+    input:
+        table=rules.perplexity_stats.output.table,
+        pairs=rules.perplexity_stats.output.pairs,
+    output:
+        **figures(("ppl_vs_compression", "ppl_vs_len", "merge_vs_drop")),
+    log:
+        FILES.log("perplexity_plots"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.perplexity.plots:write_perplexity_plots"),
+        policies=POLICIES,
+        confidence=SETTINGS.statistics.confidence,
+    script:
+        "../../scripts/call.py"
+
+
+TARGETS += [PERPLEXITY, rules.perplexity_plots.output]
+TABLES |= {name: FILES.table(name) for name in ("perplexity", "perplexity_pairs")}
+BEFORE_REPORT += rules.perplexity_plots.output

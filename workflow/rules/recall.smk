@@ -1,22 +1,97 @@
-# What cells of entropy_recall take from other jobs: a tau calibrated on examples that no cell sees, and, for controls,
-# the cell whose number of moments they have. Other cells take nothing.
+# What policies would hold beside a full cache, and what each step needed; does entropy tell when a cache fails?
+from kv_transition.studies.recall import specs as recall_specs
+
+OBSERVATIONS = [FILES.observations(task, bin) for task in TASKS for bin in BINS]
 
 
-rule calibrate:
+rule observe:
     input:
-        examples=FILES.examples("{task}"),
-        manifest=FILES.manifest("{task}"),
+        bin=FILES.bin("{task}", "{bin}"),
+        # under adaptive allocation a bin is read in shards, and the job reads what is left
+        index=[] if ADAPTIVE else FILES.prefill_index("{task}", "{bin}"),
     output:
-        CALIBRATION,
+        steps=FILES.observations("{task}", "{bin}"),
+        layers=FILES.observation_layers("{task}", "{bin}"),
     log:
-        FILES.log("calibrate", "{task}"),
+        FILES.log("observe", "{task}", "bin{bin}"),
+    priority: lambda wildcards: int(wildcards.bin)
     conda:
         "../../envs/inference.yaml"
     threads: 4 if ON_GPU else 1
     resources:
         **GPU,
     params:
-        spec=as_json(specs.calibrate(SETTINGS)) if TASKS else "{}",
+        spec=as_json(recall_specs.observe(SETTINGS)),
     shell:
-        "python -m kv_transition.studies.grid.calibrate --spec {params.spec:q} --task {wildcards.task} --threads {threads}"
-        " --examples {input.examples} --manifest {input.manifest} --output {output} > {log} 2>&1"
+        "python -m kv_transition.studies.recall.run --spec {params.spec:q} --threads {threads}"
+        " --bin {input.bin} --output {output.steps} --layers {output.layers} > {log} 2>&1"
+
+
+rule observation_checks:
+    input:
+        observations=[FILES.observations("{task}", bin) for bin in BINS],
+    output:
+        output=report(FILES.observation_checks("{task}"), caption="../report/observation_checks.rst", category="Tables"),
+    log:
+        FILES.log("observation_checks", "{task}"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.recall.checks:write_checks"),
+    script:
+        "../../scripts/call.py"
+
+
+# The studies' own layout: {task}_budget_{ratio}_{timestamp}.jsonl and {task}_budget_{ratio}/logs.json with plots.
+rule observation_logs:
+    input:
+        observations=[FILES.observations("{task}", bin) for bin in BINS],
+    output:
+        folder=directory(FILES.observation_logs("{task}")),
+    log:
+        FILES.log("observation_logs", "{task}"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.recall.step_logs:write_logs"),
+    script:
+        "../../scripts/call.py"
+
+
+rule entropy_recall:
+    input:
+        observations=OBSERVATIONS,
+    output:
+        output=report(FILES.table("entropy_recall"), caption="../report/entropy_recall.rst", category="Tables"),
+    log:
+        FILES.log("entropy_recall"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.recall.analysis:write_entropy_recall"),
+        statistics=SETTINGS.statistics.model_dump(),
+    script:
+        "../../scripts/call.py"
+
+
+rule entropy_recall_plots:
+    input:
+        table=rules.entropy_recall.output[0],
+        observations=OBSERVATIONS,
+    output:
+        **figures(("entropy_bins", "entropy_scatter")),
+    log:
+        FILES.log("entropy_recall_plots"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.recall.plots:write_entropy_recall_plots"),
+        confidence=SETTINGS.statistics.confidence,
+    script:
+        "../../scripts/call.py"
+
+
+TARGETS += [OBSERVATIONS, rules.entropy_recall.output, rules.entropy_recall_plots.output]
+TARGETS += [path for task in TASKS for path in (FILES.observation_checks(task), FILES.observation_logs(task))]
+TABLES["entropy_recall"] = FILES.table("entropy_recall")
+BEFORE_REPORT += rules.entropy_recall_plots.output

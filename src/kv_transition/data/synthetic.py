@@ -14,10 +14,8 @@ Documents belong to the split ``test`` or ``train`` by a hash of their text. The
 (``resources/tiny-reader``) is trained on ``train`` documents only and ``reader_qa`` serves ``test``
 documents by default: the two are disjoint whatever the seeds.
 
-This module imports the standard library only.
+Beside its words (`kv_transition.data.world`) this module imports the standard library only.
 """
-
-# ruff: noqa: SIM905 - lists of words read better as text
 
 from __future__ import annotations
 
@@ -30,102 +28,23 @@ from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
 
-# ----------------------------------------------------------------------------------------------------
-# The world: every word there is.
-
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0, 1, 2, 3
-
-_FUNCTION_WORDS = tuple(
-    """Passage Question Answer Recall : . , The the Where does work? live? Which job have? In which city is based?
-    year was founded? Describe employer of works for lives in serves as operates dates from based unknown""".split()
+from kv_transition.data.world import (
+    CITY_NAMES,
+    FILLER_PATTERNS,
+    FIRST_NAMES,
+    ORGANISATION_NAMES,
+    ORGANISATION_TYPES,
+    PASSAGE_NUMBERS,
+    SURNAMES,
+    Words,
+    filler_sentence,
+    founding_year,
+    job_title,
+    place_name,
 )
-_FILLER_WORDS = {
-    "noun": """river mill bridge garden market road forest tower valley field winter summer harvest letter
-        lantern boat cellar kitchen window clock horse stone meadow orchard chapel fence storm candle ladder
-        barrel""".split(),
-    "adjective": """old quiet cold narrow bright broken wooden distant heavy gentle empty crowded pale rough
-        golden silent dusty green early late""".split(),
-    "verb": """stood rested waited turned opened closed faded gathered drifted settled remained returned
-        vanished appeared shifted""".split(),
-    "preposition": "near beside behind above below beyond under along".split(),
-    "adverb": "often rarely slowly quickly again always never once".split(),
-}
-# Filler sentences by length, so that a document can be topped up to within three tokens of its target.
-_FILLER_PATTERNS = {
-    4: "The noun verb .".split(),
-    5: "The adjective noun verb .".split(),
-    6: "The adjective noun adverb verb .".split(),
-    7: "The noun verb preposition the noun .".split(),
-    8: "The adjective noun verb preposition the noun .".split(),
-    9: "The noun adverb verb preposition the adjective noun .".split(),
-}
-_ORGANISATION_TYPES = tuple(
-    """Academy Agency Archive Atelier Bakery Bank Brewery Bureau Cafe Cannery Cinema Circus Clinic Club College
-    Council Dairy Distillery Factory Farm Fleet Forge Foundry Gallery Garage Group Hospital Hotel House Institute
-    Journal Laboratory Library Mine Museum Observatory Opera Orchestra Pharmacy Press Quarry Radio Railway Refinery
-    Restaurant School Shipyard Society Stables Store Studio Tavern Theater Transport Trust Vineyard Warehouse Winery
-    Workshop Zoo""".split()
-)
-_CITY_SUFFIXES = tuple("Bay Beach Creek Falls Grove Heights Hills Junction Park Springs".split())
-_JOBS = tuple(
-    """actor archivist astronomer baker barber blacksmith botanist brewer butcher carpenter cashier chemist clerk
-    composer cook courier dancer dentist diver driver editor engineer farmer florist gardener geologist glazier
-    harpist historian inspector jeweler jockey judge lawyer librarian locksmith mason mechanic merchant miner
-    notary nurse optician painter photographer pilot plumber poet potter sailor sculptor singer surgeon surveyor
-    tailor teacher translator tutor weaver welder""".split()
-)
-_YEARS = tuple(str(year) for year in range(1850, 2020))
-_PASSAGE_NUMBERS = tuple(str(number) for number in range(1, 201))
-
-
-def _invent_names() -> tuple[tuple[str, ...], ...]:
-    """Invent the first names, surnames, organisation names and city names: all different words."""
-    rng = random.Random("the closed world of the tiny reader")
-    onsets = "b br c d dr f g gr h k kl l m n p pr r s st t tr v w z th sh".split()
-    vowels = "a e i o u ae ei ou".split()
-    endings = "n r l s th m nd ro na lia ton den wick mar vis".split()
-    words = chain(_FUNCTION_WORDS, *_FILLER_WORDS.values(), _ORGANISATION_TYPES, _CITY_SUFFIXES, _JOBS)
-    used = {word.lower() for word in words}
-    # Fragments that make a rude word, or a name that a reader of tables takes for a missing value.
-    unwanted = "cum cun fag hor kum nan nig nul pus rap ses sex shi tit".split()
-
-    def invent(count: int, min_syllables: int, max_syllables: int) -> tuple[str, ...]:
-        names: list[str] = []
-        while len(names) < count:
-            syllables = rng.randint(min_syllables, max_syllables)
-            name = "".join(rng.choice(onsets) + rng.choice(vowels) for _ in range(syllables)) + rng.choice(endings)
-            if name not in used and not any(fragment in name for fragment in unwanted):
-                used.add(name)
-                names.append(name.capitalize())
-        return tuple(names)
-
-    return invent(200, 1, 1), invent(400, 1, 2), invent(250, 2, 2), invent(250, 1, 2)
-
-
-FIRST_NAMES, SURNAMES, ORGANISATION_NAMES, CITY_NAMES = _invent_names()
-
-VOCABULARY: tuple[str, ...] = tuple(
-    chain(
-        SPECIAL_TOKENS,
-        _FUNCTION_WORDS,
-        *_FILLER_WORDS.values(),
-        _ORGANISATION_TYPES,
-        _CITY_SUFFIXES,
-        _JOBS,
-        _PASSAGE_NUMBERS,
-        _YEARS,
-        FIRST_NAMES,
-        SURNAMES,
-        ORGANISATION_NAMES,
-        CITY_NAMES,
-    )
-)
-"""All words; the position of a word is its token id."""
 
 # ----------------------------------------------------------------------------------------------------
 # Facts and documents.
-
-Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -216,38 +135,6 @@ class Question:
     name: Words
 
 
-def filler_sentence(rng: random.Random, max_words: int | None = None) -> Words:
-    """Make a sentence that says nothing about anybody.
-
-    With ``max_words`` (at least 4) it is the longest sentence that fits; without, its length is random.
-    """
-    if max_words is None:
-        pattern = _FILLER_PATTERNS[rng.choice(tuple(_FILLER_PATTERNS))]
-    else:
-        pattern = _FILLER_PATTERNS[min(max_words, max(_FILLER_PATTERNS))]
-    return tuple(rng.choice(_FILLER_WORDS[word]) if word in _FILLER_WORDS else word for word in pattern)
-
-
-def place_name(rng: random.Random, city: str) -> Words:
-    """Give a city a suffix more often than not: ``Daena Falls`` or ``Daena``."""
-    return (city, rng.choice(_CITY_SUFFIXES)) if rng.random() < 0.6 else (city,)
-
-
-def job_title(rng: random.Random) -> Words:
-    """Draw a job."""
-    return (rng.choice(_JOBS),)
-
-
-def founding_year(rng: random.Random) -> Words:
-    """Draw a year."""
-    return (rng.choice(_YEARS),)
-
-
-def organisation_type(rng: random.Random) -> str:
-    """Draw the second word of an organisation's name."""
-    return rng.choice(_ORGANISATION_TYPES)
-
-
 def make_document(rng: random.Random, n_tokens: int, filler: float | None = None) -> Document:
     """Make a document of ``n_tokens`` tokens or up to three fewer.
 
@@ -267,7 +154,7 @@ def make_document(rng: random.Random, n_tokens: int, filler: float | None = None
     surnames = iter(rng.sample(SURNAMES, len(SURNAMES)))
     organisation_names = zip(
         rng.sample(ORGANISATION_NAMES, _MAX_ORGANISATIONS),
-        rng.sample(_ORGANISATION_TYPES, _MAX_ORGANISATIONS),
+        rng.sample(ORGANISATION_TYPES, _MAX_ORGANISATIONS),
         strict=True,
     )
     cities = rng.sample(CITY_NAMES, len(CITY_NAMES))
@@ -314,7 +201,7 @@ def make_document(rng: random.Random, n_tokens: int, filler: float | None = None
         passages.append(sentences)
         room -= size(sentences)
 
-    while room >= min(_FILLER_PATTERNS):
+    while room >= min(FILLER_PATTERNS):
         sentence = filler_sentence(rng, room)
         sentences = rng.choice(passages)
         sentences.insert(rng.randint(1, len(sentences)), sentence)
@@ -323,7 +210,7 @@ def make_document(rng: random.Random, n_tokens: int, filler: float | None = None
     rng.shuffle(passages)
     numbered = tuple(
         ("Passage", number, *chain.from_iterable(sentences))
-        for number, sentences in zip(_PASSAGE_NUMBERS[: len(passages)], passages, strict=True)
+        for number, sentences in zip(PASSAGE_NUMBERS[: len(passages)], passages, strict=True)
     )
     return Document(numbered, tuple(persons), tuple(organisations))
 
@@ -375,7 +262,7 @@ def _absent_name(rng: random.Random, document: Document, of_person: bool) -> Wor
     present = {word for entity in entities for word in entity.name}
     if of_person:
         return rng.choice(FIRST_NAMES), rng.choice([word for word in SURNAMES if word not in present])
-    first, second = ([w for w in words if w not in present] for words in (ORGANISATION_NAMES, _ORGANISATION_TYPES))
+    first, second = ([w for w in words if w not in present] for words in (ORGANISATION_NAMES, ORGANISATION_TYPES))
     return rng.choice(first), rng.choice(second)
 
 

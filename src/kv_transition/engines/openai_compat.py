@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -27,8 +27,9 @@ from urllib.parse import urlsplit
 
 import openai
 import tenacity
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from kv_transition.engines.openai_forms import AgainError, FailureError, Piece, Reply, Request
 from kv_transition.errors import UserError
 
 CONNECT_S = 10.0
@@ -43,98 +44,6 @@ _OOM = {"out_of_memory": "OOM: "}
 """by the code with which kv_transition's own server says so"""
 _SAID = 300
 """characters of what an endpoint said that are repeated"""
-
-
-@dataclass(frozen=True)
-class Request:
-    """An answer to ask for: of ``prompt`` (text or token ids; completions) or of ``messages`` (chat)."""
-
-    model: str
-    max_tokens: int
-    prompt: str | Sequence[int] | None = None
-    messages: Sequence[Mapping[str, str]] | None = None
-    temperature: float = 0.0
-    seed: int | None = None
-    extra_body: Mapping[str, Any] = field(default_factory=dict)
-    """further fields of the body"""
-
-    @property
-    def path(self) -> str:
-        return "/completions" if self.messages is None else "/chat/completions"
-
-    def body(self, stream: bool) -> dict[str, Any]:
-        asked = {"prompt": self.prompt} if self.messages is None else {"messages": self.messages}
-        body = {"model": self.model, **asked, "max_tokens": self.max_tokens, "temperature": self.temperature}
-        if self.seed is not None:
-            body["seed"] = self.seed
-        if stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
-        return body | dict(self.extra_body)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back: a whole answer, or ``error`` ("TIMEOUT: ...", "OOM: ...", "ENGINE_ERROR: ...") and no text.
-
-    Times are those of the exchange that succeeded, in seconds: ``ttft_s`` until the first piece of text, ``decode_s``
-    from there to the last piece; None where the answer came in one piece. ``usage`` is what the endpoint said of its
-    tokens, unchecked; None if it said nothing.
-    """
-
-    text: str | None = None
-    finish_reason: str | None = None
-    usage: Mapping[str, Any] | None = None
-    model: str | None = None
-    """as the endpoint calls it"""
-    kv: Mapping[str, Any] | None = None
-    """what became of the cache, where the endpoint is a server of kv_transition"""
-    ttft_s: float | None = None
-    decode_s: float | None = None
-    latency_s: float | None = None
-    window: tuple[float, float] | None = None
-    """begin and end, on the clock of time.perf_counter"""
-    pieces: int = 0
-    attempts: int = 1
-    co_running: bool = False
-    """whether another request of this client was under way meanwhile"""
-    error: str | None = None
-
-
-class _FailureError(Exception):
-    """Why an exchange gave no answer; trying again will not help."""
-
-
-class _AgainError(_FailureError):
-    """Why an exchange gave no answer this time."""
-
-    def __init__(self, reason: str, *, wait: float | None = None, status: int | None = None, connected: bool = True):
-        super().__init__(reason)
-        self.wait, self.status, self.connected = wait, status, connected
-
-
-class _Choice(BaseModel):
-    class Said(BaseModel):
-        content: str | None = None
-
-    index: int = 0
-    text: str | None = None
-    delta: Said | None = None
-    message: Said | None = None
-    finish_reason: str | None = None
-
-    @property
-    def said(self) -> str:
-        inner = self.delta or self.message
-        return (inner.content if inner else self.text) or ""
-
-
-class _Piece(BaseModel):
-    """An event of a stream, or a whole answer."""
-
-    choices: list[_Choice] | None = None
-    usage: dict[str, Any] | None = None
-    model: str | None = None
-    kv: dict[str, Any] | None = None
 
 
 @dataclass(eq=False)
@@ -245,10 +154,10 @@ class Client:
         )
         try:
             reply = await trying(self._exchange, client, request, live)
-        except _FailureError as failure:
+        except FailureError as failure:
             attempts = trying.statistics["attempt_number"]
             tried = f" ({attempts} attempts)" if attempts > 1 else ""
-            if isinstance(failure, _AgainError):
+            if isinstance(failure, AgainError):
                 if failure.status == 429:
                     raise UserError(f"{self.base_url} allows no more requests for now: {failure}{tried}") from None
                 if not failure.connected:
@@ -267,7 +176,7 @@ class Client:
             return  # whatever it says, it is there
 
     async def _exchange(self, client: openai.AsyncOpenAI, request: Request, live: set[_Flight]) -> Reply:
-        """One attempt. Raises _FailureError, or UserError if no attempt of any request can succeed."""
+        """One attempt. Raises FailureError, or UserError if no attempt of any request can succeed."""
         flight = _Flight(shared=bool(live))
         for other in live:
             other.shared = True
@@ -276,24 +185,24 @@ class Client:
             async with asyncio.timeout(self.timeout_s):
                 reply = await self._answer(client, request)
         except TimeoutError:
-            raise _FailureError(f"TIMEOUT: no whole answer within {self.timeout_s:g} s") from None
+            raise FailureError(f"TIMEOUT: no whole answer within {self.timeout_s:g} s") from None
         except openai.APIStatusError as error:
             raise self._status(error, request) from None
         except openai.APITimeoutError:
-            raise _AgainError("no connection in time", connected=False) from None
+            raise AgainError("no connection in time", connected=False) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             reason = self._clean(f"{type(cause).__name__}: {cause}")
-            raise _AgainError(f"the connection broke: {reason}", connected=False) from None
+            raise AgainError(f"the connection broke: {reason}", connected=False) from None
         except openai.APIError as error:
             raise self._told(error.body if isinstance(error.body, Mapping) else {"message": str(error)}) from None
         except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
             reason = self._clean(str(error).splitlines()[0])
-            raise _AgainError(f"the answer is not what the protocol says: {reason}") from None
+            raise AgainError(f"the answer is not what the protocol says: {reason}") from None
         finally:
             live.discard(flight)
         if self._key() and self._key() in (reply.text or ""):
-            raise _FailureError("the answer repeats the API key, so it is not kept")
+            raise FailureError("the answer repeats the API key, so it is not kept")
         return replace(reply, co_running=flight.shared)
 
     async def _answer(self, client: openai.AsyncOpenAI, request: Request) -> Reply:
@@ -312,7 +221,7 @@ class Client:
                         finish_reason = choice.finish_reason or finish_reason
         if finish_reason is None:
             what = "it ended before it was finished" if texts else "it holds no choice"
-            raise _AgainError(f"the answer is not whole: {what}")
+            raise AgainError(f"the answer is not whole: {what}")
         ended = time.perf_counter()
         streamed = self.stream and len(times) > 1
         return Reply(
@@ -328,7 +237,7 @@ class Client:
             pieces=len(times),
         )
 
-    async def _pieces(self, client: openai.AsyncOpenAI, request: Request) -> AsyncIterator[_Piece]:
+    async def _pieces(self, client: openai.AsyncOpenAI, request: Request) -> AsyncIterator[Piece]:
         body = request.body(self.stream)
         if not self.stream:
             yield self._piece(await client.post(request.path, cast_to=object, body=body))
@@ -344,20 +253,20 @@ class Client:
             async for event in stream:
                 yield self._piece(event)
 
-    def _piece(self, value: object) -> _Piece:
+    def _piece(self, value: object) -> Piece:
         if isinstance(value, Mapping) and value.get("error"):
             raise self._told(value["error"])
-        return _Piece.model_validate(value)
+        return Piece.model_validate(value)
 
-    def _told(self, error: Any) -> _FailureError:
+    def _told(self, error: Any) -> FailureError:
         """An error that came under status 200; its code, where it is one of HTTP, says whether to try again."""
         said = error if isinstance(error, Mapping) else {"message": error}
         reason = self._clean(f"the endpoint says: {said.get('message') or said}")
         code = str(said.get("code") or "")
         status = int(code) if code.isdecimal() else None
         if status is not None and 400 <= status < 500 and status not in _AGAIN:
-            return _FailureError(reason)
-        return _AgainError(reason, status=status)
+            return FailureError(reason)
+        return AgainError(reason, status=status)
 
     def _status(self, error: openai.APIStatusError, request: Request) -> Exception:
         status = error.status_code
@@ -376,8 +285,8 @@ class Client:
             return UserError(f"{self.base_url} has no model {request.model!r}, or no {request.path[1:]} ({reason})")
         if status in _AGAIN or status >= 500:
             wait = _retry_after(error.response.headers)
-            return _AgainError(reason, wait=wait, status=status)
-        return _FailureError(reason)
+            return AgainError(reason, wait=wait, status=status)
+        return FailureError(reason)
 
     def _clean(self, text: str) -> str:
         """One line of limited length without the key."""
@@ -388,7 +297,7 @@ class Client:
 
 
 def _worth_another(error: BaseException) -> bool:
-    return isinstance(error, _AgainError) and (error.wait or 0) <= LONGEST_WAIT_S
+    return isinstance(error, AgainError) and (error.wait or 0) <= LONGEST_WAIT_S
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import polars as pl
 
 from kv_transition import labels
 from kv_transition.outputs import experiment
+from kv_transition.outputs.sqlite import write_sqlite
 from kv_transition.provenance import atomic_path, read_metadata, write_json
 from kv_transition.studies.grid.report import card
 from kv_transition.studies.grid.report.headline import KEPT, holds
@@ -108,3 +109,25 @@ def write_exports(
     metadata = read_metadata(tables["scores"])
     write_json(summary_json, summary(results, settings, metadata))
     write_json(card_json, card.matched_budget(results, settings, metadata))
+
+
+def write_all(
+    *,
+    config: str,
+    manifests: Sequence[str],
+    extra: Mapping[str, str],
+    csv: str,
+    summary: str | None = None,
+    card: str | None = None,
+    sqlite: str | None = None,
+    **answered: str,
+) -> None:
+    """Write the CSV tables, summary.json, matched_budget.json and the SQLite database; arguments are paths.
+
+    ``answered``: scores, bin_stats, comparisons and transition, or none where no task is answered.
+    """
+    write_exports(tables=answered, config=config, csv_dir=csv, summary_json=summary, card_json=card, extra=extra)
+    if sqlite:
+        copied = dict(extra) | {name: path for name, path in answered.items() if name == "comparisons"}
+        own = {name: path for name, path in answered.items() if name != "comparisons"}
+        write_sqlite(**own, output=sqlite, config=config, manifests=manifests, extra=copied)

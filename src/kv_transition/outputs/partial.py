@@ -13,12 +13,13 @@ from kv_transition.outputs.build import build_report
 from kv_transition.paths import Paths
 from kv_transition.provenance import digest, write_table, write_text
 from kv_transition.settings import Settings
+from kv_transition.studies.grid import specs as grid_specs
 from kv_transition.studies.grid.analysis import adaptive, looks
 from kv_transition.studies.grid.analysis.aggregate import write_aggregates
 from kv_transition.studies.grid.analysis.transition import write_transition
 from kv_transition.studies.grid.plots import FIGURE_NAMES, write_plots
 from kv_transition.studies.grid.score import score_cells
-from kv_transition.tables import SCORES
+from kv_transition.studies.grid.tables import SCORES
 
 EXTRA = ("pairs", "noninferiority", "smallest_budgets", "budget_transition")
 
@@ -37,8 +38,8 @@ def write_partial(settings: Settings) -> Path:
     pieces = [files.shard(number) for number in range(len(plan.shards))] if plan.enabled else [files]
     expected, missing = {piece: {} for piece in pieces}, {}
     for task in settings.tasks:
-        for key in specs.cells(settings):
-            wanted = digest(specs.cell(settings, *key))
+        for key in grid_specs.cells(settings):
+            wanted = digest(grid_specs.cell(settings, *key))
             for bin in range(settings.binning.n_bins):
                 for number, piece in enumerate(pieces):
                     path = piece.cell(task, *key, bin)
@@ -60,7 +61,7 @@ def write_partial(settings: Settings) -> Path:
             parts.append(str(folder / f"scores/{number}.parquet"))
             score_cells(
                 list(cells), [b for b in bins if Path(b).is_file()], manifests, cells, parts[-1],
-                specs.aliases(settings) if full else (),
+                grid_specs.aliases(settings) if full else (),
             )  # fmt: skip
     write_table(table["scores"], *looks.joined(parts, SCORES))
     if not pq.read_metadata(table["scores"]).num_rows:

@@ -9,7 +9,7 @@ import yaml
 from kv_transition.provenance import git_commit, package_versions, write_text
 
 
-def write_resolved(resolved: dict[str, Any], path: str) -> None:
+def write_resolved(resolved: dict[str, Any], output: str) -> None:
     """Write the configuration with the git commit and the versions of the packages that made the results."""
     provenance = {"git_commit": git_commit(), "package_versions": package_versions()}
-    write_text(path, yaml.safe_dump(resolved | {"provenance": provenance}, sort_keys=False, allow_unicode=True))
+    write_text(output, yaml.safe_dump(resolved | {"provenance": provenance}, sort_keys=False, allow_unicode=True))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kv_transition.studies.study import Study
 
 STUDIES = (
     "grid",
@@ -21,3 +25,8 @@ def modules(name: str) -> list[str]:
 def load(name: str) -> list[ModuleType]:
     """Import the module ``name`` of each study. Imports stay lazy: a module is loaded where it is asked for."""
     return [import_module(module) for module in modules(name)]
+
+
+def studies() -> list[Study]:
+    """Return what each study says of itself: its ``study.STUDY``."""
+    return [module.STUDY for module in load("study")]

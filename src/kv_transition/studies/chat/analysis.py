@@ -18,7 +18,7 @@ from kv_transition.stats.examples import FULL, Statistics, by_cell, inherited, p
 from kv_transition.stats.intervals import Interval, finite
 from kv_transition.stats.multiplicity import adjust
 from kv_transition.stats.survival import median, survival
-from kv_transition.tables import RETENTION
+from kv_transition.studies.chat.tables import RETENTION
 
 CELL = ["chat_set", "policy", "budget"]
 RATERS = ("rule", "judge")

@@ -26,7 +26,7 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
-from kv_transition.data import synthetic
+from kv_transition.data import world
 
 Words = tuple[str, ...]
 
@@ -40,7 +40,7 @@ TOPICS: Mapping[str, Words] = MappingProxyType(
         topic: tuple(values.split())
         for topic, values in {
             "pet": "heron otter hamster gecko rabbit pony parrot turtle ferret goat lizard canary",
-            "town": " ".join(synthetic.CITY_NAMES[:12]),
+            "town": " ".join(world.CITY_NAMES[:12]),
             "job": "baker pilot nurse welder tailor miner sailor judge potter farmer diver weaver",
             "colour": "red blue green yellow white black brown grey pink purple turquoise scarlet",
             "drink": "tea coffee cocoa milk juice cider lemonade water soda broth punch syrup",
@@ -56,7 +56,7 @@ TOPICS: Mapping[str, Words] = MappingProxyType(
 )
 """What can be asked about a person, and the values that it takes."""
 
-PERSONS = synthetic.FIRST_NAMES[:120]
+PERSONS = world.FIRST_NAMES[:120]
 
 RULE_WORDS: Words = tuple(
     """anchor arrow basket beacon blanket bottle bucket button candle canvas carpet castle chapel clock cloud comet

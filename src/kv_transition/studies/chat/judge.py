@@ -27,8 +27,8 @@ from kv_transition.engines.openai_compat import Client, Reply, Request
 from kv_transition.provenance import digest, rows_to_table, text_sha256, write_table
 from kv_transition.script import status
 from kv_transition.studies.chat.checks import Check, describe
+from kv_transition.studies.chat.tables import JUDGE
 from kv_transition.studies.chat.verdicts import KEY, Case, cases, read_chat
-from kv_transition.tables import JUDGE
 
 RUBRIC = Path(__file__).with_name("rubric.txt").read_text(encoding="utf-8")
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)

@@ -14,7 +14,7 @@ from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.stats import intervals
 from kv_transition.stats.examples import Statistics, by_cell, inherited, padded
 from kv_transition.studies.chat.analysis import CELL, counted, raters, read_verdicts
-from kv_transition.tables import CACHE_ANATOMY, MEMORY_TABLE
+from kv_transition.studies.chat.tables import CACHE_ANATOMY, MEMORY_TABLE
 
 MEASURES = {
     "repetition": "repetition",

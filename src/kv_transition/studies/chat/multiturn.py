@@ -30,7 +30,7 @@ from kv_transition.errors import UserError
 from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.script import status
 from kv_transition.studies.chat import checks as checks_module
-from kv_transition.tables import CONVERSATIONS
+from kv_transition.studies.chat.tables import CONVERSATIONS
 
 ROLES = ("system", "user", "assistant")
 GENERATED_TURNS = 8

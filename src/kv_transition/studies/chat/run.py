@@ -32,8 +32,8 @@ from kv_transition.policies.catalog import create
 from kv_transition.provenance import digest, read_metadata, rows_to_table, write_table
 from kv_transition.run import job
 from kv_transition.run.decode import Answer, Setting
+from kv_transition.studies.chat.tables import CHAT, CHAT_LAYERS
 from kv_transition.studies.chat.turns import Turn, render
-from kv_transition.tables import CHAT, CHAT_LAYERS
 
 TEXT_DROP = "text_drop"
 NGRAM = 4

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.studies.chat.rules import Check, at_turn, describe, passes
-from kv_transition.tables import CHAT, CHAT_VERDICTS, JUDGE
+from kv_transition.studies.chat.tables import CHAT, CHAT_VERDICTS, JUDGE
 
 KEY = ("chat_set", "conversation_id", "turn", "policy", "budget")
 FULL = "full"

@@ -356,12 +356,12 @@ def draw(results: Results, name: str) -> Spec:
     return drawers[name](results)
 
 
-def write_plots(scores: str, stats: str, comparisons: str, transition: str, outputs: Mapping[str, str]) -> None:
+def write_plots(scores: str, bin_stats: str, comparisons: str, transition: str, outputs: Mapping[str, str]) -> None:
     """The `plots` rule. ``outputs``: path by ``{figure}_{svg|png}`` and ``interactive``.
 
     Raises UserError for an output of another name.
     """
-    results = read_results(scores, stats, comparisons, transition)
+    results = read_results(scores, bin_stats, comparisons, transition)
     drawn: dict[str, str] = {}
     for name, path in outputs.items():
         if name == "interactive":

@@ -24,7 +24,7 @@ from kv_transition.engines.openai_compat import Client, Reply, Request, is_loopb
 from kv_transition.errors import UserError
 from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.run import command
-from kv_transition.tables import CELLS
+from kv_transition.studies.grid.tables import CELLS
 
 REQUESTS_VARIABLE = "KVT_REQUESTS"
 """``retries:concurrency:alone:api_key_env``: how requests are sent changes no answer, so no rule depends on it. alone:

@@ -26,7 +26,7 @@ from kv_transition.run import job
 from kv_transition.run.decode import Answer, Setting, begin, finish
 from kv_transition.run.prefill import read_once, store_of
 from kv_transition.studies.grid.moments import Paces, calibrated, paces
-from kv_transition.tables import CELLS
+from kv_transition.studies.grid.tables import CELLS
 
 Unit = tuple[dict[str, Any], int]
 """an example and the number of its repeat"""

@@ -7,15 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kv_transition import paths, provenance, tables
+from kv_transition import paths, provenance
 from kv_transition.data.tasks import Task, get_task
 from kv_transition.errors import UserError
 from kv_transition.eval import failures, metrics
+from kv_transition.studies.grid import tables
 
 _EXAMPLE_FIELDS = ("token_len", "question", "answers", "meta")
 _EXAMPLE_COLUMNS = ["example_id", "prompt_sha256", "context_text", "all_classes", *_EXAMPLE_FIELDS]
@@ -33,6 +35,19 @@ class Cell:
     key: Mapping[str, str]  # task, mode, policy, budget, bin
     answers: pa.Table  # of tables.CELLS
     metadata: Mapping[str, str]
+
+
+def write_scores(
+    grid: str,
+    cells: Sequence[str],
+    bins: Sequence[str],
+    manifests: Sequence[str],
+    aliases: Sequence[tuple[str, str]],
+    output: str,
+) -> None:
+    """Score the cells of the ``score`` rule; ``grid``: the JSON file with the hash that each cell's rows must carry."""
+    expected = json.loads(Path(grid).read_text(encoding="utf-8"))
+    score_cells(cells, bins, manifests, expected, output, aliases)
 
 
 def score_cells(

@@ -23,7 +23,7 @@ from kv_transition.stats.clusters import divide
 from kv_transition.stats.examples import FULL, Statistics, inherited, is_full
 from kv_transition.stats.intervals import finite, sign_flip_p
 from kv_transition.stats.multiplicity import adjust
-from kv_transition.tables import PERPLEXITY_PAIRS, PERPLEXITY_STATS
+from kv_transition.studies.perplexity.tables import PERPLEXITY_PAIRS, PERPLEXITY_STATS
 
 CELL = ["corpus", "policy", "budget", "bin"]
 WINDOW = ["corpus", "bin", "book_id", "window"]
@@ -228,7 +228,7 @@ def _pair(own: pl.DataFrame, statistics: Statistics) -> Row:
 
 def write_perplexity(
     windows: Sequence[str],
-    output: str,
+    table: str,
     pairs: str,
     statistics: Mapping[str, Any],
     policies: Options,
@@ -240,5 +240,5 @@ def write_perplexity(
     """
     found, chosen = read_windows(windows, expected), Statistics(**statistics)
     fields = inherited(windows[0]) | {"statistics": dict(statistics)}
-    write_table(output, perplexity(found, chosen), fields)
+    write_table(table, perplexity(found, chosen), fields)
     write_table(pairs, merge_against_drop(found, policies, chosen), fields)

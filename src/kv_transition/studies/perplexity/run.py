@@ -32,7 +32,7 @@ from kv_transition.provenance import digest, read_metadata, rows_to_table, write
 from kv_transition.run import job
 from kv_transition.run.decode import Setting
 from kv_transition.run.prefill import read_once, store_of
-from kv_transition.tables import PERPLEXITY, WINDOW_KEY
+from kv_transition.studies.perplexity.tables import PERPLEXITY, WINDOW_KEY
 
 Row = dict[str, Any]
 

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from kv_transition import provenance, tables
+from kv_transition import provenance
 from kv_transition.data.binning import choose
 from kv_transition.data.tokens import load_tokenizer, tokenizer_sha256
 from kv_transition.errors import UserError
 from kv_transition.script import status
+from kv_transition.studies.perplexity import tables
 from kv_transition.studies.perplexity.corpus import books, hub_repository
 
 if TYPE_CHECKING:

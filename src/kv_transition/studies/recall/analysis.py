@@ -35,8 +35,8 @@ from kv_transition.stats.examples import Statistics, inherited
 from kv_transition.stats.intervals import Interval, finite
 from kv_transition.stats.multiplicity import adjust
 from kv_transition.studies.recall.observations import LEVELS, Steps, cells, read_observations
+from kv_transition.studies.recall.tables import ENTROPY_RECALL
 from kv_transition.studies.recall.verdict import Bin, Verdict, controlled, empty_bin, judge
-from kv_transition.tables import ENTROPY_RECALL
 
 FAILED_BELOW = 0.5  # a recall that AUROC calls failed
 Row = dict[str, Any]

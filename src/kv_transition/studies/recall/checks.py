@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from kv_transition.provenance import read_metadata, write_table
-from kv_transition.tables import OBSERVATION_CHECKS
+from kv_transition.studies.recall.tables import OBSERVATION_CHECKS
 
 KEY = ["task", "policy", "budget", "granularity", "memory"]
 SEQUENCE = ["example_id", "prompt_kind"]

@@ -18,7 +18,7 @@ from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.stats import intervals
 from kv_transition.stats.examples import Statistics, by_cell, inherited, padded
 from kv_transition.stats.multiplicity import adjust
-from kv_transition.tables import COMPARISONS
+from kv_transition.studies.grid.tables import COMPARISONS
 
 KIND = "entropy_recall"
 CHANCE = ("random", "periodic")

@@ -299,3 +299,15 @@ def write_moments_plots(
     Raises UserError for an output of another name.
     """
     save_figures({"recall_moments": moments_figure(pq.read_table(scores), policies, confidence)}, outputs)
+
+
+def write_recalling(
+    scores: str,
+    table: str,
+    statistics: Mapping[str, Any],
+    policies: recall_moments.Options,
+    outputs: Mapping[str, str],
+) -> None:
+    """Write the comparison of entropy's moments to recall with chance's, and the figure of what recalling costs."""
+    recall_moments.write_recall_moments(scores, table, statistics, policies)
+    write_moments_plots(scores, policies, statistics["confidence"], outputs)

@@ -28,7 +28,7 @@ from kv_transition.provenance import digest, write_table
 from kv_transition.run import job
 from kv_transition.run.prefill import read_once, store_of
 from kv_transition.studies.recall.shadow import ORACLE, Oracle, Shadow, as_rows, best, shadow, thinned
-from kv_transition.tables import OBSERVATION_LAYERS, OBSERVATIONS
+from kv_transition.studies.recall.tables import OBSERVATION_LAYERS, OBSERVATIONS
 
 if TYPE_CHECKING:
     import pyarrow as pa

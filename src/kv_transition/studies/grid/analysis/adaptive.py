@@ -24,7 +24,7 @@ from kv_transition import labels
 from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table
 from kv_transition.studies.grid.analysis.outcomes import UNDECIDED
-from kv_transition.tables import ALLOCATION
+from kv_transition.studies.grid.tables import ALLOCATION
 
 NODES = 400  # of the numerical integration; the boundaries then have four digits
 LEAST = 1e-12  # no level is smaller: an early look claims nothing all the same, and its intervals stay finite

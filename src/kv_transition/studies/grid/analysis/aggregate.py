@@ -15,7 +15,7 @@ from kv_transition.stats.examples import CELL, FULL, Statistics, by_cell, exampl
 from kv_transition.stats.intervals import Interval
 from kv_transition.studies.grid.analysis.comparisons import comparisons, pairs, why_missing
 from kv_transition.studies.grid.analysis.noninferiority import noninferiority, smallest_budgets
-from kv_transition.tables import BIN_STATS
+from kv_transition.studies.grid.tables import BIN_STATS
 
 __all__ = ["FULL", "Statistics", "bin_stats", "comparisons", "example_values", "inherited", "padded"]
 
@@ -69,26 +69,26 @@ def _cell_intervals(cells: pl.DataFrame, statistics: Statistics) -> Iterator[tup
 
 def write_aggregates(
     scores_path: str,
-    stats_path: str,
+    bin_stats_path: str,
     comparisons_path: str,
     statistics: Mapping[str, Any],
     *,
     pairs_path: str | None = None,
     noninferiority_path: str | None = None,
-    smallest_path: str | None = None,
+    smallest_budgets_path: str | None = None,
 ) -> None:
     """The `aggregate` rule: scores.parquet to bin_stats.parquet, comparisons.parquet and what else has a path."""
     import pyarrow.parquet as pq
 
     scores, settings = pq.read_table(scores_path), Statistics(**statistics)
     fields = inherited(scores_path) | {"statistics": dict(statistics)}
-    write_table(stats_path, bin_stats(scores, settings), fields)
+    write_table(bin_stats_path, bin_stats(scores, settings), fields)
     write_table(comparisons_path, comparisons(scores, settings), fields)
     if pairs_path:
         write_table(pairs_path, pairs(scores, settings), fields)
-    if noninferiority_path or smallest_path:
+    if noninferiority_path or smallest_budgets_path:
         tested = noninferiority(scores, settings)
         if noninferiority_path:
             write_table(noninferiority_path, tested, fields)
-        if smallest_path:
-            write_table(smallest_path, smallest_budgets(tested, settings), fields)
+        if smallest_budgets_path:
+            write_table(smallest_budgets_path, smallest_budgets(tested, settings), fields)

@@ -16,7 +16,7 @@ from kv_transition.stats.clusters import moments
 from kv_transition.stats.examples import CELL, FULL, Statistics, by_cell, example_values, is_full, padded, paired
 from kv_transition.stats.intervals import Interval, finite
 from kv_transition.stats.multiplicity import adjust
-from kv_transition.tables import COMPARISONS
+from kv_transition.studies.grid.tables import COMPARISONS
 
 COMPARED = {"score": "score", "failure_rate": "failed"}
 POWER = 0.8  # of the minimum detectable difference

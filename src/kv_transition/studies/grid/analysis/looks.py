@@ -15,12 +15,12 @@ from kv_transition.provenance import write_table
 from kv_transition.stats.examples import Statistics, inherited
 from kv_transition.studies.grid.analysis.adaptive import Adaptive, allocate, confidence
 from kv_transition.studies.grid.analysis.transition import transitions
-from kv_transition.tables import ALLOCATION, SCORES
+from kv_transition.studies.grid.tables import ALLOCATION, SCORES
 
 
 def write_look(
     scores_paths: Sequence[str],
-    manifest_paths: Sequence[str],
+    manifests_paths: Sequence[str],
     output: str,
     plan: Mapping[str, Any],
     statistics: Mapping[str, Any],
@@ -30,7 +30,7 @@ def write_look(
 
     Args:
         scores_paths: tables.SCORES of every shard that was run so far.
-        manifest_paths: of the tasks; the examples of a bin that they name are what the data hold.
+        manifests_paths: of the tasks; the examples of a bin that they name are what the data hold.
         output: path of the table.
         plan: the ``adaptive`` section.
         statistics: the ``statistics`` section; its confidence is kept over all looks together.
@@ -40,7 +40,7 @@ def write_look(
     """
     scores, fields = joined(scores_paths, SCORES)
     adaptive, base = Adaptive(**plan), statistics["confidence"]
-    available = {key: n for path in manifest_paths for key, n in _chosen(path).items()}
+    available = {key: n for path in manifests_paths for key, n in _chosen(path).items()}
     have = dict.fromkeys(available, 0)
     examples = scores.select(["task", "bin", "example_id"]).group_by(["task", "bin"]).aggregate(
         [("example_id", "count_distinct")]
@@ -54,17 +54,17 @@ def write_look(
 
 
 def write_published(
-    scores_paths: Sequence[str], look_paths: Sequence[str], scores_output: str, allocation_output: str
+    shards_paths: Sequence[str], looks_paths: Sequence[str], scores_path: str, allocation_path: str
 ) -> None:
     """The scores of all shards as one table, and all looks as another.
 
     The scores' metadata hold ``confidence``: that of the last look, at which everything made from them is to be stated.
     """
-    allocation, looked = joined(look_paths, ALLOCATION)
-    scores, fields = joined(scores_paths, SCORES)
+    allocation, looked = joined(looks_paths, ALLOCATION)
+    scores, fields = joined(shards_paths, SCORES)
     last = max(allocation.to_pylist(), key=lambda row: row["look"])
-    write_table(scores_output, scores, fields | {"confidence": last["confidence"], "looks": last["look"] + 1})
-    write_table(allocation_output, allocation, looked)
+    write_table(scores_path, scores, fields | {"confidence": last["confidence"], "looks": last["look"] + 1})
+    write_table(allocation_path, allocation, looked)
 
 
 def joined(paths: Sequence[str], schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:

@@ -21,7 +21,7 @@ from kv_transition.stats.clusters import divide, sums
 from kv_transition.stats.examples import CELL, Statistics, by_cell, example_values, is_full, padded, paired
 from kv_transition.stats.intervals import Interval, finite
 from kv_transition.stats.multiplicity import adjust
-from kv_transition.tables import NONINFERIORITY, SMALLEST_BUDGET
+from kv_transition.studies.grid.tables import NONINFERIORITY, SMALLEST_BUDGET
 
 KEPT = 0.95
 SEQUENCE = f"ratio: {intervals.FIELLER}; budget: fixed sequence of tests of non-inferiority"

@@ -22,7 +22,7 @@ from kv_transition.studies.grid.analysis import instability, zscore
 from kv_transition.studies.grid.analysis import outcomes as verdict
 from kv_transition.studies.grid.analysis.instability import CRITERIA, Evidence, Point
 from kv_transition.studies.grid.analysis.outcomes import BUDGET, LENGTH, OUTCOMES, UNDECIDED, Axis, Finding, Verdict
-from kv_transition.tables import BUDGET_TRANSITION, TRANSITION
+from kv_transition.studies.grid.tables import BUDGET_TRANSITION, TRANSITION
 
 __all__ = [
     "OUTCOMES",
@@ -239,13 +239,13 @@ def _missing(
 
 
 def write_transition(
-    scores_path: str, output: str, statistics: Mapping[str, Any], budget_output: str | None = None
+    scores_path: str, transition_path: str, statistics: Mapping[str, Any], budget_transition_path: str | None = None
 ) -> None:
     """The `transition` rule: scores.parquet to transition.parquet and, where asked for, budget_transition.parquet."""
     import pyarrow.parquet as pq
 
     along_length, along_budget = tables_of(pq.read_table(scores_path), Statistics(**statistics))
     fields = inherited(scores_path) | {"statistics": dict(statistics)}
-    write_table(output, along_length, fields)
-    if budget_output:
-        write_table(budget_output, along_budget, fields)
+    write_table(transition_path, along_length, fields)
+    if budget_transition_path:
+        write_table(budget_transition_path, along_budget, fields)

@@ -1,0 +1,238 @@
+"""The sections of an experiment file that all studies share, and what sections are made of.
+
+What a single study reads is in ``studies/{study}/settings.py``; `kv_transition.settings` puts them together.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kv_transition import paths
+from kv_transition.budget import Budget
+from kv_transition.errors import UserError
+
+Mode = Literal["before_question", "after_prompt"]
+
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+Name = Annotated[str, Field(pattern=rf"^({paths.POLICY})$")]
+
+Task = Annotated[str, Field(pattern=rf"^({paths.TASK})$")]
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Quantization(Section):
+    """Weights in 4 bit, by bitsandbytes."""
+
+    kind: Literal["nf4", "fp4"] = Field("nf4", description="number format of the weights")
+    double_quantization: bool = Field(True, description="quantize the quantization constants as well")
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of the products")
+
+
+class Model(Section):
+    """The one model of the experiment."""
+
+    name: str = Field("resources/tiny-reader", min_length=1, description="local folder or hub id")
+    revision: str | None = Field(None, description="commit of the hub repository")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and cache")
+    max_length: int = Field(4352, ge=16, description="longest prompt in tokens; longer ones lose their middle")
+    chat_template: Literal["auto", "never"] = Field("auto", description="auto: where the tokenizer has one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    device_map: Literal["auto", "balanced", "sequential"] | None = Field(
+        None, description="how to lay a model over several GPUs; null: all of it on one device"
+    )
+    quantization: Quantization | None = Field(None, description="weights in 4 bit; null: in dtype")
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="attention output; auto: flash_attention_2 where it can run, else sdpa"
+    )
+    attention_statistics: Literal["auto", "blocks", "flash", "triton"] = Field(
+        "auto", description="what computes the attention statistics; auto: the fastest that can run"
+    )
+
+
+def environment_name(name: str | None) -> str | None:
+    # never repeats what was given: it may be the key itself
+    if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("give the name of an environment variable, such as OPENAI_API_KEY, never the key itself")
+    return name
+
+
+def check_address(where: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.username or parts.password or parts.query:
+        raise ValueError(f"{where}: it holds a key or a password; give that in the variable api_key_env names")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{where}: it is no address such as http://127.0.0.1:8000/v1")
+
+
+class EngineRequest(Section):
+    """How patient we are with an endpoint."""
+
+    timeout_s: float = Field(60.0, gt=0, description="seconds of one request, until the last piece of its answer")
+    retries: int = Field(5, ge=0, description="further attempts where one may help")
+    concurrency: int = Field(4, ge=1, description="requests of a cell under way at a time")
+    stream: bool = Field(True, description="false: answers come in one piece, without the time to their first token")
+
+
+class Endpoint(Section):
+    """The server that stands for a policy; a null is the engine's own."""
+
+    base_url: str | None = Field(None, description="address of a server of its own; null: engine.base_url")
+    model: str | None = Field(None, description="name of the model there; null: engine.model")
+    extra_body: dict[str, Any] = Field({}, description="further fields of its requests, over those of the engine")
+
+
+class Engine(Section):
+    """What answers: the model in this process, or an OpenAI-compatible endpoint."""
+
+    kind: Literal["local", "openai"] = Field("local", description="openai: an OpenAI-compatible endpoint")
+    base_url: str | None = Field(None, description="address up to and including /v1; required for openai")
+    model: str | None = Field(None, description="what the endpoint calls the model; null: model.name")
+    api: Literal["chat", "completions"] = Field("completions", description="the path that is asked")
+    send: Literal["auto", "text", "tokens"] = Field(
+        "auto", description="completions: what prompts are sent as; auto: tokens to kv_transition, else text"
+    )
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    serves: Literal["kv_transition"] | None = Field(
+        None, description="kv_transition: python -m kv_transition serve, which takes policy and budget with a request"
+    )
+    extra_body: dict[str, Any] = Field({}, description="further fields of every request")
+    request: EngineRequest = EngineRequest()
+    endpoints: dict[str, Endpoint] = Field({}, description="policy or policy@budget: what stands for it")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        return environment_name(name)
+
+    @model_validator(mode="after")
+    def _addresses(self) -> Engine:
+        if self.kind == "openai" and not self.base_url:
+            raise ValueError("base_url: openai needs the address of the endpoint, such as http://127.0.0.1:8000/v1")
+        others = {f"endpoints.{name}.base_url": endpoint.base_url for name, endpoint in self.endpoints.items()}
+        for where, url in ({"base_url": self.base_url} | others).items():
+            if url is not None:
+                check_address(where, url)
+        return self
+
+
+class Prefill(Section):
+    """Reading each prompt once: the tensors are a cache that may be deleted at any time."""
+
+    store: Literal["auto", "always", "never"] = Field("auto", description="auto: while max_gb and the disk allow")
+    max_gb: float = Field(50.0, gt=0, description="largest size of the store; the least recently used go first")
+    chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="longest piece of a prompt read at a time; null: all of it"
+    )
+
+
+class TokenBudget(Section):
+    tokens: int = Field(ge=1, description="entries kept per KV head")
+
+
+class KV(Section):
+    """What is forgotten, how and when."""
+
+    modes: list[Mode] = Field(["before_question", "after_prompt"], min_length=1, description="when compression happens")
+    policies: dict[Name, dict[str, Any] | None] = Field(
+        {"full": {}}, min_length=1, description="name: {kind (default: the name), hyper-parameters of the kind}"
+    )
+    budgets: list[float | TokenBudget] | None = Field(
+        None, min_length=1, description="fractions kept in (0, 1], or {tokens: n}"
+    )
+    compression_ratio: list[float] | None = Field(
+        None, min_length=1, description="fractions removed in [0, 1): another way to give budgets, never with them"
+    )
+    first_token: Literal["compressed", "full"] = Field(
+        "compressed", description="after_prompt: which cache the first answer token is read from"
+    )
+
+    @field_validator("modes")
+    @classmethod
+    def _modes_once(cls, modes: list[str]) -> list[str]:
+        if len(set(modes)) < len(modes):
+            raise ValueError(f"a mode is listed twice in {', '.join(modes)}; give each once")
+        return modes
+
+    @field_validator("policies")
+    @classmethod
+    def _empty_is_default(cls, policies: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+        return {name: options or {} for name, options in policies.items()}
+
+    @model_validator(mode="after")
+    def _budgets_once(self) -> KV:
+        if self.budgets is not None and self.compression_ratio is not None:
+            raise ValueError("budgets: budgets and compression_ratio say the same thing; give one of them")
+        if self.budgets is None and self.compression_ratio is None:
+            raise ValueError("budgets: this key is required; give fractions to keep such as [1.0, 0.5, 0.2]")
+        try:
+            names = [str(budget) for budget in self.all_budgets()]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if len(set(names)) < len(names):
+            raise ValueError(f"budgets: a budget is listed twice in {', '.join(names)}; give each once")
+        return self
+
+    def all_budgets(self) -> list[Budget]:
+        """The budgets in the order of the config."""
+        if self.compression_ratio is not None:
+            for ratio in self.compression_ratio:
+                if not 0 <= ratio < 1:
+                    raise UserError(f"compression_ratio: {ratio} lies outside [0, 1); give the fraction to remove")
+            # Decimal arithmetic: 1 - 0.8 is 0.2, not 0.19999999999999996
+            return [
+                Budget.of_fraction(str(1 - Decimal(str(ratio))), "compression_ratio")
+                for ratio in self.compression_ratio
+            ]
+        return [
+            Budget.of_tokens(b.tokens, "budgets") if isinstance(b, TokenBudget) else Budget.of_fraction(b, "budgets")
+            for b in self.budgets or []
+        ]
+
+
+class Decoding(Section):
+    """How answers are generated."""
+
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    max_tokens: Literal["task"] | Annotated[int, Field(ge=1)] = Field("task", description="longest answer in tokens")
+    repeats: int = Field(1, ge=1, description="answers per example")
+    batch: int = Field(1, ge=1, description="answers decoded together; latencies are those of the batch")
+    compile: bool = Field(False, description="on a GPU: one compiled graph a step, unless the policy acts each step")
+    seed: Seed = Field(0, description="seed of sampling and of random policies")
+
+
+class Statistics(Section):
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
+    resamples: int = Field(10000, ge=100, description="bootstrap resamples")
+    seed: Seed = Field(0, description="seed of the bootstrap")
+
+
+class Report(Section):
+    title: str | None = Field(None, description="title of the report; null: the experiment's name")
+    sqlite: bool = Field(True, description="write kv_transition.sqlite as well")
+
+
+class Output(Section):
+    dir: str = Field("results", min_length=1, description="where everything generated goes")
+
+
+class Hardware(Section):
+    """What one GPU job asks of a cluster."""
+
+    gpu_model: str = Field("a100", pattern=r"^[A-Za-z0-9_.-]+$", description="model of the GPU")
+    runtime_min: int = Field(60, ge=1, description="minutes of the first attempt")
+    mem_gb: int = Field(48, ge=1, description="host memory of the first attempt")

@@ -1,0 +1,79 @@
+"""The experiment as a whole: what is refused before any job runs, which statistics are read, the resolved file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kv_transition.errors import UserError
+from kv_transition.policies import catalog
+from kv_transition.specs.policies import FULL, RECALL, recall_of, resolve
+from kv_transition.studies import registry
+
+if TYPE_CHECKING:
+    from kv_transition.settings import Settings
+
+
+def check(settings: Settings) -> None:
+    """Check what no single key shows. Raises UserError where keys contradict each other or name what is not there."""
+    for name in settings.kv.policies:
+        kind, _ = resolve(settings, name)
+        if (name == FULL) != (kind == FULL):
+            raise UserError(f"kv.policies.{name}: the full cache is the policy 'full', and it has no variants")
+        if kind == RECALL:
+            _check_recall(settings, name)
+    if FULL not in settings.kv.policies:
+        raise UserError("kv.policies: full is missing, against which all others are compared; add full: {}")
+    for study in registry.studies():
+        study.check(settings)
+    _check_model_folder(settings)
+
+
+def statistics(settings: Settings) -> list[str]:
+    """The attention statistics that some cell of the experiment reads, sorted."""
+    if settings.engine.kind == "openai":
+        return []
+    kinds = [catalog.resolve(name, options)[0] for name, options in settings.kv.policies.items()]
+    read = [catalog.statistics(kind) for kind in kinds] + [study.statistics(settings) for study in registry.studies()]
+    return sorted(frozenset().union(*read))
+
+
+def resolved(settings: Settings) -> dict[str, Any]:
+    """The whole experiment with every default filled in, as the report and the exports show it."""
+    return settings.model_dump(mode="json")
+
+
+def _check_model_folder(settings: Settings) -> None:
+    name = settings.model.name
+    folder = Path(name).expanduser()
+    if folder.exists():
+        # an endpoint has the weights; here the tokenizer counts
+        if settings.engine.kind == "local" and not (folder / "config.json").is_file():
+            raise UserError(f"model.name: the folder {name} holds no config.json; give a transformers model folder")
+        return
+    # org/model is a hub id, unless the first part is a folder here: then a path was meant
+    if name.count("/") != 1 or name[0] in "./~" or Path(name.split("/")[0]).is_dir():
+        raise UserError(f"model.name: there is no folder {name}; give a model folder or a hub id such as org/model")
+
+
+def _check_recall(settings: Settings, name: str) -> None:
+    """What decides an entropy_recall's moments is given once, and a control names what it is held against."""
+    own = recall_of(settings, name)
+    given = [key for key in ("tau", "tau_quantile") if own[key] is not None]
+    if own["moments"] == "entropy" and len(given) != 1:
+        raise UserError(
+            f"kv.policies.{name}: moments entropy need either tau (nats) or tau_quantile, and not both; "
+            "moments: never is the policy that never recalls"
+        )
+    if own["moments"] != "entropy" and given:
+        raise UserError(f"kv.policies.{name}.{given[0]}: moments {own['moments']} have no tau; leave it out")
+    if own["moments"] not in ("random", "periodic"):
+        if own["like"] is not None:
+            raise UserError(f"kv.policies.{name}.like: only moments random and periodic have it; leave it out")
+        return
+    treated = recall_of(settings, own["like"])
+    if treated is None or treated["moments"] != "entropy" or treated["inner"] != own["inner"]:
+        raise UserError(
+            f"kv.policies.{name}.like: {own['like']!r} is no entropy_recall with moments entropy and inner "
+            f"{own['inner']}; name the one whose number of moments this control has"
+        )

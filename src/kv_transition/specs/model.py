@@ -1,0 +1,44 @@
+"""The model as the jobs are told of it, and the content of what it and the data are read from."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kv_transition.provenance import code_hash, content_digest, digest
+
+if TYPE_CHECKING:
+    from kv_transition.settings import Settings
+
+
+def prefill(settings: Settings) -> dict[str, Any]:
+    return {"model": model(settings), "code": code_hash("kv_transition.run.prefill")}
+
+
+def model(settings: Settings) -> dict[str, Any]:
+    known = settings.model.model_dump(exclude={"max_length", "chat_template"})
+    return known | {
+        "chunk_tokens": settings.prefill.chunk_tokens,
+        "fingerprint": _fingerprint(known["name"], known["revision"]),
+    }
+
+
+@cache
+def content(path: str) -> str:
+    """Digest of a local file or folder."""
+    return content_digest(path)
+
+
+@cache
+def tokenizer_content(name: str) -> str | None:
+    """Of a local model's folder without its weights; None for a hub id, whose revision says it."""
+    return content_digest(name, (".json", ".model", ".jinja")) if Path(name).is_dir() else None
+
+
+@cache
+def _fingerprint(name: str, revision: str | None) -> str:
+    """What tells one model from another: a hub id and its revision, or the contents of a folder."""
+    if not Path(name).is_dir():
+        return digest([name, revision])
+    return content_digest(name, (".json", ".safetensors", ".bin", ".model"))

@@ -1,0 +1,87 @@
+"""The policies of an experiment: what each one is, which budgets it has, which statistics it reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kv_transition.errors import UserError
+from kv_transition.policies import catalog
+
+if TYPE_CHECKING:
+    from kv_transition.settings import Settings
+
+FULL = "full"
+FULL_BUDGET = "r1"
+RECALL = "entropy_recall"
+
+
+def resolve(settings: Settings, policy: str) -> tuple[str, dict[str, Any]]:
+    """Kind and hyper-parameters of a policy; those of a kind that only its endpoint knows as they are given."""
+    options = settings.kv.policies[policy]
+    if endpoints_own(settings, policy):
+        return options.get("kind", policy), {key: value for key, value in options.items() if key != "kind"}
+    return catalog.resolve(policy, options)
+
+
+def endpoints_own(settings: Settings, policy: str) -> bool:
+    """Whether a policy is one of the endpoint's, which this project knows by name only."""
+    declared = settings.engine.kind == "openai" and not settings.engine.serves
+    kind = settings.kv.policies[policy].get("kind", policy)
+    return declared and isinstance(kind, str) and kind not in catalog.kinds()
+
+
+def endpoint(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
+    """``base_url``, ``model`` and ``extra_body`` of what stands for a (policy, budget).
+
+    Raises UserError if nothing does: the full cache, and a server that takes the policy with the request, stand at the
+    engine's own address; every other needs an entry.
+    """
+    engine = settings.engine
+    key = next((key for key in (f"{policy}@{budget}", policy) if key in engine.endpoints), None)
+    if key is None and policy != FULL and not engine.serves:
+        raise UserError(
+            f"engine.endpoints: nothing stands for {policy} at {budget}; add '{policy}@{budget}', or '{policy}' where "
+            "it has one budget, with the base_url, the model or the extra_body of what serves it"
+        )
+    own = engine.endpoints[key] if key else None
+    return {
+        "base_url": (own and own.base_url) or engine.base_url,
+        "model": (own and own.model) or engine.model or settings.model.name,
+        "extra_body": engine.extra_body | (own.extra_body if own else {}),
+    }
+
+
+def recall_of(settings: Settings, policy: str | None) -> dict[str, Any] | None:
+    """The hyper-parameters of an entropy_recall; None of any other policy."""
+    if policy not in settings.kv.policies:
+        return None
+    kind, hyper_parameters = resolve(settings, policy)
+    return hyper_parameters if kind == RECALL else None
+
+
+def once(settings: Settings, policy: str) -> bool:
+    """Return whether a policy has a footprint of its own, so that it is run once rather than at each budget."""
+    if policy == FULL or endpoints_own(settings, policy):
+        return False
+    return catalog.ignores_budget(*catalog.resolve(policy, settings.kv.policies[policy]))
+
+
+def budgeted(settings: Settings, policies: list[str]) -> list[tuple[str, str]]:
+    """Return each (policy, budget) that is run.
+
+    The full cache, and policies whose footprint is their own, are run once, as budget r1; all others at each budget
+    below 1.
+    """
+    grid = []
+    for policy in policies:
+        if policy == FULL or once(settings, policy):
+            grid.append((policy, FULL_BUDGET))
+        else:
+            grid.extend((policy, str(b)) for b in settings.kv.all_budgets() if not b.is_full)
+    return grid
+
+
+def needs_the_model(settings: Settings, key: str) -> None:
+    """Raise UserError if answers come from an endpoint, for a study that reads the model's own cache."""
+    if settings.engine.kind == "openai":
+        raise UserError(f"{key}: this needs the model itself; set engine.kind to local, or leave it out")

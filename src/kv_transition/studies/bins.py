@@ -1,0 +1,32 @@
+"""The length bins of examples, which the grid and observation both read: how long prompts and answers are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kv_transition.data.tasks import get_task
+
+if TYPE_CHECKING:
+    from kv_transition.paths import Paths
+    from kv_transition.settings import Settings
+
+
+def longest_answer(settings: Settings, task: str) -> int:
+    """Return the most tokens that an answer to a task may have."""
+    longest = settings.decoding.max_tokens
+    return get_task(settings.dataset.name, task).max_new_tokens if longest == "task" else longest
+
+
+def prompt_lengths(settings: Settings, files: Paths, task: str, bin: int) -> tuple[list[int], bool]:
+    """Return the prompt tokens of a bin's examples, and whether they have been counted rather than estimated."""
+    path = Path(files.bin(task, bin))
+    if path.is_file():
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path, columns=["prompt_len"])["prompt_len"].to_pylist(), True
+    n, bins = settings.binning.n_per_bin, settings.binning.n_bins
+    lengths = settings.dataset.lengths
+    if not lengths:
+        return [settings.model.max_length] * n, False
+    return [sorted(lengths)[bin * len(lengths) // bins]] * min(n, len(lengths) * settings.dataset.n_per_length), False

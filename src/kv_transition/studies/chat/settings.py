@@ -1,0 +1,87 @@
+"""What an experiment file says of conversations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from kv_transition.sections import EngineRequest, Section, Seed, Task, check_address, environment_name
+
+TEXT_DROP = "text_drop"
+
+
+class Judge(EngineRequest):
+    """A language model that is asked whether an answer follows an instruction, beside the rules."""
+
+    base_url: str = Field(description="address of an OpenAI-compatible endpoint, up to and including /v1")
+    model: str = Field(min_length=1, description="what the endpoint calls the model")
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    max_tokens: int = Field(512, ge=16, description="longest verdict in tokens")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        return environment_name(name)
+
+    @model_validator(mode="after")
+    def _address(self) -> Judge:
+        check_address("base_url", self.base_url)
+        return self
+
+
+class Chat(Section):
+    """Conversations, played turn by turn on one growing cache that is compressed after each answer."""
+
+    source: Literal["turns", "mt_bench", "mt_eval", "generated"] = Field(
+        "generated", description="format of the conversations; generated: made on the spot for the embedded follower"
+    )
+    path: str | None = Field(None, description="the file, .json, .jsonl or either with .gz; null where generated")
+    name: Task | None = Field(None, description="name of the set in files and tables; null: the source")
+    n: Annotated[int, Field(ge=1)] | None = Field(None, description="conversations that are played; null: all")
+    seed: Seed = Field(0, description="seed of the choice, or of the generated conversations")
+    max_turns: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="the user's turns that are played; null: all, and 8 where generated"
+    )
+    max_tokens: int = Field(256, ge=1, description="longest answer in tokens")
+    hold: bool = Field(
+        True, description="policies that act each step hold their budget within a turn too; false: all at its end only"
+    )
+    answer_nll: bool = Field(
+        True, description="score the answers under the full cache, in one more pass over each conversation"
+    )
+    controls: list[Literal["text_drop"]] = Field(
+        [], description="controls that are no cache policies; text_drop deletes the text of old turns"
+    )
+    judge: Judge | None = Field(None, description="a language model that judges beside the rules; null: rules alone")
+
+    @property
+    def set(self) -> str:
+        return self.name or self.source
+
+    @model_validator(mode="after")
+    def _complete(self) -> Chat:
+        if self.source == "generated":
+            if self.path:
+                raise ValueError("path: generated conversations are in no file; leave it out or choose another source")
+            if self.n is None:
+                raise ValueError("n: say how many conversations are to be generated, such as 40")
+        elif not self.path:
+            raise ValueError(f"path: {self.source} needs the file of conversations, .json or .jsonl")
+        return self
+
+
+class Fields(Section):
+    """The keys that conversations add to an experiment."""
+
+    chat: Chat | None = None
+
+    @model_validator(mode="after")
+    def _controls_are_no_policies(self) -> Fields:
+        for name, options in self.kv.policies.items():
+            if options.get("kind", name) == TEXT_DROP:
+                raise ValueError(
+                    f"kv.policies.{name}: {TEXT_DROP} deletes text and is no cache policy, but a control of "
+                    f"conversations; give chat.controls: [{TEXT_DROP}]"
+                )
+        return self

@@ -1,0 +1,184 @@
+"""The columns of the tables of the grid: answers, scores, estimates."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from kv_transition.tables import CELL_KEY, ESTIMATE, FLOAT, INT, RATIO, TESTED, TEXT, TEXTS
+
+# An answer. Seconds; bytes of the cache's tensors; entries per KV head; null where a machine cannot measure.
+CELLS = pa.schema(
+    {
+        "task": TEXT,
+        "example_id": TEXT,
+        "bin": INT,
+        "mode": TEXT,
+        "policy": TEXT,
+        "budget": TEXT,
+        "repeat": INT,
+        "prompt_sha256": TEXT,
+        "text": TEXT,
+        "finish_reason": TEXT,
+        "prompt_tokens": INT,
+        "completion_tokens": INT,
+        "budget_entries": INT,
+        "protected": INT,
+        "kept_final": FLOAT,
+        "kept_mean": FLOAT,
+        "cache_bytes": INT,
+        "total_bytes": INT,
+        "full_bytes": INT,
+        "load_s": FLOAT,
+        "prefill_s": FLOAT,
+        "compress_s": FLOAT,
+        "ttft_s": FLOAT,
+        "decode_s": FLOAT,
+        "latency_s": FLOAT,
+        "batch_size": INT,
+        "co_running": pa.bool_(),
+        "peak_mem_mb": FLOAT,
+        "engine": TEXT,
+        "base_url": TEXT,
+        "raw": TEXT,
+        "error": TEXT,
+        "cell_hash": TEXT,
+    }
+)
+
+# An answer and what it is worth. `metric` names what `score` is for the task; em and contains are ours.
+SCORES = pa.schema(
+    [
+        *CELLS,
+        pa.field("token_len", INT),
+        pa.field("question", TEXT),
+        pa.field("answers", TEXTS),
+        pa.field("meta", TEXT),
+        pa.field("metric", TEXT),
+        pa.field("score", FLOAT),
+        pa.field("em", FLOAT),
+        pa.field("f1", FLOAT),
+        pa.field("contains", FLOAT),
+        pa.field("pred_norm", TEXT),
+        pa.field("gold_norm", TEXT),
+        pa.field("failure", TEXT),
+        pa.field("alias", pa.bool_()),
+        # The document that examples share; null: each has its own.
+        pa.field("cluster", TEXT),
+    ]
+)
+
+# A statistic of one cell: score, em, f1, contains, failure_rate, score_std, latency_p50, ...
+BIN_STATS = pa.schema(
+    {**CELL_KEY, "token_min": INT, "token_max": INT, "token_mean": FLOAT, "statistic": TEXT, **ESTIMATE}
+)
+
+# A paired difference against `reference_policy` at `reference_budget` on the same examples: comparisons.parquet (from
+# the full cache) and pairs.parquet (from another policy). `effect`: share of the examples that are better minus share
+# that are worse; `mdd`: the true difference that such a test finds with a power of 80 %.
+COMPARISONS = pa.schema(
+    {
+        **CELL_KEY,
+        "statistic": TEXT,
+        "reference_policy": TEXT,
+        "reference_budget": TEXT,
+        **ESTIMATE,
+        **TESTED,
+        "effect": FLOAT,
+        "effect_low": FLOAT,
+        "effect_high": FLOAT,
+        "mdd": FLOAT,
+    }
+)
+
+# A test whether a policy keeps the share `kept` of the full cache's score: `estimate` is the mean of
+# score - kept * full score, `n_needed` the fewest examples with which the test can succeed at all.
+NONINFERIORITY = pa.schema(
+    {
+        **CELL_KEY,
+        "kept": FLOAT,
+        **ESTIMATE,
+        **RATIO,
+        **TESTED,
+        "non_inferior": pa.bool_(),
+        "n_needed": INT,
+    }
+)
+
+# The smallest budget that passes that test together with all larger ones; the ratio is that at this budget, or at the
+# largest one tested where none passes.
+SMALLEST_BUDGET = pa.schema(
+    {
+        "task": TEXT,
+        "mode": TEXT,
+        "policy": TEXT,
+        "bin": INT,
+        "kept": FLOAT,
+        "budget": TEXT,
+        "budget_unadjusted": TEXT,
+        "tested": TEXTS,
+        **RATIO,
+        "n": INT,
+        "clusters": INT,
+        "method": TEXT,
+        "reason": TEXT,
+    }
+)
+
+# One row per (task, mode, policy, budget): where answers become unreliable along the length bins. Bins are null where
+# there is none; `detector` is "definition" or "zscore"; `details` a JSON object.
+TRANSITION = pa.schema(
+    {
+        "task": TEXT,
+        "mode": TEXT,
+        "policy": TEXT,
+        "budget": TEXT,
+        "detector": TEXT,
+        "outcome": TEXT,
+        "onset_bin": INT,
+        "collapse_bin": INT,
+        "onset_probability": FLOAT,
+        "collapse_probability": FLOAT,
+        "n": INT,
+        "method": TEXT,
+        "reason": TEXT,
+        "details": TEXT,
+        "sentence": TEXT,
+    }
+)
+
+# The same along the budgets of one kind ("r": shares, "t": tokens) within a bin, from large to small.
+BUDGET_TRANSITION = pa.schema(
+    {
+        "task": TEXT,
+        "mode": TEXT,
+        "policy": TEXT,
+        "bin": INT,
+        "kind": TEXT,
+        "detector": TEXT,
+        "outcome": TEXT,
+        "onset_budget": TEXT,
+        "collapse_budget": TEXT,
+        "onset_probability": FLOAT,
+        "collapse_probability": FLOAT,
+        "n": INT,
+        "method": TEXT,
+        "reason": TEXT,
+        "details": TEXT,
+        "sentence": TEXT,
+    }
+)
+
+# A decision of one round of adaptive allocation: how many examples a bin gets next, and why.
+ALLOCATION = pa.schema(
+    {
+        "task": TEXT,
+        "bin": INT,
+        "look": INT,
+        "n": INT,
+        "available": INT,
+        "wanted": INT,
+        "alpha_spent": FLOAT,
+        "confidence": FLOAT,
+        "reason": TEXT,
+    }
+)

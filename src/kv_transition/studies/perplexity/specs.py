@@ -1,0 +1,84 @@
+"""What the jobs of scored text are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kv_transition.budget import Budget
+from kv_transition.errors import UserError
+from kv_transition.policies import catalog
+from kv_transition.provenance import code_hash
+from kv_transition.specs.model import content, prefill, tokenizer_content
+from kv_transition.specs.policies import FULL, RECALL, budgeted, needs_the_model
+from kv_transition.studies.perplexity.corpus import hub_repository
+
+if TYPE_CHECKING:
+    from kv_transition.settings import Settings
+
+
+def scored(settings: Settings) -> list[str]:
+    """Names of the policies that texts are scored under."""
+    chosen = settings.perplexity.policies
+    return [name for name in settings.kv.policies if chosen is None or name in chosen or name == FULL]
+
+
+def cells(settings: Settings) -> list[tuple[str, str]]:
+    """Return every (policy, budget) that texts are scored under; none without the section ``perplexity``."""
+    return budgeted(settings, scored(settings)) if settings.perplexity else []
+
+
+def windows(settings: Settings) -> dict[str, Any]:
+    """The spec of the windows of a corpus."""
+    section = settings.perplexity.model_dump(exclude={"policies", "streaming", "streaming_chunk"})
+    path = section["path"]
+    named = settings.model.model_dump(include={"name", "revision"})
+    return {
+        "perplexity": section,
+        "content": content(path) if path and Path(path).exists() else None,
+        "model": named | {"tokenizer": tokenizer_content(named["name"])},
+        "code": code_hash("kv_transition.studies.perplexity.windows"),
+    }
+
+
+def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
+    """The spec of every length bin of a (policy, budget); its digest is the ``perplexity_hash`` of their rows."""
+    kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
+    if kind == "streaming_llm" and "positions" not in settings.kv.policies[policy]:
+        # the paper's way, and the only one for texts that are longer than the model was trained for
+        hyper_parameters |= {"positions": "cache"}
+    reading = prefill(settings)
+    return {
+        "policy": policy,
+        "kind": kind,
+        "hyper_parameters": hyper_parameters,
+        "budget": str(Budget.parse(budget)),
+        **settings.perplexity.model_dump(include={"streaming", "streaming_chunk", "seed"}),
+        "model": reading["model"],
+        "prefill_code": reading["code"],
+        "code": code_hash("kv_transition.studies.perplexity.run", *catalog.modules(kind)),
+        "policy_content": catalog.content(kind),
+    }
+
+
+def check(settings: Settings) -> None:
+    """Raise UserError where the keys of ``perplexity`` contradict others or name what is not there."""
+    section = settings.perplexity
+    if section is None:
+        return
+    needs_the_model(settings, "perplexity")
+    if unknown := [name for name in section.policies or [] if name not in settings.kv.policies]:
+        known = ", ".join(settings.kv.policies)
+        raise UserError(f"perplexity.policies: there is no {unknown[0]!r}; choose from {known}")
+    for name in scored(settings):
+        kind, own = catalog.resolve(name, settings.kv.policies[name])
+        where = f"name those that are to be scored in perplexity.policies, without {name}"
+        if catalog.is_press(kind):
+            raise UserError(f"kv.policies.{name}: a press acts in its own reading of a prompt, not of a text; {where}")
+        if kind == RECALL and (own["tau_quantile"] is not None or own["like"] is not None):
+            raise UserError(f"kv.policies.{name}: its moments follow from the answers to a task; {where}")
+        if section.streaming and name != FULL and (kind == RECALL or not catalog.acts_each_step(kind)):
+            raise UserError(
+                f"kv.policies.{name}: {kind} does not evict while a text is read, as perplexity.streaming asks; {where}"
+            )
+    hub_repository(section.model_dump())  # raises where the corpus is neither here nor a pinned repository

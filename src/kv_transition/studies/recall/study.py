@@ -1,0 +1,16 @@
+"""Entropy and recall: what policies would hold beside a full cache, against what each step attended to."""
+
+from kv_transition.studies.recall import plan, specs
+from kv_transition.studies.study import Study
+
+STUDY = Study(
+    name="recall",
+    there=lambda settings: settings.observe.enabled,
+    lacking="the experiment observes nothing; add observe: {enabled: true}",
+    rules={"run": ("observe",), "observe": ("observation_checks", "observation_logs", "entropy_recall_plots")},
+    command="observe",
+    help="Compare what policies would hold with what each step needs.",
+    check=specs.check,
+    statistics=specs.statistics,
+    work=plan.work,
+)

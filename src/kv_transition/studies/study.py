@@ -1,0 +1,140 @@
+"""What the rest of the project knows of a study without knowing which one: its commands, checks, rules and jobs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kv_transition.provenance import digest
+
+if TYPE_CHECKING:
+    from kv_transition.settings import Settings
+
+
+def _nothing_to_check(settings: Settings) -> None:
+    pass
+
+
+def _no_statistics(settings: Settings) -> frozenset[str]:
+    return frozenset()
+
+
+def _no_work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
+    return Work()
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study. Its rules are in ``workflow/rules/{name}.smk``, its sections of the report in its module ``report``."""
+
+    name: str
+    there: Callable[[Settings], bool]
+    """whether an experiment has the study"""
+    lacking: str
+    """what the command line says to an experiment that does not have it"""
+    rules: Mapping[str, tuple[str, ...]]
+    """the rules at which each command of the command line ends (prepare, run, score, ...)"""
+    command: str | None = None
+    """the study's own command, which is in ``rules`` too; None: it has none"""
+    help: str = ""
+    check: Callable[[Settings], None] = _nothing_to_check
+    """raises UserError where keys contradict each other or name what is not there"""
+    statistics: Callable[[Settings], frozenset[str]] = _no_statistics
+    """attention statistics that the study reads beyond those of the policies"""
+    work: Callable[[Settings, Mapping[str, float]], Work] = _no_work
+    """its jobs that run a model, for `plan`; given the measured mean length of answers by task"""
+
+
+CELL_FILE, CELL_ROW = 12_000, 300
+"""bytes of a results file and of each row in it, where there is none to be measured yet"""
+OBSERVED_ROW = 40
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job that runs a model: what it makes, what makes that, and how much is in it."""
+
+    path: str
+    expected: str | None
+    """hash that its rows carry; None: the file's being there is all that can be asked"""
+    sequences: int
+    read_tokens: int
+    answer_tokens: float
+    rows: int
+    row_bytes: int = CELL_ROW
+
+
+@dataclass(frozen=True)
+class Item:
+    """All jobs of one kind."""
+
+    name: str
+    unit: str
+    jobs: tuple[Job, ...]
+    hash_column: str | None = None
+
+    @cached_property
+    def state(self) -> dict[str, list[Job]]:
+        """Jobs by what is there: done, outdated, missing."""
+        found: dict[str, list[Job]] = {"done": [], "outdated": [], "missing": []}
+        for job in self.jobs:
+            found[self._look(job)].append(job)
+        return found
+
+    def _look(self, job: Job) -> str:
+        path = Path(job.path)
+        if not path.is_file():
+            return "missing"
+        if job.expected is None or self.hash_column is None:
+            return "done"
+        return "done" if _hash(path, self.hash_column) == job.expected else "outdated"
+
+    @property
+    def left(self) -> list[Job]:
+        return self.state["missing"] + self.state["outdated"]
+
+    def seconds(self, jobs: list[Job], speed: Any) -> float:
+        return sum(speed.start_s + job.read_tokens * speed.read_s + job.answer_tokens * speed.answer_s for job in jobs)
+
+    def bytes(self, jobs: list[Job]) -> int:
+        """Of their files: those that are there stand for those that are not."""
+        there = [Path(job.path).stat().st_size for job in self.state["done"]]
+        each = sum(there) / len(there) if there else None
+        return int(sum(CELL_FILE + job.rows * job.row_bytes if each is None else each for job in jobs))
+
+
+def _hash(path: Path, column: str) -> str | None:
+    """What made a results file, as its rows say; of a prefill index, what it says of itself."""
+    if path.suffix == ".json":
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return digest({key: index.get(key) for key in ("code", "model")})
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_table(path, columns=[column])[column]
+    except (pyarrow.ArrowInvalid, KeyError, OSError):
+        return None
+    return found[0].as_py() if len(found) else None
+
+
+@dataclass(frozen=True)
+class Work:
+    """The jobs of a study that run a model, the tokens of each prompt that is read once and stored, and remarks."""
+
+    items: tuple[Item, ...] = ()
+    documents: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def rows_in(path: str) -> int | None:
+    """Return how many rows a Parquet file has; None if it is not there."""
+    if not Path(path).is_file():
+        return None
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows

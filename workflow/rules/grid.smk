@@ -1,0 +1,210 @@
+# The grid: every cell forgets in its own way and answers; answers become scores, estimates, a transition zone.
+from kv_transition.studies.grid import specs as grid_specs
+
+CELLS = [FILES.cell(task, *key, bin) for task in TASKS for key in grid_specs.cells(SETTINGS) for bin in BINS]
+CALIBRATION = FILES.file("calibration/{task}.json")
+
+
+def calibration_of(wildcards):
+    return CALIBRATION.format(task=wildcards.task) if grid_specs.calibrated(SETTINGS, wildcards.policy) else []
+
+
+def treated_of(wildcards):
+    treated = grid_specs.treated(SETTINGS, wildcards.policy)
+    if treated is None:
+        return []
+    return PIECES.cell("{task}", "{mode}", treated, "{budget}", "{bin}").format(**dict(wildcards.items()))
+
+
+@cache
+def cell_spec(mode, policy, budget):
+    """A cell's spec and the hash that its rows carry."""
+    return grid_specs.cell(SETTINGS, mode, policy, budget)
+
+
+# What cells of entropy_recall take from other jobs: a tau calibrated on examples that no cell sees, and, for controls,
+# the cell whose number of moments they have. Other cells take nothing.
+
+
+rule calibrate:
+    input:
+        examples=FILES.examples("{task}"),
+        manifest=FILES.manifest("{task}"),
+    output:
+        CALIBRATION,
+    log:
+        FILES.log("calibrate", "{task}"),
+    conda:
+        "../../envs/inference.yaml"
+    threads: 4 if ON_GPU else 1
+    resources:
+        **GPU,
+    params:
+        spec=as_json(grid_specs.calibrate(SETTINGS)) if TASKS else "{}",
+    shell:
+        "python -m kv_transition.studies.grid.calibrate --spec {params.spec:q} --task {wildcards.task} --threads {threads}"
+        " --examples {input.examples} --manifest {input.manifest} --output {output} > {log} 2>&1"
+
+
+rule cell:
+    input:
+        bin=PIECES.bin("{task}", "{bin}"),
+        index=[] if REMOTE else PIECES.prefill_index("{task}", "{bin}"),
+        calibration=calibration_of,
+        treated=treated_of,
+    output:
+        PIECES.cell("{task}", "{mode}", "{policy}", "{budget}", "{bin}"),
+    log:
+        PIECES.log("cell", "{task}", "{mode}", "{policy}-{budget}", "bin{bin}"),
+    priority: lambda wildcards: int(wildcards.bin)
+    conda:
+        "../../envs/inference.yaml"
+    threads: 4 if ON_GPU else 1
+    resources:
+        **GPU,
+        endpoint=int(REMOTE),
+    params:
+        spec=lambda wildcards: as_json(cell_spec(wildcards.mode, wildcards.policy, wildcards.budget)),
+    shell:
+        ("python -m kv_transition.studies.grid.remote" if REMOTE else "python -m kv_transition.studies.grid.run")
+        + " --spec {params.spec:q} --threads {threads}"
+        " --bin {input.bin} --output {output} --calibration {input.calibration} --treated {input.treated}"
+        " > {log} 2>&1"
+
+
+localrules:
+    grid,
+
+
+# The hash that each cell's rows must carry. The .snakemake folder, which knows what is stale, can get lost; a grid
+# that changed has another name here, so that scoring runs again all the same and compares.
+GRID = {
+    files.cell(task, *key, bin): digest(cell_spec(*key))
+    for files in ([FILES.shard(number) for number in range(len(SHARDS))] if ADAPTIVE else [FILES])
+    for task in TASKS
+    for key in grid_specs.cells(SETTINGS)
+    for bin in BINS
+}
+
+
+rule grid:
+    output:
+        path=FILES.file(f"grid/{digest(GRID)}.json"),
+    log:
+        FILES.log("grid"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.provenance:write_json"),
+        value=GRID,
+    script:
+        "../../scripts/call.py"
+
+
+STATISTICS = SETTINGS.statistics.model_dump()
+
+
+if ADAPTIVE:
+
+    include: "adaptive.smk"
+
+else:
+
+    rule score:
+        input:
+            grid=rules.grid.output[0],
+            # as a function: a named list would be hashed whole for each of its files
+            cells=lambda wildcards: CELLS,
+            bins=[FILES.bin(task, bin) for task in TASKS for bin in BINS],
+            manifests=[FILES.manifest(task) for task in TASKS],
+        output:
+            output=report(FILES.table("scores"), caption="../report/scores.rst", category="Tables"),
+        log:
+            FILES.log("score"),
+        conda:
+            "../../envs/analysis.yaml"
+        params:
+            **calling("kv_transition.studies.grid.score:write_scores"),
+            aliases=grid_specs.aliases(SETTINGS),
+        script:
+            "../../scripts/call.py"
+
+
+rule aggregate:
+    input:
+        scores=rules.score.output[0],
+    output:
+        bin_stats=report(FILES.table("bin_stats"), caption="../report/bin_stats.rst", category="Tables"),
+        comparisons=report(FILES.table("comparisons"), caption="../report/comparisons.rst", category="Tables"),
+        pairs=report(FILES.table("pairs"), caption="../report/pairs.rst", category="Tables"),
+        noninferiority=report(FILES.table("noninferiority"), caption="../report/noninferiority.rst", category="Tables"),
+        smallest_budgets=report(
+            FILES.table("smallest_budgets"), caption="../report/smallest_budgets.rst", category="Tables"
+        ),
+    log:
+        FILES.log("aggregate"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.grid.analysis.aggregate:write_aggregates"),
+        statistics=STATISTICS,
+    script:
+        "../../scripts/call.py"
+
+
+rule transition:
+    input:
+        scores=rules.score.output[0],
+        bin_stats=rules.aggregate.output.bin_stats,
+    output:
+        transition=report(FILES.table("transition"), caption="../report/transition.rst", category="Tables"),
+        budget_transition=report(
+            FILES.table("budget_transition"), caption="../report/budget_transition.rst", category="Tables"
+        ),
+    log:
+        FILES.log("transition"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.grid.analysis.transition:write_transition"),
+        statistics=STATISTICS,
+    script:
+        "../../scripts/call.py"
+
+
+GRID_FIGURES = ["acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len", "failures", "front", "differences"]
+
+
+rule plots:
+    input:
+        scores=rules.score.output[0],
+        bin_stats=rules.aggregate.output.bin_stats,
+        comparisons=rules.aggregate.output.comparisons,
+        transition=rules.transition.output.transition,
+    output:
+        **figures(GRID_FIGURES),
+        interactive=in_report("interactive", "html"),
+    log:
+        FILES.log("plots"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.grid.plots:write_plots"),
+    script:
+        "../../scripts/call.py"
+
+
+TARGETS += [CELLS, rules.grid.output, rules.score.output, rules.aggregate.output, rules.transition.output]
+TARGETS += [rules.plots.output]
+TABLES |= {
+    name: str(path)
+    for outputs in (rules.aggregate.output, rules.transition.output)
+    for name, path in outputs.items()
+    if name not in ("bin_stats", "comparisons", "transition")
+}
+if ADAPTIVE:
+    TABLES["allocation"] = FILES.table("allocation")
+BEFORE_REPORT += rules.plots.output
+if any(options.get("kind", name) == specs.RECALL for name, options in POLICIES.items()):
+
+    include: "moments.smk"
