@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,7 +123,7 @@ class Compressed:
     def score(self, text: Text) -> Scored:
         """How little each token of a text was expected that goes on where the context ends.
 
-        A policy that acts while decoding does so after each token. Raises UserError for a text of fewer than two tokens.
+        A policy that acts while decoding does so after each token. Raises UserError for fewer than two tokens.
         """
         engine, setting, state = self.context.model.engine, self.setting, self.state
         tokens = self.context.model.text_ids(text)
@@ -132,7 +133,7 @@ class Compressed:
             _, nats = engine.score(state, tokens[:-1], tokens[1:], frozenset())
             return Scored(tuple(tokens), tuple(nats.tolist()))
         watcher, found = setting.policy.watch(self.seed), []
-        for token, target in zip(tokens[:-1], tokens[1:], strict=True):
+        for token, target in pairwise(tokens):
             before = watcher.before_attention(state.logits[None]) if watcher else None
             grown, nats = engine.score(state, [token], [target], setting.while_decoding, before_attention=before)
             state = setting.hold(grown, self.budget_entries)
