@@ -24,6 +24,7 @@ LAYERS = [
     {"plan"},
     {"outputs"},
     {"studies"},
+    {"api"},
     {"report", "eval"},
     {"plotting"},
     {"stats"},
@@ -148,6 +149,7 @@ def loaded_modules(code: str) -> set[str]:
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
+        ("kv_transition", {"torch", "transformers", "polars", "altair", "numpy", "pydantic"}),
         (
             "kv_transition.cli, kv_transition.specs",
             {"torch", "transformers", "polars", "pyarrow", "scipy", "altair", "fastapi", "uvicorn"},

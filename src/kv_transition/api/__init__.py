@@ -1,0 +1,1 @@
+"""What Python code uses: a context read once, compressed, and asked; the names are exported by `kv_transition`."""

@@ -1,0 +1,159 @@
+"""A context that was read once, what is left of it under a policy, and questions asked of either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kv_transition.api.chosen import BudgetLike, PolicyLike, name_of, setting_of
+from kv_transition.api.model import Model, Text
+from kv_transition.api.reply import Entropies, Reply, Scored, reply_of
+from kv_transition.cache.state import CacheState
+from kv_transition.cache.store import Prefill
+from kv_transition.errors import UserError
+from kv_transition.run.decode import Answer, Setting, begin, finish, let_in
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class Context:
+    """A context as the model read it, with the full cache. Nothing that is asked of it changes it."""
+
+    model: Model
+    tokens: list[int] = field(repr=False)
+    text: str | None = field(repr=False)
+    state: CacheState = field(repr=False)
+    statistics: frozenset[str] = field(repr=False)
+    """those that were kept up while it was read"""
+    seconds: float
+    """that reading it took"""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def compress(self, policy: PolicyLike, budget: BudgetLike | None = None, *, seed: int = 0) -> Compressed:
+        """What a policy leaves of the context before any question is known.
+
+        policy: a name, {"kind": name, hyper-parameters}, a `Policy` or its class. budget: a fraction of the entries, or
+        {"tokens": n}. seed: of policies that draw. Raises UserError where the policy lacks its budget, or reads a
+        statistic that the context was read without.
+        """
+        setting = setting_of(policy, budget, "before_question")
+        k = setting.entries(self.state.length)
+        started = self.model.engine.clock()
+        state = setting.compress(self.state, k, seed)
+        seconds = self.model.engine.clock() - started
+        record = setting.policy.record(self.state, k) if setting.evicts else {}
+        return Compressed(self, setting, state, k, seed, seconds, record)
+
+    def ask(
+        self,
+        question: Text,
+        policy: PolicyLike = "full",
+        budget: BudgetLike | None = None,
+        *,
+        mode: str = "before_question",
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Reply:
+        """The answer under a policy; the full cache's, unless another is named.
+
+        mode: ``before_question`` compresses the context and then reads the question; ``after_prompt`` reads both with
+        the full cache, compresses, and reads the last token again. Raises UserError as `compress` does.
+        """
+        if mode == "before_question":
+            compressed = self.compress(policy, budget, seed=seed)
+            return compressed.ask(question, max_new_tokens=max_new_tokens, temperature=temperature)
+        setting = setting_of(policy, budget, mode, temperature)
+        engine, ids = self.model.engine, self.model.question_ids(self.text, question)
+        started = engine.clock()
+        prompt = engine.extend(self.state, ids, self.statistics)
+        prefill = Prefill(self.state, prompt, self.seconds, engine.clock() - started)
+        answer, entropies = _new_answer(setting, max_new_tokens, seed)
+        return _finished(self.model, begin(engine, prefill, ids, setting, answer), setting, answer, entropies)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a policy left of a context. Each question is asked of a copy of it."""
+
+    context: Context = field(repr=False)
+    setting: Setting
+    state: CacheState = field(repr=False)
+    budget_entries: int
+    """entries per KV head that the budget allows"""
+    seed: int
+    seconds: float
+    """that compressing took"""
+    record: dict[str, Any] = field(repr=False)
+    """what the policy says of its compression"""
+
+    @property
+    def policy(self) -> str:
+        return name_of(self.setting.policy)
+
+    @property
+    def entries(self) -> float:
+        """Entries per KV head, mean over the layers that are evicted."""
+        return self.state.entries
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values in the layers that are evicted."""
+        return self.state.nbytes
+
+    def ask(self, question: Text, *, max_new_tokens: int = 64, temperature: float = 0.0) -> Reply:
+        """The answer to a question, read against what is left of the context."""
+        model, context = self.context.model, self.context
+        setting = Setting(self.setting.policy, self.setting.budget, "before_question", temperature=temperature)
+        answer, entropies = _new_answer(setting, max_new_tokens, self.seed)
+        answer.budget_entries = self.budget_entries
+        answer.token_bytes = context.state.nbytes / context.state.length
+        answer.prefill_s, answer.compress_s = context.seconds, self.seconds
+        answer.record = dict(self.record)
+        ids = model.question_ids(context.text, question)
+        return _finished(model, let_in(model.engine, self.state, ids, setting, answer), setting, answer, entropies)
+
+    def score(self, text: Text) -> Scored:
+        """How little each token of a text was expected that goes on where the context ends.
+
+        A policy that acts while decoding does so after each token. Raises UserError for fewer than two tokens.
+        """
+        engine, setting, state = self.context.model.engine, self.setting, self.state
+        tokens = self.context.model.text_ids(text)
+        if len(tokens) < 2:
+            raise UserError(f"a text of {len(tokens)} tokens cannot be scored; give two or more")
+        if not (setting.evicts and setting.policy.acts_each_step):
+            _, nats = engine.score(state, tokens[:-1], tokens[1:], frozenset())
+            return Scored(tuple(tokens), tuple(nats.tolist()))
+        watcher, found = setting.policy.watch(self.seed), []
+        for token, target in pairwise(tokens):
+            before = watcher.before_attention(state.logits[None]) if watcher else None
+            grown, nats = engine.score(state, [token], [target], setting.while_decoding, before_attention=before)
+            state = setting.hold(grown, self.budget_entries)
+            found.append(nats)
+        return Scored(tuple(tokens), tuple(torch.cat(found).tolist()))
+
+    def kept(self) -> pl.DataFrame:
+        """The position of every entry that is held: a row for each, with its layer and KV head."""
+        from kv_transition.api.kept import kept_frame
+
+        return kept_frame(self.state)
+
+
+def _new_answer(setting: Setting, max_new_tokens: int, seed: int) -> tuple[Answer, Entropies]:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: {max_new_tokens} leaves no answer; give 1 or more")
+    entropies = Entropies(setting, seed)
+    return Answer(seed, max_new_tokens, watcher=entropies), entropies
+
+
+def _finished(model: Model, state: CacheState, setting: Setting, answer: Answer, entropies: Entropies) -> Reply:
+    finish(model.engine, [state], setting, [answer])
+    return reply_of(answer, model.text_of(answer.tokens), entropies.seen)

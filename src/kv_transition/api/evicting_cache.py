@@ -1,0 +1,268 @@
+"""A transformers `Cache` that evicts: plain models decode from it with their own ``generate()``."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kv_transition.api.chosen import BudgetLike, PolicyLike, name_of, setting_of
+from kv_transition.cache.batch import stack
+from kv_transition.cache.state import CacheState
+from kv_transition.engines.guest import GuestEngine, our_attention
+from kv_transition.engines.reading import Reading
+from kv_transition.errors import UserError
+
+_ROOM = 256
+"""entries to leave space for behind a prompt, so that a cache that grows is seldom moved"""
+
+
+class EvictingCache(Cache):
+    """What a model remembers of one prompt, compressed before the first token is drawn.
+
+    Give a new one as ``past_key_values`` to each ``generate()``, pipeline or forward call; the model is otherwise left
+    as it is. The prompt is read with the full cache and compressed to the budget, its last token is read again against
+    what is left, and a policy that acts while decoding does so at every token. Outputs are those of the last tokens
+    that were read: one, or the question where ``context_tokens`` is given.
+
+    A batch is padded on the left. Raises UserError where the policy lacks a budget, the model cannot be evicted, or
+    the batch cannot be held together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        policy: PolicyLike,
+        budget: BudgetLike | None = None,
+        *,
+        context_tokens: int | None = None,
+        chunk_tokens: int | None = None,
+        seed: int = 0,
+    ):
+        """context_tokens: compress after so many tokens of the prompt, before the rest (the question) is read; None:
+        after all of it. chunk_tokens: longest piece of the prompt read at a time. seed: of policies that draw."""
+        super().__init__(layers=[])
+        mode = "after_prompt" if context_tokens is None else "before_question"
+        self._setting = setting_of(policy, budget, mode)
+        self._engine = GuestEngine(model, chunk_tokens=chunk_tokens)
+        self._context_tokens, self._seed = context_tokens, seed
+        self.reset()
+        _hook(model)
+
+    def reset(self) -> None:
+        """Forget the prompt, so that another can be read."""
+        self._state: CacheState | None = None
+        self._watcher = self._setting.policy.watch(self._seed) if self._setting.evicts else None
+        self._k = self._seen = 0
+        self._reading: Reading | None = None
+        self._leave = contextlib.ExitStack()
+
+    @property
+    def state(self) -> CacheState | None:
+        """What is held now, of a batch of one even for a single prompt; None before the prompt was read."""
+        return self._state
+
+    @property
+    def entries(self) -> float:
+        """Entries per KV head, mean over the layers that are evicted; 0 before the prompt was read."""
+        return 0.0 if self._state is None else self._state.entries
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are held in the layers that are evicted."""
+        return 0 if self._state is None else self._state.nbytes
+
+    # What follows is called by transformers.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read, however few of their entries are left."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._seen + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def update(self, keys: Tensor, values: Tensor, *arguments: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        if self._reading is None:
+            raise UserError("this EvictingCache was made for another model; make one with EvictingCache(model, ...)")
+        return self._reading.update(keys, values)
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self._state is None else len(self._state.logits)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._state is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise UserError(
+            "an EvictingCache holds one way an answer goes, so num_beams must be 1; greedy and sampling work"
+        )
+
+    batch_repeat_interleave = batch_select_indices = reorder_cache
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise UserError(
+            "an EvictingCache cannot take tokens back, which assisted decoding does; leave out assistant_model and "
+            "prompt_lookup_num_tokens"
+        )
+
+    def activate_past_recording(self) -> None:
+        self.crop(0)
+
+    # And this before and after each of the model's readings.
+
+    def enter(self, model: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the forward call that reads on; reads all but the last tokens of a prompt itself."""
+        if model is not self._engine.model:
+            self.update(*(torch.empty(0),) * 2)
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if ids is None:
+            raise UserError("an EvictingCache reads input_ids, and was given none; inputs_embeds cannot be evicted")
+        first = self._state is None
+        tokens = self._begin(ids, mask) if first else self._next(ids, mask)
+        watched = self._watcher is not None and not (first and self._context_tokens is not None)
+        engine, state = self._engine, self._state
+        self._reading = Reading(
+            state,
+            tokens.shape[1],
+            statistics=self._setting.while_decoding,
+            room=0 if self._setting.while_decoding else _ROOM,
+            rotaries=engine.rotaries,
+            windows=engine.windows,
+            implementations=(engine.attention, engine.statistics_asked),
+            device=engine.device,
+            before_attention=self._watcher.before_attention(state.logits) if watched else None,
+        )
+        self._seen = ids.shape[1] if first else self._seen + 1
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(our_attention(model))
+            entered.enter_context(torch.inference_mode())
+            self._leave = entered.pop_all()
+        dropped = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
+        return {name: value for name, value in arguments.items() if name not in dropped} | {
+            "input_ids": tokens,
+            "position_ids": self._reading.position_ids,
+            "past_key_values": self,
+            "use_cache": True,
+            "return_dict": True,
+            "reading": self._reading,
+        }
+
+    def leave(self, output: Any) -> None:
+        """Take what was read, and hold it at the budget where the policy does so while decoding. None: it failed."""
+        self._leave.close()
+        reading, self._reading = self._reading, None
+        if reading is None or output is None:
+            return
+        # what generate() works on in place must not be an inference tensor
+        output.logits = output.logits.clone()
+        grown = CacheState(
+            layers=tuple(reading.read),
+            length=reading.state.length + reading.positions.shape[-1],
+            logits=output.logits[:, -1].float(),
+            shift=reading.state.shift,
+        )
+        self._state = self._setting.hold(grown, self._k)
+
+    def _begin(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Read and compress a prompt [B, n]; the tokens [B, q] that remain to be read against it."""
+        rows = _rows(ids, mask)
+        question = 1
+        if self._context_tokens is not None:
+            question = len(rows[0]) - self._context_tokens
+            if not 0 < self._context_tokens < len(rows[0]) or len({len(row) for row in rows}) > 1:
+                raise UserError(
+                    f"context_tokens: {self._context_tokens} does not lie inside of every prompt at the same place; "
+                    "give a batch of equally long prompts, or one prompt at a time"
+                )
+        policy, several = self._setting.policy, len(rows) > 1
+        if several and self._setting.evicts and policy.one_at_a_time:
+            raise UserError(f"the policy {name_of(policy)} decodes one answer at a time; give it one prompt")
+        begun = {tuple(row): self._compressed(row, question) for row in rows}
+        states = [begun[tuple(row)] for row in rows]
+        if several and self._setting.evicts and policy.acts_each_step and len({s.entries for s in states}) > 1:
+            raise UserError(
+                f"the policy {name_of(policy)} acts at each token, so a batch must hold equally many entries; give "
+                'prompts of one length, a budget in tokens such as {"tokens": 128}, or one prompt at a time'
+            )
+        self._state = stack(states, self._setting.while_decoding)
+        return torch.tensor([row[-question:] for row in rows], device=ids.device)
+
+    def _compressed(self, row: Sequence[int], question: int) -> CacheState:
+        """A prompt's state without its last ``question`` tokens, with the logits before the next one is read."""
+        setting, whole = self._setting, self._context_tokens is None
+        read = row if whole else row[:-question]
+        statistics = setting.policy.statistics if setting.evicts else frozenset()
+        state = self._engine.extend(None, read, statistics)
+        self._k = setting.entries(state.length)
+        kept = setting.compress(state, self._k, self._seed, keep_last=whole)
+        # no token of the answer may come from the full cache, so the prompt's last token is read again
+        return replace(kept.without_last(), logits=state.logits) if whole else kept
+
+    def _next(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """The one new token [B, 1] of each sequence."""
+        expected = self._seen + 1
+        if ids.shape[1] != 1 or (mask is not None and mask.dim() == 2 and mask.shape[1] != expected):
+            raise UserError(
+                "this EvictingCache holds a prompt already; make a new one for each prompt, and read a long prompt in "
+                "pieces by its chunk_tokens rather than prefill_chunk_size"
+            )
+        if ids.shape[0] != self.batch_size:
+            raise UserError(f"this EvictingCache holds {self.batch_size} sequences, not {ids.shape[0]}; make a new one")
+        return ids
+
+
+def _rows(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The tokens of each prompt of a batch [B, n] without the padding in front."""
+    if mask is None:
+        return ids.tolist()
+    if mask.shape != ids.shape:
+        raise UserError(
+            f"attention_mask has the shape {list(mask.shape)} and input_ids {list(ids.shape)}; an EvictingCache makes "
+            "its own masks from one number per token"
+        )
+    seen = mask.bool()
+    if not bool((seen[:, 1:] >= seen[:, :-1]).all() and seen[:, -1].all()):
+        raise UserError(
+            "attention_mask leaves out tokens that are not in front; pad batches on the left (padding_side='left' of "
+            "the tokenizer), and give generate() the tokenizer's attention_mask"
+        )
+    return [row[kept].tolist() for row, kept in zip(ids, seen, strict=True)]
+
+
+def _hook(model: torch.nn.Module) -> None:
+    """Let a model's forward calls meet an `EvictingCache`, once; calls without one go on as before."""
+    if _before not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before, with_kwargs=True)
+        model.register_forward_hook(_after, with_kwargs=True, always_call=True)
+
+
+def _before(
+    model: torch.nn.Module, unnamed: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    arguments = dict(zip(inspect.signature(model.forward).parameters, unnamed, strict=False)) | named
+    cache = arguments.get("past_key_values")
+    return ((), cache.enter(model, arguments)) if isinstance(cache, EvictingCache) else None
+
+
+def _after(model: torch.nn.Module, _: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    if isinstance(cache := named.get("past_key_values"), EvictingCache):
+        cache.leave(output)

@@ -1,0 +1,96 @@
+"""What comes of asking: an answer with its entropies and the anatomy of the cache; the surprise of a given text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kv_transition.cache.state import CacheState
+from kv_transition.policies.base import BeforeAttention, Watcher
+from kv_transition.run.decode import Answer, Setting
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and what it was drawn from."""
+
+    text: str
+    tokens: tuple[int, ...]
+    entropies: tuple[float, ...]
+    """nats, of the distribution that each token was drawn from, at temperature 1"""
+    finish_reason: str
+    """``stop`` at the model's end token, else ``length``"""
+    kept: tuple[float, ...]
+    """entries per KV head before each token, mean over the layers that are evicted"""
+    budget_entries: int
+    """entries per KV head that the budget allowed when the cache was compressed"""
+    cache_bytes: int
+    """of keys and values at the end, in the layers that are evicted"""
+    full_bytes: int
+    """that the full cache would have taken"""
+    seconds: Mapping[str, float]
+    """of reading (prefill), compressing (compress) and decoding, the question included (decode)"""
+    record: Mapping[str, Any]
+    """what the policy says of its compression and of its steps"""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How little each token of a text was expected; the first is not scored, since the full cache foretold it."""
+
+    tokens: tuple[int, ...]
+    nats: tuple[float, ...]
+    """-log p of each token but the first"""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean of ``nats``."""
+        return math.exp(sum(self.nats) / len(self.nats))
+
+
+class Entropies:
+    """Notes the entropy of each distribution, beside what watches the steps of the policy."""
+
+    def __init__(self, setting: Setting, seed: int):
+        self._inner: Watcher | None = setting.policy.watch(seed) if setting.evicts else None
+        self.seen: list[float] = []
+
+    def before_attention(self, logits: Tensor) -> BeforeAttention | None:
+        self.seen.append(entropy(logits))
+        return self._inner.before_attention(logits) if self._inner else None
+
+    def record(self, state: CacheState) -> dict[str, Any]:
+        self.seen.append(entropy(state.logits))
+        return self._inner.record(state) if self._inner else {}
+
+
+def entropy(logits: Tensor) -> float:
+    """Nats, of the next token's distribution at temperature 1, of logits [1, V] or [V]."""
+    return max(0.0, float(torch.special.entr(logits.float().softmax(-1)).sum()))
+
+
+def reply_of(answer: Answer, text: str, watched: Sequence[float]) -> Reply:
+    """An answer as it is given out. watched: the entropies seen, the last of them of what came after the last token
+    or in place of it."""
+    # one for each distribution drawn from; the first step may be the prompt's last token, read again
+    drawn = watched[len(watched) - len(answer.kept) :]
+    return Reply(
+        text=text,
+        tokens=tuple(answer.tokens),
+        entropies=tuple(drawn[: len(answer.tokens)]),
+        finish_reason=answer.finish_reason,
+        kept=tuple(answer.kept),
+        budget_entries=answer.budget_entries,
+        cache_bytes=answer.cache_bytes,
+        full_bytes=answer.full_bytes,
+        seconds={"prefill": answer.prefill_s, "compress": answer.compress_s, "decode": answer.decode_s},
+        record=answer.record,
+    )

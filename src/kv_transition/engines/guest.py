@@ -1,0 +1,59 @@
+"""A transformers model that is somebody else's too: its attention is ours only while we read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kv_transition.cache.state import CacheState
+from kv_transition.engines.loading import refuse_unsupported
+from kv_transition.engines.local import LocalEngine
+from kv_transition.engines.reading import ATTENTION, attention_function
+from kv_transition.errors import UserError
+
+
+class GuestEngine(LocalEngine):
+    """Reads as `LocalEngine` does, and leaves the model as it was: `generate` and all else go on as before.
+
+    While it reads, no other thread may run the model. Raises UserError for a model that cannot be evicted.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any = None, **options: Any):
+        refuse_model(model)
+        super().__init__(model, tokenizer, **options)
+
+    def _read(self, *arguments: Any) -> tuple[CacheState, Tensor]:
+        with our_attention(self.model):
+            return super()._read(*arguments)
+
+
+def refuse_model(model: Any) -> None:
+    """Raises UserError for what is no transformers model, or none whose cache can be evicted."""
+    name = type(model).__name__
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config") or not hasattr(model, "generate"):
+        raise UserError(f"{name} is no language model of transformers; give one that AutoModelForCausalLM loads")
+    if model.config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"{name} computes attention in a way that cannot be replaced, so it cannot be evicted; choose a decoder "
+            "such as Qwen2, Llama or Mistral"
+        )
+    refuse_unsupported(model.config, name)
+
+
+@contextlib.contextmanager
+def our_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block the model attends to what a `Reading` holds, and transformers makes no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attention_function)
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,326 @@
+"""generate() on plain models gives, from an EvictingCache, the tokens of the engine, of cells and of the server."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import FAMILIES, VOCABULARY, engine, random_model, sliding_model, tokens
+from serving import NAME, ask, words
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, pipeline
+from transformers.generation.streamers import BaseStreamer
+
+import kv_transition as kvt
+from kv_transition.api.chosen import budget_of, policy_of
+from kv_transition.cache.state import STATISTICS
+from kv_transition.cache.store import PrefillStore
+from kv_transition.engines.local import LocalEngine
+from kv_transition.policies import catalog
+from kv_transition.policies.catalog import kinds
+from kv_transition.run.command import answer_seed
+from kv_transition.run.decode import Setting, answer
+from kv_transition.serve.app import create_app
+from kv_transition.serve.model import Served
+from kv_transition.serve.prefills import Prefills
+from kv_transition.studies.grid import run as cell
+
+POLICIES = [
+    *({"kind": kind} for kind in kinds()),
+    {"kind": "entropy_recall", "tau": 1.0},
+    {"kind": "entropy_recall", "moments": "always", "inner": "tova"},
+    {"kind": "entropy_merge", "count_bias": True},
+    {"kind": "streaming_llm", "positions": "cache"},
+]
+OWN_BUDGET = ("full", "quantized")
+NEW = 8
+
+
+@cache
+def plain(family):
+    """A model as transformers loads it, with its own attention."""
+    model = random_model(family)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def generated(model, prompts, cache=None, **options):
+    """The new tokens of generate(), greedy unless said otherwise, of prompts padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "attention_mask": mask} | options
+    return model.generate(ids, past_key_values=cache, **options)[:, longest:].tolist()
+
+
+def by_engine(family, context, question, policy, budget, mode, seed, new=NEW):
+    """What LocalEngine answers, which tests/test_engine.py holds against attention written out."""
+    model, own = engine(family), policy_of(policy)
+    setting = Setting(own, budget_of(budget, own), mode)
+    return answer(model, model.prefill(context, question), question, setting, new, seed)
+
+
+def budget_for(policy, budget):
+    return None if policy["kind"] in OWN_BUDGET else budget
+
+
+# -- the same tokens
+
+
+@cache
+def client(family):
+    own = LocalEngine(engine(family).model, words())
+    return TestClient(create_app(Served(NAME, own, Prefills(own, 10**9, STATISTICS), 1024)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: "-".join(map(str, policy.values())))
+def test_every_way_gives_the_same_tokens(tmp_path, monkeypatch, family, mode, policy):
+    context, question = tokens(64, seed=1), tokens(7, seed=2)
+    seed = answer_seed(0, "e0", 0)
+    budget = budget_for(policy, 0.3)
+    expected = by_engine(family, context, question, policy, budget, mode, seed)
+    name = "r1" if budget is None else "r0.3"
+
+    at = len(context) if mode == "before_question" else None
+    held = kvt.EvictingCache(plain(family), policy, budget, context_tokens=at, seed=seed)
+    assert generated(plain(family), [context + question], held) == [expected.tokens]
+    assert held.entries == pytest.approx(expected.kept[-1])
+    assert held.nbytes == expected.cache_bytes
+
+    by_name = (
+        kvt.load(plain(family)).read(context).ask(question, policy, budget, mode=mode, max_new_tokens=NEW, seed=seed)
+    )
+    assert list(by_name.tokens) == expected.tokens
+    assert by_name.cache_bytes == expected.cache_bytes
+
+    monkeypatch.setattr(engine(family), "tokenizer", words())
+    spec = {
+        "mode": mode, "policy": "mine", "kind": policy["kind"], "budget": name, "first_token": "compressed",
+        "hyper_parameters": catalog.resolve(policy["kind"], policy)[1],
+        "decoding": {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0},
+    }  # fmt: skip
+    example = {
+        "task": "t", "example_id": "e0", "bin": 0, "prompt_sha256": "sha", "prompt_len": 71,
+        "context_ids": context, "question_ids": question, "max_new_tokens": NEW,
+    }  # fmt: skip
+    (row,) = cell.rows(engine(family), [example], spec, PrefillStore(tmp_path, mode="never"))
+    assert row["text"] == words().decode(expected.tokens)
+
+    asked = {"kv_policy": spec["hyper_parameters"] | {"kind": policy["kind"]}, "kv_mode": mode, "kv_seed": seed}
+    asked |= {} if budget is None else {"kv_budget": budget}
+    got = ask(client(family), prompt=context + question, kv_context=64, max_tokens=NEW, **asked)
+    assert got["kv"]["token_ids"] == expected.tokens
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    policy=st.sampled_from(POLICIES),
+    sizes=st.tuples(st.integers(2, 60), st.integers(1, 20)),
+    budget=st.sampled_from([0.05, 0.3, 0.75, 1.0, {"tokens": 1}, {"tokens": 16}, {"tokens": 500}]),
+    mode=st.sampled_from(["before_question", "after_prompt"]),
+    chunk=st.sampled_from([None, 1, 7, 64]),
+    seed=st.integers(0, 5),
+)
+def test_any_prompt_in_any_pieces_at_any_budget(family, policy, sizes, budget, mode, chunk, seed):
+    context, question = tokens(sizes[0], seed=seed), tokens(sizes[1], seed=seed + 50)
+    budget = budget_for(policy, budget)
+    expected = by_engine(family, context, question, policy, budget, mode, seed)
+    at = len(context) if mode == "before_question" else None
+    held = kvt.EvictingCache(plain(family), policy, budget, context_tokens=at, chunk_tokens=chunk, seed=seed)
+    assert generated(plain(family), [context + question], held) == [expected.tokens]
+    assert held.get_seq_length() == sum(sizes) + NEW - 1
+
+
+def test_sliding_window_layers_are_left_to_themselves():
+    mine, twin = sliding_model()
+    context, question = tokens(50), tokens(5, seed=1)
+    setting = Setting(policy_of("h2o"), kvt.Budget.parse("r0.4"), "after_prompt")
+    expected = answer(mine, mine.prefill(context, question), question, setting, NEW, 0)
+    held = kvt.EvictingCache(twin, "h2o", 0.4)
+    assert generated(twin, [context + question], held) == [expected.tokens]
+    assert held.nbytes == expected.cache_bytes
+
+
+# -- transformers' own ways
+
+
+def test_the_model_is_as_before_without_the_cache():
+    model, prompt = random_model("llama"), tokens(40)
+    before, forward = generated(model, [prompt]), model.config._attn_implementation
+    generated(model, [prompt], kvt.EvictingCache(model, "snapkv", 0.2))
+    assert generated(model, [prompt]) == before
+    assert generated(model, [prompt], DynamicCache(config=model.config)) == before
+    assert model.config._attn_implementation == forward
+    with pytest.raises(IndexError):  # in the middle of a reading
+        generated(model, [[VOCABULARY + 1, 5]], kvt.EvictingCache(model, "snapkv", 0.2))
+    assert generated(model, [prompt]) == before
+    twin = copy.deepcopy(model)
+    assert generated(twin, [prompt], kvt.EvictingCache(twin, "full")) == before
+
+
+def test_sampling_draws_from_the_compressed_cache():
+    """The first draws follow the distribution of the engine's logits, and a seed gives them again."""
+    prompt, n = tokens(30, seed=3), 4000
+    setting = Setting(policy_of("h2o"), kvt.Budget.parse("r0.3"), "after_prompt")
+    model = engine("qwen2")
+    state = setting.compress(model.extend(None, prompt), setting.entries(30), keep_last=True).without_last()
+    expected = model.extend(state, prompt[-1:], setting.while_decoding).logits.softmax(-1)
+
+    def draws():
+        torch.manual_seed(5)
+        held = kvt.EvictingCache(plain("qwen2"), "h2o", 0.3)
+        options = {"do_sample": True, "top_k": 0, "num_return_sequences": n, "max_new_tokens": 1}
+        return generated(plain("qwen2"), [prompt], held, **options)
+
+    first = draws()
+    counts = torch.bincount(torch.tensor(first).flatten(), minlength=VOCABULARY) / n
+    # five standard errors of a share of n draws
+    assert (counts - expected).abs().max() < 5 * 0.5 / n**0.5
+    assert draws() == first
+
+
+@pytest.mark.parametrize("policy", [{"kind": k} for k in kinds() if k not in ("entropy_recall", "quantized")])
+def test_a_batch_gives_what_each_prompt_gives_alone(policy):
+    prompts = [tokens(n, seed=n) for n in (40, 60, 60)]
+    budget = budget_for(policy, {"tokens": 16})
+    together = generated(plain("qwen2"), prompts, kvt.EvictingCache(plain("qwen2"), policy, budget))
+    alone = [generated(plain("qwen2"), [p], kvt.EvictingCache(plain("qwen2"), policy, budget))[0] for p in prompts]
+    assert together == alone
+
+
+def test_answers_are_streamed():
+    class Heard(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    heard, prompt = Heard(), tokens(30)
+    held = kvt.EvictingCache(plain("qwen2"), "tova", 0.3)
+    got = generated(plain("qwen2"), [prompt], held, streamer=heard)
+    assert heard.tokens == prompt + got[0]
+    assert heard.ended
+
+
+def test_a_chat_pipeline_answers_from_it():
+    model, tokenizer = plain("qwen2"), words()
+    messages = [{"role": "user", "content": " ".join(f"w{i % 60}" for i in range(40))}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    expected = by_engine("qwen2", ids[:-1], ids[-1:], {"kind": "h2o"}, 0.3, "after_prompt", 0)
+    chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    held = kvt.EvictingCache(model, "h2o", 0.3)
+    (said,) = chat(messages, past_key_values=held, max_new_tokens=NEW, do_sample=False)
+    assert said["generated_text"][-1]["content"] == tokenizer.decode(expected.tokens)
+
+
+def test_a_policy_may_be_a_class_or_an_object_written_here():
+    class Newest(kvt.Policy):
+        """Keeps the newest entries."""
+
+        def score(self, layer, index, k, length, seed):
+            return layer.positions.float()
+
+    prompt = tokens(40)
+    made = [kvt.EvictingCache(plain("llama"), policy, 0.25) for policy in (Newest, Newest())]
+    first, second = (generated(plain("llama"), [prompt], held) for held in made)
+    assert first == second
+    positions = made[0].state.layers[0].positions
+    assert positions.tolist() == [[list(range(30, 40 + NEW - 1))] * 2]
+
+
+def test_reset_makes_room_for_another_prompt():
+    held = kvt.EvictingCache(plain("llama"), "random", 0.3, seed=4)
+    first = generated(plain("llama"), [tokens(30)], held)
+    held.reset()
+    generated(plain("llama"), [tokens(40, seed=2)], held)
+    held.reset()
+    assert generated(plain("llama"), [tokens(30)], held) == first
+
+
+# -- bad use
+
+
+def says(pattern):
+    return pytest.raises(kvt.UserError, match=pattern)
+
+
+def test_what_cannot_be_made_is_refused_in_a_sentence():
+    model = plain("llama")
+    with says("say how much snapkv keeps: a fraction such as budget=0.2"):
+        kvt.EvictingCache(model, "snapkv")
+    with says("what full keeps follows from itself"):
+        kvt.EvictingCache(model, "full", 0.2)
+    with says(r'128 is no fraction in \(0, 1\]; a number of tokens is {"tokens": 128}'):
+        kvt.EvictingCache(model, "snapkv", 128)
+    with says("there is no policy 'snapvk'; choose one of"):
+        kvt.EvictingCache(model, "snapvk", 0.2)
+    with says("snapkv has no such hyper-parameter"):
+        kvt.EvictingCache(model, {"kind": "snapkv", "windows": 3}, 0.2)
+    with says("3 is no policy"):
+        kvt.EvictingCache(model, 3, 0.2)
+    with says("reads the prompt in its own way"):
+        kvt.EvictingCache(model, "kvpress.KnormPress", 0.2)
+    with says("no language model of transformers"):
+        kvt.EvictingCache("model", "snapkv", 0.2)
+
+
+def test_a_model_that_cannot_be_evicted_is_refused():
+    shape = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(**shape, intermediate_size=16, num_key_value_heads=2, sliding_window=8)
+    with says("every layer of 'MistralForCausalLM' has a sliding window and forgets by itself"):
+        kvt.EvictingCache(MistralForCausalLM(config), "snapkv", 0.2)
+
+    class Closed(GPT2LMHeadModel):
+        _supports_attention_backend = False
+
+    with says("Closed computes attention in a way that cannot be replaced"):
+        kvt.EvictingCache(Closed(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=30)), "snapkv", 0.2)
+
+
+def test_a_cache_is_for_one_prompt():
+    model, held = plain("llama"), kvt.EvictingCache(plain("llama"), "snapkv", 0.3)
+    generated(model, [tokens(30)], held)
+    for prompt in (tokens(30), tokens(90)):
+        with says("holds a prompt already; make a new one for each prompt"):
+            generated(model, [prompt], held)
+    with says("by its chunk_tokens rather than prefill_chunk_size"):
+        generated(model, [tokens(30)], kvt.EvictingCache(model, "snapkv", 0.3), prefill_chunk_size=10)
+
+
+def test_what_generate_cannot_do_with_it_is_refused():
+    model, prompt = plain("llama"), [tokens(30)]
+    with says("num_beams must be 1"):
+        generated(model, prompt, kvt.EvictingCache(model, "snapkv", 0.3), num_beams=2)
+    with says("cannot take tokens back"):
+        generated(model, prompt, kvt.EvictingCache(model, "snapkv", 0.3), prompt_lookup_num_tokens=3)
+    with says("made for another model"):
+        generated(random_model("qwen2"), prompt, kvt.EvictingCache(model, "snapkv", 0.3))
+    with says("inputs_embeds cannot be evicted"):
+        model(inputs_embeds=torch.zeros(1, 4, 32), past_key_values=kvt.EvictingCache(model, "snapkv", 0.3))
+    with says("does not lie inside of every prompt"):
+        generated(model, prompt, kvt.EvictingCache(model, "snapkv", 0.3, context_tokens=30))
+
+
+def test_batches_that_do_not_fit_together_are_refused():
+    model, long, short = plain("llama"), tokens(30), tokens(20, seed=1)
+    mask = torch.tensor([[1] * 30, [1] * 20 + [0] * 10])
+    with says("pad batches on the left"):
+        generated(model, [long, short + [0] * 10], kvt.EvictingCache(model, "snapkv", 0.3), attention_mask=mask)
+    with says("h2o acts at each token, so a batch must hold equally many entries"):
+        generated(model, [long, short], kvt.EvictingCache(model, "h2o", 0.3))
+    with says("entropy_recall decodes one answer at a time"):
+        generated(model, [long, long], kvt.EvictingCache(model, "entropy_recall", 0.3))
+    with says("one number per token"):
+        mask = torch.ones(1, 1, 30, 30)
+        model(torch.tensor([long]), attention_mask=mask, past_key_values=kvt.EvictingCache(model, "snapkv", 0.3))
