@@ -24,9 +24,9 @@ class Placed(TypedDict):
 class Room:
     """Storage with room for more entries, of which a state sees those from ``start`` on, as many as it has.
 
-    Entries are only ever written behind all others, so that states which share a storage do not disturb each other. The
-    exception is storage that is ``lent``: `drop` takes entries out of it in place. It is made by a first `drop` and seen
-    by what grew from that alone, which is given up by the next.
+    Entries are only ever written behind all others, so that states which share a storage do not disturb each other.
+    The exception is storage that is ``lent``: `drop` takes entries out of it in place. It is made by a first `drop` and
+    seen by what grew from that alone, which is given up by the next.
     """
 
     keys: Tensor
