@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kv_transition.cache.quantize import Packed
+from kv_transition.cache.room import SLACK, Room
 from kv_transition.cache.rotary import Rotary
 
 WINDOW = 64
@@ -20,16 +21,6 @@ STATISTICS = frozenset({"attn_sum", "query_entropy", "recent_queries", "query_me
 MOMENTS = frozenset({"query_mean", "query_cov"})
 
 _PER_ENTRY = ("keys", "values", "positions", "attn_sum", "query_entropy", "angles", "bias")
-
-
-@dataclass
-class Room:
-    """Storage with room for more entries. States that share it each see their own first entries of it."""
-
-    keys: Tensor
-    """[..., Hkv, capacity, d]"""
-    values: Tensor
-    used: int
 
 
 @dataclass(frozen=True)
@@ -108,25 +99,34 @@ class LayerCache:
             return replace(self, keys=self.keys.append(keys), values=self.values.append(values), **grown)
         own = self.room
         # Another state may have appended to the same storage already: then this one moves to its own.
-        if own is None or own.used != n or own.keys.shape[-2] < n + q:
-            shape = (*keys.shape[:-2], n + q + room)
-            own = Room(keys.new_empty(*shape, keys.shape[-1]), values.new_empty(*shape, values.shape[-1]), n)
-            own.keys[..., :n, :] = self.keys
-            own.values[..., :n, :] = self.values
-        own.keys[..., n : n + q, :] = keys
-        own.values[..., n : n + q, :] = values
-        own.used = n + q
-        return replace(self, keys=own.keys[..., : n + q, :], values=own.values[..., : n + q, :], room=own, **grown)
+        if own is None or not own.has_room_behind(n, q):
+            lent = own is not None and own.lent
+            own = Room.of(self.keys, self.values, q + max(room, SLACK if lent else 0), lent=lent)
+        return replace(self, **own.append(keys, values), **grown)
 
     def select(self, index: Tensor) -> LayerCache:
         """Keep the entries ``index`` [Hkv, K], rising in each row."""
-        chosen = {}
-        for name in _PER_ENTRY:
-            tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            chosen[name] = _rows(tensor, index) if name in ("keys", "values") else tensor.gather(-1, index)
-        return replace(self, room=None, **chosen)
+        vectors = {name: _rows(getattr(self, name), index) for name in ("keys", "values")}
+        return replace(self, room=None, **vectors, **self._numbers(index))
+
+    def drop(self, gone: Tensor) -> LayerCache:
+        """Without the entry ``gone`` [Hkv, 1] of each head, in the same order: `select` of all others, from a layer
+        that is given up.
+
+        What was `drop`ped from before is written to in place, so that neither this layer nor any that its storage came
+        down from, back to the last `drop`, may be used again. See `Room`.
+        """
+        n, room = self.n, self.room
+        rest = torch.arange(n - 1, device=gone.device)
+        numbers = self._numbers(rest + (rest >= gone))
+        if room is None or not room.lent or not room.has_room_behind(n, 0):
+            room = Room.of(self.keys, self.values, SLACK, lent=True)
+        return replace(self, **room.drop(gone), **numbers)
+
+    def _numbers(self, index: Tensor) -> dict[str, Tensor]:
+        """What the layer holds of the entries ``index`` beside keys and values."""
+        names = (name for name in _PER_ENTRY if name not in ("keys", "values"))
+        return {name: tensor.gather(-1, index) for name in names if (tensor := getattr(self, name)) is not None}
 
     def cut(self, start: int, stop: int) -> LayerCache:
         """The entries from ``start`` to ``stop``, as views; statistics of the layer as a whole stay."""
@@ -211,6 +211,11 @@ class CacheState:
         """Keep ``indices[l]`` [Hkv, K_l] of each layer (None: all of it); the next token's logits stay."""
         pairs = zip(self.layers, indices, strict=True)
         return replace(self, layers=tuple(layer if i is None else layer.select(i) for layer, i in pairs))
+
+    def settled(self) -> CacheState:
+        """The same state, out of reach of what grows from it: a reading on top of it moves to storage of its own."""
+        parts = ([replace(part, room=None) for part in layer.parts] for layer in self.layers)
+        return replace(self, layers=tuple(map(lambda layer, own: layer.with_parts(own), self.layers, parts)))
 
     def without_last(self) -> CacheState:
         """Forget that the last token was read, so that it can be read again against what is left.

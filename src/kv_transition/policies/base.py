@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from kv_transition.cache.quantize import Packed
 from kv_transition.cache.state import CacheState, Layer, LayerCache
 from kv_transition.errors import UserError
 
@@ -73,6 +74,20 @@ class Policy:
         keep_last: keep the newest entry in every head, because the last token is about to be read again.
         Raises UserError if a statistic that the policy reads was not kept up.
         """
+        return self._thinned(state, k, lambda *layer: self.compress_layer(*layer, seed, keep_last))
+
+    def hold(self, state: CacheState, k: int) -> CacheState:
+        """What `compress` makes of a state that is given up: for the steps of a policy that acts at each one.
+
+        Where each head has one entry too many, it is taken out in place (see `LayerCache.drop`) rather than all others
+        copied; so neither the state nor what it grew from since the last `hold` may be used again.
+        """
+        if type(self).compress is not Policy.compress:
+            return self.compress(state, k)
+        return self._thinned(state, k, self._one_less)
+
+    def _thinned(self, state: CacheState, k: int, thin: Callable[[Layer, int, int, int], Layer]) -> CacheState:
+        """The state with each evictable layer that holds too much thinned out by (layer, its number, K, length)."""
         k = self.keep(k)
         evictable = [number for number, layer in enumerate(state.layers) if layer.window is None]
         compressed = list(state.layers)
@@ -83,8 +98,14 @@ class Policy:
             budget = self.layer_budget(k, rank, len(evictable), n)
             if layer.n > budget:
                 length = on_device_of(layer, state.length)
-                compressed[number] = self.compress_layer(layer, number, budget, length, seed, keep_last)
+                compressed[number] = thin(layer, number, budget, length)
         return replace(state, layers=tuple(compressed))
+
+    def _one_less(self, layer: Layer, index: int, k: int, length: int) -> Layer:
+        by_score = type(self).compress_layer is Policy.compress_layer
+        if not by_score or type(layer) is not LayerCache or isinstance(layer.keys, Packed) or layer.n != k + 1:
+            return self.compress_layer(layer, index, k, length, 0, False)
+        return layer.drop(lowest(self.score(layer, index, k, length, 0)).expand(*layer.positions.shape[:-1], -1))
 
     def compress_layer(self, layer: Layer, index: int, k: int, length: int, seed: int, keep_last: bool) -> Layer:
         """The layer with its ``k`` best entries in each KV head."""
@@ -123,8 +144,12 @@ def top(score: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` highest scores [..., n] -> [..., k], rising; ties go to the lower index."""
     n = score.shape[-1]
     if k == n - 1:  # each step of a policy that acts while decoding: the last of the lowest goes
-        gone = n - 1 - score.flip(-1).argmin(-1, keepdim=True)
         rest = torch.arange(k, device=score.device)
-        return rest + (rest >= gone)
+        return rest + (rest >= lowest(score))
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
     return order[..., :k].sort(dim=-1).values
+
+
+def lowest(score: Tensor) -> Tensor:
+    """Index of the lowest score [..., n] -> [..., 1], the one that `top` leaves out; the higher index among equals."""
+    return score.shape[-1] - 1 - score.flip(-1).argmin(-1, keepdim=True)

@@ -54,7 +54,16 @@ class StreamingLLM(Policy):
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
         """As any policy; raises UserError if keys are to be turned and it is not known how the model does it."""
-        kept = super().compress(state, k, seed=seed, keep_last=keep_last)
+        return self._placed(state, super().compress(state, k, seed=seed, keep_last=keep_last), k, in_place=False)
+
+    def hold(self, state: CacheState, k: int) -> CacheState:
+        """As any policy; raises UserError as `compress` does."""
+        if type(self).compress is not StreamingLLM.compress:
+            return self.compress(state, k)
+        return self._placed(state, self._thinned(state, k, self._one_less), k, in_place=True)
+
+    def _placed(self, state: CacheState, kept: CacheState, k: int, *, in_place: bool) -> CacheState:
+        """What is ``kept`` of a state, its keys turned if that is asked for; in place: the sinks' in their storage."""
         evicted = any(new is not old for new, old in zip(kept.layers, state.layers, strict=True))
         if self.positions == "original" or not evicted:
             return kept
@@ -72,8 +81,10 @@ class StreamingLLM(Policy):
         if isinstance(back, Tensor) and not back.any():
             back = 0
         layers = (
-            _turned_back(layer, back) if layer.window is not None else _closed(layer, sinks, following, back)
-            for layer in kept.layers
+            _turned_back(new, back)
+            if new.window is not None
+            else _closed(new, sinks, following, back, in_place and new is not old)
+            for new, old in zip(kept.layers, state.layers, strict=True)
         )
         return replace(kept, layers=tuple(layers), shift=state.shift + back)
 
@@ -87,7 +98,7 @@ def _turned_back(layer: LayerCache, back: int | Tensor) -> LayerCache:
     return replace(layer, keys=turned, angles=angles, room=None)
 
 
-def _closed(layer: LayerCache, sinks: int, following: int | Tensor, back: int | Tensor) -> LayerCache:
+def _closed(layer: LayerCache, sinks: int, following: int | Tensor, back: int | Tensor, in_place: bool) -> LayerCache:
     """The layer turned back, and without a gap between the sinks and the others."""
     anchors = _anchors(layer, sinks)
     layer = _turned_back(layer, back)
@@ -96,6 +107,9 @@ def _closed(layer: LayerCache, sinks: int, following: int | Tensor, back: int | 
     places = following - n + torch.arange(n, device=layer.positions.device)
     angles = places.float().expand(layer.positions.shape)
     turned = layer.rotary.turn(anchors, angles[..., :sinks] - layer.positions[..., :sinks])
+    if in_place:
+        layer.keys[..., :sinks, :] = turned
+        return replace(layer, angles=angles, anchors=anchors)
     keys = torch.cat([turned, layer.keys[..., sinks:, :]], -2)
     return replace(layer, keys=keys, angles=angles, anchors=anchors, room=None)
 

@@ -52,9 +52,11 @@ class Setting:
             answer.watcher = self.policy.watch(answer.seed, answer.pace)
         return answer.watcher
 
-    def hold(self, state: CacheState, k: int) -> CacheState:
-        """The state held at K, if the policy acts while decoding."""
-        return self.compress(state, k) if self.policy.acts_each_step else state
+    def hold(self, state: CacheState, k: int, *, given_up: bool = False) -> CacheState:
+        """The state held at K, if the policy acts while decoding. given_up: as `Policy.hold` means it."""
+        if not (self.evicts and self.policy.acts_each_step):
+            return state
+        return self.policy.hold(state, k) if given_up else self.policy.compress(state, k)
 
 
 @dataclass
@@ -168,7 +170,7 @@ class Stacked:
         tokens = [[token] for token in said.values()]
         statistics = self._setting.while_decoding
         grown = self._engine.extend(self._batch, tokens, statistics, self._room, before_attention=before)
-        self._batch = self._setting.hold(grown, self._k)
+        self._batch = self._setting.hold(grown, self._k, given_up=True)
 
 
 def decode(

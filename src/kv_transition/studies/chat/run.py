@@ -52,9 +52,9 @@ class TurnSetting(Setting):
         """Statistics that are read now or after a later turn."""
         return self.policy.statistics if self.evicts else frozenset()
 
-    def hold(self, state: CacheState, k: int = 0) -> CacheState:
+    def hold(self, state: CacheState, k: int = 0, *, given_up: bool = False) -> CacheState:
         """The state held at what the budget leaves of all tokens so far, not at a ``k`` that stays."""
-        return super().hold(state, self.entries(state.length)) if self.holding else state
+        return super().hold(state, self.entries(state.length), given_up=given_up) if self.holding else state
 
 
 class Memory(Protocol):
@@ -153,7 +153,8 @@ def _turn(
             unread = [token]
             break
         before = watcher.before_attention(state.logits[None]) if watcher else None
-        state = setting.hold(engine.extend(state, [token], statistics, room, before_attention=before))
+        state = engine.extend(state, [token], statistics, room, before_attention=before)
+        state = setting.hold(state, given_up=True)
     answer.decode_s = engine.clock() - started
     if watcher:
         answer.record |= watcher.record(state)
@@ -161,7 +162,7 @@ def _turn(
     started = engine.clock()
     if unread or closing:
         state = setting.hold(engine.extend(state, [*unread, *closing], statistics))
-    return state, engine.clock() - started
+    return state.settled(), engine.clock() - started
 
 
 def repetition(tokens: Sequence[int], n: int = NGRAM) -> float | None:

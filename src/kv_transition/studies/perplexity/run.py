@@ -88,8 +88,8 @@ def stream(engine: LocalEngine, tokens: Sequence[int], setting: Setting, k: int,
     for start in range(0, len(tokens), chunk):
         grown = engine.extend(state, tokens[start : start + chunk], setting.while_decoding)
         token_bytes = token_bytes or grown.nbytes / grown.length
-        state = setting.hold(grown, k)
-    return Read(state, token_bytes, engine.clock() - started)
+        state = setting.hold(grown, k, given_up=True)
+    return Read(state.settled(), token_bytes, engine.clock() - started)
 
 
 def score(
@@ -110,10 +110,10 @@ def score(
     for token, target in zip(fed, targets, strict=True):
         look = watcher.before_attention(state.logits[None]) if watcher else None
         grown, own = engine.score(state, [token], [target], setting.while_decoding, before_attention=look)
-        state = setting.hold(grown, k)
+        state = setting.hold(grown, k, given_up=True)
         nats.append(own)
         kept.append(state.entries)
-    return Scored(state, torch.cat(nats), kept, watcher.record(state) if watcher else {})
+    return Scored(state.settled(), torch.cat(nats), kept, watcher.record(state) if watcher else {})
 
 
 def measured(engine: LocalEngine, window: Row, setting: Setting, spec: Row, store: PrefillStore) -> Row:

@@ -1,0 +1,115 @@
+"""What a decode step costs under policies that act at each one, beside a bare step: CPU time of one thread.
+
+    python benchmarks/steps.py [--entries 2048] [--steps 200] [--output FILE.json]
+
+A model of 8 layers and 512 channels with random weights, one sequence. The bare step reads a token on top of a full
+cache of as many entries, with no statistic; ``transformers`` is its own loop on its own cache. All take turns within
+one process, step by step, so that a neighbour on the machine slows all of them alike. Medians over the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "src"))
+
+POLICIES = ("streaming_llm", "h2o", "h2o_heavy", "tova")
+
+
+def measure(entries: int, steps: int) -> dict[str, Any]:
+    import torch
+    from transformers import DynamicCache
+    from workload import SIZES, VOCABULARY
+
+    from kv_transition.engines.local import LocalEngine
+    from kv_transition.policies.catalog import create, hyper_parameters
+
+    torch.set_num_threads(1)
+    size = next(size for size in SIZES if (size.layers, size.hidden) == (8, 512))
+    with tempfile.TemporaryDirectory() as folder:
+        size.save(Path(folder))
+        engine = LocalEngine.from_pretrained(folder)
+        plain = LocalEngine.from_pretrained(folder).model
+        plain.set_attn_implementation("sdpa")
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(1, VOCABULARY, (2 * entries,), generator=generator).tolist()
+    whole = engine.extend(None, prompt)
+
+    def stepper(kind: str, extra: dict[str, Any] | None = None) -> Callable[[int], None]:
+        policy = create(kind, hyper_parameters(kind) | (extra or {}))
+        held = policy.compress(whole, entries)
+
+        def step(token: int) -> None:
+            nonlocal held
+            held = policy.hold(engine.extend(held, [token], policy.statistics), entries)
+
+        return step
+
+    def bare() -> Callable[[int], None]:
+        state = engine.extend(None, prompt[:entries], frozenset(), room=steps + 10)
+
+        def step(token: int) -> None:
+            nonlocal state
+            state = engine.extend(state, [token], frozenset(), steps)
+
+        return step
+
+    def transformers() -> Callable[[int], None]:
+        cache = DynamicCache(config=plain.config)
+        with torch.inference_mode():
+            plain(torch.tensor([prompt[:entries]]), past_key_values=cache, logits_to_keep=1)
+
+        @torch.inference_mode()
+        def step(token: int) -> None:
+            plain(torch.tensor([[token]]), past_key_values=cache, logits_to_keep=1)
+
+        return step
+
+    runs = {"bare": bare(), "transformers": transformers(), **{kind: stepper(kind) for kind in POLICIES}}
+    runs["streaming_llm, positions: cache"] = stepper("streaming_llm", {"positions": "cache"})
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(steps + 5):
+        token = prompt[number]
+        for name, step in runs.items():
+            started = time.process_time()
+            step(token)
+            if number >= 5:  # what a first call loads is no part of it
+                seconds[name].append(time.process_time() - started)
+    base = np.array(seconds["bare"])
+    return {
+        "model": size.name,
+        "entries": entries,
+        "steps": steps,
+        "ms": {name: 1000 * float(np.median(own)) for name, own in seconds.items()},
+        "over_bare": {name: float(np.median(np.array(own) / base)) for name, own in seconds.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--entries", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    found = measure(arguments.entries, arguments.steps)
+    text = json.dumps(found | {"date": time.strftime("%Y-%m-%d")}, indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Where keys and values of a growing cache lie: storage with room behind the entries, shared by states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+SLACK = 64
+"""Entries that lent storage has room for: so many steps go by until all of it is copied again"""
+
+
+class Placed(TypedDict):
+    """Keys and values as a layer sees them, and where they lie."""
+
+    keys: Tensor
+    values: Tensor
+    room: Room
+
+
+@dataclass
+class Room:
+    """Storage with room for more entries, of which a state sees those from ``start`` on, as many as it has.
+
+    Entries are only ever written behind all others, so that states which share a storage do not disturb each other.
+    The exception is storage that is ``lent``: `drop` takes entries out of it in place. It is made by a first `drop` and
+    seen by what grew from that alone, which is given up by the next.
+    """
+
+    keys: Tensor
+    """[..., Hkv, capacity, d]"""
+    values: Tensor
+    used: int
+    """where the next entry is written"""
+    start: int = 0
+    lent: bool = False
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, more: int, *, lent: bool = False) -> Room:
+        """A copy of entries [..., Hkv, n, d] with room for ``more``."""
+        n = keys.shape[-2]
+        # a reading's own tensors could not be written to after it
+        with torch.inference_mode(False):
+            storage = [x.new_empty(*x.shape[:-2], n + more, x.shape[-1]) for x in (keys, values)]
+        room = cls(*storage, used=n, lent=lent)
+        room.keys[..., :n, :] = keys
+        room.values[..., :n, :] = values
+        return room
+
+    def has_room_behind(self, n: int, q: int) -> bool:
+        """Whether the state of ``n`` entries was the last that was appended to, and ``q`` more fit behind them."""
+        return self.used == self.start + n and self.used + q <= self.keys.shape[-2]
+
+    def append(self, keys: Tensor, values: Tensor) -> Placed:
+        """With new entries [..., Hkv, q, d] behind all others."""
+        end = self.used + keys.shape[-2]
+        self.keys[..., self.used : end, :] = keys
+        self.values[..., self.used : end, :] = values
+        self.used = end
+        return self._placed()
+
+    def drop(self, gone: Tensor) -> Placed:
+        """Without the entry ``gone`` [..., Hkv, 1] of each head, in the same order.
+
+        The entries before it move up by one place and the whole begins one place later, so that what is moved is no
+        more than what lies before the last one of ``gone``: the sinks of a stream, the heavy hitters of H2O, whose
+        newer half is protected. Nothing is copied of the others.
+        """
+        moved = replace(self, start=self.start + 1)
+        # to ask a GPU how many those are would be to wait for it
+        first, last = (0, moved.used - self.start - 1) if gone.is_cuda else map(int, torch.aminmax(gone))
+        for storage in (self.keys, self.values):
+            if first == last:
+                before = storage[..., self.start : self.start + last, :].clone()
+            else:
+                places = torch.arange(last, device=gone.device)
+                before = self._rows(storage, self.start + places + (places >= gone))
+            storage[..., moved.start : moved.start + last, :] = before
+        return moved._placed()
+
+    @staticmethod
+    def _rows(storage: Tensor, places: Tensor) -> Tensor:
+        """The vectors at ``places`` [..., Hkv, m] of each head: [..., Hkv, m, d]."""
+        heads = torch.arange(places[..., 0].numel(), device=places.device).view(*places.shape[:-1], 1)
+        flat = (heads * storage.shape[-2] + places).flatten()
+        return storage.view(-1, storage.shape[-1]).index_select(0, flat).view(*places.shape, -1)
+
+    def _placed(self) -> Placed:
+        seen = slice(self.start, self.used)
+        return {"keys": self.keys[..., seen, :], "values": self.values[..., seen, :], "room": self}
