@@ -100,7 +100,11 @@ class Quantization(Section):
 class Model(Section):
     """The one model of the experiment."""
 
-    name: str = Field("resources/tiny-reader", min_length=1, description="local folder or hub id")
+    name: str = Field(
+        "resources/tiny-reader",
+        min_length=1,
+        description="local folder, hub id, or GGUF file (a path, or package:NAME/FILE.gguf)",
+    )
     revision: str | None = Field(None, description="commit of the hub repository")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and cache")
     max_length: int = Field(4352, ge=16, description="longest prompt in tokens; longer ones lose their middle")
@@ -497,7 +501,7 @@ class Settings(Section):
     @field_validator("experiment")
     @classmethod
     def _not_the_store(cls, name: str) -> str:
-        if name in ("prefill", ".", ".."):
+        if name in ("prefill", "models", ".", ".."):
             raise ValueError(f"{name!r} cannot be an experiment's name; that folder is taken")
         return name
 
