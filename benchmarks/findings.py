@@ -33,8 +33,8 @@ def merging() -> str:
         "## Does merging keep more than dropping?",
         "",
         f"{answer}: of {pairs.height} comparisons of merging with dropping the same spans, merging is better "
-        f"in {better} and worse in {worse}; the intervals of the others hold 1. n = {n} windows of {books} books, exploratory; "
-        "contexts of 1,024 and 2,048 tokens, 128 scored after each.",
+        f"in {better} and worse in {worse}; the intervals of the others hold 1. n = {n} windows of {books} books, "
+        "exploratory; contexts of 1,024 and 2,048 tokens, 128 scored after each.",
         "",
         "| policy | gone | perplexity | over the full cache's |",
         "|---|---|---|---|",
