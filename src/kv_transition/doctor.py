@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kv_transition.data import gguf
 from kv_transition.errors import UserError
 from kv_transition.plan import table, work
 from kv_transition.plan.model_size import ModelSize, cached_file, model_size
@@ -154,6 +155,8 @@ def _extension(package: str, module: str, needed: bool, fix: str) -> Finding:
 
 def _model(settings: Settings) -> Finding:
     name, revision = settings.model.name, settings.model.revision
+    if gguf.is_gguf(name):
+        return _gguf(name)
     local = Path(name).expanduser().is_dir()
     if any(cached_file(name, revision, file) for file in WEIGHTS):
         return Finding("model", "ok", f"{name}, {'a folder' if local else 'in the cache of the hub'}")
@@ -162,8 +165,18 @@ def _model(settings: Settings) -> Finding:
     return _hub("model", name, revision, "models")
 
 
+def _gguf(name: str) -> Finding:
+    try:
+        return Finding("model", "ok", f"{name}, {gguf.quantization(name)}")
+    except UserError as error:
+        known = "make real" in str(error)
+        return Finding("model", "fail", str(error), "" if known else "make real gets one that works")
+
+
 def _tokenizer(settings: Settings) -> Finding:
     name, revision = settings.model.name, settings.model.revision
+    if gguf.is_gguf(name):
+        return Finding("tokenizer", "ok", "in the GGUF file")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if any((place / file).is_file() for place in (folder, folder / "tokenizer") for file in TOKENIZERS):

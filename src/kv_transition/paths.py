@@ -33,6 +33,11 @@ class Paths:
     def prefill_store(self) -> str:
         return f"{self.results}/prefill"
 
+    @property
+    def models(self) -> str:
+        """Models that were dequantized from GGUF files, shared by experiments."""
+        return f"{self.results}/models"
+
     def table(self, name: str) -> str:
         """One of the experiment's tables: scores, bin_stats, comparisons, transition."""
         return f"{self.root}/{name}.parquet"

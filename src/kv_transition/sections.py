@@ -43,7 +43,11 @@ class Quantization(Section):
 class Model(Section):
     """The one model of the experiment."""
 
-    name: str = Field("resources/tiny-reader", min_length=1, description="local folder or hub id")
+    name: str = Field(
+        "resources/tiny-reader",
+        min_length=1,
+        description="local folder, hub id, or GGUF file (a path, or package:NAME/FILE.gguf)",
+    )
     revision: str | None = Field(None, description="commit of the hub repository")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and cache")
     max_length: int = Field(4352, ge=16, description="longest prompt in tokens; longer ones lose their middle")

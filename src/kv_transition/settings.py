@@ -36,7 +36,7 @@ class Shared(Section):
     @field_validator("experiment")
     @classmethod
     def _not_the_store(cls, name: str) -> str:
-        if name in ("prefill", ".", ".."):
+        if name in ("prefill", "models", ".", ".."):
             raise ValueError(f"{name!r} cannot be an experiment's name; that folder is taken")
         return name
 

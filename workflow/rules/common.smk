@@ -82,6 +82,7 @@ IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_met
 shell.prefix(
     f"export PYTHONPATH={os.path.join(REPO, 'src')}"
     f" KVT_PREFILL_STORE={FILES.prefill_store}:{SETTINGS.prefill.store}:{SETTINGS.prefill.max_gb}"
+    f" KVT_MODELS={FILES.models}"
     f" KVT_STATISTICS={','.join(specs.statistics(SETTINGS))}"
     f" KVT_REQUESTS={REQUEST.retries}:{REQUEST.concurrency}:{int(ALONE)}:{SETTINGS.engine.api_key_env or ''}"
     + ("" if IN_CONDA else f" PATH={os.path.dirname(sys.executable)}:$PATH")

@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kv_transition.data import gguf
 from kv_transition.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     tokenizer and give other ids than the folder's tokenizer.json, which is refused.
 
     Args:
-        name: local folder or hub id of the model.
+        name: local folder, hub id or GGUF file of the model.
         revision: commit of the hub repository.
 
     Raises:
         UserError: there is no such tokenizer, it has no fast version, or its ids are not those of its own file.
     """
+    if gguf.is_gguf(name):
+        return load_tokenizer(str(gguf.tokenizer_folder(name).parent))
     folder = Path(name)
     try:
         # broad, because the tokenizers library raises bare Exceptions for damaged files

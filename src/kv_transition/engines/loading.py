@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from kv_transition.cache.rotary import Rotary
+from kv_transition.data import gguf
 from kv_transition.engines.reading import ATTENTION, attention_function
 from kv_transition.errors import UserError
 
@@ -25,13 +25,16 @@ def load_model(
     quantization: Mapping[str, Any] | None = None,
     device_map: str | None = None,
 ) -> torch.nn.Module:
-    """The model on its device. Raises UserError where loading fails or nothing in the model can be evicted.
+    """The model on its device, from a folder, the hub or a GGUF file.
+
+    Raises UserError where loading fails or nothing in the model can be evicted.
 
     quantization: {"kind": "nf4", "double_quantization": bool, "compute_dtype": str} of bitsandbytes. device_map:
     accelerate's way to lay a model over several GPUs, such as ``auto``.
     """
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+    place = str(gguf.model_folder(name, dtype)) if gguf.is_gguf(name) else name
     # Only the attention function: transformers then makes no mask of its own (see `Reading`).
     AttentionInterface.register(ATTENTION, attention_function)
     device = usable_device(device)
@@ -42,11 +45,11 @@ def load_model(
         _require("accelerate", "model.device_map" if device_map is not None else "model.quantization")
         options["device_map"] = device_map or {"": device}
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(place, revision=revision)
         refuse_unsupported(config, name)
-        with _quiet():
+        with gguf.without_progress_bars():
             model, found = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, output_loading_info=True, **options
+                place, revision=revision, output_loading_info=True, **options
             )
         # transformers would go on with random numbers
         if missing := sorted(found["missing_keys"]):
@@ -172,15 +175,3 @@ def _as_the_model(rotary: Rotary, embedding: torch.nn.Module, kind: str) -> bool
     turned, _ = apply(x, x, cos, sin)
     by = torch.tensor([6.0], device=device)
     return torch.allclose(rotary.turn(turned[0, 0, :1], by), turned[0, 0, 1:], atol=1e-4)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar over the weights' shards."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

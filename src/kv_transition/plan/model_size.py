@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kv_transition.data import gguf
+from kv_transition.errors import UserError
 from kv_transition.settings import Model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -61,7 +63,12 @@ class ModelSize:
 
 
 def model_size(model: Model) -> ModelSize | None:
-    """None where the config is neither in the model's folder nor in the hub's cache."""
+    """None where the config is neither in the model's folder or file nor in the hub's cache."""
+    if gguf.is_gguf(model.name):
+        try:
+            return read_size(gguf.config(model.name))
+        except UserError:
+            return None
     file = _config_file(model)
     return None if file is None else read_size(json.loads(file.read_text(encoding="utf-8")))
 

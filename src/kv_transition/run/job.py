@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from kv_transition.data import gguf
 from kv_transition.engines.local import LocalEngine
 from kv_transition.run.command import answer_seed, arguments, bin_metadata, read_bin, run
 
@@ -46,6 +47,7 @@ def model_facts(model: dict[str, Any], engine: LocalEngine) -> dict[str, str]:
         "model": model["name"],
         "model_revision": model["revision"],
         "model_fingerprint": model["fingerprint"],
+        **({"weights_from": gguf.origin(model["name"])} if gguf.is_gguf(model["name"]) else {}),
         "dtype": model["dtype"],
         "clock": "process" if engine.device.type == "cpu" else "wall",
         **engine.description,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kv_transition.data import gguf
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.specs.policies import FULL, RECALL, recall_of, resolve
@@ -45,6 +46,11 @@ def resolved(settings: Settings) -> dict[str, Any]:
 
 def _check_model_folder(settings: Settings) -> None:
     name = settings.model.name
+    if gguf.is_gguf(name):
+        gguf.gguf_file(name)  # raises where there is none, or none that can be read
+        if settings.model.revision is not None:
+            raise UserError("model.revision: a GGUF file has no revisions, its content counts; leave it out")
+        return
     folder = Path(name).expanduser()
     if folder.exists():
         # an endpoint has the weights; here the tokenizer counts
@@ -53,7 +59,10 @@ def _check_model_folder(settings: Settings) -> None:
         return
     # org/model is a hub id, unless the first part is a folder here: then a path was meant
     if name.count("/") != 1 or name[0] in "./~" or Path(name.split("/")[0]).is_dir():
-        raise UserError(f"model.name: there is no folder {name}; give a model folder or a hub id such as org/model")
+        raise UserError(
+            f"model.name: there is no folder {name}; give a model folder, a .gguf file or a hub id such as org/model "
+            "(`make real` gets a small language model without the hub)"
+        )
 
 
 def _check_recall(settings: Settings, name: str) -> None:

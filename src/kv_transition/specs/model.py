@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kv_transition.data import gguf
 from kv_transition.provenance import code_hash, content_digest, digest
 
 if TYPE_CHECKING:
@@ -33,12 +34,16 @@ def content(path: str) -> str:
 @cache
 def tokenizer_content(name: str) -> str | None:
     """Of a local model's folder without its weights; None for a hub id, whose revision says it."""
+    if gguf.is_gguf(name):
+        return gguf.content_sha256(name)
     return content_digest(name, (".json", ".model", ".jinja")) if Path(name).is_dir() else None
 
 
 @cache
 def _fingerprint(name: str, revision: str | None) -> str:
-    """What tells one model from another: a hub id and its revision, or the contents of a folder."""
+    """What tells one model from another: a hub id and its revision, or the contents of a folder or GGUF file."""
+    if gguf.is_gguf(name):
+        return gguf.content_sha256(name)[:16]
     if not Path(name).is_dir():
         return digest([name, revision])
     return content_digest(name, (".json", ".safetensors", ".bin", ".model"))

