@@ -26,6 +26,7 @@ from kv_transition.studies.grid.analysis import adaptive
 from kv_transition.studies.grid.analysis.aggregate import Statistics, bin_stats, comparisons
 from kv_transition.studies.grid.analysis.noninferiority import noninferiority
 from kv_transition.studies.grid.analysis.transition import tables_of
+from kv_transition.studies.grid.settings import Adaptive
 
 PLAN = {"enabled": True, "start": 8, "step": 8, "cap": 24}
 ADAPTIVE = SMALL | {
@@ -58,7 +59,7 @@ CELL = (
     + """
 import pyarrow.parquet as pq
 from kv_transition.provenance import digest, rows_to_table, write_table
-from kv_transition.tables import CELLS
+from kv_transition.studies.grid.tables import CELLS
 spec = json.loads(arguments.spec)
 rows = []
 for example in pq.read_table(arguments.bin).to_pylist():
@@ -79,7 +80,7 @@ write_table(arguments.output, rows_to_table(rows, CELLS), {"clock": "process"})
 def scripted(folder: Path) -> Project:
     project = Project(folder)
     (folder / "src/kv_transition/run/prefill.py").write_text(PREFILL)
-    (folder / "src/kv_transition/run/cell.py").write_text(CELL)
+    (folder / "src/kv_transition/studies/grid/run.py").write_text(CELL)
     project.configure(ADAPTIVE)
     return project
 
@@ -239,7 +240,7 @@ def test_a_dry_run_plans_the_first_round(tmp_path):
 @given(st.integers(1, 30), st.integers(1, 20), st.integers(0, 60))
 def test_shards_cut_a_bin_at_the_sizes_of_the_looks(start, step, more):
     plan = {"start": start, "step": step, "cap": start + more}
-    shards = settings_module.Adaptive(**plan).shards
+    shards = Adaptive(**plan).shards
     assert [end for _, end in shards] == list(adaptive.Adaptive(**plan).sizes)
     assert [place for begin, end in shards for place in range(begin, end)] == list(range(start + more))
 

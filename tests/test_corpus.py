@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from kv_transition.data.tokens import load_tokenizer
 from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata
-from kv_transition.settings import Perplexity
 from kv_transition.studies.perplexity import windows as job
 from kv_transition.studies.perplexity.corpus import books
 from kv_transition.studies.perplexity.pg19 import clean
+from kv_transition.studies.perplexity.settings import Perplexity
 from kv_transition.studies.perplexity.windows import bos_of, cut, starts, windows_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

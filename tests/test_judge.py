@@ -23,11 +23,11 @@ from kv_transition import settings
 from kv_transition.engines import openai_compat
 from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table, text_sha256, write_table
-from kv_transition.settings import Judge
 from kv_transition.studies.chat import judge as judge_module
 from kv_transition.studies.chat import specs as chat_specs
 from kv_transition.studies.chat.checks import Check
 from kv_transition.studies.chat.judge import main, write_judge
+from kv_transition.studies.chat.settings import Judge
 from kv_transition.studies.chat.tables import CHAT, CHAT_VERDICTS
 from kv_transition.studies.chat.verdicts import write_verdicts
 

@@ -22,7 +22,7 @@ from kv_transition.cache.state import WINDOW
 from kv_transition.plan import model_size as model_size_module
 from kv_transition.plan import speed, table, work
 from kv_transition.plan.model_size import model_size, read_size
-from kv_transition.settings import Model
+from kv_transition.sections import Model
 
 TINY = str(ROOT / "resources/tiny-reader")
 

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from snakemake.io import Namedlist
 
 from kv_transition import provenance, tables
 from kv_transition.errors import UserError
 from kv_transition.studies.grid.score import score_cells
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "score.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "call.py"
 HASH = "0123456789abcdef"
 
 
@@ -353,10 +354,12 @@ def run_script(experiment):
     cells = list(experiment.cells)
     grid = experiment.root / "grid.json"
     grid.write_text(json.dumps(dict.fromkeys(cells, HASH)))
+    inputs = {"grid": str(grid), "cells": cells, "bins": list(experiment.bins), "manifests": experiment.manifests}
+    function = "kv_transition.studies.grid.score:write_scores"
     snakemake = SimpleNamespace(
-        input=SimpleNamespace(grid=str(grid), cells=cells, bins=list(experiment.bins), manifests=experiment.manifests),
-        params=SimpleNamespace(aliases=[("h2o", "r1")]),
-        output=[experiment.output],
+        input=Namedlist(fromdict=inputs),
+        params=Namedlist(fromdict={"function": function, "code": "0" * 16, "aliases": [("h2o", "r1")]}),
+        output=Namedlist(fromdict={"output": experiment.output}),
         log=[str(log)],
     )
     try:

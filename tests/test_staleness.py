@@ -91,7 +91,7 @@ def test_an_unrelated_key_runs_no_cell(project):
 
 
 def test_a_changed_plot_is_drawn_again(project):
-    path = project.folder / "src/kv_transition/analysis/plots.py"
+    path = project.folder / "src/kv_transition/studies/grid/plots.py"
     path.write_text(path.read_text() + "\n\nCHANGED = True\n")
     assert project.planned() == {"plots": 1, "report": 1}
 

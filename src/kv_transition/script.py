@@ -48,7 +48,7 @@ def call(function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], p
     for given, is_output in ((inputs, False), (params, False), (outputs, True)):
         for key, value in given.items():
             fills = next((p for p in (key, f"{key}_path", f"{key}_paths") if p in parameters), None)
-            plain = list(value) if not is_output and type(value).__name__ == "Namedlist" else value
+            plain = list(value) if isinstance(value, (list, tuple)) else value
             if key in ("needs", "function", "code", "templates"):
                 continue
             if is_output and fills is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kv_transition.data import gguf
 from kv_transition.errors import UserError
-from kv_transition.settings import Model
+from kv_transition.sections import Model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RECENT = 64
