@@ -18,7 +18,7 @@ rule prefill:
     params:
         spec=as_json(specs.prefill(SETTINGS)),
     shell:
-        "python -m kv_transition.run.prefill --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.worker kv_transition.run.prefill --spec {params.spec:q} --threads {threads}"
         " --bin {input} --index {output} > {log} 2>&1"
 
 
@@ -42,7 +42,11 @@ rule cell:
     params:
         spec=lambda wildcards: as_json(cell_spec(wildcards.mode, wildcards.policy, wildcards.budget)),
     shell:
-        ("python -m kv_transition.studies.grid.remote" if REMOTE else "python -m kv_transition.studies.grid.run")
+        (
+            "python -m kv_transition.studies.grid.remote"
+            if REMOTE
+            else "python -m kv_transition.worker kv_transition.studies.grid.run"
+        )
         + " --spec {params.spec:q} --threads {threads}"
         " --bin {input.bin} --output {output} --calibration {input.calibration} --treated {input.treated}"
         " > {log} 2>&1"

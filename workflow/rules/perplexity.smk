@@ -46,5 +46,5 @@ rule perplexity:
     params:
         spec=lambda wildcards: as_json(specs.perplexity(SETTINGS, wildcards.policy, wildcards.budget)),
     shell:
-        "python -m kv_transition.studies.perplexity.run --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.worker kv_transition.studies.perplexity.run --spec {params.spec:q} --threads {threads}"
         " --windows {input} --output {output} > {log} 2>&1"

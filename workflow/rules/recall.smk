@@ -18,5 +18,5 @@ rule calibrate:
     params:
         spec=as_json(specs.calibrate(SETTINGS)) if TASKS else "{}",
     shell:
-        "python -m kv_transition.studies.grid.calibrate --spec {params.spec:q} --task {wildcards.task} --threads {threads}"
+        "python -m kv_transition.worker kv_transition.studies.grid.calibrate --spec {params.spec:q} --task {wildcards.task} --threads {threads}"
         " --examples {input.examples} --manifest {input.manifest} --output {output} > {log} 2>&1"
