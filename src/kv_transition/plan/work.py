@@ -15,6 +15,7 @@ from kv_transition.plan.model_size import ModelSize
 from kv_transition.plan.speed import Speed, on_gpu
 from kv_transition.provenance import digest
 from kv_transition.settings import Settings
+from kv_transition.worker.client import workers_wanted
 
 CELL_FILE, CELL_ROW = 12_000, 300
 """bytes of a results file and of each row in it, where there is none to be measured yet"""
@@ -64,8 +65,10 @@ class Item:
     def left(self) -> list[Job]:
         return self.state["missing"] + self.state["outdated"]
 
-    def seconds(self, jobs: list[Job], speed: Speed) -> float:
-        return sum(speed.start_s + job.read_tokens * speed.read_s + job.answer_tokens * speed.answer_s for job in jobs)
+    def seconds(self, jobs: list[Job], speed: Speed, loads: int) -> float:
+        """Of these jobs, for which the model is loaded ``loads`` times."""
+        work = sum(job.read_tokens * speed.read_s + job.answer_tokens * speed.answer_s for job in jobs)
+        return loads * speed.start_s + work
 
     def bytes(self, jobs: list[Job]) -> int:
         """Of their files: those that are there stand for those that are not."""
@@ -251,16 +254,22 @@ def summary(made: Work, speed: Speed | None, size: ModelSize | None) -> dict[str
     remote = made.settings.engine.kind == "openai"
     speed = None if remote else speed  # the endpoint's time is not ours
     items = {}
+    warm = workers_wanted()
+    loads = {"every": 0, "left": 0}  # so far: one worker holds the model for jobs of all kinds
     for item in made.items:
         every, left = list(item.jobs), item.left
+        own = {}
+        for name, jobs in (("every", every), ("left", left)):
+            own[name] = min(len(jobs), 1 - loads[name]) if warm else len(jobs)
+            loads[name] += own[name]
         items[item.name] = {
             "unit": item.unit,
             "jobs": len(every),
             "done": len(item.state["done"]),
             "outdated": len(item.state["outdated"]),
             "units": sum(job.sequences for job in every),
-            "seconds": None if speed is None else item.seconds(every, speed),
-            "seconds_left": None if speed is None else item.seconds(left, speed),
+            "seconds": None if speed is None else item.seconds(every, speed, own["every"]),
+            "seconds_left": None if speed is None else item.seconds(left, speed, own["left"]),
             "bytes": item.bytes(every),
             "bytes_left": item.bytes(left),
         }

@@ -47,15 +47,20 @@ def call(function: str, arguments: dict[str, Any], imports: list[str]) -> None:
         raise SystemExit(status)
 
 
+def workers_wanted() -> bool:
+    """Return whether jobs are to be handed over. Raises UserError if KVT_WORKER is neither auto nor never."""
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted not in ("auto", "never"):
+        raise UserError(f"{VARIABLE}: {wanted!r} is not allowed; set it to auto or never")
+    return wanted == "auto" and hasattr(socket, "send_fds")
+
+
 def carry_out(job: dict[str, Any], worker: Worker | None) -> int | None:
     """Return the exit status of a job that a worker has carried out; None: it is to be carried out here.
 
     Raises UserError if KVT_WORKER is neither auto nor never.
     """
-    wanted = os.environ.get(VARIABLE) or "auto"
-    if wanted not in ("auto", "never"):
-        raise UserError(f"{VARIABLE}: {wanted!r} is not allowed; set it to auto or never")
-    if wanted == "never" or worker is None or not hasattr(socket, "send_fds"):
+    if not workers_wanted() or worker is None:
         return None
     place = place_of(worker.name)
     if place is None:

@@ -38,7 +38,7 @@ def perform(job: dict[str, Any]) -> int | None:
         return INTERRUPTED
     except MemoryError:
         return None
-    except BaseException as error:
+    except Exception as error:
         if type(error).__name__ == "UserError":
             print(error, file=sys.stderr)
             return 2

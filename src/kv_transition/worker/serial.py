@@ -41,13 +41,20 @@ class Serial:
         status: int | None = None
         with connection, suppress(OSError):
             frames.send(connection, {"state": frames.TAKEN, "pid": os.getpid()})
-            with _watched(connection, job.get("run")), as_of(job, *files):
-                status = perform(job)
+            told = None
+            try:
+                with _watched(connection, job.get("run")), as_of(job, *files):
+                    status = perform(job)
+            except SpentError as end:  # the worker was asked to end
+                told = end
             for fd in files:
                 os.close(fd)
-            again = status is None or _refusals(torch) > refused
+            again = told or status is None or _refusals(torch) > refused
             if again:
-                answer = {"state": frames.AGAIN, "reason": "it ran out of memory in the worker"}
+                answer = {
+                    "state": frames.AGAIN,
+                    "reason": "the worker has ended" if told else "it ran out of memory there",
+                }
                 self._give_up()
             elif status == INTERRUPTED:
                 answer = {"state": frames.STOPPED}

@@ -59,8 +59,8 @@ class Carrier(Protocol):
         """End every job; its client carries it out again."""
 
 
-class SpentError(Exception):
-    """The worker can carry out no further job."""
+class SpentError(BaseException):
+    """The worker can carry out no further job; nothing that a job catches."""
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     try:
         try:
             carrier = _loaded(worker)
-        except Exception as error:  # whatever it is, jobs meet it too and say it in their own words
+        except (Exception, SpentError) as error:  # whatever it is, jobs meet it too and say it in their own words
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             _refuse(listener, f"the worker could not load what it is to hold ({reason})")
             return
@@ -137,11 +137,16 @@ def _serve(listener: socket.socket, carrier: Carrier) -> None:
             carrier.attend([fd for fd in ready if fd is not listener])
             if ready or carrier.waiting:
                 used = time.monotonic()
-            elif time.monotonic() - used > idle_s or (for_runs and not any(map(runs.is_alive, for_runs))):
+            elif time.monotonic() - used > idle_s or _are_over(for_runs):
                 return
     except SpentError:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         carrier.stop()
+
+
+def _are_over(for_runs: set[str]) -> bool:
+    """Whether nobody can come any more; a job that was started by hand belongs to no run that could be over."""
+    return bool(for_runs) and "" not in for_runs and not any(map(runs.is_alive, for_runs))
 
 
 def _accept(listener: socket.socket, carrier: Carrier) -> str | None:
@@ -161,7 +166,7 @@ def _accept(listener: socket.socket, carrier: Carrier) -> str | None:
         connection.close()
         return None
     carrier.begin(connection, job, files)
-    return run or f"{os.getpid()}"
+    return run
 
 
 def _refuse(listener: socket.socket, reason: str) -> None:
