@@ -48,6 +48,7 @@ BESIDE = {
     "tables",
     "labels",
     "script",
+    "worker",
     "specs",
 }
 # specs knows what every job depends on, so it reads the catalog of policies
@@ -158,6 +159,7 @@ def loaded_modules(code: str) -> set[str]:
         ("kv_transition.studies.perplexity.windows", {"torch", "transformers", "scipy", "polars", "datasets"}),
         ("kv_transition.studies.grid.run", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
         ("kv_transition.studies.grid.remote", {"torch", "transformers", "polars", "scipy", "altair", "datasets"}),
+        ("kv_transition.worker.client", {"torch", "transformers", "polars", "pyarrow", "numpy", "pydantic", "asyncio"}),
         ("kv_transition.studies.chat.run", {"transformers", "polars", "scipy", "altair", "pydantic", "datasets"}),
     ],
 )

@@ -97,8 +97,7 @@ def rules() -> list[tuple[str, str, list[str], str]]:
         for text in re.split(begins, file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
             name = re.match(r" *(?:rule|checkpoint) (\w+):", text)[1]
             env = re.search(r"envs/(\w+)\.yaml", text)
-            modules = re.findall(r"python -m (kv_transition[\w.]*\w)", text.replace("{CELL_JOB}", "cell"))
-            modules += ["kv_transition.studies.grid.remote"] if "{CELL_JOB}" in text else []
+            modules = re.findall(r"(?:python -m|kv_transition\.worker) (kv_transition[\w.]*\w)", text)
             modules += re.findall(r'calling\("(kv_transition[\w.]*):', text)
             if env:
                 found.append((name, env[1], modules, text))

@@ -172,8 +172,17 @@ def test_a_job_takes_its_start_its_reading_and_its_answers(tmp_path):
     known = speed.Speed(start_s=10, read_s=0.5, answer_s=2, source="here", measured=True)
     made = work.work(settings, {"reader_qa": 3})
     prefills, cells = item(made, "prefills"), item(made, "cells")
-    assert prefills.seconds(list(prefills.jobs), known) == 2 * 10 + 3 * (128 + 256) * 0.5
-    assert cells.seconds(list(cells.jobs), known) == 8 * 10 + 8 * 3 * 3 * 2
+    assert prefills.seconds(list(prefills.jobs), known, loads=2) == 2 * 10 + 3 * (128 + 256) * 0.5
+    assert cells.seconds(list(cells.jobs), known, loads=0) == 8 * 3 * 3 * 2
+
+
+@pytest.mark.parametrize(("worker", "loads"), [("auto", 1), ("never", 2 + 8)])
+def test_the_model_is_loaded_once_where_a_worker_holds_it(tmp_path, monkeypatch, worker, loads):
+    monkeypatch.setenv("KVT_WORKER", worker)
+    settings = parsed(tmp_path)
+    nothing_but_loading = speed.Speed(start_s=10, read_s=0, answer_s=0, source="here", measured=True)
+    plan = work.summary(work.work(settings), nothing_but_loading, None)
+    assert sum(item["seconds"] for item in plan["items"].values()) == 10 * loads
 
 
 def test_a_trial_loads_the_model_and_times_it(tmp_path):

@@ -36,7 +36,7 @@ rule chat:
     params:
         spec=lambda wildcards: as_json(chat_specs.cell(SETTINGS, wildcards.policy, wildcards.budget)),
     shell:
-        "python -m kv_transition.studies.chat.run --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.worker kv_transition.studies.chat.run --spec {params.spec:q} --threads {threads}"
         " --conversations {input} --output {output.turns} --layers {output.layers} > {log} 2>&1"
 
 

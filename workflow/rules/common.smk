@@ -16,6 +16,7 @@ from kv_transition.errors import UserError
 from kv_transition.paths import Paths
 from kv_transition.studies import registry
 from kv_transition.report.section import template_folders
+from kv_transition.worker import runs
 from kv_transition.provenance import code_hash, content_digest, digest, read_metadata
 
 
@@ -78,6 +79,8 @@ ALONE = getattr(workflow.global_resources.get("endpoint"), "value", None) == 1
 # Jobs import the package from the checkout, whichever environment they run in: that of conda where it is asked for,
 # else that of snakemake itself. Where prefills are stored, and which statistics they hold beyond those that a cell asks
 # for, changes no result, so it travels beside the params.
+# A worker that carries jobs of this run out ends with it.
+os.environ[runs.VARIABLE] = runs.current()
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 shell.prefix(
     f"export PYTHONPATH={os.path.join(REPO, 'src')}"

@@ -57,5 +57,5 @@ rule prefill:
     params:
         spec=as_json(specs.prefill(SETTINGS)),
     shell:
-        "python -m kv_transition.run.prefill --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.worker kv_transition.run.prefill --spec {params.spec:q} --threads {threads}"
         " --bin {input} --index {output} > {log} 2>&1"

@@ -42,8 +42,8 @@ rule calibrate:
     params:
         spec=as_json(grid_specs.calibrate(SETTINGS)) if TASKS else "{}",
     shell:
-        "python -m kv_transition.studies.grid.calibrate --spec {params.spec:q} --task {wildcards.task} --threads {threads}"
-        " --examples {input.examples} --manifest {input.manifest} --output {output} > {log} 2>&1"
+        "python -m kv_transition.worker kv_transition.studies.grid.calibrate --spec {params.spec:q}"
+        " --task {wildcards.task} --threads {threads} --examples {input.examples} --manifest {input.manifest} --output {output} > {log} 2>&1"
 
 
 rule cell:
@@ -66,7 +66,11 @@ rule cell:
     params:
         spec=lambda wildcards: as_json(cell_spec(wildcards.mode, wildcards.policy, wildcards.budget)),
     shell:
-        ("python -m kv_transition.studies.grid.remote" if REMOTE else "python -m kv_transition.studies.grid.run")
+        (
+            "python -m kv_transition.studies.grid.remote"
+            if REMOTE
+            else "python -m kv_transition.worker kv_transition.studies.grid.run"
+        )
         + " --spec {params.spec:q} --threads {threads}"
         " --bin {input.bin} --output {output} --calibration {input.calibration} --treated {input.treated}"
         " > {log} 2>&1"

@@ -48,7 +48,7 @@ rule perplexity:
     params:
         spec=lambda wildcards: as_json(perplexity_specs.cell(SETTINGS, wildcards.policy, wildcards.budget)),
     shell:
-        "python -m kv_transition.studies.perplexity.run --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.worker kv_transition.studies.perplexity.run --spec {params.spec:q} --threads {threads}"
         " --windows {input} --output {output} > {log} 2>&1"
 
 

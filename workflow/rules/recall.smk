@@ -23,7 +23,7 @@ rule observe:
     params:
         spec=as_json(recall_specs.observe(SETTINGS)),
     shell:
-        "python -m kv_transition.studies.recall.run --spec {params.spec:q} --threads {threads}"
+        "python -m kv_transition.worker kv_transition.studies.recall.run --spec {params.spec:q} --threads {threads}"
         " --bin {input.bin} --output {output.steps} --layers {output.layers} > {log} 2>&1"
 
 

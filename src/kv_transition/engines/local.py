@@ -24,6 +24,8 @@ class LocalEngine:
     """Reads tokens on top of a cache that anyone may thin out between readings."""
 
     name = "local"
+    load_s = 0.0
+    """seconds that loading the model took, where it was loaded for a job"""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from kv_transition.plan.speed import Speed, on_gpu
 from kv_transition.settings import Settings
 from kv_transition.studies import registry
 from kv_transition.studies.study import Item
+from kv_transition.worker.client import workers_wanted
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,22 @@ def summary(made: Work, speed: Speed | None, size: ModelSize | None) -> dict[str
     remote = made.settings.engine.kind == "openai"
     speed = None if remote else speed  # the endpoint's time is not ours
     items = {}
+    warm = workers_wanted()
+    loads = {"every": 0, "left": 0}  # so far: one worker holds the model for jobs of all kinds
     for item in made.items:
         every, left = list(item.jobs), item.left
+        own = {}
+        for name, jobs in (("every", every), ("left", left)):
+            own[name] = min(len(jobs), 1 - loads[name]) if warm else len(jobs)
+            loads[name] += own[name]
         items[item.name] = {
             "unit": item.unit,
             "jobs": len(every),
             "done": len(item.state["done"]),
             "outdated": len(item.state["outdated"]),
             "units": sum(job.sequences for job in every),
-            "seconds": None if speed is None else item.seconds(every, speed),
-            "seconds_left": None if speed is None else item.seconds(left, speed),
+            "seconds": None if speed is None else item.seconds(every, speed, own["every"]),
+            "seconds_left": None if speed is None else item.seconds(left, speed, own["left"]),
             "bytes": item.bytes(every),
             "bytes_left": item.bytes(left),
         }

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from kv_transition.data import gguf
 from kv_transition.engines.local import LocalEngine
+from kv_transition.provenance import digest
 from kv_transition.run.command import answer_seed, arguments, bin_metadata, read_bin, run
 
 __all__ = [
     "answer_seed",
     "arguments",
     "bin_metadata",
+    "hold",
+    "let_go",
     "load_engine",
     "model_facts",
     "read_bin",
@@ -54,11 +58,33 @@ def model_facts(model: dict[str, Any], engine: LocalEngine) -> dict[str, str]:
     }
 
 
+_held: dict[str, LocalEngine] = {}
+"""by the digest of what was to be loaded: a warm worker's one model, in other processes nothing"""
+
+
+def hold(model: dict[str, Any]) -> None:
+    """Load a model for all jobs that this process, or a copy of it, will carry out."""
+    _held[digest(model)] = _load(model)
+
+
+def let_go() -> None:
+    """Hold no model any more."""
+    _held.clear()
+
+
 def load_engine(model: dict[str, Any], threads: int) -> LocalEngine:
+    """The engine of a model, loaded unless this process holds it. Raises UserError where that fails."""
     import torch
 
     torch.set_num_threads(threads)
-    return LocalEngine.from_pretrained(
+    engine = _held.get(digest(model)) or _load(model)
+    engine.peak_memory_mb()  # loading it, and the job before, are no part of this job's peak
+    return engine
+
+
+def _load(model: dict[str, Any]) -> LocalEngine:
+    started = time.perf_counter()
+    engine = LocalEngine.from_pretrained(
         model["name"],
         revision=model["revision"],
         dtype=model["dtype"],
@@ -69,3 +95,5 @@ def load_engine(model: dict[str, Any], threads: int) -> LocalEngine:
         statistics=model["attention_statistics"],
         chunk_tokens=model["chunk_tokens"],
     )
+    engine.load_s = time.perf_counter() - started
+    return engine

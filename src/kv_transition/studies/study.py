@@ -97,8 +97,10 @@ class Item:
     def left(self) -> list[Job]:
         return self.state["missing"] + self.state["outdated"]
 
-    def seconds(self, jobs: list[Job], speed: Any) -> float:
-        return sum(speed.start_s + job.read_tokens * speed.read_s + job.answer_tokens * speed.answer_s for job in jobs)
+    def seconds(self, jobs: list[Job], speed: Any, loads: int) -> float:
+        """Return the seconds of these jobs, for which the model is loaded ``loads`` times."""
+        work = sum(job.read_tokens * speed.read_s + job.answer_tokens * speed.answer_s for job in jobs)
+        return loads * speed.start_s + work
 
     def bytes(self, jobs: list[Job]) -> int:
         """Of their files: those that are there stand for those that are not."""

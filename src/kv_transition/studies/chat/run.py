@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -326,9 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     chat = spec["chat_template"] == "auto" and tokenizer.chat_template is not None
     # all of them before the model is loaded, so that a template that cannot be used costs no time on a GPU
     turns = [turns_of(tokenizer, conversation, chat) for conversation in conversations]
-    started = time.perf_counter()
     engine = job.load_engine(spec["model"], arguments.threads)
-    model_load_s = time.perf_counter() - started
     rows: list[Row] = []
     layers: list[Row] = []
     for number, (conversation, own) in enumerate(zip(conversations, turns, strict=True), 1):
@@ -340,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"played {number} of {len(turns)} conversations ({len(own)} turns{note})", file=sys.stderr, flush=True)
     facts = {
         "config_hash": digest({key: value for key, value in spec.items() if key != "code"}),
-        "model_load_s": round(model_load_s, 3),
+        "model_load_s": round(engine.load_s, 3),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "chat_template": "the tokenizer's" if chat else "plain",
         "kind": spec["kind"],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -188,15 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = job.arguments(__doc__, argv, "--bin", "--output", optional=("--calibration", "--treated"))
     spec = arguments.spec
     examples = job.read_bin(arguments.bin)
-    started = time.perf_counter()
     engine = job.load_engine(spec["model"], arguments.threads)
-    model_load_s = time.perf_counter() - started
     store = store_of(spec["model"], spec["prefill_code"], arguments.bin)
     made = rows(engine, examples, spec, store, arguments.calibration, arguments.treated)
     table = rows_to_table(made, CELLS)
     facts = {
         "config_hash": digest({key: value for key, value in spec.items() if key not in ("code", "prefill_code")}),
-        "model_load_s": round(model_load_s, 3),
+        "model_load_s": round(engine.load_s, 3),
         "hyper_parameters": spec["hyper_parameters"],
         "kind": spec["kind"],
         **job.model_facts(spec["model"], engine),

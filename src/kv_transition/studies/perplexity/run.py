@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,14 +179,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = job.arguments(__doc__, argv, "--windows", "--output")
     spec = arguments.spec
     windows = job.read_bin(arguments.windows)
-    started = time.perf_counter()
     engine = job.load_engine(spec["model"], arguments.threads)
-    model_load_s = time.perf_counter() - started
     store = store_of(spec["model"], spec["prefill_code"], arguments.windows)
     table = rows_to_table(rows(engine, windows, spec, store), PERPLEXITY)
     about = read_metadata(arguments.windows)
     facts = {
-        "model_load_s": round(model_load_s, 3),
+        "model_load_s": round(engine.load_s, 3),
         "kind": spec["kind"],
         "hyper_parameters": spec["hyper_parameters"],
         "streaming": spec["streaming"],

@@ -1,0 +1,139 @@
+"""Jobs as forked copies of this process: what it holds is theirs at once, and what becomes of them is theirs alone.
+
+A copy begins with what the worker held before any job, so each finds what a process of its own would have loaded, the
+state of every random generator included. Its processor time and its memory are its own, and the weights stand in memory
+once for all of them. It cannot be done with CUDA, which does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from kv_transition.worker import frames, runs
+from kv_transition.worker.perform import as_of, perform
+
+_GRACE_S = 5.0
+"""from the interruption of a job to its end by force"""
+
+
+@dataclass
+class _Job:
+    pid: int
+    connection: socket.socket
+    ending: int
+    """descriptor that the job writes its exit status to, and that is closed by its end"""
+    run: str | None
+    interrupted: float | None = None
+    """when it was asked to end"""
+    gone: bool = False
+    """whether its client is"""
+
+
+class Forked:
+    """Any number of jobs at a time: how many, is for those who start them to say."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, _Job] = {}
+        # Nothing is ever written to it: where it is closed, the worker is gone, and its jobs have nobody to answer to.
+        self._alive, self._life = os.pipe()
+
+    @property
+    def waiting(self) -> dict[int, Any]:
+        """The descriptors of all jobs, those of clients that have gone left out."""
+        fds: dict[int, Any] = {}
+        for job in self._jobs.values():
+            fds[job.ending] = job
+            if not job.gone:
+                fds[job.connection.fileno()] = job
+        return fds
+
+    def begin(self, connection: socket.socket, job: dict[str, Any], files: list[int]) -> None:
+        """Fork a process that carries the job out."""
+        ending, end = os.pipe()
+        try:
+            frames.send(connection, {"state": frames.TAKEN, "pid": os.getpid()})
+            pid = os.fork()
+        except OSError:
+            for fd in (ending, end, *files):
+                os.close(fd)
+            connection.close()
+            return
+        if not pid:
+            self._carry_out(job, files, end, [ending, connection.fileno()])
+        for fd in (end, *files):
+            os.close(fd)
+        self._jobs[pid] = _Job(pid, connection, ending, job.get("run"))
+
+    def _carry_out(self, job: dict[str, Any], files: list[int], end: int, close: list[int]) -> None:
+        """What the forked process does; it never returns."""
+        status: int | None = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for fd in [self._life, *close, *self.waiting]:
+                os.close(fd)
+            threading.Thread(target=self._end_with_the_worker, daemon=True).start()
+            with as_of(job, *files):
+                status = perform(job)
+        finally:
+            os.write(end, json.dumps({"status": status}).encode())
+            os._exit(0)
+
+    def _end_with_the_worker(self) -> None:
+        os.read(self._alive, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def attend(self, ready: list[int]) -> None:
+        """Answer for jobs that are over; end those that nobody waits for."""
+        for job in list(self._jobs.values()):
+            if job.ending in ready:
+                self._over(job)
+                continue
+            if not job.gone and job.connection.fileno() in ready:
+                job.gone = _said_nothing_more(job.connection)
+            if job.interrupted is None and (job.gone or (job.run and not runs.is_alive(job.run))):
+                job.interrupted = time.monotonic()
+                os.kill(job.pid, signal.SIGINT)
+            elif job.interrupted is not None and time.monotonic() - job.interrupted > _GRACE_S:
+                os.kill(job.pid, signal.SIGKILL)
+
+    def _over(self, job: _Job) -> None:
+        said = os.read(job.ending, 4096)
+        os.close(job.ending)
+        _, ended, used = os.wait4(job.pid, 0)
+        del self._jobs[job.pid]
+        cpu_s, peak_mb = used.ru_utime + used.ru_stime, used.ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+        status = json.loads(said)["status"] if said else None
+        if job.interrupted is not None:
+            answer = {"state": frames.STOPPED}
+        elif status is not None:
+            report = f"worker {os.getpid()}: {cpu_s:.2f} s of processor time, at most {peak_mb:.0f} MiB"
+            answer = {"state": frames.DONE, "status": status, "report": report}
+        elif os.WIFSIGNALED(ended):
+            answer = {"state": frames.AGAIN, "reason": f"it was killed in the worker (signal {os.WTERMSIG(ended)})"}
+        else:
+            answer = {"state": frames.AGAIN, "reason": "it ran out of memory in the worker"}
+        with job.connection, suppress(OSError):
+            frames.send(job.connection, answer)
+
+    def stop(self) -> None:
+        """Kill every job. Files appear whole or not at all, so nothing is left of it."""
+        for job in list(self._jobs.values()):
+            os.kill(job.pid, signal.SIGKILL)
+            self._over(job)
+
+
+def _said_nothing_more(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1)
+    except OSError:
+        return True

@@ -1,0 +1,55 @@
+"""What client and worker say to each other: JSON values with their length in front. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+LONGEST = 16 * 2**20
+"""bytes of a value; what claims to be longer is not from a client of ours"""
+_LENGTH = struct.Struct(">I")
+
+TAKEN, DONE, AGAIN, STOPPED, UNABLE = "taken", "done", "again", "stopped", "unable"
+"""what a worker says of a job: begun; over, with its exit status; to be run again without a worker; ended because its
+client or its run is gone; never begun, nor will any other be"""
+
+
+def send(connection: socket.socket, value: dict[str, Any], files: Sequence[int] = ()) -> None:
+    """Send a value, with open files. Raises OSError if the other side is gone."""
+    body = json.dumps(value).encode()
+    head = _LENGTH.pack(len(body))
+    if files:
+        socket.send_fds(connection, [head], list(files))
+    else:
+        connection.sendall(head)
+    connection.sendall(body)
+
+
+def receive(connection: socket.socket, files: int = 0) -> tuple[dict[str, Any], list[int]] | None:
+    """Return the next value and up to ``files`` open files with it; None if the other side is gone.
+
+    Raises ValueError if it is no value of this protocol.
+    """
+    head, fds = b"", []
+    while len(head) < _LENGTH.size:
+        piece, got, _, _ = socket.recv_fds(connection, _LENGTH.size - len(head), files)
+        fds += got
+        if not piece:
+            return None
+        head += piece
+    (length,) = _LENGTH.unpack(head)
+    if length > LONGEST:
+        raise ValueError(f"a value of {length} bytes")
+    body = bytearray()
+    while len(body) < length:
+        piece = connection.recv(min(length - len(body), 2**16))
+        if not piece:
+            return None
+        body += piece
+    value = json.loads(body)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value, fds

@@ -1,0 +1,69 @@
+"""Where clients and workers meet: a folder on this machine that only its user can open."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_LONGEST = 100
+"""bytes of a socket's path: the system allows no more than 103 to 107"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one worker."""
+
+    folder: Path
+    name: str
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / f"{self.name}.sock"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone in starting or ending this worker. The lock of a killed process is free again."""
+        # never deleted: who waits for the lock of a deleted file would hold it beside someone else
+        handle = os.open(self.folder / f"{self.name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def clear(self) -> None:
+        """Delete the socket and the log."""
+        for file in (self.socket, self.log):
+            with suppress(FileNotFoundError):
+                file.unlink()
+
+
+def place_of(name: str) -> Place | None:
+    """Return where a worker of this name is met; None where no folder is safe enough or its path is too long."""
+    for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
+        if not parent:
+            continue
+        folder = Path(parent) / f"kvt-{os.getuid()}"
+        if len(os.fsencode(folder / f"{name}.sock")) <= _LONGEST and _is_private(folder):
+            return Place(folder, name)
+    return None
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether the folder, made if need be, is this user's and nobody else can enter it."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()  # a link that someone else has laid there is no folder
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077

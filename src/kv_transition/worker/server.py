@@ -1,0 +1,190 @@
+"""The worker: loads once what its jobs have in common, then carries them out until none has come for a while.
+
+    python -m kv_transition.worker.server LISTENING_SOCKET FOLDER WORKER
+
+It ends when no job has come for ``KVT_WORKER_IDLE_S`` seconds (30), when every run that it worked for is over, or on
+SIGTERM. Clients whose jobs it can no longer carry out carry them out themselves.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import select
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from kv_transition.worker import frames, runs
+from kv_transition.worker.key import Worker, code_digest
+from kv_transition.worker.place import Place
+
+IDLE_VARIABLE = "KVT_WORKER_IDLE_S"
+_TICK_S = 0.5
+_PATIENCE_S = 10.0
+"""how long a client that has connected may take to say what it wants"""
+
+_JOBS = (
+    "kv_transition.run.prefill",
+    "kv_transition.studies.grid.run",
+    "kv_transition.studies.grid.calibrate",
+    "kv_transition.studies.recall.run",
+    "kv_transition.studies.perplexity.run",
+    "kv_transition.studies.chat.run",
+    "pyarrow.parquet",
+)
+
+
+class Carrier(Protocol):
+    """How jobs are carried out."""
+
+    def begin(self, connection: socket.socket, job: dict[str, Any], files: list[int]) -> None:
+        """Begin a job, or carry it out; it says `frames.TAKEN` first."""
+
+    @property
+    def waiting(self) -> dict[int, Any]:
+        """File descriptors that tell of jobs under way."""
+
+    def attend(self, ready: list[int]) -> None:
+        """See to the jobs whose descriptors have something to tell, and to those whose run is over."""
+
+    def stop(self) -> None:
+        """End every job; its client carries it out again."""
+
+
+class SpentError(BaseException):
+    """The worker can carry out no further job; nothing that a job catches."""
+
+
+def main() -> None:
+    """Serve until there is nothing left to do."""
+    number, folder, what = sys.argv[1:]
+    known = json.loads(what)
+    worker = Worker(**known | {"imports": tuple(known["imports"])})
+    listener = socket.socket(fileno=int(number))
+    place = Place(Path(folder), worker.name)
+    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        try:
+            carrier = _loaded(worker)
+        except (Exception, SpentError) as error:  # whatever it is, jobs meet it too and say it in their own words
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            _refuse(listener, f"the worker could not load what it is to hold ({reason})")
+            return
+        _serve(listener, carrier)
+    finally:
+        _leave(place, listener)
+
+
+def _terminated(*_: object) -> None:
+    raise SpentError
+
+
+def _loaded(worker: Worker) -> Carrier:
+    """What carries out the jobs of a worker, with everything imported and loaded that they have in common."""
+    from kv_transition.worker.forked import Forked
+
+    if worker.model is None:
+        for module in worker.imports:
+            importlib.import_module(module)
+        _require_unchanged(worker)
+        return Forked()
+    import torch
+
+    for module in _JOBS:
+        importlib.import_module(module)
+    policies = importlib.import_module("kv_transition.policies")
+    for found in pkgutil.iter_modules(policies.__path__, "kv_transition.policies."):
+        importlib.import_module(found.name)
+    _require_unchanged(worker)
+    on_gpu = importlib.import_module("kv_transition.engines.loading").usable_device(worker.model["device"]) != "cpu"
+    if not on_gpu:
+        # the threads of a pool would be missing in what is forked
+        torch.set_num_threads(1)
+    importlib.import_module("kv_transition.run.job").hold(worker.model)
+    if on_gpu:
+        from kv_transition.worker.serial import Serial
+
+        return Serial()
+    return Forked()
+
+
+def _require_unchanged(worker: Worker) -> None:
+    """Nothing may have been edited between a client's look at the code and its import here."""
+    if code_digest() != worker.code:
+        raise RuntimeError("the code was edited meanwhile")
+
+
+def _serve(listener: socket.socket, carrier: Carrier) -> None:
+    gc.collect()
+    gc.freeze()  # so that the collector of a forked process does not copy what is shared
+    idle_s = float(os.environ.get(IDLE_VARIABLE) or 30)
+    listener.setblocking(False)
+    used, for_runs = time.monotonic(), set()
+    try:
+        while True:
+            ready, _, _ = select.select([listener, *carrier.waiting], [], [], _TICK_S)
+            if listener in ready and (run := _accept(listener, carrier)) is not None:
+                for_runs.add(run)
+            carrier.attend([fd for fd in ready if fd is not listener])
+            if ready or carrier.waiting:
+                used = time.monotonic()
+            elif time.monotonic() - used > idle_s or _are_over(for_runs):
+                return
+    except SpentError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        carrier.stop()
+
+
+def _are_over(for_runs: set[str]) -> bool:
+    """Whether nobody can come any more; a job that was started by hand belongs to no run that could be over."""
+    return bool(for_runs) and "" not in for_runs and not any(map(runs.is_alive, for_runs))
+
+
+def _accept(listener: socket.socket, carrier: Carrier) -> str | None:
+    """Take a client's job on; the run that it belongs to ("" if to none), None if nothing came of it."""
+    try:
+        connection, _ = listener.accept()
+    except BlockingIOError:
+        return None
+    connection.settimeout(_PATIENCE_S)
+    try:
+        got = frames.receive(connection, files=2)
+        if got is None or len(got[1]) != 2:
+            raise ValueError("no job")
+        job, files = got
+        run = job.get("run") or ""
+    except (OSError, ValueError, AttributeError):
+        connection.close()
+        return None
+    carrier.begin(connection, job, files)
+    return run
+
+
+def _refuse(listener: socket.socket, reason: str) -> None:
+    """Tell everyone who waits that there is nothing to be had."""
+    listener.settimeout(_TICK_S)
+    with suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                frames.send(connection, {"state": frames.UNABLE, "reason": reason})
+
+
+def _leave(place: Place, listener: socket.socket) -> None:
+    """Nobody finds the worker any more; who has found it and was not heard looks for another."""
+    with place.locked():
+        place.clear()
+        listener.close()
+
+
+if __name__ == "__main__":
+    main()
