@@ -18,6 +18,7 @@ from project import ROOT, SMALL, Project
 from typer.testing import CliRunner
 
 from kv_transition import cli
+from kv_transition.studies import registry
 
 PERPLEXITY = {"corpus": "synthetic", "books": 2, "windows_per_book": 2, "context_tokens": [64, 128], "stride": 32}
 CHAT = {"source": "generated", "n": 3, "max_turns": 2, "max_tokens": 8}
@@ -62,7 +63,8 @@ def rules() -> set[str]:
 
 
 def test_every_rule_that_a_step_names_exists():
-    named = {rule for sections in cli._UNTIL.values() for found in sections.values() for rule in found}
+    named = {rule for found in cli._UNTIL.values() for rule in found}
+    named |= {rule for study in registry.studies() for found in study.rules.values() for rule in found}
     assert named <= rules()
 
 

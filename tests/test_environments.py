@@ -43,6 +43,7 @@ UNSEEN = {
 
 # imported where they are installed: what for
 OPTIONAL = {
+    "gguf": "models in GGUF files; the extra gguf",
     "flash-attn": "attention on GPUs; built from source by pip, so it comes with conda",
     "kvpress": "its presses; in an environment of its own",
     "triton": "statistics on GPUs, where torch brings it along",
@@ -97,7 +98,7 @@ def rules() -> list[tuple[str, str, list[str], str]]:
         for text in re.split(begins, file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
             name = re.match(r" *(?:rule|checkpoint) (\w+):", text)[1]
             env = re.search(r"envs/(\w+)\.yaml", text)
-            modules = re.findall(r"(?:python -m|kv_transition\.worker) (kv_transition[\w.]*\w)", text)
+            modules = re.findall(r"python -m(?: kv_transition\.worker)? (kv_transition[\w.]*\w)", text)
             modules += re.findall(r'calling\("(kv_transition[\w.]*):', text)
             if env:
                 found.append((name, env[1], modules, text))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kv_transition.data import gguf
+from kv_transition.engines import dequantize
 from kv_transition.errors import UserError
 
 pytest.importorskip("gguf", reason="the package gguf is not installed (pip install '.[gguf]')")
@@ -63,7 +64,7 @@ def test_a_split_file_is_refused(tmp_path):
 def test_an_unknown_architecture_is_named_and_nothing_is_left(tmp_path, models):
     name = empty_file(tmp_path / "odd.gguf", "nosuchmodel")
     with pytest.raises(UserError, match="'nosuchmodel'"):
-        gguf.model_folder(name, "float32")
+        dequantize.model_folder(name, "float32")
     assert [p for p in models.rglob("*") if p.is_file()] == []
 
 
@@ -98,7 +99,7 @@ def test_the_language_model_is_what_transformers_loads(models):
     from kv_transition.engines.local import LocalEngine
 
     engine = LocalEngine.from_pretrained(gguf.SMOLLM2, device="cpu")
-    made = gguf.model_folder(gguf.SMOLLM2, "float32")
+    made = dequantize.model_folder(gguf.SMOLLM2, "float32")
     written = (made / "model.safetensors").stat().st_mtime_ns
     file = gguf.gguf_file(gguf.SMOLLM2)
     own = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
@@ -110,6 +111,6 @@ def test_the_language_model_is_what_transformers_loads(models):
         logits = engine.extend(None, ids).logits.flatten()
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert logits.argmax() == expected.argmax()
-    assert gguf.model_folder(gguf.SMOLLM2, "float32") == made
+    assert dequantize.model_folder(gguf.SMOLLM2, "float32") == made
     assert (made / "model.safetensors").stat().st_mtime_ns == written
     assert gguf.origin(gguf.SMOLLM2)["quantization"].startswith("Q4_1")

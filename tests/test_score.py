@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from snakemake.io import Namedlist
+from snakemake.iocontainers import Namedlist
 
-from kv_transition import provenance, tables
+from kv_transition import provenance
+from kv_transition import tables as shared_tables
 from kv_transition.errors import UserError
+from kv_transition.studies.grid import tables
 from kv_transition.studies.grid.score import score_cells
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "call.py"
@@ -88,7 +90,7 @@ class Experiment:
 
     def write(self) -> None:
         for path, rows in self.bins.items():
-            provenance.write_table(path, provenance.rows_to_table(rows, tables.BIN), {})
+            provenance.write_table(path, provenance.rows_to_table(rows, shared_tables.BIN), {})
         for path, rows in self.cells.items():
             table = provenance.rows_to_table(rows, tables.CELLS)
             provenance.write_table(path, table, {"model": "tiny", "dtype": "float32", "cell": path})

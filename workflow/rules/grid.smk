@@ -159,7 +159,7 @@ rule aggregate:
 rule transition:
     input:
         scores=rules.score.output[0],
-        bin_stats=rules.aggregate.output.bin_stats,
+        needs=rules.aggregate.output.bin_stats,
     output:
         transition=report(FILES.table("transition"), caption="../report/transition.rst", category="Tables"),
         budget_transition=report(

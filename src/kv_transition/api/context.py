@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kv_transition.api.chosen import BudgetLike, PolicyLike, name_of, setting_of
-from kv_transition.api.model import Model, Text
 from kv_transition.api.reply import Entropies, Reply, Scored, reply_of
 from kv_transition.cache.state import CacheState
 from kv_transition.cache.store import Prefill
@@ -18,6 +17,8 @@ from kv_transition.run.decode import Answer, Setting, begin, finish, let_in
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from kv_transition.api.model import Model, Text
 
 
 @dataclass(frozen=True)

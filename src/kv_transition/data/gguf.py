@@ -144,31 +144,23 @@ def quantization(name: str) -> str:
     return ", ".join([f"{first[0]} ({first[1]} tensors)", *(f"{kind} ({n})" for kind, n in rest)])
 
 
-def model_folder(name: str, dtype: str) -> Path:
-    """The folder of the dequantized model in ``dtype``, made if it is not there.
-
-    Raises UserError as `header` does, and for an architecture that transformers cannot read from GGUF.
-    """
-    return _made(name, dtype, lambda folder: _write_model(name, dtype, folder))
-
-
 def tokenizer_folder(name: str) -> Path:
     """The folder of the tokenizer, made if it is not there. Raises UserError as `model_folder` does."""
-    return _made(name, "tokenizer", lambda folder: _tokenizer(name).save_pretrained(folder))
+    return made(name, "tokenizer", lambda folder: tokenizer(name).save_pretrained(folder))
 
 
 def origin(name: str) -> dict[str, str]:
     """Where dequantized weights came from: file, sha256 and quantization. Raises UserError as `header` does."""
-    place = _made(name, "origin", lambda folder: _write_origin(name, folder))
+    place = made(name, "origin", lambda folder: write_origin(name, folder))
     return json.loads((place / "origin.json").read_text(encoding="utf-8"))
 
 
-def _write_origin(name: str, folder: Path) -> None:
+def write_origin(name: str, folder: Path) -> None:
     facts = {"file": gguf_file(name).name, "sha256": content_sha256(name), "quantization": quantization(name)}
     (folder / "origin.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _made(name: str, part: str, make: Callable[[Path], Any]) -> Path:
+def made(name: str, part: str, make: Callable[[Path], Any]) -> Path:
     models = Path(os.environ.get(MODELS_VARIABLE) or "results/models")
     place = models / content_sha256(name)[:16] / part
     if place.is_dir():
@@ -190,28 +182,7 @@ def _made(name: str, part: str, make: Callable[[Path], Any]) -> Path:
     return place
 
 
-def _write_model(name: str, dtype: str, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    header(name)  # raises where the file is damaged
-    file = gguf_file(name)
-    with without_progress_bars():
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                str(file.parent), gguf_file=file.name, dtype=getattr(torch, dtype), output_loading_info=True
-            )
-        except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
-            raise _unreadable(name, error) from None
-        if missing := sorted(found["missing_keys"]):
-            raise UserError(f"model.name: {name} lacks {len(missing)} weights, such as {missing[0]}; get it anew")
-        # the weights are plain numbers now, and transformers saves no model that says it is quantized
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.save_pretrained(folder)
-
-
-def _tokenizer(name: str) -> Any:
+def tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     header(name)
@@ -220,10 +191,10 @@ def _tokenizer(name: str) -> Any:
         try:
             return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, AttributeError) as error:
-            raise _unreadable(name, error) from None
+            raise unreadable(name, error) from None
 
 
-def _unreadable(name: str, error: Exception) -> UserError:
+def unreadable(name: str, error: Exception) -> UserError:
     architecture = header(name).get("general.architecture", "unknown")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(

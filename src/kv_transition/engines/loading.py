@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from kv_transition.cache.rotary import Rotary
 from kv_transition.data import gguf
+from kv_transition.engines import dequantize
 from kv_transition.engines.reading import ATTENTION, attention_function
 from kv_transition.errors import UserError
 
@@ -34,7 +35,7 @@ def load_model(
     """
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-    place = str(gguf.model_folder(name, dtype)) if gguf.is_gguf(name) else name
+    place = str(dequantize.model_folder(name, dtype)) if gguf.is_gguf(name) else name
     # Only the attention function: transformers then makes no mask of its own (see `Reading`).
     AttentionInterface.register(ATTENTION, attention_function)
     device = usable_device(device)

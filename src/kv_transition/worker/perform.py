@@ -14,6 +14,10 @@ from typing import Any
 INTERRUPTED = 130
 
 
+class SpentError(BaseException):
+    """The worker can carry out no further job; nothing that a job catches."""
+
+
 def perform(job: dict[str, Any]) -> int | None:
     """Carry a job out and return its exit status, as the interpreter would have ended; None: it ran out of memory.
 

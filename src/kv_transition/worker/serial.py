@@ -16,8 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from kv_transition.worker import frames, runs
-from kv_transition.worker.perform import INTERRUPTED, as_of, perform
-from kv_transition.worker.server import SpentError
+from kv_transition.worker.perform import INTERRUPTED, SpentError, as_of, perform
 
 _TICK_S = 0.5
 _GRACE_S = 10.0

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from kv_transition.worker import frames, runs
 from kv_transition.worker.key import Worker, code_digest
+from kv_transition.worker.perform import SpentError
 from kv_transition.worker.place import Place
 
 IDLE_VARIABLE = "KVT_WORKER_IDLE_S"
@@ -57,10 +58,6 @@ class Carrier(Protocol):
 
     def stop(self) -> None:
         """End every job; its client carries it out again."""
-
-
-class SpentError(BaseException):
-    """The worker can carry out no further job; nothing that a job catches."""
 
 
 def main() -> None:

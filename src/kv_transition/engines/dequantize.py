@@ -1,0 +1,37 @@
+"""The weights of a GGUF file as a model folder, dequantized once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kv_transition.data import gguf
+from kv_transition.errors import UserError
+
+
+def model_folder(name: str, dtype: str) -> Path:
+    """The folder of the dequantized model in ``dtype``, made if it is not there.
+
+    Raises UserError as `header` does, and for an architecture that transformers cannot read from GGUF.
+    """
+    return gguf.made(name, dtype, lambda folder: _write_model(name, dtype, folder))
+
+
+def _write_model(name: str, dtype: str, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gguf.header(name)  # raises where the file is damaged
+    file = gguf.gguf_file(name)
+    with gguf.without_progress_bars():
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
+            raise gguf.unreadable(name, error) from None
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"model.name: {name} lacks {len(missing)} weights, such as {missing[0]}; get it anew")
+        # the weights are plain numbers now, and transformers saves no model that says it is quantized
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(folder)
