@@ -94,17 +94,17 @@ shell.prefix(
 
 
 def calling(function, *modules):
-    """The params of a rule that calls ``module:function``: its name, and a hash of its code and of further modules."""
+    """Return the params of a job that calls ``module:function``: that name, and a hash of its code and of ``modules``."""
     return {"function": function, "code": code_hash(function.partition(":")[0], *modules)}
 
 
 def in_report(figure, ext):
-    """A figure that Snakemake's own report shows."""
+    """Return the path of a figure, marked for Snakemake's own report."""
     return report(FILES.plot(figure, ext), caption="../report/plot.rst", category="Figures", labels={"figure": figure})
 
 
 def figures(names):
-    """The outputs of a rule that draws: each figure as SVG, which Snakemake's report shows, and as PNG."""
+    """Return the outputs of a plotting job, each figure as SVG (shown in Snakemake's report) and as PNG."""
     svg = {f"{name}_svg": in_report(name, "svg") for name in names}
     return svg | {f"{name}_png": FILES.plot(name, "png") for name in names}
 

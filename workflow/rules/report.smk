@@ -46,7 +46,7 @@ rule report:
         "../../envs/analysis.yaml"
     params:
         **calling("kv_transition.outputs.build:build_report", *registry.modules("report")),
-        plots_dir=os.path.dirname(FILES.plot("any", "svg")),
+        plots_dir=lambda wildcards, output: os.path.join(os.path.dirname(output.output_html), "plots"),
         title=SETTINGS.report.title or SETTINGS.experiment,
         extra=TABLES,
         templates=[content_digest(folder) for folder in template_folders()],

@@ -1,0 +1,24 @@
+# The cells of the grid, and the files that a cell needs beside its bin and prefills.
+from kv_transition.studies.grid import specs as grid_specs
+
+CELLS = [FILES.cell(task, *key, bin) for task in TASKS for key in grid_specs.cells(SETTINGS) for bin in BINS]
+CALIBRATION = FILES.file("calibration/{task}.json")
+
+
+# What cells of entropy_recall take from other jobs: a tau calibrated on examples that no cell sees, and, for controls,
+# the cell whose number of moments they have. Other cells take nothing.
+def calibration_of(wildcards):
+    return CALIBRATION.format(task=wildcards.task) if grid_specs.calibrated(SETTINGS, wildcards.policy) else []
+
+
+def treated_of(wildcards):
+    treated = grid_specs.treated(SETTINGS, wildcards.policy)
+    if treated is None:
+        return []
+    return PIECES.cell("{task}", "{mode}", treated, "{budget}", "{bin}").format(**dict(wildcards.items()))
+
+
+@cache
+def cell_spec(mode, policy, budget):
+    """A cell's spec and the hash that its rows carry."""
+    return grid_specs.cell(SETTINGS, mode, policy, budget)
