@@ -19,6 +19,10 @@ from kv_transition.errors import UserError
 _SCORED = 256
 """tokens whose logits are held at once: 128 MiB for a vocabulary of 128 k"""
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this one choose the most likely token: a draw would choose it too, but for logits that differ by
+less than about 1e-4, and dividing by much smaller ones leaves the numbers of fp32"""
+
 
 class LocalEngine:
     """Reads tokens on top of a cache that anyone may thin out between readings."""
@@ -240,8 +244,9 @@ class LocalEngine:
     def next_tokens(
         self, logits: Tensor, temperature: float, generators: Sequence[torch.Generator | None]
     ) -> list[int]:
-        """The next token of each sequence by logits [B, V]: the most likely at temperature 0, else a draw."""
-        if temperature == 0:
+        """Return the next token of each sequence by logits [B, V]: the most likely at a temperature below
+        `GREEDY_BELOW`, else a draw."""
+        if temperature < GREEDY_BELOW:
             return logits.argmax(-1).tolist()
         probabilities = (logits / temperature).softmax(-1).cpu()
         return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)]

@@ -142,5 +142,6 @@ def _normalised(layer: LayerCache) -> Tensor:
 
 
 def _rows(h: Tensor, width: int, fill: float) -> Tensor:
-    """[n] -> [spans, width], the last one filled up."""
+    """[n] -> [spans, width], the last one filled up; width n where it is more."""
+    width = min(width, len(h))
     return functional.pad(h, (0, -len(h) % width), value=fill).view(-1, width)

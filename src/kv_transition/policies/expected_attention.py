@@ -34,7 +34,7 @@ class ExpectedAttention(Policy):
 
     n_sink: Annotated[int, (0, None)] = 4
     """first tokens of the text that are never evicted"""
-    n_future: Annotated[int, (1, None)] = 512
+    n_future: Annotated[int, (1, 65_536)] = 512
     """positions ahead that are averaged over"""
 
     def protected(self, k: int) -> int:

@@ -15,6 +15,7 @@ from starlette.background import BackgroundTask
 
 from kv_transition import __version__
 from kv_transition.serve.asked import Asked, asked
+from kv_transition.serve.bodies import JsonRoute
 from kv_transition.serve.forms import ChatForm, CompletionForm, Form, Result, event
 from kv_transition.serve.gate import Gate
 from kv_transition.serve.model import Served
@@ -26,7 +27,7 @@ from kv_transition.serve.worker import Job, Worker
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "not answered, and why"},
-    503: {"model": ErrorBody, "description": "too many wait, or no memory left; come again after Retry-After"},
+    503: {"model": ErrorBody, "description": "no memory left, come again after Retry-After; or the server stops"},
 }
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -54,7 +55,8 @@ def create_app(
     # no pages that would load scripts from elsewhere
     app = FastAPI(title="kv-transition", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
-    app.add_middleware(Gate, max_body=max_body, api_key=api_key)
+    app.router.route_class = JsonRoute
+    app.add_middleware(Gate, max_body=max_body, api_key=api_key, max_requests=4 * queue + 64)
     install(app)
     model = Model(id=served.name, created=int(time.time()))
 

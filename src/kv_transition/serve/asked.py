@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Any
 
 from kv_transition.budget import Budget
+from kv_transition.engines.local import GREEDY_BELOW
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.policies.base import Policy
@@ -71,12 +72,14 @@ def asked(request: Request, files: Sequence[str] = ()) -> Asked:
     temperature = 1.0 if request.temperature is None else float(request.temperature)
     seed = request.seed if request.kv_seed is None else request.kv_seed
     if seed is None:
-        seed = secrets.randbits(40) if temperature else 0
+        seed = secrets.randbits(40) if temperature >= GREEDY_BELOW else 0
+    pace = None if request.kv_pace is None else (request.kv_pace[0], request.kv_pace[1])
+    if pace and pace[0] > pace[1]:
+        raise _bad("kv_pace", f"an answer of {pace[1]} steps has no {pace[0]} moments; give [moments, steps]")
     try:
         setting = Setting(
             _policy(kind, hyper_parameters), budget, request.kv_mode, request.kv_first_token, temperature=temperature
         )
-        pace = None if request.kv_pace is None else (request.kv_pace[0], request.kv_pace[1])
         setting.policy.watch(seed, pace)  # raises where it lacks what decides its moments
     except UserError as error:
         raise _bad("kv_policy", str(error)) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -15,9 +16,6 @@ from starlette.exceptions import HTTPException
 from kv_transition.errors import UserError
 
 _log = logging.getLogger("uvicorn.error")
-
-_MEMBERS = ("constrained-", "list[", "str", "float", "int", "InMessage", "Tokens")
-"""beginnings of the names that pydantic gives the members of a union"""
 
 
 class Error(BaseModel):
@@ -88,10 +86,26 @@ def _first(error: RequestValidationError) -> RefusalError:
     if errors[0]["type"] == "json_invalid":
         return RefusalError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {errors[0]['ctx']['error']}")
     # a union says of each of its members why it is not that one; what comes closest goes deepest
-    places = [[str(part) for part in each["loc"][1:] if not str(part).startswith(_MEMBERS)] for each in errors]
+    places = [_place(each["loc"][1:], error.body, missing=each["type"] == "missing") for each in errors]
     first, place = max(zip(errors, places, strict=True), key=lambda pair: len(pair[1]))
     where = ".".join(place)
     if where:
         return RefusalError(HTTPStatus.BAD_REQUEST, f"{where}: {first['msg']}", param=where)
-    why = str(first["ctx"]["error"]) if first["type"] == "value_error" else "send a JSON object as application/json"
+    why = str(first["ctx"]["error"]) if first["type"] == "value_error" else "send a JSON object"
     return RefusalError(HTTPStatus.BAD_REQUEST, f"the body: {why}")
+
+
+def _place(parts: Sequence[str | int], body: Any, *, missing: bool) -> list[str]:
+    """Return the keys and numbers that lead to a value in the body.
+
+    Between them pydantic names the members of unions, which are in no body. missing: the last one names a field that is
+    not there.
+    """
+    place = []
+    for number, part in enumerate(parts, 1):
+        inside = part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int)
+        if inside:
+            body = body[part]
+        if inside or (missing and number == len(parts)):
+            place.append(str(part))
+    return place

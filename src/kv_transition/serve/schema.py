@@ -5,12 +5,32 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def _either(words: str, *types: type) -> BeforeValidator:
+    """Return the check that a value has one of these JSON types, in ``words`` that cover all of them.
+
+    Without it a union of types says why the value is not its first member, and no more.
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise PydanticCustomError("types", "give {words}", {"words": words})
+        return value
+
+    return BeforeValidator(check)
+
 
 Seed = Annotated[int, Field(ge=0, lt=2**48)]
 Count = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1)]
 Place = Annotated[int, Field(ge=0)]
+# of lists the first wrong item is enough: a body may hold a million of them
+Stops = Annotated[list[Stop], Field(max_length=16, fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -41,11 +61,17 @@ class TextPart(BaseModel):
     text: str
 
 
+Parts = Annotated[list[TextPart], Field(fail_fast=True)]
+
+
 class Message(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(fail_fast=True)],
+        _either("a text, or a list of parts of type text", str, list),
+    ]
 
     @property
     def text(self) -> str:
@@ -60,13 +86,25 @@ class Request(BaseModel):
     model: str
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: (
+        Annotated[
+            Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)],
+            _either("a text or a list of texts", str, list),
+        ]
+        | None
+    ) = None
     seed: Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    kv_policy: str | dict[str, Any] = "full"
+    kv_policy: Annotated[str | dict[str, Any], _either("a name or an object", str, dict)] = "full"
     """a kind of policy, or ``{"kind": ..., hyper-parameters}``"""
-    kv_budget: Annotated[float, Field(gt=0, le=1)] | Tokens | None = None
+    kv_budget: (
+        Annotated[
+            Annotated[float, Field(gt=0, le=1)] | Tokens,
+            _either('a fraction, or an object {"tokens": n}', float, int, dict),
+        ]
+        | None
+    ) = None
     """share of the entries that is kept, or ``{"tokens": n}``"""
     kv_mode: Literal["before_question", "after_prompt"] = "after_prompt"
     """what is compressed: the context, before the question is read; or the whole prompt"""
@@ -74,7 +112,7 @@ class Request(BaseModel):
     """after_prompt: which cache the first token comes from"""
     kv_seed: Seed | None = None
     """in place of ``seed``, for clients that set that one themselves"""
-    kv_pace: Annotated[list[Place], Field(min_length=2, max_length=2)] | None = None
+    kv_pace: Annotated[list[Annotated[int, Field(ge=0, le=65_536)]], Field(min_length=2, max_length=2)] | None = None
     """entropy_recall's controls: moments and steps of the answer that this one is a control of"""
 
     @model_validator(mode="before")
@@ -99,15 +137,24 @@ class Request(BaseModel):
 
 
 class CompletionRequest(Request):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[
+        str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)],
+        _either("a text or a list of token ids", str, list),
+    ]
     kv_context: Place | None = None
     """length of the context: characters of a text, tokens of a prompt in token ids"""
 
 
 class ChatRequest(Request):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Count | None = None
-    kv_context: Place | InMessage | None = None
+    kv_context: (
+        Annotated[
+            Place | InMessage,
+            _either('a number of messages, or an object {"message": i, "characters": n}', int, dict),
+        ]
+        | None
+    ) = None
     """messages that are the context: it ends with the text of the last of them; or a place inside of a message"""
 
     @property

@@ -40,7 +40,8 @@ class Transcript:
         text = self.text
         if text.endswith(_UNFINISHED):
             return self._said
-        longest = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        ends = ((n, stop) for stop in self._stops for n in range(1, min(len(stop) - 1, len(text)) + 1))
+        longest = max((n for n, stop in ends if text.endswith(stop[:n])), default=0)
         return text[: len(text) - longest]
 
     def _say(self, text: str) -> str:

@@ -70,7 +70,7 @@ class Worker:
             if len(self._waiting) >= self._limit:
                 wait = min(_LONGEST_WAIT_S, max(1, math.ceil(self._job_s * len(self._waiting))))
                 raise RefusalError(
-                    HTTPStatus.SERVICE_UNAVAILABLE,
+                    HTTPStatus.TOO_MANY_REQUESTS,
                     f"{len(self._waiting)} requests wait already; come again later",
                     code="overloaded",
                     retry_after=wait,
