@@ -201,12 +201,16 @@ def test_a_score_out_of_range_is_named_and_one_that_is_no_number_is_lost():
 def test_the_other_tables_are_written_where_they_have_a_path(tmp_path, simulated):
     scores = tmp_path / "scores.parquet"
     pq.write_table(simulated, scores)
-    paths = {name: str(tmp_path / f"{name}.parquet") for name in ("pairs", "noninferiority", "smallest")}
+    paths = {name: str(tmp_path / f"{name}.parquet") for name in ("pairs", "noninferiority", "smallest_budgets")}
     write_aggregates(
         str(scores), str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"), {"resamples": 200},
         **{f"{name}_path": path for name, path in paths.items()},
     )  # fmt: skip
-    for name, schema in (("pairs", COMPARISONS), ("noninferiority", NONINFERIORITY), ("smallest", SMALLEST_BUDGET)):
+    for name, schema in (
+        ("pairs", COMPARISONS),
+        ("noninferiority", NONINFERIORITY),
+        ("smallest_budgets", SMALLEST_BUDGET),
+    ):
         found = pq.read_table(paths[name])
         assert found.num_rows > 0
         assert found.schema.names == schema.names

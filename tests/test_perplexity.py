@@ -425,7 +425,7 @@ class TestSettings:
         own = changed(perplexity={"corpus": "text", "path": str(tmp_path)})
         before = perplexity_specs.windows(own)
         (tmp_path / "a.txt").write_text("two")
-        specs.jobs._content.cache_clear()
+        specs.model.content.cache_clear()
         assert perplexity_specs.windows(own) != before
 
     @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
-import time
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -383,17 +383,26 @@ def test_the_script_ends_with_the_sentence_here_and_in_the_log(experiment):
     assert experiment.log == f"{end.value}\n"
 
 
-def test_ten_thousand_rows_take_seconds(tmp_path):
-    # About one second on one core; a busy machine has room.
-    it = Experiment(tmp_path)
-    examples = {f"e{i}": [f"Keina {i}", "Port Keina"] for i in range(1000)}
-    it.add_bin("reader_qa", 0, examples)
-    for i in range(10):
-        it.add_cell(
-            "reader_qa", 0, {e: f"the answer {e} is Keina {i}" for e in examples}, policy=f"p{i}", budget="r0.5"
-        )
-    it.write()
-    it.write = lambda: None
-    start = time.perf_counter()
-    assert len(it.score()) == 10_000
-    assert time.perf_counter() - start < 6
+def test_the_work_grows_in_proportion_to_the_rows(tmp_path):
+    # Function calls are counted, since a time depends on what else the machine does.
+    def calls(n):
+        it = Experiment(tmp_path / str(n))
+        examples = {f"e{i}": [f"Keina {i}", "Port Keina"] for i in range(n)}
+        it.add_bin("reader_qa", 0, examples)
+        for i in range(4):
+            it.add_cell(
+                "reader_qa", 0, {e: f"the answer {e} is Keina {i}" for e in examples}, policy=f"p{i}", budget="r0.5"
+            )
+        it.write()
+        it.write = lambda: None
+        events = []
+        sys.setprofile(lambda frame, event, argument: events.append(1) if event == "call" else None)
+        try:
+            rows = len(it.score())
+        finally:
+            sys.setprofile(None)
+        assert rows == 4 * n
+        return len(events)
+
+    first, second, third = calls(100), calls(200), calls(400)
+    assert third - second <= 2.2 * (second - first)
