@@ -186,6 +186,31 @@ def test_both_have_the_same_footprint(world):
         assert merged.entries == dropped.entries
 
 
+@pytest.mark.parametrize("average", ["keys", "values"])
+@pytest.mark.parametrize("k", [60, 20])
+def test_merging_keys_or_values_alone(world, average, k):
+    """One part is that of merging, the other that of dropping; the position goes with the key."""
+    state, _ = world
+    half = create("entropy_merge", {"average": average}).compress(state, k)
+    merged, dropped = (create(kind, {}).compress(state, k) for kind in ("entropy_merge", "entropy_drop"))
+    of_keys, of_values = (merged, dropped) if average == "keys" else (dropped, merged)
+    for own, keyed, valued in zip(half.layers, of_keys.layers, of_values.layers, strict=True):
+        torch.testing.assert_close(own.keys, keyed.keys, rtol=0, atol=1e-6)
+        assert torch.equal(own.positions, keyed.positions)
+        torch.testing.assert_close(own.values, valued.values, rtol=0, atol=1e-6)
+
+
+def test_merging_in_some_layers(world):
+    state, _ = world
+    merged, dropped = (create(kind, {}).compress(state, 40) for kind in ("entropy_merge", "entropy_drop"))
+    some = create("entropy_merge", {"first_layer": 1, "last_layer": 1}).compress(state, 40)
+    assert len(state.layers) > 1
+    for index, layer in enumerate(some.layers):
+        truth = merged if index == 1 else dropped
+        assert torch.equal(layer.keys, truth.layers[index].keys)
+        assert torch.equal(layer.values, truth.layers[index].values)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     n=st.integers(2, 60),

@@ -29,13 +29,17 @@ def members(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
     return torch.minimum(index, stop[:, None] - 1), index < stop[:, None]
 
 
-def merge(layer: LayerCache, spans: Sequence[Span], *, count_bias: bool) -> LayerCache:
+def merge(
+    layer: LayerCache, spans: Sequence[Span], *, count_bias: bool, keys: bool = True, values: bool = True
+) -> LayerCache:
     """The layer with each span, rising and apart, as one entry; all other entries are untouched.
 
     A head's weights within a span are its ``attn_sum``, or equal ones where that is zero throughout. Weighted means are
     taken of values, of un-rotated keys (the new key is rotated to the mean of their positions, a fraction), of
     positions (rounded) and of query_entropy; attn_sum adds up.
     count_bias: add the log of the number of tokens that an entry stands for to its attention logit.
+    keys, values: false: not averaged, but those of the span's most attended entry in the head (the first among equals);
+    the position goes with the key.
     """
     if not spans:
         return layer
@@ -49,31 +53,35 @@ def merge(layer: LayerCache, spans: Sequence[Span], *, count_bias: bool) -> Laye
     even = (real / real.sum(-1, keepdim=True)).expand_as(weights)
     weights = torch.where(total > 0, weights / total, even)
 
-    def mean(entries: Tensor) -> Tensor:
+    # padding repeats the last entry of a span, so the first of the largest weights is never padding
+    most_attended = torch.zeros_like(weights).scatter_(-1, weights.argmax(-1, keepdim=True), 1.0)
+    of_keys, of_values = (weights if averaged else most_attended for averaged in (keys, values))
+
+    def mean(entries: Tensor, weights: Tensor) -> Tensor:
         """[..., Hkv, n] -> [..., Hkv, S]"""
         return (weights * entries[..., index]).sum(-1)
 
-    def mean_vector(vectors: Tensor) -> Tensor:
+    def mean_vector(vectors: Tensor, weights: Tensor) -> Tensor:
         """[..., Hkv, S, m, d] -> [..., Hkv, S, d]"""
         return (weights.unsqueeze(-1) * vectors.float()).sum(-2)
 
     old = layer.positions.to(torch.float32) if layer.angles is None else layer.angles
-    at = mean(old)
+    at = mean(old, of_keys)
     # R(at) sum_i w_i R(-a_i) k_i = sum_i w_i R(at - a_i) k_i: one turn, and by a few positions only
     turned = layer.rotary.turn(layer.keys[..., index, :].float(), at.unsqueeze(-1) - old[..., index])
-    positions = mean(layer.positions.to(torch.float32)).round().to(torch.int64)
+    positions = mean(layer.positions.to(torch.float32), of_keys).round().to(torch.int64)
     first, last = layer.positions[..., index[:, 0]], layer.positions[..., index[:, -1]]
     angles = merged.positions.to(torch.float32) if merged.angles is None else merged.angles
 
     changed = {
-        "keys": merged.keys.index_copy(-2, slots, mean_vector(turned).to(merged.keys.dtype)),
-        "values": merged.values.index_copy(-2, slots, mean_vector(layer.values[..., index, :]).to(merged.values.dtype)),
+        "keys": merged.keys.index_copy(-2, slots, mean_vector(turned, of_keys).to(merged.keys.dtype)),
+        "values": merged.values.index_copy(-2, slots, mean_vector(layer.values[..., index, :], of_values).to(merged.values.dtype)),
         "positions": merged.positions.index_copy(-1, slots, positions.clamp(first, last)),
         "angles": angles.index_copy(-1, slots, at),
         "attn_sum": merged.attn_sum.index_copy(-1, slots, total.squeeze(-1)),
     }
     if layer.query_entropy is not None:
-        changed["query_entropy"] = merged.query_entropy.index_copy(-1, slots, mean(layer.query_entropy))
+        changed["query_entropy"] = merged.query_entropy.index_copy(-1, slots, mean(layer.query_entropy, weights))
     if count_bias:
         counts = torch.zeros_like(layer.attn_sum) if layer.bias is None else layer.bias
         biases = torch.zeros_like(merged.attn_sum) if merged.bias is None else merged.bias

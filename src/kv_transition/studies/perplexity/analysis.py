@@ -178,8 +178,14 @@ def pairs_of(policies: Options) -> list[tuple[str, str]]:
     for name, options in policies.items():
         kind, chosen = catalog.resolve(name, options or {})
         if kind in found:
-            found[kind][name] = {key: value for key, value in chosen.items() if key != "count_bias"}
-    return [(m, d) for m, spans in found[MERGE].items() for d, other in found[DROP].items() if spans == other]
+            found[kind][name] = chosen
+    return [
+        (merging, dropping)
+        for merging, options in found[MERGE].items()
+        for dropping, spans in found[DROP].items()
+        # how spans are merged is the difference that is looked at
+        if options | spans == options
+    ]
 
 
 def merge_against_drop(windows: pl.DataFrame, policies: Options, statistics: Statistics) -> pa.Table:
