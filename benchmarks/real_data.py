@@ -5,7 +5,7 @@
 Writes to the folder OUT:
 
 - ``one_hop.jsonl``: questions of HotpotQA (raw form, distractor setting) whose answer stands in one of the two
-  supporting paragraphs: that paragraph among others of the same question, as many as fit into a length. One hop is left.
+  supporting paragraphs: that paragraph among others of the same question, as many as fit into a length.
 - ``key_value.jsonl``: a list of made-up keys and numbers, and the question for one of them. Copying is all it takes.
 - ``rules.json``: conversations whose first turn sets one rule; every later turn asks for something simple.
 

@@ -122,6 +122,7 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(parsed):
     assert finding.state == "fail"
     assert "the hub cannot be reached" in finding.found
     assert "give its folder" in finding.fix
+    assert "make real" in finding.fix
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,12 @@ def _hub(what: str, repository: str, revision: str | None, kind: str) -> Finding
     """Whether the hub would give it: one small request."""
     import httpx
 
+    without = "; make real gets a language model without the hub" if what == "model" else ""
+
     if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "yes"):
-        return Finding(what, "fail", f"{repository} is not here, and HF_HUB_OFFLINE is set", "download it first")
+        return Finding(
+            what, "fail", f"{repository} is not here, and HF_HUB_OFFLINE is set", f"download it first{without}"
+        )
     base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -201,6 +205,7 @@ def _hub(what: str, repository: str, revision: str | None, kind: str) -> Finding
         status = httpx.get(url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True).status_code
     except httpx.HTTPError as error:
         fix = "download it where there is a network and give its folder, or set HF_ENDPOINT to a mirror"
+        fix += without
         return Finding(what, "fail", f"{repository} is not here, and the hub cannot be reached ({_kind(error)})", fix)
     if status == 200:
         return Finding(

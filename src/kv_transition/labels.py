@@ -25,6 +25,14 @@ def token_range(low: float, high: float) -> str:
     return f"{first}–{last}"
 
 
+def parameters(count: int) -> str:
+    """Return the number of a model's parameters in thousands, millions or billions, such as ``135M`` and ``7.2B``."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if count >= 0.9995 * size:
+            return f"{count / size:.2g}{unit}" if count < 9.95 * size else f"{count / size:.0f}{unit}"
+    return f"{count / 1e3:.0f}K"
+
+
 OWN = "r1"
 """budget of the full cache, and of policies with a footprint of their own"""
 

@@ -75,7 +75,9 @@ def merge(
 
     changed = {
         "keys": merged.keys.index_copy(-2, slots, mean_vector(turned, of_keys).to(merged.keys.dtype)),
-        "values": merged.values.index_copy(-2, slots, mean_vector(layer.values[..., index, :], of_values).to(merged.values.dtype)),
+        "values": merged.values.index_copy(
+            -2, slots, mean_vector(layer.values[..., index, :], of_values).to(merged.values.dtype)
+        ),
         "positions": merged.positions.index_copy(-1, slots, positions.clamp(first, last)),
         "angles": angles.index_copy(-1, slots, at),
         "attn_sum": merged.attn_sum.index_copy(-1, slots, total.squeeze(-1)),

@@ -85,7 +85,9 @@ def _sha256(file: str, size: int, changed: int) -> str:
 
 
 def header(name: str) -> dict[str, Any]:
-    """Metadata of the file without its vocabulary, and the number of tensors of each type as ``tensors``.
+    """Metadata of the file without its vocabulary, and as ``tensors`` the number of tensors of each type.
+
+    Beside them: ``parameters`` and ``vocabulary``, their numbers, and ``tied``, whether embeddings are shared.
 
     Raises UserError for a damaged, truncated or split file.
     """
@@ -101,6 +103,7 @@ def header(name: str) -> dict[str, Any]:
         }
         tokens = reader.fields.get("tokenizer.ggml.tokens")
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
         tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
     # what the reader raises where bytes are missing or make no sense depends on where it stumbles
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
@@ -110,7 +113,12 @@ def header(name: str) -> dict[str, Any]:
         raise _split(name, parts)
     if not types:
         raise UserError(f"model.name: {name} holds no weights, only a vocabulary; get the whole model")
-    return found | {"tensors": dict(types.most_common()), "vocabulary": len(tokens.data) if tokens else 0, "tied": tied}
+    return found | {
+        "tensors": dict(types.most_common()),
+        "parameters": parameters,
+        "vocabulary": len(tokens.data) if tokens else 0,
+        "tied": tied,
+    }
 
 
 def _split(name: str, parts: int) -> UserError:

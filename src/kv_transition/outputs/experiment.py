@@ -70,6 +70,7 @@ def setup(
     card = section["hardware"].get("gpu_model")
     rows = [
         ("Model", model_name(experiment) + (f", {model['dtype']}" if model.get("dtype") else "")),
+        *_weights(provenance.get("weights_from")),
         *(_answered(experiment, results) if results else []),
         ("Device", device if device == "cpu" or not card else f"{device} ({card} asked for)"),
     ]
@@ -101,6 +102,12 @@ def setup(
         if metadata.get(key)
     ]
     return rows
+
+
+def _weights(origin: Mapping[str, str] | None) -> list[tuple[str, str]]:
+    if not origin:
+        return []
+    return [("Weights from", f"{origin['file']}, {origin['quantization']}, sha256 {origin['sha256'][:12]}")]
 
 
 def _answered(experiment: Config, results: Results) -> list[tuple[str, str]]:
@@ -138,6 +145,8 @@ def limits(experiment: Config, results: Results | None) -> list[str]:
             f"The model is the project's own {name}, trained on a synthetic task. Rankings of policies from it are "
             "not findings about language models; it shows that the measurement works."
         )
+    else:
+        found.append(_one_model(experiment))
     if results is None:
         return found
     found += findings.exploratory(results)
@@ -167,6 +176,17 @@ def limits(experiment: Config, results: Results | None) -> list[str]:
         return found + remote
     found.append("Reading the prompt is always done with full attention; only what is kept afterwards is compressed.")
     return found
+
+
+def _one_model(experiment: Config) -> str:
+    """What results from a single pretrained model can and cannot show."""
+    count = (experiment.get("provenance") or {}).get("parameters")
+    size = f" of {labels.parameters(count)} parameters" if count else ""
+    return (
+        f"This is one model{size}. The results show what these policies do to it on these texts and lengths; the "
+        "intervals are about other examples, not about other models. Whether the same ranking holds for larger models, "
+        "other families or other tasks has to be measured there."
+    )
 
 
 def future(experiment: Config, results: Results | None) -> list[str]:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
+from kv_transition.data import gguf
+from kv_transition.errors import UserError
 from kv_transition.provenance import git_commit, package_versions, write_text
 
 
 def write_resolved(resolved: dict[str, Any], output: str) -> None:
-    """Write the configuration with the git commit and the versions of the packages that made the results."""
-    provenance = {"git_commit": git_commit(), "package_versions": package_versions()}
+    """Write the configuration with the git commit and the versions of the packages that made the results.
+
+    Of a GGUF model also its number of parameters and what `gguf.origin` says of its weights.
+    """
+    provenance: dict[str, Any] = {"git_commit": git_commit(), "package_versions": package_versions()}
+    name = resolved["model"]["name"]
+    # an environment that only analyses need not have the package that reads the file
+    with suppress(UserError):
+        if gguf.is_gguf(name):
+            provenance |= {"weights_from": gguf.origin(name), "parameters": gguf.header(name)["parameters"]}
     write_text(output, yaml.safe_dump(resolved | {"provenance": provenance}, sort_keys=False, allow_unicode=True))
