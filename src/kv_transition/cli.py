@@ -143,6 +143,7 @@ def serve(
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the key to ask for.")] = None,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request.")] = 8.0,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Answers that are decoded together.")] = 8,
 ) -> None:
     """Serve a model whose requests say what is evicted, over OpenAI's API."""
     with _refusing():
@@ -169,6 +170,7 @@ def serve(
             api_key_env=api_key_env,
             max_body_mb=max_body_mb,
             queue=queue,
+            batch=batch,
         )
 
 

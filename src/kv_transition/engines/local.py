@@ -14,6 +14,7 @@ from kv_transition.cache.state import MOMENTS, STATISTICS, CacheState
 from kv_transition.cache.store import Prefill
 from kv_transition.engines import attend, loading
 from kv_transition.engines.reading import BeforeAttention, Reading
+from kv_transition.engines.several import Readings
 from kv_transition.errors import UserError
 
 _SCORED = 256
@@ -190,27 +191,8 @@ class LocalEngine:
         before_attention: BeforeAttention | None,
         logits_to_keep: int,
     ) -> tuple[CacheState, Tensor]:
-        reading = Reading(
-            state,
-            ids.shape[1],
-            statistics=statistics,
-            room=room,
-            rotaries=self.rotaries,
-            windows=self.windows,
-            implementations=(self.attention, self.statistics_asked),
-            device=self.device,
-            seen=seen,
-            before_attention=before_attention,
-        )
-        output = self.model(
-            input_ids=ids,
-            position_ids=reading.position_ids,
-            past_key_values=reading,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            reading=reading,
-        )
-        logits = output.logits.float()
+        reading = self._reading(state, ids.shape[1], statistics, room, seen, before_attention)
+        logits = self._logits(ids, reading, logits_to_keep)
         last = logits[:, -1]
         # a state that outlives the reading must not keep all of its logits alive
         last = last.clone() if logits_to_keep > 1 else last
@@ -221,6 +203,63 @@ class LocalEngine:
             shift=state.shift,
         )
         return after, logits
+
+    @torch.inference_mode()
+    def extend_each(
+        self,
+        states: Sequence[CacheState],
+        tokens: Sequence[int],
+        statistics: Sequence[frozenset[str]],
+        rooms: Sequence[int],
+        before_attention: Sequence[BeforeAttention | None],
+    ) -> list[CacheState]:
+        """Read one token on top of each of several states of single sequences, with one pass through the weights.
+
+        The states may have any lengths, kinds of layers and statistics; arguments are those of `extend`, one for each.
+        The result is that of as many calls of `extend`, but for the rounding of matrix products of more rows.
+        """
+        own = zip(states, statistics, rooms, before_attention, strict=True)
+        readings = [self._reading(state, 1, kept, room, None, before) for state, kept, room, before in own]
+        ids = torch.tensor(tokens, device=self.device).view(-1, 1)
+        logits = self._logits(ids, Readings(readings), 1)[:, -1]
+        return [
+            CacheState(tuple(reading.read), state.length + 1, row, state.shift)
+            for reading, state, row in zip(readings, states, logits, strict=True)
+        ]
+
+    def _reading(
+        self,
+        state: CacheState,
+        q: int,
+        statistics: frozenset[str],
+        room: int,
+        seen: list[Tensor] | None,
+        before_attention: BeforeAttention | None,
+    ) -> Reading:
+        return Reading(
+            state,
+            q,
+            statistics=statistics,
+            room=room,
+            rotaries=self.rotaries,
+            windows=self.windows,
+            implementations=(self.attention, self.statistics_asked),
+            device=self.device,
+            seen=seen,
+            before_attention=before_attention,
+        )
+
+    def _logits(self, ids: Tensor, reading: Reading | Readings, logits_to_keep: int) -> Tensor:
+        """fp32 [B, logits_to_keep, V] after ids [B, q]."""
+        output = self.model(
+            input_ids=ids,
+            position_ids=reading.position_ids,
+            past_key_values=reading,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            reading=reading,
+        )
+        return output.logits.float()
 
     def _require(self, statistics: frozenset[str], state: CacheState) -> None:
         if unknown := statistics - STATISTICS:

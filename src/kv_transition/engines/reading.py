@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,14 @@ ATTENTION = "kv_transition"
 
 _SINKS = 4
 """first tokens, whose queries are no sample of the others': left out of the queries' moments"""
+
+
+INTERRUPTED: ContextVar[Callable[[], bool] | None] = ContextVar("INTERRUPTED", default=None)
+"""Of each thread: asked at each layer whether a pass through the model is broken off; None: never"""
+
+
+class InterruptedReadingError(Exception):
+    """A pass through the model was broken off, because nobody waits for its result any more."""
 
 
 class Reading:
@@ -59,6 +68,7 @@ class Reading:
         self.output_by, self.statistics_by = implementations
         self.seen = seen
         self.before_attention = before_attention
+        self.interrupted = INTERRUPTED.get()
         self.read: list[Layer] = []
         steps = torch.arange(q, device=device)
         # [q], or [B, 1, q] of a batch
@@ -79,7 +89,12 @@ class Reading:
         return 0
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """queries [B, H, q, d], keys and values [B, Hkv, q, d] of the new tokens -> output [B, H, q, d]."""
+        """queries [B, H, q, d], keys and values [B, Hkv, q, d] of the new tokens -> output [B, H, q, d].
+
+        Raises InterruptedReadingError where `INTERRUPTED` says so.
+        """
+        if self.interrupted is not None and self.interrupted():
+            raise InterruptedReadingError
         batched = isinstance(self.state.length, Tensor)
         if not batched:
             queries, keys, values = queries[0], keys[0], values[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,24 @@ class Answer:
     first_token_s: float = 0.0
     decode_s: float = 0.0
     batch_size: int = 1
+
+    def takes(self, token: int, kept: float, eos: Container[int]) -> bool:
+        """Note the next token, drawn from a cache of ``kept`` entries per KV head; whether the answer goes on."""
+        self.kept.append(kept)
+        if token in eos:
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(token)
+            if self.listener and self.listener(self.tokens):
+                self.finish_reason = "stop"
+        return self.finish_reason != "stop" and len(self.tokens) < self.max_new_tokens
+
+    def ends(self, state: CacheState) -> None:
+        """Measure what is left of the cache when the last token has been said."""
+        self.decode_s += self.first_token_s
+        self.cache_bytes = state.nbytes
+        self.total_bytes = state.total_nbytes
+        self.full_bytes = round(state.length * self.token_bytes)
 
 
 def begin(
@@ -192,19 +210,11 @@ def decode(
         chosen = engine.next_tokens(batch.logits, setting.temperature, [generators[i] for i in batch.live])
         said = {}
         for i, token in zip(batch.live, chosen, strict=True):
-            answer = answers[i]
-            answer.kept.append(batch.entries(i))
-            if token in engine.eos:
-                answer.finish_reason = "stop"
-            else:
-                answer.tokens.append(token)
-                if answer.listener and answer.listener(answer.tokens):
-                    answer.finish_reason = "stop"
-            if answer.finish_reason == "stop" or len(answer.tokens) == answer.max_new_tokens:
-                finished[i] = batch.state(i)
-                answer.decode_s = engine.clock() - started
-            else:
+            if answers[i].takes(token, batch.entries(i), engine.eos):
                 said[i] = token
+            else:
+                finished[i] = batch.state(i)
+                answers[i].decode_s = engine.clock() - started
         if not said:
             break
         batch.read(said)
@@ -239,11 +249,8 @@ def finish(
 ) -> Sequence[Answer]:
     """Decode the answers that `begin` began, more than one as a batch, and measure what is left of their caches."""
     for answer, state in zip(answers, decode(engine, states, setting, answers), strict=True):
-        answer.decode_s += answer.first_token_s
         answer.batch_size = len(answers)
-        answer.cache_bytes = state.nbytes
-        answer.total_bytes = state.total_nbytes
-        answer.full_bytes = round(state.length * answer.token_bytes)
+        answer.ends(state)
     return answers
 
 

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -18,8 +20,8 @@ from kv_transition.serve.asked import Asked, asked
 from kv_transition.serve.bodies import JsonRoute
 from kv_transition.serve.forms import ChatForm, CompletionForm, Form, Result, event
 from kv_transition.serve.gate import Gate
-from kv_transition.serve.model import Served
-from kv_transition.serve.prompts import prompt_of
+from kv_transition.serve.model import Reply, Served
+from kv_transition.serve.prompts import Prompt, prompt_of
 from kv_transition.serve.refusals import ErrorBody, RefusalError, install, refusal_of
 from kv_transition.serve.schema import Chat, ChatRequest, Completion, CompletionRequest, Health, Model, Models
 from kv_transition.serve.transcript import Transcript
@@ -36,27 +38,32 @@ def create_app(
     served: Served,
     *,
     queue: int = 256,
+    batch: int = 8,
     max_body: int = 8_000_000,
     api_key: str | None = None,
     files: Sequence[str] = (),
 ) -> FastAPI:
     """The server as an ASGI application.
 
-    queue: requests that may wait for the model. max_body: bytes of a request. api_key: the bearer token that requests
-    need; None: none. files: of policies that requests may name, beside the kinds that have a name.
+    queue: requests that may wait for the model. batch: answers that are decoded together. max_body: bytes of a request.
+    api_key: the bearer token that requests need; None: none. files: of policies that requests may name, beside the
+    kinds that have a name.
     """
-    worker = Worker(queue)
+    worker = Worker(served.step, limit=queue, batch=batch)
+    # one thread: a prompt that is long to tokenize keeps other prompts waiting, and neither answers nor the loop
+    reader = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         worker.stop()
+        reader.shutdown(wait=False, cancel_futures=True)
 
     # no pages that would load scripts from elsewhere
     app = FastAPI(title="kv-transition", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
     app.router.route_class = JsonRoute
-    app.add_middleware(Gate, max_body=max_body, api_key=api_key, max_requests=4 * queue + 64)
+    app.add_middleware(Gate, max_body=max_body, api_key=api_key, max_requests=most_under_way(queue))
     install(app)
     model = Model(id=served.name, created=int(time.time()))
 
@@ -80,15 +87,27 @@ def create_app(
         _require_model(served, name)
         return model
 
+    async def respond(body: ChatRequest | CompletionRequest, request: Request, form: Form) -> Response:
+        _require_model(served, body.model)
+        wish = asked(body, files)
+        read = partial(prompt_of, served.engine, body, served.max_length)
+        prompt = await asyncio.get_running_loop().run_in_executor(reader, read)
+        return await _respond(served, worker, body, wish, prompt, request, form)
+
     @app.post("/v1/chat/completions", response_model=Chat, responses={200: {"content": _STREAM}} | _ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await _respond(served, worker, body, asked(body, files), request, ChatForm(served.name))
+        return await respond(body, request, ChatForm(served.name))
 
     @app.post("/v1/completions", response_model=Completion, responses={200: {"content": _STREAM}} | _ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await _respond(served, worker, body, asked(body, files), request, CompletionForm(served.name))
+        return await respond(body, request, CompletionForm(served.name))
 
     return app
+
+
+def most_under_way(queue: int) -> int:
+    """Requests that may be under way at once: those that wait, and some whose bodies come or whose answers go."""
+    return 4 * queue + 64
 
 
 def _require_model(served: Served, name: str) -> None:
@@ -102,12 +121,38 @@ def _require_model(served: Served, name: str) -> None:
 
 
 async def _respond(
-    served: Served, worker: Worker, body: ChatRequest | CompletionRequest, wish: Asked, request: Request, form: Form
+    served: Served,
+    worker: Worker[Reply],
+    body: ChatRequest | CompletionRequest,
+    wish: Asked,
+    prompt: Prompt,
+    request: Request,
+    form: Form,
 ) -> Response:
-    _require_model(served, body.model)
-    _require_short(served, body)
     stream = bool(body.stream)
-    job = Job(lambda job: _work(served, body, wish, form, job, stream=stream))
+    transcript = Transcript(served.engine.tokenizer, wish.stops)
+
+    def begin(job: Job[Reply]) -> Reply:
+        def listen(tokens: Sequence[int]) -> bool:
+            if stream or wish.stops:
+                piece = transcript.hear(tokens)
+                if stream and piece:
+                    job.tell(piece)
+            return transcript.stopped or job.cancelled
+
+        if job.cancelled:
+            raise _gone()
+        return served.begin(wish, prompt, form.default_tokens, listen)
+
+    def end(job: Job[Reply], reply: Reply) -> Result:
+        answer = reply.going.answer
+        if not transcript.stopped:
+            transcript.hear(answer.tokens)
+        if stream and (piece := transcript.rest()):
+            job.tell(piece)
+        return Result(transcript.text, answer.finish_reason, len(prompt), reply.there, served.kv(reply))
+
+    job = Job(begin, end)
     worker.submit(job)
     handed_over = False
     try:
@@ -129,42 +174,7 @@ async def _respond(
             worker.withdraw(job)
 
 
-def _require_short(served: Served, body: ChatRequest | CompletionRequest) -> None:
-    """Token ids are counted before they wait, so that long ones take no memory."""
-    if isinstance(body, CompletionRequest) and isinstance(body.prompt, list) and len(body.prompt) > served.max_length:
-        raise RefusalError(
-            HTTPStatus.BAD_REQUEST,
-            f"a prompt of {len(body.prompt)} tokens is longer than {served.max_length}",
-            param="prompt",
-            code="context_length_exceeded",
-        )
-
-
-def _work(
-    served: Served, body: ChatRequest | CompletionRequest, wish: Asked, form: Form, job: Job, *, stream: bool
-) -> Result:
-    """Answer a request, on the model's thread; a stream's text is told piece by piece."""
-    if job.cancelled:
-        raise _gone()
-    prompt = prompt_of(served.engine, body)
-    transcript = Transcript(served.engine.tokenizer, wish.stops)
-
-    def listen(tokens: Sequence[int]) -> bool:
-        if stream or wish.stops:
-            piece = transcript.hear(tokens)
-            if stream and piece:
-                job.tell(piece)
-        return transcript.stopped or job.cancelled
-
-    answer, kv, there = served.answer(wish, prompt, form.default_tokens, listen)
-    if not transcript.stopped:
-        transcript.hear(answer.tokens)
-    if stream and (piece := transcript.rest()):
-        job.tell(piece)
-    return Result(transcript.text, answer.finish_reason, len(prompt), there, kv)
-
-
-async def _next(job: Job, request: Request) -> Any:
+async def _next(job: Job[Reply], request: Request) -> Any:
     """What the job tells next, unless the client goes away before; then RefusalError, which nobody reads."""
     gone = asyncio.ensure_future(_disconnected(request))
     told = asyncio.ensure_future(job.next())
@@ -188,7 +198,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(job: Job, told: Any, form: Form, worker: Worker, *, usage: bool) -> AsyncIterator[str]:
+async def _events(job: Job[Reply], told: Any, form: Form, worker: Worker[Reply], *, usage: bool) -> AsyncIterator[str]:
     try:
         for chunk in form.first():
             yield event(chunk)

@@ -15,9 +15,13 @@ from kv_transition.cache.state import STATISTICS
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
-from kv_transition.serve.app import create_app
+from kv_transition.serve.app import create_app, most_under_way
 from kv_transition.serve.model import Served
 from kv_transition.serve.prefills import Prefills
+from kv_transition.serve.worker import Worker
+
+_INTERRUPTED = 130
+"""exit status of a process that Ctrl+C ends"""
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -40,6 +44,7 @@ def serve(
     api_key_env: str | None,
     max_body_mb: float,
     queue: int,
+    batch: int,
 ) -> None:
     """Serve a model until the process is stopped; `cli.serve` explains the options.
 
@@ -59,16 +64,36 @@ def serve(
     )
     longest = max_length or engine.model.config.get_text_config().max_position_embeddings
     served = Served(name or model, engine, Prefills(engine, round(prefill_gb * 1e9), held), longest)
-    app = create_app(served, queue=queue, max_body=round(max_body_mb * 1e6), api_key=api_key, files=policy_files)
+    max_body = round(max_body_mb * 1e6)
+    app = create_app(served, queue=queue, batch=batch, max_body=max_body, api_key=api_key, files=policy_files)
     address = f"http://{host}:{listening.getsockname()[1]}/v1"
     print(f"{served.name} at {address}, stop with Ctrl+C", file=sys.stderr, flush=True)
     _run(app, listening, queue)
 
 
+class _Server(uvicorn.Server):
+    """Tells every request that waits or is being answered that it gets no answer, before it waits for them to end."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker):
+        super().__init__(config)
+        self._worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.refuse()
+        await super().shutdown(sockets)
+
+
 def _run(app: FastAPI, listening: socket.socket, queue: int) -> None:
-    # far more connections than may wait are only there to take memory
-    config = uvicorn.Config(app, log_level="warning", limit_concurrency=4 * queue + 64, timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run(sockets=[listening])
+    worker = app.state.worker
+    # The gate refuses far fewer with a word; connections beyond these are only there to take memory.
+    connections = 2 * most_under_way(queue)
+    config = uvicorn.Config(app, log_level="warning", limit_concurrency=connections, timeout_graceful_shutdown=1)
+    try:
+        _Server(config, worker).run(sockets=[listening])
+    finally:
+        if not worker.ended:
+            # A pass through the model that does not end: its thread would touch what the interpreter takes down.
+            os._exit(_INTERRUPTED)
 
 
 def _api_key(variable: str | None) -> str | None:

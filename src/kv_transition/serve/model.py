@@ -1,4 +1,4 @@
-"""Answering one request with the very code that a cell runs."""
+"""Answering requests with the very code that a cell runs, several at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from http import HTTPStatus
 
 import torch
 
+from kv_transition.cache.state import CacheState
 from kv_transition.engines.local import LocalEngine
-from kv_transition.run.decode import Answer, begin, finish
+from kv_transition.run.decode import Answer, begin
+from kv_transition.run.together import Going, read_all
 from kv_transition.serve.asked import Asked
 from kv_transition.serve.prefills import Prefills
 from kv_transition.serve.prompts import Prompt
@@ -18,6 +20,18 @@ from kv_transition.serve.refusals import RefusalError
 from kv_transition.serve.schema import KV
 
 Listener = Callable[[Sequence[int]], bool]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that is being decoded. there: tokens of the prompt that had been read before."""
+
+    going: Going
+    asked: Asked
+    there: int
+
+    def choose(self) -> bool:
+        return self.going.choose()
 
 
 @dataclass(frozen=True)
@@ -30,8 +44,8 @@ class Served:
     max_length: int
     """tokens of a prompt and its answer"""
 
-    def answer(self, asked: Asked, prompt: Prompt, default_tokens: int, listener: Listener) -> tuple[Answer, KV, int]:
-        """The answer, what became of the cache, and how many of the prompt's tokens had been read already.
+    def begin(self, asked: Asked, prompt: Prompt, default_tokens: int, listener: Listener) -> Reply:
+        """Read the prompt and thin out its cache: an answer from which the first token can be drawn.
 
         listener: told all tokens after each of them; ends the answer where it is true. Raises RefusalError where prompt
         and answer are too long for the model or the memory, UserError where the policy cannot be used.
@@ -47,14 +61,21 @@ class Served:
             )
         answer = Answer(asked.seed, wanted, asked.pace, listener=listener)
         try:
-            there = self._fill_in(answer, asked, prompt)
+            state, there = self._read(answer, asked, prompt)
+            return Reply(Going(self.engine, state, asked.setting, answer), asked, there)
         except (torch.OutOfMemoryError, MemoryError):
-            there = None  # what the exception holds is free only after this
-        if there is None:
-            raise self._no_memory(prompt)
-        return answer, self._kv(asked, answer, there), there
+            pass  # what the exception holds is free only after this
+        raise self._no_memory(f"a prompt of {len(prompt)} tokens")
 
-    def _fill_in(self, answer: Answer, asked: Asked, prompt: Prompt) -> int:
+    def step(self, replies: Sequence[Reply]) -> list[Exception | None]:
+        """Read the next token of each answer, with one pass through the model; what each of them failed with."""
+        failures = read_all(self.engine, [reply.going for reply in replies])
+        return [
+            self._no_memory("the answer") if isinstance(error, torch.OutOfMemoryError | MemoryError) else error
+            for error in failures
+        ]
+
+    def _read(self, answer: Answer, asked: Asked, prompt: Prompt) -> tuple[CacheState, int]:
         engine, setting = self.engine, asked.setting
         there = 0
         if asked.is_press:
@@ -67,10 +88,9 @@ class Served:
             else:
                 prefill, there = self.prefills.after_prompt(prompt.context, prompt.question, statistics)
             state = begin(engine, prefill, prompt.question, setting, answer)
-        finish(engine, [state], setting, [answer])
-        return there
+        return state, there
 
-    def _no_memory(self, prompt: Prompt) -> RefusalError:
+    def _no_memory(self, what: str) -> RefusalError:
         """Without the prompts that are held it may fit the next time; if there are none, it never will."""
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -80,11 +100,13 @@ class Served:
             )
         return RefusalError(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"a prompt of {len(prompt)} tokens does not fit the memory of this machine",
+            f"{what} does not fit the memory of this machine",
             code="out_of_memory",
         )
 
-    def _kv(self, asked: Asked, got: Answer, there: int) -> KV:
+    def kv(self, reply: Reply) -> KV:
+        """What became of the cache of an answer that has ended."""
+        asked, got = reply.asked, reply.going.answer
         return KV(
             policy=asked.kind,
             hyper_parameters=asked.hyper_parameters,
@@ -98,11 +120,12 @@ class Served:
             cache_bytes=got.cache_bytes,
             total_bytes=got.total_bytes,
             full_bytes=got.full_bytes,
-            reused=there > 0,
+            reused=reply.there > 0,
             prefill_s=got.prefill_s,
             compress_s=got.compress_s,
             ttft_s=got.prefill_s + got.compress_s + got.first_token_s,
             decode_s=got.decode_s,
+            batch_size=got.batch_size,
             peak_mem_mb=self.engine.peak_memory_mb(),
             token_ids=got.tokens,
             record=got.record,

@@ -12,6 +12,15 @@ from kv_transition.engines.local import LocalEngine
 from kv_transition.serve.refusals import RefusalError
 from kv_transition.serve.schema import ChatRequest, CompletionRequest, InMessage
 
+_CERTAINLY = 4
+"""A text of so many characters a token is tokenized at once, whether it is too long or not"""
+
+_PIECE = 8192
+"""Characters of a longer text that are tokenized at a time, to count"""
+
+_SEAM = 16
+"""Tokens that a cut through a text may add to it, and more"""
+
 # Stands where the context ends while a chat template is rendered; private-use characters, which no text should hold.
 _BOUNDARY = "\ue000\ue0fe\ue000"
 
@@ -27,10 +36,14 @@ class Prompt:
         return len(self.context) + len(self.question)
 
 
-def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest) -> Prompt:
-    """The prompt as the model reads it. Raises RefusalError where there is none, or no end of its context."""
+def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest, max_length: int) -> Prompt:
+    """The prompt as the model reads it.
+
+    max_length: tokens that are certainly too many are not made. Raises RefusalError where there is no prompt or no end
+    of its context, or where it is too long.
+    """
     if isinstance(request, ChatRequest):
-        return _of_chat(engine.tokenizer, request)
+        return _of_chat(engine.tokenizer, request, max_length)
     prompt = request.prompt
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         (prompt,) = prompt
@@ -40,21 +53,25 @@ def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest) -> 
     if at is not None and not 0 < at < len(prompt):
         raise _bad("kv_context", f"{at} does not lie inside of a prompt of length {len(prompt)}")
     if isinstance(prompt, str):
+        _require_short(engine.tokenizer, prompt, max_length)
         if at is None:
             return _whole(_tokens(engine.tokenizer, prompt, special=True))
         return _segments(engine.tokenizer, prompt[:at], prompt[at:], special=True)
+    if len(prompt) > max_length:
+        raise _too_long(len(prompt), max_length)
     vocabulary = engine.model.get_input_embeddings().num_embeddings
     if strange := [token for token in prompt if not 0 <= token < vocabulary]:
         raise _bad("prompt", f"{strange[0]} is no token of this model, whose ids are 0 to {vocabulary - 1}")
     return _whole(prompt) if at is None else Prompt(prompt[:at], prompt[at:])
 
 
-def _of_chat(tokenizer: Any, request: ChatRequest) -> Prompt:
+def _of_chat(tokenizer: Any, request: ChatRequest, max_length: int) -> Prompt:
     """The messages in the tokenizer's chat template, followed by the start of an answer."""
     if not tokenizer.chat_template:
         raise _bad("messages", "the model's tokenizer has no chat template; use /v1/completions")
     texts = [message.text for message in request.messages]
     whole = _render(tokenizer, request, texts)
+    _require_short(tokenizer, whole, max_length)
     at = request.kv_context
     if at is None:
         return _whole(_tokens(tokenizer, whole, special=False))
@@ -94,6 +111,31 @@ def _whole(ids: list[int]) -> Prompt:
     if not ids:
         raise _bad("prompt", "it is empty; give at least one token")
     return Prompt(ids[:-1], ids[-1:])
+
+
+def _require_short(tokenizer: Any, text: str, max_length: int) -> None:
+    """Raises RefusalError as soon as enough of a long text has been counted: all of its tokens at once would take a
+    hundred times its memory, which the process then keeps.
+
+    Pieces have no fewer tokens than the text they are cut from but for a few at each cut, so that what is refused is
+    too long for certain; what is not may still be, and is not much longer.
+    """
+    if len(text) <= _CERTAINLY * max_length:
+        return
+    counted = 0
+    for start in range(0, len(text), _PIECE):
+        counted += max(0, len(_tokens(tokenizer, text[start : start + _PIECE], special=False)) - _SEAM)
+        if counted > max_length:
+            raise _too_long(counted, max_length, "more than ")
+
+
+def _too_long(tokens: int, max_length: int, least: str = "") -> RefusalError:
+    return RefusalError(
+        HTTPStatus.BAD_REQUEST,
+        f"a prompt of {least}{tokens} tokens is longer than {max_length}",
+        param="prompt",
+        code="context_length_exceeded",
+    )
 
 
 def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[int]:

@@ -195,6 +195,8 @@ class KV(BaseModel):
     compress_s: float
     ttft_s: float
     decode_s: float
+    batch_size: int
+    """most answers that shared a pass through the model with this one, itself included"""
     peak_mem_mb: float | None
     token_ids: list[int]
     record: dict[str, Any]
@@ -259,7 +261,8 @@ class Models(BaseModel):
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
     model: str
-    running: bool
+    running: int
+    """answers that are being made"""
     waiting: int
     prefills: int
     prefill_bytes: int

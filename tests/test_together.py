@@ -1,0 +1,169 @@
+"""Answers decoded together are those decoded alone, whatever each does to its cache and whenever it comes and goes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import engine as tiny
+from models import sliding_model, tokens
+
+from kv_transition.budget import Budget
+from kv_transition.engines.local import LocalEngine
+from kv_transition.policies import catalog
+from kv_transition.run.decode import Answer, Setting, answer_all, begin
+from kv_transition.run.together import Going, read_all
+
+KINDS = {kind: {} for kind in catalog.kinds()} | {
+    "entropy_recall": {"tau": 2.0},
+    "streaming_llm": {"positions": "cache"},
+}
+CASES = st.tuples(
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from(["before_question", "after_prompt"]),
+    st.integers(4, 40),  # tokens of the context
+    st.integers(1, 6),  # of the question
+    st.integers(1, 12),  # of the answer
+    st.sampled_from([0.0, 0.9]),
+    st.integers(0, 3),  # steps that it comes after the one before it
+)
+
+
+def fresh(model="qwen2", eos=()):
+    engine = LocalEngine(tiny(model).model)
+    engine.eos = frozenset(eos)
+    return engine
+
+
+def made(engine, number, case):
+    """Setting, prefill, question and an answer to be filled in."""
+    kind, mode, n, question, most, temperature, _ = case
+    policy = catalog.create(*catalog.resolve(kind, {"kind": kind} | KINDS[kind]))
+    own = kind == "full" or catalog.ignores_budget(*catalog.resolve(kind, {"kind": kind} | KINDS[kind]))
+    budget = Budget.of_fraction(1) if own else Budget.of_fraction(0.4)
+    setting = Setting(policy, budget, mode, temperature=temperature)
+    asked = tokens(question, seed=1000 + number)
+    return setting, engine.prefill(tokens(n, seed=number), asked), asked, Answer(number, most)
+
+
+def together(engine, cases):
+    """Each case joins some steps after the one before it, and leaves when its answer ends."""
+    answers, going, waiting, last = [], [], list(enumerate(cases)), 0
+    while waiting or going:
+        if waiting and last >= waiting[0][1][-1]:
+            setting, prefill, question, answer = made(engine, *waiting.pop(0))
+            going.append(Going(engine, begin(engine, prefill, question, setting, answer), setting, answer))
+            answers.append(answer)
+            last = 0
+        going = [each for each in going if each.choose()]
+        if going:
+            assert read_all(engine, going) == [None] * len(going)
+        last += 1
+    return answers
+
+
+def alone(engine, number, case):
+    setting, prefill, question, answer = made(engine, number, case)
+    return answer_all(engine, [prefill], [question], setting, [answer])[0]
+
+
+def facts(answer):
+    """All but the seconds, and how many shared the passes."""
+    numbers = {
+        name: getattr(answer, name)
+        for name in ("tokens", "finish_reason", "kept", "budget_entries", "cache_bytes", "total_bytes", "full_bytes")
+    }
+    return numbers | {"record": answer.record}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(cases=st.lists(CASES, min_size=1, max_size=6))
+def test_any_mixture_of_answers(cases):
+    """Every policy, both modes, unequal prompts and lengths, greedy and drawn, ends of text at different steps."""
+    engine = fresh(eos=range(0, 97, 8))
+    assert [facts(a) for a in together(engine, cases)] == [facts(alone(engine, *each)) for each in enumerate(cases)]
+
+
+@pytest.mark.parametrize("model", ["llama", "mistral", "sliding"])
+def test_models_of_other_kinds(model):
+    """Sliding windows have layers of other lengths."""
+    cases = [("h2o", "after_prompt", 40, 3, 8, 0.0, 0), ("full", "before_question", 9, 2, 12, 0.0, 1),
+             ("snapkv", "after_prompt", 25, 1, 3, 0.0, 0)]  # fmt: skip
+    engine = sliding_model()[0] if model == "sliding" else fresh(model)
+    assert [facts(a) for a in together(engine, cases)] == [facts(alone(engine, *each)) for each in enumerate(cases)]
+
+
+def test_ends_of_text_come_at_different_steps():
+    """So that the mixture above does what it says."""
+    engine = fresh(eos=range(0, 97, 8))
+    cases = [("full", "after_prompt", 10 + i, 2, 12, 0.0, 0) for i in range(12)]
+    answers = together(engine, cases)
+    ends = {len(answer.tokens) for answer in answers if answer.finish_reason == "stop"}
+    assert len(ends) > 2
+    assert max(answer.batch_size for answer in answers) > 4
+
+
+def begun(engine, number, case):
+    setting, prefill, question, answer = made(engine, number, case)
+    return Going(engine, begin(engine, prefill, question, setting, answer), setting, answer)
+
+
+def test_an_answer_that_fails_ends_by_itself():
+    """In the pass that all share, and after it."""
+    engine = fresh()
+    cases = [("full", "after_prompt", 20, 2, 6, 0.0, 0), ("h2o", "after_prompt", 30, 3, 6, 0.0, 0),
+             ("tova", "after_prompt", 15, 1, 6, 0.0, 0)]  # fmt: skip
+    going = [begun(engine, *each) for each in enumerate(cases)]
+    assert all(each.choose() for each in going)
+
+    def broken(*_):
+        raise ValueError("no more")
+
+    going[1]._before = broken
+    first, second, third = read_all(engine, going)
+    assert (first, third) == (None, None)
+    assert isinstance(second, ValueError)
+    going.pop(1)
+    kind = type(going[1].setting.policy)
+    going[1].setting = replace(going[1].setting, policy=type("Broken", (kind,), {"hold": broken})())
+    assert all(each.choose() for each in going)
+    assert [type(failure) for failure in read_all(engine, going)] == [type(None), ValueError]
+    left = going[0]
+    while left.choose():
+        assert read_all(engine, [left]) == [None]
+    assert facts(left.answer) == facts(alone(engine, 0, cases[0]))
+
+
+def test_one_pass_serves_all(monkeypatch):
+    """The weights are read once a step, however many answers there are."""
+    engine = fresh()
+    going = [begun(engine, i, ("full", "after_prompt", 10 + i, 2, 4, 0.0, 0)) for i in range(5)]
+    passes, forward = [], engine.model.forward
+
+    def counted(*arguments, **options):
+        passes.append(options["input_ids"].shape)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(engine.model, "forward", counted)
+    assert all(each.choose() for each in going)
+    read_all(engine, going)
+    assert passes == [torch.Size([5, 1])]
+
+
+def test_two_continuations_of_one_prefill_never_meet():
+    """Greedy and drawn answers of the same state, at once."""
+    engine = fresh()
+    case = ("full", "before_question", 20, 3, 8, 0.0, 0)
+    setting, prefill, question, _ = made(engine, 0, case)
+    answers = [Answer(seed, 8) for seed in range(4)]
+    own = [setting if not seed else replace(setting, temperature=1.3) for seed in range(4)]
+    going = [Going(engine, begin(engine, prefill, question, s, a), s, a) for s, a in zip(own, answers, strict=True)]
+    while going := [each for each in going if each.choose()]:
+        assert read_all(engine, going) == [None] * len(going)
+    for s, answer in zip(own, answers, strict=True):
+        single = answer_all(engine, [prefill], [question], s, [Answer(answer.seed, 8)])[0]
+        assert facts(answer) == facts(single)
+    assert len({tuple(answer.tokens) for answer in answers}) == 4
