@@ -8,7 +8,7 @@ CONFIG ?= config/config.yaml
 .PHONY: demo real quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean
 
 demo: $(VENV)/ready
-	@snakemake --cores all --resources gpu=1 --configfile $(CONFIG) --logger rich --quiet rules host reason
+	@python -m kv_transition all --config $(CONFIG)
 	@echo
 	@echo "The report is $$(python -m kv_transition where -c $(CONFIG) report.html)"
 

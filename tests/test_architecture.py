@@ -21,6 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"cli", "__main__", "quickstart"},
     {"doctor"},
+    {"preflight"},
     {"plan"},
     {"outputs"},
     {"studies"},
@@ -44,6 +45,9 @@ BESIDE = {
     "paths",
     "provenance",
     "errors",
+    "parsing",
+    "yaml_text",
+    "locks",
     "budget",
     "tables",
     "labels",

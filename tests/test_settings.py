@@ -215,7 +215,7 @@ BAD = {
     "unknown store": ({"prefill.store": "no"}, "prefill.store", ["'auto'", "'always'", "'never'"]),
     "no room for prefills": ({"prefill.max_gb": 0}, "prefill.max_gb", ["greater than 0"]),
     "the prefills' folder": ({"experiment": "prefill"}, "experiment", ["'prefill'", "taken"]),
-    "an experiment in a folder": ({"experiment": "a/b"}, "experiment", ["'a/b'", "A-Za-z0-9"]),
+    "an experiment in a folder": ({"experiment": "a/b"}, "experiment", ["'a/b'", "letters"]),
     "empty output folder": ({"output.dir": ""}, "output.dir", ["at least 1"]),
     # keys
     "unknown key": ({"policies": {"full": {}}}, "policies", ["no such key", *SECTIONS]),

@@ -117,10 +117,15 @@ def where(
 @app.command()
 def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
     """Check an experiment file without running anything."""
+    from kv_transition import preflight
     from kv_transition.plan.work import work
 
     settings = _checked(config, set_)
-    found = work(settings)
+    with _refusing():
+        preflight.check(settings)
+        preflight.check_manifests(settings)
+        warn(preflight.too_long(settings))
+        found = work(settings)
     jobs = ", ".join(f"{len(item.jobs)} {item.name}" for item in found.items)
     typer.echo(f"{config} is fine: {'at most ' if settings.adaptive.enabled else ''}{jobs}")
 
@@ -294,9 +299,18 @@ def _snakemake(
     sdm: str | None,
 ) -> int:
     settings = _checked(config, assignments)  # one sentence now, rather than Snakemake's traceback later
+    from kv_transition import preflight
+
     with _refusing():
         until = _rules(step, settings)
+        preflight.check_cores(cores)
         _check_machine(profile, sdm)
+        preflight.check(settings)
+        preflight.check_manifests(settings)
+        if not dry_run:
+            warn(preflight.unlock(settings, config))
+        outdated = preflight.outdated(settings, rename=not dry_run)
+        warn(preflight.too_long(settings))
     command = [sys.executable, "-m", "snakemake", "--configfile", str(config)]
     command += ["--logger", "rich", "--quiet", "rules", "host", "reason"]
     if profile:
@@ -313,15 +327,12 @@ def _snakemake(
         command += ["--omit-from", "report", "exports"]
     if until:
         command += ["--until", *until]
-    if outdated := _outdated(settings):
+    if outdated:
         command += ["--forcerun", *outdated]
     return subprocess.call(command)
 
 
-def _outdated(settings: Settings) -> list[str]:
-    """What no longer fits the configuration, by the hashes in its files: Snakemake's own memory may be lost."""
-    if not Path(settings.output.dir, settings.experiment).is_dir():
-        return []
-    from kv_transition.plan.work import outdated
-
-    return outdated(settings)
+def warn(sentence: str | None) -> None:
+    """Print a sentence that stops nothing."""
+    if sentence:
+        typer.echo(f"note: {sentence}", err=True)

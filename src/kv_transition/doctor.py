@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kv_transition.data import gguf
+from kv_transition import preflight
+from kv_transition.data import gguf, model_files
+from kv_transition.data.model_files import cached_file
 from kv_transition.errors import UserError
 from kv_transition.plan import table, work
-from kv_transition.plan.model_size import ModelSize, cached_file, model_size
+from kv_transition.plan.model_size import ModelSize, model_size
 from kv_transition.settings import Settings
 
 State = Literal["ok", "warn", "fail"]
@@ -158,7 +160,13 @@ def _model(settings: Settings) -> Finding:
     if gguf.is_gguf(name):
         return _gguf(name)
     local = Path(name).expanduser().is_dir()
+    try:
+        model_files.check(name, revision)
+    except UserError as error:
+        return Finding("model", "fail", str(error), "get the model anew")
     if any(cached_file(name, revision, file) for file in WEIGHTS):
+        if too_long := preflight.too_long(settings):
+            return Finding("model", "warn", too_long, "lower model.max_length, or choose another model")
         return Finding("model", "ok", f"{name}, {'a folder' if local else 'in the cache of the hub'}")
     if local:
         return Finding("model", "fail", f"{name} holds no weights", f"put one of {', '.join(WEIGHTS)} there")

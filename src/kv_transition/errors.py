@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and how it shows what was given."""
 
 
 class UserError(Exception):
@@ -6,3 +6,9 @@ class UserError(Exception):
 
     Every entry point prints it without a traceback and exits with status 2.
     """
+
+
+def shown(value: object, width: int = 80) -> str:
+    """Return a value as code writes it, cut to ``width`` characters."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 4]} ..."

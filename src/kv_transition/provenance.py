@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kv_transition.errors import UserError
+from kv_transition.parsing import damaged
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -179,11 +185,12 @@ def file_metadata(**fields: Any) -> dict[str, str]:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    # the name is cut, since a file system takes 255 bytes of one
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=path.suffix)
     os.close(fd)
     temporary = Path(name)
     try:
@@ -198,9 +205,59 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `replacing`. Raises UserError where the disk is full or may not be written to; what was there before stays."""
+    written = 0
+    try:
+        with replacing(path) as temporary:
+            try:
+                yield temporary
+            finally:
+                with suppress(OSError):
+                    written = temporary.stat().st_size
+    except Exception as error:
+        if sentence := unwritable(Path(path), error, written):
+            raise UserError(sentence) from error
+        raise
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def unwritable(path: Path, error: Exception, needed: int = 0) -> str | None:
+    """Return the sentence about a file that could not be written, None where ``error`` is of another kind.
+
+    needed: bytes that the file would take at the least; 0 where that is not known.
+    """
+    kind = error.errno if isinstance(error, OSError) else None
+    said = str(error).lower()
+    if kind in _REFUSED:
+        return f"{path} cannot be written ({error.strerror}); give another output.dir, or the right to write there"
+    if kind not in _FULL and "no space left" not in said and "disk is full" not in said:
+        return None
+    folder = next(place for place in path.absolute().parents if place.is_dir())
+    free = shutil.disk_usage(folder).free
+    more = f"{needed:,} bytes or more are needed" if needed else "there is no room for another file"
+    return (
+        f"{path}: the disk is full, {more} and {folder} has {free:,}; make room and run again, which goes on from here"
+    )
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text atomically. Raises UserError as `atomic_path` does."""
+    _write_bytes(Path(path), text.encode("utf-8"))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        try:
+            temporary.write_bytes(content)
+        except OSError as error:
+            if sentence := unwritable(path, error, needed=len(content)):
+                raise UserError(sentence) from error
+            raise
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -211,16 +268,23 @@ def write_table(path: str | os.PathLike[str], table: pa.Table, fields: Mapping[s
     """Write a Parquet file atomically with ``fields`` (see `file_metadata`) in its key-value metadata."""
     import pyarrow.parquet as pq
 
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(file_metadata(**fields)), temporary, compression="zstd")
+    buffer = io.BytesIO()  # so that a full disk can be told how much is needed
+    pq.write_table(table.replace_schema_metadata(file_metadata(**fields)), buffer, compression="zstd")
+    _write_bytes(Path(path), buffer.getvalue())
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The key-value metadata of a Parquet file."""
+    """The key-value metadata of a Parquet file. Raises UserError if it is damaged."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    raw = pq.read_schema(path).metadata or {}
-    return {k.decode(): v.decode() for k, v in raw.items() if not k.startswith(b"ARROW")}
+    try:
+        raw = pq.read_schema(path).metadata or {}
+        return {k.decode(): v.decode() for k, v in raw.items() if not k.startswith(b"ARROW")}
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(damaged(path, error)) from None
 
 
 def rows_to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

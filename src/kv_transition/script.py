@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 from kv_transition.errors import UserError
+from kv_transition.provenance import unwritable
 
 
 @contextmanager
@@ -21,6 +23,10 @@ def logged(path: str) -> Iterator[None]:
         except UserError as error:
             print(error, file=log)
             sys.exit(str(error))
+        except OSError as error:
+            if sentence := unwritable(Path(error.filename or path), error):
+                sys.exit(sentence)
+            raise
 
 
 def status(work: Callable[..., None], *arguments: object) -> int:
@@ -29,6 +35,12 @@ def status(work: Callable[..., None], *arguments: object) -> int:
         work(*arguments)
     except UserError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        sentence = unwritable(Path(error.filename or "."), error)
+        if sentence is None:
+            raise
+        print(sentence, file=sys.stderr)
         return 2
     return 0
 

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kv_transition import paths
 from kv_transition.budget import Budget
@@ -21,9 +21,16 @@ Mode = Literal["before_question", "after_prompt"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 
-Name = Annotated[str, Field(pattern=rf"^({paths.POLICY})$")]
+def _no_parent(name: str) -> str:
+    if name in (".", ".."):
+        raise ValueError(f"{name!r} names a folder above; choose another name")
+    return name
 
-Task = Annotated[str, Field(pattern=rf"^({paths.TASK})$")]
+
+Name = Annotated[str, Field(pattern=rf"^({paths.POLICY})$", max_length=100), AfterValidator(_no_parent)]
+"""of a policy: it is a folder's name"""
+
+Task = Annotated[str, Field(pattern=rf"^({paths.TASK})$", max_length=100)]
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -50,7 +57,9 @@ class Model(Section):
     )
     revision: str | None = Field(None, description="commit of the hub repository")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and cache")
-    max_length: int = Field(4352, ge=16, description="longest prompt in tokens; longer ones lose their middle")
+    max_length: int = Field(
+        4352, ge=16, le=100_000_000, description="longest prompt in tokens; longer ones lose their middle"
+    )
     chat_template: Literal["auto", "never"] = Field("auto", description="auto: where the tokenizer has one")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     device_map: Literal["auto", "balanced", "sequential"] | None = Field(
@@ -213,15 +222,15 @@ class Decoding(Section):
 
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     max_tokens: Literal["task"] | Annotated[int, Field(ge=1)] = Field("task", description="longest answer in tokens")
-    repeats: int = Field(1, ge=1, description="answers per example")
-    batch: int = Field(1, ge=1, description="answers decoded together; latencies are those of the batch")
+    repeats: int = Field(1, ge=1, le=10_000, description="answers per example")
+    batch: int = Field(1, ge=1, le=10_000, description="answers decoded together; latencies are those of the batch")
     compile: bool = Field(False, description="on a GPU: one compiled graph a step, unless the policy acts each step")
     seed: Seed = Field(0, description="seed of sampling and of random policies")
 
 
 class Statistics(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
-    resamples: int = Field(10000, ge=100, description="bootstrap resamples")
+    resamples: int = Field(10000, ge=100, le=1_000_000, description="bootstrap resamples")
     seed: Seed = Field(0, description="seed of the bootstrap")
 
 
@@ -231,7 +240,7 @@ class Report(Section):
 
 
 class Output(Section):
-    dir: str = Field("results", min_length=1, description="where everything generated goes")
+    dir: str = Field("results", min_length=1, max_length=1000, description="where everything generated goes")
 
 
 class Hardware(Section):

@@ -11,18 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from kv_transition.errors import UserError
+from kv_transition.errors import UserError, shown
 from kv_transition.sections import KV, Decoding, Engine, Hardware, Model, Output, Prefill, Report, Section, Statistics
 from kv_transition.studies import registry
+from kv_transition.yaml_text import parse_yaml, read_yaml
 
 
 class Shared(Section):
     """The keys that every experiment has, whichever studies it runs."""
 
-    experiment: str = Field("demo", pattern=r"^[A-Za-z0-9_.-]+$", description="name of the results folder")
+    experiment: str = Field(
+        "demo",
+        description="name of the results folder",
+        json_schema_extra={"pattern": "^[A-Za-z0-9_.-]+$", "maxLength": 100},
+    )
     model: Model = Model()
     engine: Engine = Engine()
     prefill: Prefill = Prefill()
@@ -35,7 +39,11 @@ class Shared(Section):
 
     @field_validator("experiment")
     @classmethod
-    def _not_the_store(cls, name: str) -> str:
+    def _a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", name):
+            raise ValueError(
+                f"{shown(name)} cannot be the name of a folder; give 1 to 100 letters (a to z), digits, '_', '.' or '-'"
+            )
         if name in ("prefill", "models", ".", ".."):
             raise ValueError(f"{name!r} cannot be an experiment's name; that folder is taken")
         return name
@@ -64,14 +72,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Settings:
     """Read an experiment file; it is whole, nothing is merged into it but ``key.sub=value`` overrides."""
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no experiment file {path}; see config/ for examples") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"{path} is not valid YAML{line}; see config/config.yaml for the form") from None
+    config = read_yaml(path, "experiment file", advice="see config/config.yaml for the form")
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no mapping of keys; see config/config.yaml for the form")
     return parse(override(config, overrides or []))
@@ -90,10 +91,7 @@ def override(config: Mapping[str, Any], assignments: list[str]) -> dict[str, Any
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise UserError(f"--set {key}: {parent} is a value, not a section")
-        try:
-            section[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {key}: {text!r} is not a YAML value") from None
+        section[last] = parse_yaml(text, f"--set {key}: {text[:80]!r}")
     return result
 
 
@@ -130,7 +128,7 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> str:
 _UNIONS = {
     r"^kv\.budgets\.\d+": "give a fraction in (0, 1] such as 0.2, or {tokens: n} with n of at least 1",
     r"^(decoding|observe)\.max_tokens": "give 'task' or a whole number of at least 1",
-    r"^kv\.policies": "give name: {hyper-parameters}, the name of letters, digits, '_', '.' and '-'",
+    r"^kv\.policies": "give name: {hyper-parameters}, the name of at most 100 letters, digits, '_', '.' and '-'",
 }
 
 
@@ -146,7 +144,7 @@ def _sentence(error: ValidationError) -> str:
     kind, given = first["type"], first.get("input")
     for pattern, allowed in _UNIONS.items():
         if re.match(pattern, key):
-            return f"{key}: {given!r} is not allowed; {allowed}"
+            return f"{key}: {shown(given)} is not allowed; {allowed}"
     if kind == "extra_forbidden":
         return f"{key}: there is no such key; allowed here: {_allowed_keys(loc)}"
     if kind == "missing":
@@ -159,10 +157,10 @@ def _sentence(error: ValidationError) -> str:
         inside = re.match(r"([\w.@-]+): ", text)
         return f"{key}.{text}" if inside else f"{key}: {text}"
     if kind == "literal_error":
-        return f"{key}: {given!r} is not allowed; choose one of {first['ctx']['expected']}"
+        return f"{key}: {shown(given)} is not allowed; choose one of {first['ctx']['expected']}"
     if kind == "too_short":
-        return f"{key}: give at least {first['ctx']['min_length']} entry, not {given!r}"
+        return f"{key}: give at least {first['ctx']['min_length']} entry, not {shown(given)}"
     if kind == "model_type":
-        return f"{key}: this is a section of keys, not {given!r}; allowed in it: {_allowed_keys((*loc, ''))}"
+        return f"{key}: this is a section of keys, not {shown(given)}; allowed in it: {_allowed_keys((*loc, ''))}"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}: {message.replace('input should', 'it should')}, not {given!r}"
+    return f"{key}: {message.replace('input should', 'it should')}, not {shown(given)}"

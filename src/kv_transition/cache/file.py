@@ -24,7 +24,7 @@ from kv_transition.cache.quantize import Packed
 from kv_transition.cache.rotary import Rotary
 from kv_transition.cache.state import STATISTICS, CacheState, LayerCache, SplitLayer
 from kv_transition.errors import UserError
-from kv_transition.provenance import atomic_path
+from kv_transition.provenance import replacing
 
 STATE = "kv_transition cache 1"
 """kind of a file that holds one state; the number is that of the format"""
@@ -99,7 +99,7 @@ def write(path: str | Path, beginning: bytes, tensors: Sequence[Tensor]) -> None
     views of storage with room for more, or lie on a GPU, so they would have to be copied first. Here they are written
     one after the other, a view row by row.
     """
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(beginning)
         for tensor in tensors:
             for piece in (tensor,) if tensor.is_contiguous() else tensor:

@@ -130,6 +130,8 @@ def _split(name: str, parts: int) -> UserError:
 def config(name: str) -> dict[str, Any]:
     """What `plan` reads off a model's config.json, under the names of that. Raises UserError as `header` does."""
     found = header(name)
+    if "general.architecture" not in found:
+        raise UserError(f"model.name: {name} does not say its architecture; get it anew")
     own = f"{found['general.architecture']}."
     heads = found.get(f"{own}attention.head_count")
     named = {
@@ -139,6 +141,7 @@ def config(name: str) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": found.get(f"{own}attention.head_count_kv", heads),
         "head_dim": found.get(f"{own}attention.key_length"),
+        "max_position_embeddings": found.get(f"{own}context_length"),
         "vocab_size": found["vocabulary"],
         "num_local_experts": found.get(f"{own}expert_count"),
         "tie_word_embeddings": found["tied"],

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kv_transition.data.records import Record, local_source, read_file, require
-from kv_transition.errors import UserError
+from kv_transition.errors import UserError, shown
 from kv_transition.provenance import digest
 
 FIELDS = ("question", "context", "answers")
@@ -28,6 +28,8 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
         example_id = record.get("id")
         if isinstance(example_id, int) and not isinstance(example_id, bool):
             example_id = str(example_id)
+        if example_id is not None and not isinstance(example_id, str):
+            raise UserError(f"{where}: the field 'id' must be a text or a whole number, not {shown(example_id)}")
         if example_id is None:
             example_id = digest([record["question"], record["context"]])
         meta = record.get("meta")

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kv_transition import provenance, tables
+from kv_transition import parsing, provenance, tables
 from kv_transition.data import ruler
 from kv_transition.data.binning import bin_of, choose, quantile_edges
 from kv_transition.data.prompts import Prompt, PromptBuilder, Template
@@ -181,7 +181,6 @@ def prepare(spec: Mapping[str, Any], task_name: str, source: str, outdir: str) -
     Raises:
         UserError: the configuration or the data do not allow it.
     """
-    import pyarrow.parquet as pq
 
     dataset, model = spec["dataset"], spec["model"]
     task = get_task(dataset["name"], task_name)
@@ -191,7 +190,7 @@ def prepare(spec: Mapping[str, Any], task_name: str, source: str, outdir: str) -
     chat = model.get("chat_template", "auto") == "auto" and has_chat_template and task.chat_template
     build = PromptBuilder(tokenizer, wording.template, model["max_length"], chat)
 
-    rows = pq.read_table(source, schema=tables.SOURCE).to_pylist()
+    rows = parsing.read_parquet(source, schema=tables.SOURCE).to_pylist()
     if dataset["name"] == "ruler":
         rows = write_to_length(rows, build)
     prompts = [build(row["context"], row["question"]) for row in rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from kv_transition.data.tasks import get_task
 from kv_transition.errors import UserError
+from kv_transition.parsing import parse_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -78,16 +78,9 @@ def parse_lines(lines: Iterable[bytes], name: str) -> Iterator[Record]:
             raise UserError(f"{where}: byte {error.start + 1} is not UTF-8") from None
         if not text.strip():
             continue
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: malformed JSON at character {error.pos + 1} ({error.msg})") from None
+        record = parse_json(text, where)
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON object was expected, not {type(record).__name__}")
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: half of a surrogate pair is no character; write the text as UTF-8") from None
         yield where, record
 
 

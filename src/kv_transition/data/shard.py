@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 
+from kv_transition import parsing
 from kv_transition.provenance import read_metadata, write_table
 
 
 def cut(bin_path: str, begin: int, end: int, output: str) -> None:
     """Write the examples ``begin`` to ``end`` (from 0, without ``end``) of a bin file; none where it is shorter."""
-    import pyarrow.parquet as pq
 
-    write_table(output, pq.read_table(bin_path, partitioning=None).slice(begin, end - begin), read_metadata(bin_path))
+    write_table(
+        output, parsing.read_parquet(bin_path, partitioning=None).slice(begin, end - begin), read_metadata(bin_path)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

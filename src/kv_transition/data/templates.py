@@ -7,7 +7,6 @@ repository at the data's commit. Own tasks may bring such files too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,6 +15,7 @@ from typing import Any
 
 from kv_transition.data.hub import fetch, hub_source, list_files
 from kv_transition.errors import UserError
+from kv_transition.parsing import decode, parse_json
 
 FILES = {"prompts": "dataset2prompt.json", "max_lengths": "dataset2maxlen.json"}
 
@@ -41,10 +41,8 @@ def official(dataset: Mapping[str, Any], key: str, name: str) -> Entry | None:
         return None
     path, source = found
     content = path.read_bytes()
-    try:
-        entries = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"dataset.{key}: {source} is not valid JSON ({error})") from None
+    where = f"dataset.{key}: {source}"
+    entries = parse_json(decode(content, where), where)
     if not isinstance(entries, dict):
         raise UserError(f"dataset.{key}: {source} must hold a JSON object from task to value")
     if name not in entries:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from kv_transition.cache.rotary import Rotary
 from kv_transition.data import gguf
@@ -48,22 +48,64 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(place, revision=revision)
         refuse_unsupported(config, name)
-        with gguf.without_progress_bars():
+        with gguf.without_progress_bars(), _without_reports():
             model, found = AutoModelForCausalLM.from_pretrained(
-                place, revision=revision, output_loading_info=True, **options
-            )
-        # transformers would go on with random numbers
-        if missing := sorted(found["missing_keys"]):
-            raise UserError(f"model.name: {name!r} lacks {len(missing)} weights, such as {missing[0]}; get it anew")
-        return model if "device_map" in options else model.to(device)
+                # what does not fit is named below, in one sentence
+                place, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )  # fmt: skip
+        _refuse_unfit(found, name)
+        model = model if "device_map" in options else model.to(device)
+        refuse_damaged(model, name)
+        return model
+    except UserError:
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"model.name: {name!r} does not fit the memory of {device}; set model.quantization, a half model.dtype, "
             "or model.device_map where there are several GPUs"
         ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    # broad: what transformers raises for a folder whose files contradict each other depends on where it stumbles
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"model.name: {name!r} cannot be loaded ({reason}); give a model folder or a hub id") from error
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep transformers from printing a table of the weights that do not fit."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _refuse_unfit(found: Mapping[str, Any], name: str) -> None:
+    """Raise UserError where weights are missing or of other shapes: transformers would go on with random numbers."""
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"model.name: {name!r} lacks {len(missing)} weights, such as {missing[0]}; get it anew")
+    if unfit := sorted(found["mismatched_keys"]):
+        key, there, expected = unfit[0]
+        raise UserError(
+            f"model.name: {name!r} has {len(unfit)} weights that do not fit its config.json, such as {key}, "
+            f"{list(there)} instead of {list(expected)}; get it anew"
+        )
+
+
+def refuse_damaged(model: torch.nn.Module, name: str) -> None:
+    """Raise UserError for a model with weights that are no finite numbers: every answer would be noise."""
+    for key, weight in model.named_parameters():
+        # a sum is cheap, and not finite where an entry is not
+        if not weight.is_floating_point() or weight.is_meta or torch.isfinite(weight.sum(dtype=torch.float32)):
+            continue
+        if bad := int((~torch.isfinite(weight)).sum()):
+            raise UserError(
+                f"model.name: {name!r} is damaged, {bad} entries of {key} are NaN or infinite; get it anew, or set "
+                "model.dtype to float32 where a half dtype is too narrow"
+            )
 
 
 def input_device(model: torch.nn.Module) -> torch.device:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kv_transition.errors import UserError
+from kv_transition import parsing
 from kv_transition.labels import percent
 from kv_transition.outputs import experiment
 from kv_transition.provenance import read_metadata
@@ -105,7 +104,4 @@ def report_context(source: Source, title: str | None, missing: Mapping[str, str]
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the manifest cannot be read ({error}); run the prepare step again") from None
+    return parsing.read_json(path, "manifest")

@@ -17,6 +17,7 @@ from kv_transition.plotting import drawing
 from kv_transition.provenance import atomic_path
 from kv_transition.report import page
 from kv_transition.report.numbers import number
+from kv_transition.stats import frames
 from kv_transition.studies.grid import tradeoff
 from kv_transition.studies.grid.analysis.aggregate import Statistics, comparisons
 
@@ -77,7 +78,7 @@ def _scores(folder: str) -> pl.DataFrame:
     path = Path(folder) / "scores.parquet"
     if not path.is_file():
         raise UserError(f"{folder}: there is no scores.parquet in it; give the results folder of a finished experiment")
-    return pl.read_parquet(path).filter(~pl.col("alias")).with_columns(cs.float().fill_nan(None))
+    return frames.read_parquet(path).filter(~pl.col("alias")).with_columns(cs.float().fill_nan(None))
 
 
 def _names(folder_a: str, folder_b: str, config_a: Mapping, config_b: Mapping) -> tuple[str, str]:

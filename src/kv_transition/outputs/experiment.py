@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
 
 from kv_transition import __version__, labels
 from kv_transition.errors import UserError
@@ -16,6 +15,7 @@ from kv_transition.report.numbers import listed, tokens_of
 from kv_transition.stats.examples import FULL
 from kv_transition.studies.grid.report import endpoints, findings
 from kv_transition.studies.grid.results import Results
+from kv_transition.yaml_text import read_yaml
 
 EMBEDDED = {"tiny-reader": "tiny reader", "tiny-follower": "tiny follower"}
 """the models that the project trained on its own synthetic tasks, by their folder"""
@@ -24,10 +24,7 @@ Config = Mapping[str, Any]
 
 def read_config(path: str) -> dict[str, Any]:
     """The resolved experiment. Raises UserError if it cannot be read."""
-    try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: the resolved experiment cannot be read ({error})") from None
+    value = read_yaml(path, "resolved experiment")
     if not isinstance(value, dict):
         raise UserError(f"{path}: the resolved experiment must be a mapping of sections")
     return value

@@ -12,6 +12,7 @@ from kv_transition import labels
 from kv_transition.outputs import experiment
 from kv_transition.outputs.sqlite import write_sqlite
 from kv_transition.provenance import atomic_path, read_metadata, write_json
+from kv_transition.stats import frames
 from kv_transition.studies.grid.report import card
 from kv_transition.studies.grid.report.headline import KEPT, holds
 from kv_transition.studies.grid.results import Results, Row, read_results
@@ -23,7 +24,7 @@ RAW = "raw"  # the engine's own answer, as JSON: in the Parquet file and in SQLi
 
 def write_csv(table: str, output: str) -> None:
     """A Parquet table as CSV: lists joined by `` | ``, nothing for null, without the engines' raw answers."""
-    frame = pl.read_parquet(table)
+    frame = frames.read_parquet(table)
     lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
     frame = frame.with_columns(pl.col(name).cast(pl.List(pl.String)).list.join(" | ") for name in lists)
     with atomic_path(output) as temporary:

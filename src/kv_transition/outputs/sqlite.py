@@ -18,7 +18,9 @@ import polars.selectors as cs
 
 from kv_transition.errors import UserError
 from kv_transition.outputs.experiment import read_config
+from kv_transition.parsing import read_json
 from kv_transition.provenance import atomic_path, read_metadata
+from kv_transition.stats import frames
 from kv_transition.stats.examples import FULL
 
 VERSION = 1
@@ -132,14 +134,14 @@ def write_sqlite(
             for path in manifests:
                 entries |= _data(db, Path(path), created)
             if scores:
-                answers = pl.read_parquet(scores).with_columns(cs.float().fill_nan(None))
+                answers = frames.read_parquet(scores).with_columns(cs.float().fill_nan(None))
                 runs = _runs(db, answers, settings, group, created)
                 _answers(db, answers.filter(~pl.col("alias")), runs, entries, settings)
-                _bin_stats(db, pl.read_parquet(bin_stats), answers, runs)
-                _transitions(db, pl.read_parquet(transition), runs)
+                _bin_stats(db, frames.read_parquet(bin_stats), answers, runs)
+                _transitions(db, frames.read_parquet(transition), runs)
             for name, path in (extra or {}).items():
                 if Path(path).is_file():
-                    _copy(db, name, pl.read_parquet(path))
+                    _copy(db, name, frames.read_parquet(path))
         db.execute("VACUUM")
 
 
@@ -152,10 +154,10 @@ def _insert(db: sqlite3.Connection, table: str, rows: Iterable[Sequence[Any]]) -
 def _data(db: sqlite3.Connection, manifest_path: Path, created: str | None) -> dict[tuple[str, str], tuple[int, int]]:
     """Everything about one task's examples; entry_id and max_tokens by (task, example_id)."""
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = read_json(manifest_path, "manifest")
         task, bins = manifest["task"], manifest["bins"]
-        examples = pl.read_parquet(manifest_path.parent / "examples.parquet")
-        chosen = [pl.read_parquet(manifest_path.parent / f"bin{b['bin']}.parquet") for b in bins]
+        examples = frames.read_parquet(manifest_path.parent / "examples.parquet")
+        chosen = [frames.read_parquet(manifest_path.parent / f"bin{b['bin']}.parquet") for b in bins]
     except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
         raise UserError(
             f"{manifest_path}: the task's examples cannot be read ({error}); run the prepare step again"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kv_transition.data import gguf
+from kv_transition.data import model_files
 from kv_transition.errors import UserError
 from kv_transition.sections import Model
 
@@ -63,19 +61,17 @@ class ModelSize:
 
 
 def model_size(model: Model) -> ModelSize | None:
-    """None where the config is neither in the model's folder or file nor in the hub's cache."""
-    if gguf.is_gguf(model.name):
-        try:
-            return read_size(gguf.config(model.name))
-        except UserError:
-            return None
-    file = _config_file(model)
-    return None if file is None else read_size(json.loads(file.read_text(encoding="utf-8")))
+    """None where the config is neither in the model's folder or file nor in the hub's cache, or is damaged."""
+    try:
+        config = model_files.read_config(model.name, model.revision)
+    except UserError:
+        return None
+    return None if config is None else read_size(config)
 
 
 def read_size(config: dict[str, Any]) -> ModelSize | None:
     """Of a config's content; None if it lacks the usual keys."""
-    config = config.get("text_config") or config  # of models that see as well
+    config = model_files.text_of(config)
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return ModelSize(
@@ -89,20 +85,5 @@ def read_size(config: dict[str, Any]) -> ModelSize | None:
             tied=config.get("tie_word_embeddings", False),
             experts=config.get("num_local_experts") or config.get("num_experts") or 1,
         )
-    except KeyError:
+    except (KeyError, TypeError, ZeroDivisionError):
         return None
-
-
-def _config_file(model: Model) -> Path | None:
-    return cached_file(model.name, model.revision, "config.json")
-
-
-def cached_file(name: str, revision: str | None, file: str) -> Path | None:
-    """A model's file, from its folder or from the hub's cache; None where it is in neither. Asks nobody."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder / file if (folder / file).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None

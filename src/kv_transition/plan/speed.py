@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from kv_transition import specs
+from kv_transition import parsing, specs
 from kv_transition.plan.model_size import ModelSize
 from kv_transition.settings import Settings
 
@@ -47,7 +47,6 @@ def of_results(settings: Settings) -> Speed | None:
 
     The file's clock is that of the job: on a CPU the process's own time.
     """
-    import pyarrow.parquet as pq
 
     from kv_transition.provenance import read_metadata
 
@@ -62,7 +61,7 @@ def of_results(settings: Settings) -> Speed | None:
         same = facts.get("model_fingerprint") == model["fingerprint"] and facts.get("dtype") == model["dtype"]
         if not same or (facts.get("device", "cpu") != "cpu") != on_gpu(settings):
             continue
-        rows = [row for row in pq.read_table(path, columns=columns).to_pylist() if not row["error"]]
+        rows = [row for row in parsing.read_parquet(path, columns=columns).to_pylist() if not row["error"]]
         alone = [row for row in rows if row["batch_size"] == 1 and row["prefill_s"] and row["latency_s"]]
         if not alone:
             continue

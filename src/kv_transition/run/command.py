@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kv_transition import parsing
 from kv_transition.errors import UserError
 from kv_transition.provenance import digest, read_metadata
 from kv_transition.script import status
@@ -32,11 +33,10 @@ def arguments(doc: str | None, argv: list[str] | None, *files: str, optional: Se
 
 
 def read_bin(path: str) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
 
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; run the prepare step first")
-    return pq.read_table(path).to_pylist()
+    return parsing.read_parquet(path).to_pylist()
 
 
 def bin_metadata(path: str) -> dict[str, str]:

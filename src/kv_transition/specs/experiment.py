@@ -28,6 +28,7 @@ def check(settings: Settings) -> None:
     for study in registry.studies():
         study.check(settings)
     _check_model_folder(settings)
+    _check_output(settings.output.dir)
 
 
 def statistics(settings: Settings) -> list[str]:
@@ -63,6 +64,12 @@ def _check_model_folder(settings: Settings) -> None:
             f"model.name: there is no folder {name}; give a model folder, a .gguf file or a hub id such as org/model "
             "(`make real` gets a small language model without the hub)"
         )
+
+
+def _check_output(folder: str) -> None:
+    there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"output.dir: {there} is a file, so {folder} can be no folder; give another one")
 
 
 def _check_recall(settings: Settings, name: str) -> None:

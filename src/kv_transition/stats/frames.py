@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
 import polars as pl
 import polars.selectors as cs
+
+from kv_transition.errors import UserError
+from kv_transition.parsing import damaged
+
+
+def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Return one Parquet table. Raises UserError if it is damaged, not there or lacks one of ``columns``."""
+    try:
+        return pl.read_parquet(path, columns=None if columns is None else list(columns))
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        raise UserError(damaged(path, error)) from None
 
 
 def read_table(path: str) -> pl.DataFrame:
     """Return one Parquet table, with null in the place of NaN."""
-    return pl.read_parquet(path).with_columns(cs.float().fill_nan(None))
+    return read_parquet(path).with_columns(cs.float().fill_nan(None))

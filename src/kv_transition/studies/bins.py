@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from kv_transition import parsing
 from kv_transition.data.tasks import get_task
+from kv_transition.errors import UserError
 
 if TYPE_CHECKING:
     from kv_transition.paths import Paths
@@ -20,11 +22,9 @@ def longest_answer(settings: Settings, task: str) -> int:
 
 def prompt_lengths(settings: Settings, files: Paths, task: str, bin: int) -> tuple[list[int], bool]:
     """Return the prompt tokens of a bin's examples, and whether they have been counted rather than estimated."""
-    path = Path(files.bin(task, bin))
-    if path.is_file():
-        import pyarrow.parquet as pq
-
-        return pq.read_table(path, columns=["prompt_len"])["prompt_len"].to_pylist(), True
+    path = files.bin(task, bin)
+    with suppress(UserError):  # not there, or damaged and made again
+        return parsing.read_parquet(path, columns=["prompt_len"])["prompt_len"].to_pylist(), True
     n, bins = settings.binning.n_per_bin, settings.binning.n_bins
     lengths = settings.dataset.lengths
     if not lengths:

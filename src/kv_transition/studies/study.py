@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kv_transition import parsing
+from kv_transition.errors import UserError
 from kv_transition.provenance import digest
 
 if TYPE_CHECKING:
@@ -110,18 +111,15 @@ class Item:
 
 
 def _hash(path: Path, column: str) -> str | None:
-    """What made a results file, as its rows say; of a prefill index, what it says of itself."""
-    if path.suffix == ".json":
-        index = json.loads(path.read_text(encoding="utf-8"))
-        return digest({key: index.get(key) for key in ("code", "model")})
-    import pyarrow
-    import pyarrow.parquet as pq
-
+    """Return what made a results file, as its rows or a prefill index say; None where that cannot be read."""
     try:
-        found = pq.read_table(path, columns=[column])[column]
-    except (pyarrow.ArrowInvalid, KeyError, OSError):
-        return None
-    return found[0].as_py() if len(found) else None
+        if path.suffix == ".json":
+            index = parsing.read_json(path)
+            return digest({key: index.get(key) for key in ("code", "model")}) if isinstance(index, dict) else None
+        found = parsing.read_parquet(path, partitioning=None)
+    except UserError:
+        return None  # damaged: it is made again
+    return found[column][0].as_py() if found.num_rows and column in found.column_names else None
 
 
 @dataclass(frozen=True)

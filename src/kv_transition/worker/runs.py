@@ -13,7 +13,12 @@ VARIABLE = "KVT_RUN"
 def current() -> str:
     """Return the run that this process was started by; where there is none on this machine, it begins one."""
     given = os.environ.get(VARIABLE, "")
-    return given if given and is_alive(given) else f"{platform.node()}:{os.getpid()}:{_started(os.getpid())}"
+    return given if given and is_alive(given) else own()
+
+
+def own() -> str:
+    """Return this process, as ``host:pid:start``."""
+    return f"{platform.node()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def is_alive(run: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from kv_transition.provenance import rows_to_table, write_table
-from kv_transition.stats import agreement, intervals
+from kv_transition.stats import agreement, frames, intervals
 from kv_transition.stats.examples import FULL, Statistics, by_cell, inherited, padded
 from kv_transition.stats.intervals import Interval, finite
 from kv_transition.stats.multiplicity import adjust
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 def read_verdicts(path: str) -> pl.DataFrame:
     """The verdicts (tables.CHAT_VERDICTS), sorted; ``cluster`` is the conversation."""
-    frame = pl.read_parquet(path).sort(*CELL, "conversation_id", "turn", "since", "check_id")
+    frame = frames.read_parquet(path).sort(*CELL, "conversation_id", "turn", "since", "check_id")
     return frame.with_columns(cluster="conversation_id")
 
 
@@ -269,6 +269,6 @@ def write_retention(verdicts: str, chat: Sequence[str], output: str, statistics:
     """The `retention` rule: from verdicts (tables.CHAT_VERDICTS) and answers (tables.CHAT) to ``tables.RETENTION``."""
     how = Statistics(**statistics)
     columns = [*CELL, "conversation_id", "turn", *SIZES]
-    answers = pl.concat([pl.read_parquet(path, columns=columns) for path in chat], how="vertical_relaxed")
+    answers = pl.concat([frames.read_parquet(path, columns=columns) for path in chat], how="vertical_relaxed")
     rows = retention(read_verdicts(verdicts), how) + (sizes(answers, how) if answers.height else [])
     write_table(output, rows_to_table(rows, RETENTION), inherited(verdicts) | {"statistics": dict(statistics)})

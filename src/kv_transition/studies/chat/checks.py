@@ -44,6 +44,9 @@ LANGUAGES = (
 )
 # fmt: on
 
+MAX_EXPRESSION, MAX_COPIES = 1_000, 10_000
+"""characters of a regular expression, and the product of the numbers in its {braces}"""
+
 _Count = Annotated[int, Field(ge=1, strict=True)]
 _Phrase = Annotated[str, Field(strict=True, pattern=r"\S")]
 _Phrases = Annotated[list[_Phrase], Field(min_length=1)]
@@ -91,6 +94,8 @@ class Check(BaseModel):
                 form.validate_python(value)
             except ValidationError:
                 raise ValueError(f"{info.data['kind']} needs {text}") from None
+            if info.data["kind"] == "matches":
+                _check_expression(value)
         return value
 
     @model_validator(mode="after")
@@ -121,6 +126,24 @@ class Check(BaseModel):
         """Whether the answer to the user's turn ``turn`` is to be as it says; being overridden does not count."""
         lasts = self.since <= turn and (self.until is None or turn <= self.until)
         return lasts and (self.due is None or turn in self.due)
+
+
+def _check_expression(expression: str) -> None:
+    """Raise ValueError for an expression that is too large to be compiled: counted repetitions are written out."""
+    import regex
+
+    copies = 1
+    for low, high in re.findall(r"\{(\d*),?(\d*)\}", expression):
+        copies *= max(int(low or 1), int(high or 1), 1)
+    if len(expression) > MAX_EXPRESSION or copies > MAX_COPIES:
+        raise ValueError(
+            f"matches needs an expression of at most {MAX_EXPRESSION:,} characters whose counted repetitions multiply "
+            f"to at most {MAX_COPIES:,}"
+        )
+    try:
+        regex.compile(expression)
+    except regex.error as error:
+        raise ValueError(f"matches needs {_WRITTEN['matches'][1]} ({error})") from None
 
 
 def validate(check: Any, where: str, turn: int = 1, id: str = "c1") -> Check:

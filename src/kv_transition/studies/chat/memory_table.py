@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from kv_transition.provenance import rows_to_table, write_table
-from kv_transition.stats import intervals
+from kv_transition.stats import frames, intervals
 from kv_transition.stats.examples import Statistics, by_cell, inherited, padded
 from kv_transition.studies.chat.analysis import CELL, counted, raters, read_verdicts
 from kv_transition.studies.chat.tables import CACHE_ANATOMY, MEMORY_TABLE
@@ -88,8 +88,8 @@ def write_memory_table(
     """The `memory_table` rule: from verdicts, answers and layers to ``tables.MEMORY_TABLE`` and ``CACHE_ANATOMY``."""
     how, fields = Statistics(**statistics), inherited(verdicts) | {"statistics": dict(statistics)}
     columns = [*CELL, "conversation_id", "turn", "error", "answer_nll", *MEASURES.values()]
-    answers = pl.concat([pl.read_parquet(path, columns=columns) for path in chat], how="vertical_relaxed")
+    answers = pl.concat([frames.read_parquet(path, columns=columns) for path in chat], how="vertical_relaxed")
     rows = memory_table(read_verdicts(verdicts), answers, how)
     write_table(table, rows_to_table(rows, MEMORY_TABLE), fields)
-    parts = pl.concat([pl.read_parquet(path) for path in layers], how="vertical_relaxed")
+    parts = pl.concat([frames.read_parquet(path) for path in layers], how="vertical_relaxed")
     write_table(cache, rows_to_table(anatomy(parts, how), CACHE_ANATOMY), fields)

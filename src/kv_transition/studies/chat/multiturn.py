@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_transition.errors import UserError
+from kv_transition.parsing import parse_json
 from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.script import status
 from kv_transition.studies.chat import checks as checks_module
@@ -56,7 +57,7 @@ def read_records(path: Path) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start + 1} is not UTF-8") from None
     if plain.suffix == ".json":
-        records = _parsed(text, str(path))
+        records = parse_json(text, str(path))
         if not isinstance(records, list):
             raise UserError(f"{path}: a JSON list of conversations was expected, not {type(records).__name__}")
         yield from ((f"{path}, conversation {number}", record) for number, record in enumerate(records, 1))
@@ -64,20 +65,7 @@ def read_records(path: Path) -> Iterator[Record]:
     # JSON lines end at \n; str.splitlines would also cut at characters that may stand inside a text
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        record = json.loads(text)
-        json.dumps(record, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: malformed JSON at line {error.lineno}, character {error.colno} ({error.msg})"
-        ) from None
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: half of a surrogate pair is no character; write the text as UTF-8") from None
-    return record
+            yield f"{path}, line {number}", parse_json(line, f"{path}, line {number}")
 
 
 def _object(record: Any, where: str, *fields: str) -> Mapping[str, Any]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from functools import cache
 from typing import Any
 
+from kv_transition.errors import shown
 from kv_transition.eval.metrics import exact_match
 from kv_transition.studies.chat.checks import KINDS, LANGUAGES, Check, at_turn, describe, of_conversation, validate
 
@@ -23,10 +25,12 @@ _SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]]*(?=\s|$)|[。！？]+[」�
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 CONFIDENCE = 0.5
 """share of the probability that a language needs; below it a text is of no language"""
+MATCH_S = 2.0
+"""seconds that a regular expression has for an answer"""
 
 
-def passes(check: Check, text: str) -> bool:
-    """Whether the answer is as the check has it.
+def passes(check: Check, text: str) -> bool | None:
+    """Return whether the answer is as the check has it; None where a regular expression takes too long to tell.
 
     - ``max_words``, ``min_words``: words are what white space separates.
     - ``max_sentences``: pieces that hold a letter or digit and end at ``. ! ? …`` before white space, or at the end.
@@ -70,10 +74,29 @@ def passes(check: Check, text: str) -> bool:
         case "language":
             return detect_language(text) == check.value
         case "matches":
-            return re.search(check.value, text, 0 if check.case_sensitive else re.IGNORECASE) is not None
+            return _matches(check.value, text, check.case_sensitive)
         case "answer":
             return exact_match(text, check.values) == 1
     raise ValueError(f"a check's kind is one of {', '.join(KINDS)}, not {check.kind!r}")
+
+
+_TOO_SLOW: set[str] = set()
+"""expressions that have taken too long once: they are not tried on the answers that follow"""
+
+
+def _matches(expression: str, text: str, case_sensitive: bool) -> bool | None:
+    """Return whether an expression is found in a text; None where that takes longer than `MATCH_S`."""
+    import regex
+
+    if expression in _TOO_SLOW:
+        return None
+    flags = 0 if case_sensitive else regex.IGNORECASE
+    try:
+        return regex.search(expression, text, flags, timeout=MATCH_S) is not None
+    except (TimeoutError, MemoryError, regex.error):
+        _TOO_SLOW.add(expression)
+        print(f"the regular expression {shown(expression)} takes too long; its check stays undecided", file=sys.stderr)
+        return None
 
 
 def _phrase(phrase: str, check: Check, behind: str = "") -> re.Pattern[str]:

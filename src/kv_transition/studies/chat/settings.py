@@ -38,9 +38,11 @@ class Chat(Section):
     )
     path: str | None = Field(None, description="the file, .json, .jsonl or either with .gz; null where generated")
     name: Task | None = Field(None, description="name of the set in files and tables; null: the source")
-    n: Annotated[int, Field(ge=1)] | None = Field(None, description="conversations that are played; null: all")
+    n: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None, description="conversations that are played; null: all"
+    )
     seed: Seed = Field(0, description="seed of the choice, or of the generated conversations")
-    max_turns: Annotated[int, Field(ge=1)] | None = Field(
+    max_turns: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         None, description="the user's turns that are played; null: all, and 8 where generated"
     )
     max_tokens: int = Field(256, ge=1, description="longest answer in tokens")

@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from kv_transition import parsing
 from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.studies.chat.rules import Check, at_turn, describe, passes
@@ -50,7 +50,7 @@ def read_chat(paths: Iterable[str]) -> list[Row]:
     rows: list[Row] = []
     for path in paths:
         try:
-            table = pq.read_table(path, columns=CHAT.names, partitioning=None).cast(CHAT)
+            table = parsing.read_parquet(path, columns=CHAT.names, partitioning=None).cast(CHAT)
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} holds no conversations ({reason}): delete it and run again") from None
@@ -121,7 +121,9 @@ def _chance(found: Sequence[Case], rows: Sequence[Row]) -> dict[Key, float]:
             if id != own and describe(case.check) not in asked.get((name, id, turn), ())
         ]
         if others:
-            chance[case.key] = fmean(passes(case.check, text) for text in others[:OTHERS])
+            decided = [found for text in others[:OTHERS] if (found := passes(case.check, text)) is not None]
+            if decided:
+                chance[case.key] = fmean(decided)
     return chance
 
 
@@ -133,6 +135,6 @@ def write_verdicts(chat: Sequence[str], output: str, judge: str | None = None) -
         output: path of the verdicts (``tables.CHAT_VERDICTS``).
         judge: path of what the judge said (``tables.JUDGE``), if there is one.
     """
-    judged = pq.read_table(judge, columns=JUDGE.names).to_pylist() if judge else []
+    judged = parsing.read_parquet(judge, columns=JUDGE.names).to_pylist() if judge else []
     rows = read_chat(chat)
     write_table(output, rows_to_table(verdicts(rows, judged), CHAT_VERDICTS), {"judged": bool(judge)})

@@ -9,11 +9,9 @@ a task serves every budget and mode.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from kv_transition.data.binning import bin_of
@@ -22,6 +20,7 @@ from kv_transition.data.prompts import PromptBuilder
 from kv_transition.data.tasks import get_task
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
+from kv_transition.parsing import read_json
 from kv_transition.policies.entropy_recall import token_entropy
 from kv_transition.provenance import write_json
 from kv_transition.run import job
@@ -73,7 +72,7 @@ def step_entropies(
 def main(argv: list[str] | None = None) -> None:
     arguments = job.arguments(__doc__, argv, "--task", "--examples", "--manifest", "--output")
     spec, preparing = arguments.spec, arguments.spec["prepare"]
-    manifest = json.loads(Path(arguments.manifest).read_text(encoding="utf-8"))
+    manifest = read_json(arguments.manifest, "manifest")
     chosen = held_out(job.read_bin(arguments.examples), manifest, spec["examples"])
     engine = job.load_engine(spec["model"], arguments.threads)
     task = get_task(preparing["dataset"]["name"], arguments.task)

@@ -7,8 +7,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
+from kv_transition import parsing
 from kv_transition.errors import UserError
 from kv_transition.policies.base import Policy
 
@@ -21,7 +21,7 @@ def calibrated(policy: Policy, calibration: str | None) -> Policy:
     wanted = getattr(policy, "tau_quantile", None)
     if wanted is None or calibration is None:
         return policy
-    entropies = json.loads(Path(calibration).read_text(encoding="utf-8"))["entropies"]
+    entropies = parsing.read_json(calibration)["entropies"]
     return replace(policy, tau=quantile(entropies, wanted, calibration))
 
 
@@ -38,10 +38,9 @@ def paces(treated: str | None) -> Paces:
     """Of the answers of a cell's file; empty without one. An answer that failed has no moments."""
     if treated is None:
         return {}
-    import pyarrow.parquet as pq
 
     found = {}
-    for row in pq.read_table(treated, columns=["example_id", "repeat", "raw"]).to_pylist():
+    for row in parsing.read_parquet(treated, columns=["example_id", "repeat", "raw"]).to_pylist():
         facts = json.loads(row["raw"] or "{}")
         found[row["example_id"], row["repeat"]] = (facts.get("triggers", 0), facts.get("steps", 0))
     return found

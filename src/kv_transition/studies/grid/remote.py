@@ -52,7 +52,7 @@ class Journal:
         for line in file.read().splitlines(keepends=True):
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 break

@@ -7,13 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kv_transition import paths, provenance
+from kv_transition import parsing, paths, provenance
 from kv_transition.data.tasks import Task, get_task
 from kv_transition.errors import UserError
 from kv_transition.eval import failures, metrics
@@ -46,7 +45,7 @@ def write_scores(
     output: str,
 ) -> None:
     """Score the cells of the ``score`` rule; ``grid``: the JSON file with the hash that each cell's rows must carry."""
-    expected = json.loads(Path(grid).read_text(encoding="utf-8"))
+    expected = parsing.read_json(grid)
     score_cells(cells, bins, manifests, expected, output, aliases)
 
 

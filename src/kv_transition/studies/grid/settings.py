@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from kv_transition.errors import shown
 from kv_transition.sections import Section, Seed, Task
 
 
@@ -22,14 +23,20 @@ class Dataset(Section):
     split: str = Field("test", description="split of the data set")
     prompts: str | None = Field(None, description="LongBench's dataset2prompt.json")
     max_lengths: str | None = Field(None, description="LongBench's dataset2maxlen.json")
-    lengths: list[Annotated[int, Field(ge=64)]] | None = Field(None, description="synthetic, ruler: sizes in tokens")
-    n_per_length: Annotated[int, Field(ge=1)] | None = Field(None, description="synthetic, ruler: how many of each")
+    lengths: list[Annotated[int, Field(ge=64, le=10_000_000)]] | None = Field(
+        None, description="synthetic, ruler: sizes in tokens"
+    )
+    n_per_length: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None, description="synthetic, ruler: how many of each"
+    )
     seed: Seed = Field(0, description="synthetic, ruler: seed of the documents")
 
     @model_validator(mode="after")
     def _complete(self) -> Dataset:
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError("tasks: a task is listed twice; name each once")
+        if self.lengths and len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths: {shown(self.lengths)} lists a length twice; name each once")
         if self.name in ("synthetic", "ruler") and not (self.lengths and self.n_per_length):
             raise ValueError(f"lengths: {self.name} needs lengths (such as [256, 512]) and n_per_length (such as 40)")
         if self.name == "jsonl" and not self.path:
@@ -42,7 +49,7 @@ class Binning(Section):
 
     n_bins: int = Field(5, ge=1, le=50, description="number of length bins")
     edges: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="n_bins + 1 edges; null: quantiles")
-    n_per_bin: int = Field(20, ge=1, description="examples chosen in each bin")
+    n_per_bin: int = Field(20, ge=1, le=100_000, description="examples chosen in each bin")
     strict: bool = Field(False, description="stop when a bin has fewer examples than n_per_bin")
     seed: Seed = Field(0, description="seed of the choice")
 
@@ -64,9 +71,9 @@ class Adaptive(Section):
     """More examples only where the transition is undecided."""
 
     enabled: bool = Field(False, description="true: examples are added to a bin in shards while it is undecided")
-    start: int = Field(5, ge=1, description="examples in each bin at the first look")
-    step: int = Field(5, ge=1, description="examples that an undecided bin gets at each look after it")
-    cap: int = Field(40, ge=1, description="examples in a bin at most; fixes the looks and their levels")
+    start: int = Field(5, ge=1, le=100_000, description="examples in each bin at the first look")
+    step: int = Field(5, ge=1, le=100_000, description="examples that an undecided bin gets at each look after it")
+    cap: int = Field(40, ge=1, le=100_000, description="examples in a bin at most; fixes the looks and their levels")
 
     @model_validator(mode="after")
     def _room(self) -> Adaptive:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import rows_to_table, write_table
+from kv_transition.stats import frames
 from kv_transition.stats.association import METHOD, Carriers, kish, resample_weights, summarised
 from kv_transition.stats.clusters import divide
 from kv_transition.stats.examples import FULL, Statistics, inherited, is_full
@@ -79,7 +80,7 @@ def read_windows(paths: Sequence[str], expected: Mapping[str, str] | None = None
     expected: the ``perplexity_hash`` that the rows of each file must carry, by its path; None: any. Raises UserError
     where they carry another, there is no window, one stands twice, or its nll or number of tokens makes no sense.
     """
-    read = {path: pl.read_parquet(path, columns=COLUMNS) for path in paths}
+    read = {path: frames.read_parquet(path, columns=COLUMNS) for path in paths}
     for path, part in read.items() if expected is not None else ():
         if other := set(part["perplexity_hash"]) - {expected.get(path)}:
             raise UserError(

@@ -21,12 +21,12 @@ class Perplexity(Section):
     book_field: str | None = Field(
         None, min_length=1, description="Parquet, JSONL: the column with a book's name; null: a hash of its text"
     )
-    context_tokens: list[Annotated[int, Field(ge=2)]] = Field(
+    context_tokens: list[Annotated[int, Field(ge=2, le=100_000_000)]] = Field(
         [1024], min_length=1, description="tokens read before any is scored, rising: a length bin each"
     )
-    stride: int = Field(256, ge=1, description="tokens scored in each window")
-    books: Annotated[int, Field(ge=1)] | None = Field(None, description="books, drawn at random; null: all")
-    windows_per_book: Annotated[int, Field(ge=1)] | None = Field(
+    stride: int = Field(256, ge=1, le=100_000_000, description="tokens scored in each window")
+    books: Annotated[int, Field(ge=1, le=100_000)] | None = Field(None, description="books, drawn at random; null: all")
+    windows_per_book: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
         None, description="windows of each book, drawn at random; null: all"
     )
     bos: Literal["auto", "never"] = Field(

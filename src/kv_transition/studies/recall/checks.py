@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from kv_transition.provenance import read_metadata, write_table
+from kv_transition.stats import frames
 from kv_transition.studies.recall.tables import OBSERVATION_CHECKS
 
 KEY = ["task", "policy", "budget", "granularity", "memory"]
@@ -89,7 +90,7 @@ def write_checks(observations: Sequence[str], output: str) -> None:
         about = read_metadata(path)
         vocabulary = int(about["vocab_size"])
         sequences |= {(i, kind): (steps, reason) for i, kind, steps, reason in json.loads(about["sequences"])}
-    steps = pl.concat([pl.read_parquet(path) for path in observations])
+    steps = pl.concat([frames.read_parquet(path) for path in observations])
     table = check(steps, vocabulary, sequences) if len(steps) else pl.DataFrame(schema=_schema())
     write_table(output, table.to_arrow().cast(OBSERVATION_CHECKS), {"vocab_size": vocabulary})
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from kv_transition import labels
+from kv_transition import labels, parsing
 from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.stats import intervals
 from kv_transition.stats.examples import Statistics, by_cell, inherited, padded
@@ -130,6 +129,6 @@ def answer(row: Mapping[str, Any], how: str, alpha: float) -> str:
 def write_recall_moments(scores: str, output: str, statistics: Mapping[str, Any], policies: Options) -> None:
     """The `recall_moments` rule; ``policies``: the configuration's ``kv.policies``."""
     columns = [*CELL, "example_id", "bin", "score", "raw", "alias", "cluster"]
-    table = recall_moments(pq.read_table(scores, columns=columns), policies, Statistics(**statistics))
+    table = recall_moments(parsing.read_parquet(scores, columns=columns), policies, Statistics(**statistics))
     fields = inherited(scores) | {"statistics": dict(statistics), "policies": {k: dict(v) for k, v in policies.items()}}
     write_table(output, table, fields)

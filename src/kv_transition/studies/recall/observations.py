@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from kv_transition.errors import UserError
+from kv_transition.stats import frames
 
 CELL = ["task", "policy", "budget", "granularity", "memory"]
 COLUMNS = [*CELL, "example_id", "prompt_kind", "step", "n", "entropy", "recall"]
@@ -57,7 +58,7 @@ def read_observations(paths: Sequence[str], columns: Sequence[str] = COLUMNS) ->
 
     Raises UserError where there is no row, a step stands twice, or a recall is outside of [0, 1] or an entropy below 0.
     """
-    parts = [pl.read_parquet(path, columns=list(columns)) for path in paths]
+    parts = [frames.read_parquet(path, columns=list(columns)) for path in paths]
     parts = [part for part in parts if part.height]
     if not parts:
         raise UserError("observations: there is no observed step; run the observe step on at least one example")

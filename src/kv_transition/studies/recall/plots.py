@@ -7,9 +7,8 @@ from typing import Any
 
 import altair as alt
 import polars as pl
-import pyarrow.parquet as pq
 
-from kv_transition import labels
+from kv_transition import labels, parsing
 from kv_transition.plotting.drawing import (  # fmt: skip
     INK,
     NEUTRAL,
@@ -298,7 +297,7 @@ def write_moments_plots(
 
     Raises UserError for an output of another name.
     """
-    save_figures({"recall_moments": moments_figure(pq.read_table(scores), policies, confidence)}, outputs)
+    save_figures({"recall_moments": moments_figure(parsing.read_parquet(scores), policies, confidence)}, outputs)
 
 
 def write_recalling(

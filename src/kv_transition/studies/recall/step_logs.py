@@ -22,6 +22,7 @@ import vl_convert
 
 from kv_transition.plotting import drawing
 from kv_transition.provenance import atomic_path, read_metadata, write_json, write_text
+from kv_transition.stats import frames
 
 _PREFERRED = {"policy": ("h2o_heavy", "h2o"), "memory": ("ideal",), "granularity": ("global",)}
 _COLUMNS = ["example_id", "prompt_kind", "step", "token_id", "entropy", "n"]
@@ -29,7 +30,7 @@ _COLUMNS = ["example_id", "prompt_kind", "step", "token_id", "entropy", "n"]
 
 def write_logs(observations: Sequence[str], folder: str) -> None:
     """Write the observation files of one task, a file for each bin, as the study's logs. A second run replaces them."""
-    steps = pl.concat([pl.read_parquet(path) for path in observations])
+    steps = pl.concat([frames.read_parquet(path) for path in observations])
     about = read_metadata(observations[0])
     chosen: dict[str, str] = {}
     for column, names in _PREFERRED.items():

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from kv_transition import parsing
 from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.stats import intervals
 from kv_transition.stats.examples import CELL, FULL, Statistics, by_cell, example_values, inherited, padded
@@ -78,9 +79,8 @@ def write_aggregates(
     smallest_budgets_path: str | None = None,
 ) -> None:
     """The `aggregate` rule: scores.parquet to bin_stats.parquet, comparisons.parquet and what else has a path."""
-    import pyarrow.parquet as pq
 
-    scores, settings = pq.read_table(scores_path), Statistics(**statistics)
+    scores, settings = parsing.read_parquet(scores_path), Statistics(**statistics)
     fields = inherited(scores_path) | {"statistics": dict(statistics)}
     write_table(bin_stats_path, bin_stats(scores, settings), fields)
     write_table(comparisons_path, comparisons(scores, settings), fields)

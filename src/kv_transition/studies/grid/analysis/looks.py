@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from kv_transition import parsing
 from kv_transition.errors import UserError
 from kv_transition.provenance import write_table
 from kv_transition.stats.examples import Statistics, inherited
@@ -69,14 +67,14 @@ def write_published(
 
 def joined(paths: Sequence[str], schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
     """The rows of all files, and the metadata that all have in common."""
-    tables = [pq.read_table(path, partitioning=None).cast(schema) for path in paths]
+    tables = [parsing.read_parquet(path, partitioning=None).cast(schema) for path in paths]
     return pa.concat_tables(tables), dict(set.intersection(*(set(inherited(path).items()) for path in paths)))
 
 
 def _chosen(path: str) -> dict[tuple[str, int], int]:
     """Examples of each (task, bin) that a manifest names."""
     try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        manifest = parsing.read_json(path)
         return {(manifest["task"], b["bin"]): b["n"] for b in manifest["bins"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a readable manifest ({error!r}): delete it and run again") from None

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from kv_transition import labels
+from kv_transition import labels, parsing
 from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.stats.examples import Statistics, example_values, inherited, is_full
 from kv_transition.stats.intervals import finite
@@ -242,9 +242,8 @@ def write_transition(
     scores_path: str, transition_path: str, statistics: Mapping[str, Any], budget_transition_path: str | None = None
 ) -> None:
     """The `transition` rule: scores.parquet to transition.parquet and, where asked for, budget_transition.parquet."""
-    import pyarrow.parquet as pq
 
-    along_length, along_budget = tables_of(pq.read_table(scores_path), Statistics(**statistics))
+    along_length, along_budget = tables_of(parsing.read_parquet(scores_path), Statistics(**statistics))
     fields = inherited(scores_path) | {"statistics": dict(statistics)}
     write_table(transition_path, along_length, fields)
     if budget_transition_path:

@@ -1,0 +1,127 @@
+"""YAML from outside: JSON in another spelling, without dates, sets or binary values, and each key once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from kv_transition.errors import UserError
+from kv_transition.parsing import MAX_DEPTH, check_value, read_text
+
+MAX_VALUES = 1_000_000
+"""values of a YAML document, an alias counted as all that it stands for"""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without dates, which says the line of each value that it cannot make."""
+
+    # "2024-01-01" stays the text that it is
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            node = self.anchors.get(event.anchor)
+            if node is not None and node.end_mark is None:
+                raise yaml.composer.ComposerError(
+                    None, None, f"the alias *{event.anchor} refers to what it stands in", event.start_mark
+                )
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(
+                None, None, f"nested too deeply; {MAX_DEPTH} levels are allowed", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node.tag.rpartition(":")[2] in ("timestamp", "binary", "set", "omap", "pairs"):
+            problem = f"{node.tag.rpartition(':')[2]} is no type of value here"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        # what PyYAML's constructors raise for a value that does not fit its tag, such as !!bool maybe
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, IndexError):
+            problem = f"no {node.tag.rpartition(':')[2]} of this form can be read"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+def read_yaml(path: str | os.PathLike[str], what: str = "file", advice: str = "") -> Any:
+    """Return the value of a YAML file. Raises UserError as `read_text` and `parse_yaml` do."""
+    return parse_yaml(read_text(path, what), str(path), advice)
+
+
+def parse_yaml(text: str, where: str, advice: str = "") -> Any:
+    """Return the value of a YAML text, made of JSON's types; ``where`` is what error messages call it, ``advice`` what
+    they say to do about malformed text.
+
+    Raises UserError if it is malformed, names a key twice, is nested too deeply, refers to itself, grows beyond
+    `MAX_VALUES` by its aliases, or holds a value of another type.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)  # raises where a character is none of YAML's
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_node(node, where)
+        value = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML{_place(error)}{advice and f'; {advice}'}") from None
+    except RecursionError:
+        raise UserError(f"{where}: it is nested too deeply; {MAX_DEPTH} levels are allowed") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    check_value(value, where, nul=False)
+    return value
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """Return at which line a YAML error is, and what it says."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        reason = getattr(error, "reason", None)
+        return f" ({reason} at character {error.position + 1})" if reason else ""
+    problem = getattr(error, "problem", None)
+    return f" at line {mark.line + 1}" + (f" ({problem})" if problem else "")
+
+
+def _check_node(root: yaml.Node, where: str) -> None:
+    """Raise UserError if a mapping names a key twice, or if aliases make the document too large."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        children: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node, where)
+            children = (part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        sizes[id(node)] = 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    if size(root) > MAX_VALUES:
+        raise UserError(f"{where}: its aliases stand for more than {MAX_VALUES:,} values; write out what is meant")
+
+
+def _check_keys(node: yaml.MappingNode, where: str) -> None:
+    first: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue  # refused by the constructor: it is no key of a mapping
+        name, line = (key.tag, key.value), key.start_mark.line + 1
+        if name in first:
+            lines = f"in lines {first[name]} and {line}" if first[name] != line else f"in line {line}"
+            raise UserError(f"{where}: the key {key.value!r} is given twice, {lines}; keep one")
+        first[name] = line
