@@ -216,6 +216,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             finally:
                 with suppress(OSError):
                     written = temporary.stat().st_size
+    except UserError:
+        raise
     except Exception as error:
         if sentence := unwritable(Path(path), error, written):
             raise UserError(sentence) from error
@@ -223,7 +225,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def unwritable(path: Path, error: Exception, needed: int = 0) -> str | None:

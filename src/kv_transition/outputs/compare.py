@@ -20,6 +20,7 @@ from kv_transition.report.numbers import number
 from kv_transition.stats import frames
 from kv_transition.studies.grid import tradeoff
 from kv_transition.studies.grid.analysis.aggregate import Statistics, comparisons
+from kv_transition.studies.grid.tables import SCORES
 
 CELL = ["task", "mode", "policy", "budget"]
 UNIT = [*CELL, "example_id", "repeat"]
@@ -39,7 +40,7 @@ def compare(results_a: str, results_b: str, output: str) -> None:
     """
     a, b = _scores(results_a), _scores(results_b)
     config_a, config_b = (experiment.read_config(f"{folder}/config.yaml") for folder in (results_a, results_b))
-    statistics = Statistics(**(config_a.get("statistics") or {}))
+    statistics = experiment.statistics(config_a, f"{results_a}/config.yaml")
     name_a, name_b = _names(results_a, results_b, config_a, config_b)
     paired_a, paired_b, matching = _matched(a, b)
     if not paired_a.height:
@@ -78,7 +79,10 @@ def _scores(folder: str) -> pl.DataFrame:
     path = Path(folder) / "scores.parquet"
     if not path.is_file():
         raise UserError(f"{folder}: there is no scores.parquet in it; give the results folder of a finished experiment")
-    return frames.read_parquet(path).filter(~pl.col("alias")).with_columns(cs.float().fill_nan(None))
+    found = frames.read_parquet(path)
+    if lacking := [name for name in SCORES.names if name not in found.columns]:
+        raise UserError(f"{path} holds no scored answers of this version, it has no column {lacking[0]}; score anew")
+    return found.filter(~pl.col("alias")).with_columns(cs.float().fill_nan(None))
 
 
 def _names(folder_a: str, folder_b: str, config_a: Mapping, config_b: Mapping) -> tuple[str, str]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from pydantic import ValidationError
 
-from kv_transition import __version__, labels
+from kv_transition import __version__, labels, sections
 from kv_transition.errors import UserError
 from kv_transition.report.numbers import listed, tokens_of
-from kv_transition.stats.examples import FULL
+from kv_transition.stats.examples import FULL, Statistics
 from kv_transition.studies.grid.report import endpoints, findings
 from kv_transition.studies.grid.results import Results
 from kv_transition.yaml_text import read_yaml
@@ -28,6 +29,15 @@ def read_config(path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: the resolved experiment must be a mapping of sections")
     return value
+
+
+def statistics(config: Config, path: str) -> Statistics:
+    """Return how an experiment's intervals were made. Raises UserError if its file says something else there."""
+    try:
+        known = sections.Statistics.model_validate(config.get("statistics") or {})
+    except ValidationError as error:
+        raise UserError(f"{path}: statistics is not as it should be ({error.errors()[0]['msg']})") from None
+    return Statistics(**known.model_dump())
 
 
 def embedded(experiment: Config) -> str | None:
