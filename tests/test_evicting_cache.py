@@ -308,6 +308,8 @@ def test_what_generate_cannot_do_with_it_is_refused():
         generated(random_model("qwen2"), prompt, kvt.EvictingCache(model, "snapkv", 0.3))
     with says("inputs_embeds cannot be evicted"):
         model(inputs_embeds=torch.zeros(1, 4, 32), past_key_values=kvt.EvictingCache(model, "snapkv", 0.3))
+    with says("the prompt is empty"):
+        generated(model, [[]], kvt.EvictingCache(model, "snapkv", 0.3))
     with says("does not lie inside of every prompt"):
         generated(model, prompt, kvt.EvictingCache(model, "snapkv", 0.3, context_tokens=30))
 

@@ -38,7 +38,7 @@ class Context:
         return len(self.tokens)
 
     def compress(self, policy: PolicyLike, budget: BudgetLike | None = None, *, seed: int = 0) -> Compressed:
-        """What a policy leaves of the context before any question is known.
+        """Return what a policy leaves of the context before any question is known.
 
         policy: a name, {"kind": name, hyper-parameters}, a `Policy` or its class. budget: a fraction of the entries, or
         {"tokens": n}. seed: of policies that draw. Raises UserError where the policy lacks its budget, or reads a
@@ -63,7 +63,7 @@ class Context:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Reply:
-        """The answer under a policy; the full cache's, unless another is named.
+        """Return the answer under a policy; the full cache's, unless another is named.
 
         mode: ``before_question`` compresses the context and then reads the question; ``after_prompt`` reads both with
         the full cache, compresses, and reads the last token again. Raises UserError as `compress` does.
@@ -110,7 +110,7 @@ class Compressed:
         return self.state.nbytes
 
     def ask(self, question: Text, *, max_new_tokens: int = 64, temperature: float = 0.0) -> Reply:
-        """The answer to a question, read against what is left of the context."""
+        """Return the answer to a question, read against what is left of the context."""
         model, context = self.context.model, self.context
         setting = Setting(self.setting.policy, self.setting.budget, "before_question", temperature=temperature)
         answer, entropies = _new_answer(setting, max_new_tokens, self.seed)
@@ -122,7 +122,7 @@ class Compressed:
         return _finished(model, let_in(model.engine, self.state, ids, setting, answer), setting, answer, entropies)
 
     def score(self, text: Text) -> Scored:
-        """How little each token of a text was expected that goes on where the context ends.
+        """Return how little each token of a text was expected that goes on where the context ends.
 
         A policy that acts while decoding does so after each token. Raises UserError for fewer than two tokens.
         """
@@ -142,7 +142,7 @@ class Compressed:
         return Scored(tuple(tokens), tuple(torch.cat(found).tolist()))
 
     def kept(self) -> pl.DataFrame:
-        """The position of every entry that is held: a row for each, with its layer and KV head."""
+        """Return the position of every entry that is held: a row for each, with its layer and KV head."""
         from kv_transition.api.kept import kept_frame
 
         return kept_frame(self.state)

@@ -65,7 +65,10 @@ class EvictingCache(Cache):
 
     @property
     def state(self) -> CacheState | None:
-        """What is held now, of a batch of one even for a single prompt; None before the prompt was read."""
+        """Return what is held now, of a batch of one even for a single prompt; None before the prompt was read.
+
+        The next token may change it in place.
+        """
         return self._state
 
     @property
@@ -180,11 +183,14 @@ class EvictingCache(Cache):
             logits=output.logits[:, -1].float(),
             shift=reading.state.shift,
         )
-        self._state = self._setting.hold(grown, self._k)
+        with torch.inference_mode():
+            self._state = self._setting.hold(grown, self._k, given_up=True)
 
     def _begin(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Read and compress a prompt [B, n]; the tokens [B, q] that remain to be read against it."""
         rows = _rows(ids, mask)
+        if not all(rows):
+            raise UserError("the prompt is empty; give at least one token")
         question = 1
         if self._context_tokens is not None:
             question = len(rows[0]) - self._context_tokens
@@ -240,7 +246,7 @@ def _rows(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
             "its own masks from one number per token"
         )
     seen = mask.bool()
-    if not bool((seen[:, 1:] >= seen[:, :-1]).all() and seen[:, -1].all()):
+    if ids.shape[1] and not bool((seen[:, 1:] >= seen[:, :-1]).all() and seen[:, -1].all()):
         raise UserError(
             "attention_mask leaves out tokens that are not in front; pad batches on the left (padding_side='left' of "
             "the tokenizer), and give generate() the tokenizer's attention_mask"

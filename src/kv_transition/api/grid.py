@@ -41,7 +41,7 @@ def grid(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """One row for each question under each policy and budget, and under the full cache.
+    """Return one row for each question under each policy and budget, and under the full cache.
 
     The context is not read again, and compressed once per policy and budget. policies: with names of your own where a
     mapping. answers: those that are right, for each question, whose best ``score`` by ``metric`` (as in the pipeline)

@@ -35,7 +35,7 @@ def load(
     attention: str = "auto",
     chunk_tokens: int | None = None,
 ) -> Model:
-    """A model that reads contexts.
+    """Return a model that reads contexts.
 
     model: a folder, a hub id, or a transformers model that is loaded already (with its ``tokenizer``, unless it is only
     given token ids); that one goes on working as before. template: the wording around context and question, which holds
@@ -71,8 +71,13 @@ class Model:
     template: Template
     chat: bool
 
+    @property
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer; None where it was loaded without."""
+        return self.engine.tokenizer
+
     def read(self, context: Text, *, policies: Sequence[PolicyLike] | None = None) -> Context:
-        """Read a context once, with the full cache, to compress it in any number of ways.
+        """Return a context that is read once, with the full cache, to be compressed in any number of ways.
 
         policies: those that it will be compressed under, so that only the statistics are kept up that they read; None:
         all statistics. Raises UserError for a context without a token.
@@ -89,11 +94,11 @@ class Model:
         return Context(self, tokens, text, state, read, self.engine.clock() - started)
 
     def context_ids(self, context: str) -> list[int]:
-        """Token ids of the first segment of a prompt: all up to the end of the context."""
+        """Return the token ids of the first segment of a prompt: all up to the end of the context."""
         return self._ids(self._segments(context, "")[0], special=not self.chat)
 
     def question_ids(self, context: str | None, question: Text) -> list[int]:
-        """Token ids of the second segment: all after the context. Raises UserError where there are none."""
+        """Return the token ids of the second segment: all after the context. Raises UserError where there are none."""
         if not isinstance(question, str):
             ids = list(question)
         elif context is None:
@@ -111,19 +116,18 @@ class Model:
         return ids
 
     def text_ids(self, text: Text) -> list[int]:
-        """Token ids of a text that goes on where the context ends."""
+        """Return the token ids of a text that goes on where the context ends."""
         return self._ids(text, special=False) if isinstance(text, str) else list(text)
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """The tokenizer's text of an answer; empty where there is no tokenizer."""
-        tokenizer = self.engine.tokenizer
-        return "" if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+        """Return the tokenizer's text of an answer; empty where there is no tokenizer."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _segments(self, context: str, question: str) -> tuple[str, str]:
         segments = self.template.fill(context, question)
-        return render_chat(self.engine.tokenizer, *segments) if self.chat else segments
+        return render_chat(self.tokenizer, *segments) if self.chat else segments
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
-        if self.engine.tokenizer is None:
+        if self.tokenizer is None:
             raise UserError("the model was loaded without a tokenizer; give one to load(), or give token ids")
-        return self.engine.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids

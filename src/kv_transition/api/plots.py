@@ -7,10 +7,11 @@ import polars as pl
 
 from kv_transition.api.context import Compressed
 from kv_transition.errors import UserError
+from kv_transition.plotting.drawing import color, shape
 
 
 def heat_map(compressed: Compressed, columns: int = 64) -> alt.Chart:
-    """Share of a context's entries that each layer kept, by position, mean over its KV heads.
+    """Return a heat map of the share of a context's entries that each layer kept, by position, mean over its KV heads.
 
     columns: pieces of equal length that the context is cut into.
     """
@@ -45,7 +46,7 @@ def heat_map(compressed: Compressed, columns: int = 64) -> alt.Chart:
 
 
 def plot(table: pl.DataFrame) -> alt.LayerChart:
-    """Mean score of a `grid` against the bytes that were held, a line for each policy.
+    """Return the mean score of a `grid` against the bytes that were held, a line for each policy.
 
     All questions are about one context, so there is no interval: what is drawn is one example. Raises UserError for a
     grid without scores.
@@ -57,18 +58,17 @@ def plot(table: pl.DataFrame) -> alt.LayerChart:
     means = table.group_by("policy", "budget").agg(pl.col("score").mean(), held.mean().alias("held")).sort("held")
     full = means.filter(pl.col("policy") == "full")
     rest = means.filter(pl.col("policy") != "full")
-    lines = (
-        alt.Chart(rest)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("held:Q", title="bytes held at the end, share of the full cache's", scale=alt.Scale(domain=[0, 1])),
-            y=alt.Y("score:Q", title="mean score", scale=alt.Scale(domain=[0, 1])),
-            color=alt.Color("policy:N", title="policy"),
-            shape=alt.Shape("policy:N", title="policy"),
-            tooltip=["policy", "budget", alt.Tooltip("held", format=".2f"), alt.Tooltip("score", format=".2f")],
-        )
+    policies = sorted(rest["policy"].unique().to_list())
+    drawn = alt.Chart(rest).encode(
+        x=alt.X("held:Q", title="bytes held at the end, share of the full cache's", scale=alt.Scale(domain=[0, 1])),
+        y=alt.Y("score:Q", title="mean score", scale=alt.Scale(domain=[0, 1])),
+        color=color(policies),
+        tooltip=["policy", "budget", alt.Tooltip("held", format=".2f"), alt.Tooltip("score", format=".2f")],
     )
+    points = drawn.mark_point(filled=True, size=70).encode(shape=shape(policies))
     whole = alt.Chart(full).mark_rule(strokeDash=[4, 4]).encode(y="score:Q", tooltip=["policy", "score"])
     noun = "question" if n == 1 else "questions"
     subtitle = f"{n} {noun} about one context, full cache dashed; an example, not an estimate"
-    return alt.layer(lines, whole).properties(width=460, title=alt.Title("Score against budget", subtitle=subtitle))
+    return alt.layer(drawn.mark_line(), points, whole).properties(
+        width=460, title=alt.Title("Score against budget", subtitle=subtitle)
+    )

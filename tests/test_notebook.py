@@ -1,0 +1,57 @@
+"""The notebook runs from start to end, and so does every example of docs/python.md, each in ten lines at most."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import kv_transition as kvt
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/python.md"
+LONGEST = 10
+
+
+def blocks():
+    """Return the Python blocks of the page, in order."""
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_a_fresh_kernel(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": ROOT / "examples"}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    figures = [o for o in shown if "vega-lite" in str(o.get("data", {}))]
+    assert len(figures) == 2  # the heat map, and the score against the budget
+    answered = next(o["text"] for o in shown if "right:" in o.get("text", ""))
+    for line in answered.splitlines():
+        _, full, _, right = line.split(" | ")
+        assert right == f"right: {full}"  # the embedded model answers every question from its full cache
+
+
+def test_examples_are_short():
+    assert blocks()
+    for code in blocks():
+        assert len([line for line in code.splitlines() if line.strip()]) <= LONGEST, code
+
+
+def test_the_page_names_all_that_is_public():
+    text = PAGE.read_text(encoding="utf-8")
+    assert [name for name in kvt.__all__ if f"`{name}`" not in text and f"kvt.{name}" not in text] == []
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    space = {"__name__": "__main__"}
+    for code in blocks():
+        exec(compile(code, str(PAGE), "exec"), space)
+    assert str(space["reply"]) == space["right"]
+    assert len(space["table"]) == 3 * (1 + 3 * 2)
+    assert space["generated"].strip()
