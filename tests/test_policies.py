@@ -20,7 +20,7 @@ from kv_transition.policies.catalog import create, kinds, statistics
 
 MERGING = {"entropy_merge"}
 KEEPING_ALL = {"full", "quantized"}
-BY_LAYER = {"pyramidkv"}
+BY_LAYER = {"pyramidkv", "cake"}
 EVICTING = [kind for kind in kinds() if kind not in KEEPING_ALL]
 VARIANTS = [
     *((kind, {}) for kind in EVICTING),
@@ -29,6 +29,13 @@ VARIANTS = [
     ("random", {"per_head": False}),
     ("snapkv", {"pooling": "mean", "window": 5}),
     ("adakv", {"floor": 1.0}),
+    ("lagkv", {"lag": 3}),
+    ("chunkkv", {"chunk": 3, "window": 5}),
+    ("r_kv", {"horizon": None, "every": 1}),
+    ("cake", {"window": 5, "tau1": 2.0, "gamma": 0.0}),
+    ("knorm", {"window": 4, "n_sink": 3, "kernel": 5, "pooling": "mean"}),
+    ("keydiff", {"allocation": "adaptive", "kernel": 3}),
+    ("expected_attention", {"allocation": "adaptive", "window": 6}),
     ("entropy_merge", {"count_bias": True, "max_span": 3, "recent": 2}),
 ]
 NAMES = [f"{kind}-{options}" if options else kind for kind, options in VARIANTS]
@@ -53,7 +60,7 @@ def test_a_budget_is_kept_to(variant, n, k, seed, keep_last):
     assert compressed.entries == min(k_kept, n)
     assert compressed.length == n
     for layer in compressed.layers:
-        if kind not in BY_LAYER:
+        if kind not in BY_LAYER and options.get("allocation") not in BY_LAYER:
             assert layer.n == min(k_kept, n)
         for part in layer.parts:
             assert part.n >= 1
@@ -172,6 +179,8 @@ def test_layers_with_a_sliding_window_are_left_alone(kind, options):
         ("h2o", {}),
         ("h2o_heavy", {}),
         ("tova", {}),
+        ("r_kv", {}),
+        ("r_kv", {"window": 3, "kernel": 1, "horizon": 7}),
         ("quantized", {}),
     ],
 )

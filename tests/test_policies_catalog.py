@@ -76,10 +76,9 @@ def test_a_wrong_policy_is_named_with_what_would_be_right(name, options, words):
 
 
 def test_a_variant_inherits_defaults_and_keeps_its_name():
-    assert catalog.resolve("snapkv_w16", {"kind": "snapkv", "window": 16}) == (
-        "snapkv",
-        {"window": 16, "kernel": 7, "pooling": "max"},
-    )
+    kind, options = catalog.resolve("snapkv_w16", {"kind": "snapkv", "window": 16})
+    assert (kind, options["window"], options["kernel"], options["pooling"]) == ("snapkv", 16, 7, "max")
+    assert options["allocation"] == "uniform"
     assert catalog.resolve("streaming_llm", {"recent": None})[1] == {
         "n_sink": 4,
         "recent": None,
@@ -137,7 +136,8 @@ def test_a_file_may_build_on_a_kind_of_ours(tmp_path):
         "class Wider(Wide):\n"
         "    kernel: int = 11\n"
     )
-    assert catalog.hyper_parameters(f"{file}:Wide") == {"window": 64, "kernel": 7, "pooling": "max", "extra": False}
+    ours = catalog.hyper_parameters("snapkv")
+    assert catalog.hyper_parameters(f"{file}:Wide") == ours | {"window": 64, "extra": False}
     assert catalog.hyper_parameters(f"{file}:Wider")["kernel"] == 11
     assert catalog.statistics(f"{file}:Wider") == {"recent_queries"}
     assert catalog.modules(f"{file}:Wide") == ["kv_transition.policies.base", "kv_transition.policies.snapkv"]

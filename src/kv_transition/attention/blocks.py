@@ -121,7 +121,7 @@ def one_query_statistics(
     if hidden:
         keys = keys[..., hidden:, :]
         bias = None if bias is None else bias[..., hidden:]
-    logits = _logits(queries, keys, scale).squeeze(-2)  # [*B, Hkv, G, n]
+    logits = logits_of(queries, keys, scale).squeeze(-2)  # [*B, Hkv, G, n]
     if bias is not None:
         logits += bias[..., None, :]
     weights = logits.softmax(-1)
@@ -149,15 +149,29 @@ def window_sums(
     ``key_positions`` [*B, Hkv, n]: any entries, some of the queries' own perhaps evicted. bias: [*B, Hkv, n], added to
     the logits. A query that sees nothing adds nothing. Memory is O(w n).
     """
-    logits = _logits(queries, keys, scale)
+    return window_weights(queries, query_positions, keys, key_positions, scale, bias).sum(-2).mean(-2)
+
+
+def window_weights(
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    key_positions: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention of each of a few given queries to each entry: [*B, Hkv, G, w, n] fp32; arguments as of `window_sums`.
+
+    A query that sees nothing has a row of zeros.
+    """
+    logits = logits_of(queries, keys, scale)
     if bias is not None:
         logits += bias[..., None, None, :]
     future = key_positions[..., None, None, :] > query_positions[..., None, None, :, None]
-    weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
-    return weights.nan_to_num_(0).sum(-2).mean(-2)
+    return logits.masked_fill_(future, -torch.inf).softmax(-1).nan_to_num_(0)
 
 
-def _logits(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def logits_of(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """[*B, H, q, d] x [*B, Hkv, n, d] -> [*B, Hkv, G, q, n] fp32; the products in fp32 whatever the cache's dtype."""
     *batch, heads, q, d = queries.shape
     kv_heads, n = keys.shape[-3:-1]

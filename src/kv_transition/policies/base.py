@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -45,6 +45,26 @@ class Policy:
     ignores_budget: ClassVar[bool | tuple[str, str]] = False
     """the footprint follows from its hyper-parameters: always, or where one (name, value) of them is set"""
 
+    statistics_where: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {}
+    """statistics that it reads too where a hyper-parameter has a value: {(name, value): statistics}"""
+
+    def __post_init__(self) -> None:
+        more = (names for (name, value), names in self.statistics_where.items() if getattr(self, name) == value)
+        every = self.statistics.union(*more)
+        if every != self.statistics:
+            object.__setattr__(self, "statistics", every)  # of this object: a frozen one says so once
+
+    @property
+    def by_score(self) -> bool:
+        """Whether each head keeps the best of a score that each entry has, as many as `layer_budget` says."""
+        kind = type(self)
+        return kind.score is not Policy.score and kind.compress_layer is Policy.compress_layer
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every head of every layer keeps equally many entries."""
+        return type(self).layer_budget is Policy.layer_budget
+
     def protected(self, k: int) -> int:
         """Entries that are kept whatever their score; at most half of the ``k`` kept ones."""
         return 0
@@ -67,6 +87,11 @@ class Policy:
         n: entries that the fullest of these layers has.
         """
         return k
+
+    def layer_budgets(self, layers: Sequence[Layer], k: int, length: int) -> list[int]:
+        """Entries that each of the evictable ``layers`` keeps, ``k`` on average. length: tokens read so far."""
+        n = max((int(layer.n) for layer in layers), default=0)
+        return [self.layer_budget(k, rank, len(layers), n) for rank in range(len(layers))]
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
         """The state with ``k`` entries per KV head on average; unchanged where there are no more than that.
@@ -91,19 +116,18 @@ class Policy:
         k = self.keep(k)
         evictable = [number for number, layer in enumerate(state.layers) if layer.window is None]
         compressed = list(state.layers)
-        n = max((int(layer.n) for layer in state.evictable), default=0)
-        for rank, number in enumerate(evictable):
-            layer = state.layers[number]
+        for layer in state.evictable:
             self._require_statistics(layer)
-            budget = self.layer_budget(k, rank, len(evictable), n)
+        budgets = self.layer_budgets(state.evictable, k, state.length)
+        for number, budget in zip(evictable, budgets, strict=True):
+            layer = state.layers[number]
             if layer.n > budget:
                 length = on_device_of(layer, state.length)
                 compressed[number] = thin(layer, number, budget, length)
         return replace(state, layers=tuple(compressed))
 
     def _one_less(self, layer: Layer, index: int, k: int, length: int) -> Layer:
-        by_score = type(self).compress_layer is Policy.compress_layer
-        if not by_score or type(layer) is not LayerCache or isinstance(layer.keys, Packed) or layer.n != k + 1:
+        if not self.by_score or type(layer) is not LayerCache or isinstance(layer.keys, Packed) or layer.n != k + 1:
             return self.compress_layer(layer, index, k, length, 0, False)
         return layer.drop(lowest(self.score(layer, index, k, length, 0)).expand(*layer.positions.shape[:-1], -1))
 

@@ -34,6 +34,7 @@ _FOLDER = Path(__file__).parent
 _NOT_KINDS = {"base", "catalog", "describe"}
 _PRESS = re.compile(r"kvpress\.[A-Za-z_]\w*")
 _FILE = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w+))?")
+_SAID = ("statistics", "statistics_where", "acts_each_step", "ignores_budget")
 _PLAIN = (bool, int, float, str, type(None))
 _TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
 _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
@@ -89,7 +90,7 @@ class Class:
     doc: str
     fields: Mapping[str, Field]
     variables: Mapping[str, Any]
-    """what the class says of itself: statistics, acts_each_step, ignores_budget"""
+    """what the class says of itself: statistics, statistics_where, acts_each_step, ignores_budget"""
     parents: tuple[Class, ...]
 
 
@@ -104,6 +105,17 @@ def kinds() -> list[str]:
 def hyper_parameters(kind: str) -> dict[str, Any]:
     """Names and defaults of a kind's hyper-parameters, those of its parent included; none are known of a press."""
     return {} if is_press(kind) else {name: field.default for name, field in describe(kind).fields.items()}
+
+
+def shared_parts() -> Class:
+    """What policies that score entries when compressing are made of; see `_scored`."""
+    return _read(_FOLDER / "_scored.py", None)
+
+
+def own_fields(kind: str) -> dict[str, Field]:
+    """A kind's hyper-parameters but for those that it shares with all score policies as they are."""
+    shared = shared_parts().fields
+    return {name: field for name, field in describe(kind).fields.items() if field is not shared.get(name)}
 
 
 def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -149,9 +161,16 @@ def ignores_budget(kind: str, hyper_parameters: Mapping[str, Any]) -> bool:
     return hyper_parameters.get(name) == value
 
 
-def statistics(kind: str) -> frozenset[str]:
-    """The statistics of the cache that a kind reads; a press reads none."""
-    return frozenset() if is_press(kind) else describe(kind).variables.get("statistics", frozenset())
+def statistics(kind: str, hyper_parameters: Mapping[str, Any] | None = None) -> frozenset[str]:
+    """The statistics of the cache that a kind reads with these hyper-parameters (None: its defaults); a press reads
+    none."""
+    if is_press(kind):
+        return frozenset()
+    found = describe(kind)
+    given = {name: field.default for name, field in found.fields.items()} | dict(hyper_parameters or {})
+    where = found.variables.get("statistics_where", {})
+    more = (names for (name, value), names in where.items() if given.get(name) == value)
+    return found.variables.get("statistics", frozenset()).union(*more)
 
 
 def acts_each_step(kind: str) -> bool:
@@ -355,14 +374,21 @@ def _own_variables(policy: ast.ClassDef, file: Path) -> dict[str, Any]:
     found = {}
     for node in policy.body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if not isinstance(target, ast.Name) or target.id not in ("statistics", "acts_each_step", "ignores_budget"):
+        if not isinstance(target, ast.Name) or target.id not in _SAID:
             continue
-        value = node.value
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "frozenset":
-            value = value.args[0] if value.args else ast.Tuple([])
         try:
-            plain = ast.literal_eval(value)
+            found[target.id] = _plain(node.value)
         except (ValueError, TypeError):
             raise UserError(f"{file}: {policy.name}.{target.id} is not written out as a plain value") from None
-        found[target.id] = frozenset(plain) if target.id == "statistics" else plain
+        if target.id == "statistics":
+            found[target.id] = frozenset(found[target.id])
     return found
+
+
+def _plain(value: ast.expr) -> Any:
+    """The value of a literal, in which sets may be frozen. Raises ValueError or TypeError if it is none."""
+    if isinstance(value, ast.Dict):
+        return {_plain(key): _plain(of) for key, of in zip(value.keys, value.values, strict=True)}
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "frozenset":
+        return frozenset(ast.literal_eval(value.args[0]) if value.args else ())
+    return ast.literal_eval(value)

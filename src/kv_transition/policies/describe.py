@@ -12,6 +12,7 @@ import ast
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 
 from kv_transition.policies import catalog
 from kv_transition.policies.catalog import Class, Field
@@ -65,21 +66,44 @@ def page() -> str:
     kinds = [kind for kind in catalog.kinds() if catalog.content(kind) is None]
     rows = [f"| [`{kind}`](#{kind}) | {_title(kind)} | {_acts(kind)} | {_statistics(kind)} |" for kind in kinds]
     table = ["", "| policy | in short | acts | statistics |", "|---|---|---|---|", *rows]
-    return "\n".join([_HEAD.rstrip(), *table, *map(_section, kinds)]) + "\n" + _TAIL
+    return "\n".join([_HEAD.rstrip(), *table, _parts(), *map(_section, kinds)]) + "\n" + _TAIL
+
+
+def _parts() -> str:
+    """The section of what all policies have in common that score entries when compressing."""
+    shared = catalog.shared_parts()
+    having = [kind for kind in catalog.kinds() if catalog.content(kind) is None and _scores(catalog.describe(kind))]
+    names = ", ".join(f"[{kind}](#{kind})" for kind in having)
+    intro = f"Options of {names}, whose sections below list those that they set in their own way."
+    return "\n\n".join(
+        ["\n## Parts of score policies", *map(_wrapped, [intro, *_definition(shared)]), _table(shared.fields)]
+    )
+
+
+def _scores(found: Class) -> bool:
+    """Whether a kind is made of the parts of score policies."""
+    return found.file == catalog.shared_parts().file or any(map(_scores, found.parents))
+
+
+def _table(fields: Mapping[str, Field]) -> str:
+    rows = [_row(name, field) for name, field in fields.items()]
+    return "\n".join(["| hyper-parameter | default | allowed | meaning |", "|---|---|---|---|", *rows])
 
 
 def _section(kind: str) -> str:
     found = catalog.describe(kind)
     parts = [_title(kind)]
     for parent in found.parents:
-        if parent.file.stem.startswith("_"):
+        if parent.file == catalog.shared_parts().file:
+            parts.append("Made of the [parts of score policies](#parts-of-score-policies).")
+        elif parent.file.stem.startswith("_"):
             parts += _definition(parent)
         else:
             parts.append(f"Builds on [{parent.file.stem}](#{parent.file.stem}).")
     parts = [f"\n## {kind}", *map(_wrapped, [*parts, *_definition(found)])]
-    if found.fields:
-        rows = [_row(name, field) for name, field in found.fields.items()]
-        parts.append("\n".join(["| hyper-parameter | default | allowed | meaning |", "|---|---|---|---|", *rows]))
+    own = catalog.own_fields(kind)
+    if own:
+        parts.append(_table(own))
     labelled = _labelled(found)
     facts = [f"- Acts: {_acts(kind)}{_budget(found)}.", f"- Statistics: {_statistics(kind)}."]
     facts += [f"- {label}: {labelled[label]}" for label in _LABELS if label in labelled]

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kv_transition.cache.state import CacheState, LayerCache
 from kv_transition.errors import UserError
-from kv_transition.policies.base import Policy
+from kv_transition.policies._scored import Scored
 
 
 @dataclass(frozen=True)
-class ExpectedAttention(Policy):
+class ExpectedAttention(Scored):
     """Keeps the entries with the most expected attention times the norm of their value. Future queries of a head are
     taken to be normal with the mean and covariance of its queries so far (without the first 4 tokens'), turned by the
     mean rotation R over the next ``n_future`` positions. A key k expects exp(s m.k + s^2 k.C k / 2), with m = R mean,
@@ -33,12 +33,9 @@ class ExpectedAttention(Policy):
     statistics = frozenset({"query_mean", "query_cov"})
 
     n_sink: Annotated[int, (0, None)] = 4
-    """first tokens of the text that are never evicted"""
+    """first tokens of the text that are kept"""
     n_future: Annotated[int, (1, 65_536)] = 512
     """positions ahead that are averaged over"""
-
-    def protected(self, k: int) -> int:
-        return min(self.n_sink, k // 2)
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
         """As any policy; raises UserError too where it is not known how the model rotates its queries."""
@@ -49,7 +46,7 @@ class ExpectedAttention(Policy):
             )
         return super().compress(state, k, seed=seed, keep_last=keep_last)
 
-    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+    def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         keys = layer.keys.float()
         kv_heads = keys.shape[0]
         ahead = length + torch.arange(self.n_future, device=keys.device)
@@ -60,6 +57,6 @@ class ExpectedAttention(Policy):
         logits = mean @ keys.mT * layer.scale  # [Hkv, G, n]
         for g in range(logits.shape[1]):
             logits[:, g] += ((keys @ cov[:, g]) * keys).sum(-1) * (layer.scale**2 / 2)
-        sinks = layer.positions < self.protected(k)
+        sinks = layer.positions < self.sinks(k)
         expected = logits.masked_fill(sinks.unsqueeze(1), -torch.inf).softmax(-1).mean(1)
-        return (expected * layer.values.float().norm(dim=-1)).masked_fill(sinks, torch.inf)
+        return expected * layer.values.float().norm(dim=-1)

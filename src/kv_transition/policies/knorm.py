@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_transition.cache.state import LayerCache
-from kv_transition.policies.base import Policy
+from kv_transition.policies._scored import Scored
 
 
 @dataclass(frozen=True)
-class KNorm(Policy):
+class KNorm(Scored):
     """Keeps the entries whose keys have the smallest Euclidean norm.
 
     Source: Devoto et al., "A simple and effective L2 norm-based strategy for KV cache compression", arXiv 2406.11430.
@@ -21,5 +21,5 @@ class KNorm(Policy):
     Differences: every layer is compressed; the paper leaves the first two layers alone.
     """
 
-    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+    def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         return -layer.keys.float().norm(dim=-1)

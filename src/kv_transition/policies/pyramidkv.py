@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
-from math import floor
-from typing import Annotated
+from typing import Literal
 
 from kv_transition.policies.snapkv import SnapKV
 
@@ -30,21 +28,5 @@ class PyramidKV(SnapKV):
     to plain SnapKV where the top layer would get fewer entries than the window.
     """
 
-    beta: Annotated[float, (1, None)] = 20.0
-    """how steep: the top layer keeps 1 / beta of the mean share"""
-
-    def layer_budget(self, k: int, index: int, layers: int, n: int) -> int:
-        """n: entries that a layer may have at most."""
-        if layers == 1:
-            return k
-        # at least one entry in every layer
-        base = max(1, self.protected(k))
-        mean = Fraction(k - base)
-        top = mean / Fraction(self.beta)
-        bottom = min(2 * mean - top, Fraction(n - base))
-        top = 2 * mean - bottom
-        shares = [bottom - (bottom - top) * layer / (layers - 1) for layer in range(layers)]
-        left = sum(shares) - sum(map(floor, shares))
-        # ties go to the lower layer, since sorting is stable
-        rounded_up = sorted(range(layers), key=lambda layer: floor(shares[layer]) - shares[layer])[: int(left)]
-        return base + floor(shares[index]) + (index in rounded_up)
+    allocation: Literal["uniform", "pyramid", "cake", "adaptive"] = "pyramid"
+    """how layers and heads share the budget"""

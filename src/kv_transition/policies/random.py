@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kv_transition.cache.state import LayerCache
-from kv_transition.policies.base import Policy
+from kv_transition.policies._scored import Scored
 
 
 @dataclass(frozen=True)
-class Random(Policy):
+class Random(Scored):
     """Keeps entries by uniform scores, drawn for each example, layer and KV head.
 
     Cost: O(N) time, no statistic.
@@ -24,7 +24,7 @@ class Random(Policy):
     per_head: bool = True
     """false: one draw for all heads and layers, as in the memory study's control"""
 
-    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+    def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         # Drawn on the CPU, so that every device forgets the same entries.
         generator = torch.Generator().manual_seed(seed * 10_007 + (index + 1 if self.per_head else 0))
         rows = layer.positions.shape[-2] if self.per_head else 1

@@ -7,15 +7,14 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kv_transition.attention.blocks import window_sums
 from kv_transition.cache.state import LayerCache
-from kv_transition.policies.base import Policy
+from kv_transition.policies._scored import Scored
 
 
 @dataclass(frozen=True)
-class SnapKV(Policy):
+class SnapKV(Scored):
     """Keeps the last ``window`` entries and, of those before, the ones that these queries attend to: attention summed
     over the window, mean over the group, pooled over neighbours in the cache.
 
@@ -36,22 +35,10 @@ class SnapKV(Policy):
     """last queries that observe, and whose entries are kept"""
     kernel: Literal[1, 3, 5, 7, 9, 11, 13, 15] = 7
     """neighbours that are pooled"""
-    pooling: Literal["max", "mean"] = "max"
-    """how they are pooled"""
 
-    def protected(self, k: int) -> int:
-        return min(self.window, k // 2)
-
-    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+    def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         # A tiny budget leaves no room for the window; the last query still observes.
-        observers = max(1, min(self.protected(k), layer.recent_queries.shape[-2]))
+        observers = max(1, min(self.in_window(k), layer.recent_queries.shape[-2]))
         at = length - observers + torch.arange(observers, device=layer.positions.device)
         queries = layer.recent_queries[..., -observers:, :]
-        attention = window_sums(queries, at, layer.keys, layer.positions, layer.scale, bias=layer.bias)
-        window = layer.positions >= length - self.protected(k)
-        return self._pooled(attention.masked_fill(window, 0)).masked_fill(window, torch.inf)
-
-    def _pooled(self, attention: Tensor) -> Tensor:
-        """[Hkv, n] -> [Hkv, n], over neighbours in the cache."""
-        pool = functional.max_pool1d if self.pooling == "max" else functional.avg_pool1d
-        return pool(attention.unsqueeze(-2), self.kernel, stride=1, padding=self.kernel // 2).squeeze(-2)
+        return window_sums(queries, at, layer.keys, layer.positions, layer.scale, bias=layer.bias)

@@ -35,8 +35,10 @@ def statistics(settings: Settings) -> list[str]:
     """The attention statistics that some cell of the experiment reads, sorted."""
     if settings.engine.kind == "openai":
         return []
-    kinds = [catalog.resolve(name, options)[0] for name, options in settings.kv.policies.items()]
-    read = [catalog.statistics(kind) for kind in kinds] + [study.statistics(settings) for study in registry.studies()]
+    policies = [catalog.resolve(name, options) for name, options in settings.kv.policies.items()]
+    read = [catalog.statistics(*policy) for policy in policies] + [
+        study.statistics(settings) for study in registry.studies()
+    ]
     return sorted(frozenset().union(*read))
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from kv_transition.budget import Budget
 from kv_transition.cache.state import CacheState, Layer, LayerCache, SplitLayer
-from kv_transition.policies.adakv import by_head
+from kv_transition.policies._allocation import by_head
 from kv_transition.policies.base import Policy
 
 GRANULARITIES = ("global", "per_head")
@@ -29,16 +29,9 @@ Sets = dict[tuple[str, str], Tensor]
 """(granularity, memory) -> mask [R, n]"""
 
 
-def by_score(policy: Policy) -> bool:
-    """Whether what a layer keeps is the best of a score that each entry has."""
-    kind = type(policy)
-    return kind.score is not Policy.score and kind.compress_layer is Policy.compress_layer
-
-
 def has_global_score(policy: Policy, kind: str) -> bool:
     """Whether a score of the policy says something of a position whatever the layer and the head."""
-    same_budget = type(policy).layer_budget is Policy.layer_budget
-    return by_score(policy) and same_budget and kind not in _NOT_OF_A_POSITION
+    return policy.by_score and policy.uniform and kind not in _NOT_OF_A_POSITION
 
 
 def as_rows(layers: Sequence[Tensor], granularity: str) -> Tensor:
@@ -284,7 +277,7 @@ def shadow(
     fitting = tuple(g for g in granularities if g == "per_head" or has_global_score(policy, kind))
     if not fitting:
         return None
-    if by_score(policy):
+    if policy.by_score:
         form = EachStep if policy.acts_each_step else Once
     elif not policy.acts_each_step:
         form = Reduced
