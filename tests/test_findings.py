@@ -1,13 +1,73 @@
-"""docs/findings.md says what the kept tables hold."""
+"""docs/findings.md says what the kept tables hold, and these say what the kept windows and answers come to."""
 
-import importlib.util
+from __future__ import annotations
+
+import re
+import sys
 from pathlib import Path
 
+import numpy as np
+import polars as pl
+import pytest
+
 ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "benchmarks" / "results" / "real"
+WINDOWS = sorted(path.parent.name for path in KEPT.glob("*/windows.parquet"))
+ANSWERS = sorted(path.parent.name for path in KEPT.glob("*/answers.parquet"))
 
 
-def test_the_page_is_what_the_tables_say():
-    spec = importlib.util.spec_from_file_location("findings", ROOT / "benchmarks" / "findings.py")
-    findings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(findings)
+@pytest.fixture
+def findings(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import findings
+    import findings_sections
+
+    monkeypatch.setattr(findings_sections, "IMAGES", tmp_path)
+    yield findings
+    for name in ("findings", "findings_sections", "findings_figures", "document"):
+        sys.modules.pop(name, None)
+
+
+def test_the_page_is_what_the_tables_say(findings):
     assert findings.PAGE.read_text(encoding="utf-8") == findings.page()
+
+
+def test_every_picture_is_there():
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\((images/[^)]+)\)", page)
+    assert pictures
+    assert all((ROOT / "docs" / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_perplexities_are_those_of_the_kept_windows(name):
+    """exp of nats a token, of each policy and over the full cache's on the same windows."""
+    windows = pl.read_parquet(KEPT / name / "windows.parquet")
+    table = pl.read_parquet(KEPT / name / "perplexity.parquet").filter(pl.col("bin").is_null())
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    full = windows.filter(policy="full")
+    nats_full = full["nll_sum"].sum() / full["n_tokens"].sum()
+    assert table.height == windows.select("policy", "budget").n_unique()
+    for row in table.to_dicts():
+        own = windows.filter(policy=row["policy"], budget=row["budget"])
+        nats = own["nll_sum"].sum() / own["n_tokens"].sum()
+        assert row["n"] == own.height == full.height
+        assert row["clusters"] == own["book_id"].n_unique()
+        assert np.isclose(row["perplexity"], np.exp(nats), rtol=1e-9)
+        assert np.isclose(row["ratio"], np.exp(nats - nats_full), rtol=1e-9)
+        if row["policy"] == "full" or name == "sinks":
+            assert f"{np.exp(nats):.2f}" in page or name == "ablation"
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_scores_are_means_of_the_kept_answers(name):
+    answers = pl.read_parquet(KEPT / name / "answers.parquet")
+    stats = pl.read_parquet(KEPT / name / "bin_stats.parquet").filter(statistic="score_mean")
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    assert stats.height
+    for row in stats.to_dicts():
+        own = answers.filter(**{key: row[key] for key in ("task", "mode", "policy", "budget", "bin")})
+        assert row["n"] == own["example_id"].n_unique()
+        assert np.isclose(row["estimate"], own["score"].mean())
+        assert row["ci_low"] <= row["estimate"] <= row["ci_high"]
+        assert f"{row['estimate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" in page

@@ -1,0 +1,74 @@
+"""The figures of docs/findings.md: one for each study, from the same rows as its table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from kv_transition.plotting.drawing import CONFIG, INK, NEUTRAL, PALETTE, SHAPES, svg
+from kv_transition.provenance import write_text
+
+Row = dict[str, Any]
+WIDTH, HEIGHT = 520, 300
+
+
+def _saved(layers: Sequence[alt.Chart], title: str, subtitle: str, output: Path, size: tuple[int, int]) -> None:
+    chart = alt.layer(*layers).properties(
+        width=size[0], height=size[1], title=alt.TitleParams(title, subtitle=subtitle, anchor="start")
+    )
+    write_text(output, svg({**chart.to_dict(), "config": CONFIG}))
+
+
+def lines(
+    rows: Sequence[Row], x: str, y: str, group: str, *, titles: tuple[str, str], head: tuple[str, str], output: Path,
+    reference: float | None = None, log: bool = False,
+) -> None:  # fmt: skip
+    """Draw ``y`` over ``x`` with its interval, a line for each ``group``; rows have ``low`` and ``high``."""
+    names = list(dict.fromkeys(row[group] for row in rows))
+    colours, shapes = ([of[i % len(of)] for i in range(len(names))] for of in (PALETTE, SHAPES))
+    colour = alt.Color(f"{group}:N", title=None, scale=alt.Scale(domain=names, range=colours))
+    shape = alt.Shape(f"{group}:N", title=None, scale=alt.Scale(domain=names, range=shapes))
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+    base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
+        x=alt.X(f"{x}:Q", title=titles[0], scale=alt.Scale(zero=False, padding=25)), color=colour
+    )
+    layers = [
+        base.mark_rule(strokeWidth=1.2, opacity=0.6).encode(
+            y=alt.Y("low:Q", title=titles[1], scale=scale), y2="high:Q"
+        ),
+        base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{y}:Q", scale=scale)),
+        base.mark_point(size=55, filled=True, opacity=1).encode(y=alt.Y(f"{y}:Q", scale=scale), shape=shape),
+    ]
+    if reference is not None:
+        layers.insert(0, alt.Chart(alt.Data(values=[{"at": reference}])).mark_rule(color=NEUTRAL, strokeDash=[4, 3])
+                      .encode(y="at:Q"))  # fmt: skip
+    _saved(layers, *head, output, (WIDTH, HEIGHT))
+
+
+def dots(
+    rows: Sequence[Row], label: str, value: str, *, title: str, head: tuple[str, str], output: Path,
+    group: str | None = None, reference: float | None = None, log: bool = False,
+) -> None:  # fmt: skip
+    """Draw ``value`` with its interval, a row for each ``label`` in the order given; ``group`` colours them."""
+    order = list(dict.fromkeys(row[label] for row in rows))
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+    encoding: dict[str, Any] = {"y": alt.Y(f"{label}:N", title=None, sort=order)}
+    if group:
+        groups = list(dict.fromkeys(row[group] for row in rows))
+        encoding["color"] = alt.Color(f"{group}:N", title=None, scale=alt.Scale(domain=groups, range=list(PALETTE)))
+        encoding["yOffset"] = alt.YOffset(f"{group}:N", sort=groups)
+    else:
+        encoding["color"] = alt.value(PALETTE[0])
+    base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(**encoding)
+    layers = [
+        base.mark_rule(strokeWidth=1.5).encode(x=alt.X("low:Q", title=title, scale=scale), x2="high:Q"),
+        base.mark_point(size=55, filled=True, opacity=1).encode(x=alt.X(f"{value}:Q", scale=scale)),
+    ]
+    if reference is not None:
+        layers.insert(0, alt.Chart(alt.Data(values=[{"at": reference}])).mark_rule(color=INK, strokeDash=[4, 3])
+                      .encode(x="at:Q"))  # fmt: skip
+    per_row = 24 if group is None else 12 + 11 * len(groups)
+    _saved(layers, *head, output, (WIDTH, per_row * len(order) + 10))

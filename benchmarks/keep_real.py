@@ -1,0 +1,72 @@
+"""Keeps the small tables of a finished experiment beside the code, so that docs/findings.md can be written from them.
+
+    python benchmarks/keep_real.py RESULTS/EXPERIMENT [NAME]
+
+Copies to benchmarks/results/real/NAME (the experiment's name) the tables of estimates with their metadata, and of
+single answers and windows the columns that the estimates are made from. run.json says at which commit, with which
+versions and weights they were made, and the processor time that the jobs' logs name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+KEPT = Path(__file__).parent / "results" / "real"
+TABLES = ("bin_stats", "transition", "entropy_recall", "perplexity", "perplexity_pairs", "retention")
+SCORES = ["task", "mode", "policy", "budget", "bin", "example_id", "score", "failure", "alias"]
+WINDOWS = ["corpus", "policy", "budget", "bin", "book_id", "window", "context_tokens", "nll_sum", "n_tokens",
+           "bytes_before", "bytes_after", "kept_mean", "cache_bytes", "full_bytes"]  # fmt: skip
+OBSERVED = ["example_id", "prompt_kind", "policy", "budget", "granularity", "memory", "step", "entropy", "n", "recall"]
+PROCESSOR_TIME = re.compile(r": ([\d.]+) s of processor time")
+
+
+def reduced(files: list[Path], columns: list[str]) -> pa.Table:
+    """Return the rows of all files with those of ``columns`` that they have, and the first file's metadata."""
+    parts = [pq.read_table(file) for file in files]
+    there = [column for column in columns if column in parts[0].column_names]
+    metadata = parts[0].schema.metadata
+    return pa.concat_tables([part.select(there).replace_schema_metadata(metadata) for part in parts])
+
+
+def processor_seconds(results: Path) -> float:
+    """Return the seconds that the jobs' logs name."""
+    logs = sorted(results.joinpath("logs").rglob("*.log"))
+    return sum(float(s) for log in logs for s in PROCESSOR_TIME.findall(log.read_text(encoding="utf-8")))
+
+
+def keep(results: Path, name: str) -> None:
+    folder = KEPT / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in TABLES:
+        if (results / f"{table}.parquet").is_file():
+            pq.write_table(pq.read_table(results / f"{table}.parquet"), folder / f"{table}.parquet")
+    rows = {
+        "answers": ([results / "scores.parquet"], SCORES),
+        "windows": (sorted(results.glob("perplexity/*/*/*/bin*.parquet")), WINDOWS),
+        "observations": (sorted(results.glob("observations/*/bin*.parquet")), OBSERVED),
+    }
+    for table, (files, columns) in rows.items():
+        files = [file for file in files if file.is_file() and not file.name.endswith(".layers.parquet")]
+        if files:
+            pq.write_table(reduced(files, columns), folder / f"{table}.parquet", compression="zstd")
+    resolved = yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8"))
+    facts = resolved.pop("provenance") | {
+        "experiment": resolved["experiment"],
+        "processor_s": round(processor_seconds(results)),
+    }
+    (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("name", nargs="?")
+    given = parser.parse_args()
+    keep(given.results, given.name or given.results.name)
