@@ -1,6 +1,5 @@
 """Call the function that the rule names in ``params.function``, with its inputs, outputs and params as arguments."""
 
-from kv_transition.script import call, logged
+from kv_transition.worker.rules import carry_out
 
-with logged(snakemake.log[0]):
-    call(snakemake.params.function, snakemake.input, snakemake.output, snakemake.params)
+carry_out(snakemake.params.function, snakemake.input, snakemake.output, snakemake.params, snakemake.log[0])

@@ -227,6 +227,7 @@ def test_code_hash_ignores_words_and_notices_code(tmp_path, monkeypatch):
 
     def hashed(main: str, helper: str) -> str:
         provenance._parsed.cache_clear()
+        provenance._reached.cache_clear()
         (package / "main.py").write_text(main)
         (package / "helper.py").write_text(helper)
         return code_hash("kv_transition.main")
@@ -236,3 +237,4 @@ def test_code_hash_ignores_words_and_notices_code(tmp_path, monkeypatch):
     assert hashed(main, '"""Doc."""\n\n\ndef f(x):  # why\n    """More."""\n    return x + 1\n') == first
     assert hashed(main, "def f(x):\n    return x + 2\n") != first
     provenance._parsed.cache_clear()
+    provenance._reached.cache_clear()

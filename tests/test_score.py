@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -365,7 +367,8 @@ def run_script(experiment):
         log=[str(log)],
     )
     try:
-        runpy.run_path(str(SCRIPT), init_globals={"snakemake": snakemake})
+        with mock.patch.dict(os.environ, KVT_WORKER="never"):
+            runpy.run_path(str(SCRIPT), init_globals={"snakemake": snakemake})
     finally:
         experiment.log = log.read_text()
 
@@ -376,11 +379,14 @@ def test_the_script_scores(experiment):
     assert experiment.log == ""
 
 
-def test_the_script_ends_with_the_sentence_here_and_in_the_log(experiment):
+def test_the_script_ends_with_the_sentence_here_and_in_the_log(experiment, capsys):
     spoil(experiment, cell_hash="feedfeed")
-    with pytest.raises(SystemExit, match="1 of 3 cells do not fit") as end:
+    with pytest.raises(SystemExit) as end:
         run_script(experiment)
-    assert experiment.log == f"{end.value}\n"
+    assert end.value.code == 2
+    assert "1 of 3 cells do not fit" in experiment.log
+    assert experiment.log.count("\n") == 1
+    assert capsys.readouterr().err == experiment.log
 
 
 def test_the_work_grows_in_proportion_to_the_rows(tmp_path):

@@ -26,7 +26,7 @@ CALL = """
 import json, os, sys
 from kv_transition.worker.client import call
 os.environ.setdefault("KVT_TEST", str(os.getpid()))
-call(sys.argv[1], json.loads(sys.argv[2]), ["worker_jobs"])
+sys.exit(call(sys.argv[1], json.loads(sys.argv[2]), ["worker_jobs"]))
 """
 
 

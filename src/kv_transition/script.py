@@ -1,10 +1,9 @@
-"""How scripts and jobs end on bad input, and where scripts log."""
+"""How jobs end on bad input, and how a rule's inputs, outputs and params are the arguments of a function."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -12,21 +11,6 @@ from typing import Any
 
 from kv_transition.errors import UserError
 from kv_transition.provenance import unwritable
-
-
-@contextmanager
-def logged(path: str) -> Iterator[None]:
-    """Standard error goes to a file; bad input ends the script with one sentence, there and on the screen."""
-    with open(path, "w", encoding="utf-8") as log, redirect_stderr(log):
-        try:
-            yield
-        except UserError as error:
-            print(error, file=log)
-            sys.exit(str(error))
-        except OSError as error:
-            if sentence := unwritable(Path(error.filename or path), error):
-                sys.exit(sentence)
-            raise
 
 
 def status(work: Callable[..., None], *arguments: object) -> int:
@@ -60,17 +44,21 @@ def call(function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], p
     for given, is_output in ((inputs, False), (params, False), (outputs, True)):
         for key, value in given.items():
             fills = next((p for p in (key, f"{key}_path", f"{key}_paths") if p in parameters), None)
-            plain = list(value) if isinstance(value, (list, tuple)) else value
             if key in ("needs", "function", "code", "templates"):
                 continue
             if is_output and fills is None:
                 figures[key] = str(value)
             elif fills or takes_any:
-                found[fills or key] = plain
+                found[fills or key] = value
             else:
                 raise TypeError(f"{function} has no parameter for {key}")
     if "outputs" in parameters:
         found["outputs"] = figures
     elif figures:
         raise TypeError(f"{function} has no parameter for {', '.join(figures)}")
-    work(**found)
+    try:
+        work(**found)
+    except OSError as error:
+        if sentence := unwritable(Path(error.filename or "."), error):
+            raise UserError(sentence) from None
+        raise

@@ -28,8 +28,8 @@ rule cell:
     input:
         bin=PIECES.bin("{task}", "{bin}"),
         index=[] if REMOTE else PIECES.prefill_index("{task}", "{bin}"),
-        calibration=calibration_of,
-        treated=treated_of,
+        calibration=calibration_of if RECALLING else [],
+        treated=treated_of if RECALLING else [],
     output:
         PIECES.cell("{task}", "{mode}", "{policy}", "{budget}", "{bin}"),
     log:
@@ -42,7 +42,7 @@ rule cell:
         **GPU,
         endpoint=int(REMOTE),
     params:
-        spec=lambda wildcards: as_json(cell_spec(wildcards.mode, wildcards.policy, wildcards.budget)),
+        spec=lambda wildcards: cell_json(wildcards.mode, wildcards.policy, wildcards.budget),
     shell:
         (
             "python -m kv_transition.studies.grid.remote"

@@ -1,8 +1,13 @@
 # The cells of the grid, and the files that a cell needs beside its bin and prefills.
+from kv_transition.specs.policies import recall_of
 from kv_transition.studies.grid import specs as grid_specs
 
 CELLS = [FILES.cell(task, *key, bin) for task in TASKS for key in grid_specs.cells(SETTINGS) for bin in BINS]
 CALIBRATION = FILES.file("calibration/{task}.json")
+
+
+# Whether some cell takes the output of another job: else no function is called for each of them.
+RECALLING = any(recall_of(SETTINGS, policy) is not None for policy in POLICIES)
 
 
 # What cells of entropy_recall take from other jobs: a tau calibrated on examples that no cell sees, and, for controls,
@@ -22,3 +27,8 @@ def treated_of(wildcards):
 def cell_spec(mode, policy, budget):
     """A cell's spec and the hash that its rows carry."""
     return grid_specs.cell(SETTINGS, mode, policy, budget)
+
+
+@cache
+def cell_json(mode, policy, budget):
+    return as_json(cell_spec(mode, policy, budget))

@@ -178,13 +178,15 @@ def save_figures(drawn: Mapping[str, Spec], outputs: Mapping[str, str]) -> None:
 
     Raises UserError for an output that no figure is called.
     """
+    pictures: dict[str, str] = {}
     for name, path in outputs.items():
         figure, _, ext = name.rpartition("_")
         if figure not in drawn or ext not in ("svg", "png"):
             raise UserError(f"plots: no figure is called {name!r}; known are {', '.join(drawn)} (with _svg or _png)")
-        picture = svg(drawn[figure])
+        if figure not in pictures:  # drawing it takes longer than making pixels of it
+            pictures[figure] = svg(drawn[figure])
         if ext == "svg":
-            write_text(path, picture)
+            write_text(path, pictures[figure])
         else:
             with atomic_path(path) as temporary:
-                temporary.write_bytes(png(picture))
+                temporary.write_bytes(png(pictures[figure]))

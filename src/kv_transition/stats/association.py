@@ -19,8 +19,8 @@ from kv_transition.stats.clusters import divide, resample_sums
 
 # A standard error needs no more bootstrap samples: 2,000 give it to 2 %.
 SAMPLES = 2000
-# Numbers of one block of bootstrap samples of ranks.
-BLOCK = 4_000_000
+# Numbers of one block of bootstrap samples of ranks: what a processor keeps at hand.
+BLOCK = 200_000
 # A share of the variance that is rounding error.
 NOTHING = 1e-10
 
@@ -219,9 +219,12 @@ def bent(values: np.ndarray, examples: int) -> np.ndarray:
 
 def ranks_within(values: np.ndarray, example: np.ndarray) -> np.ndarray:
     """Midranks of the steps of each example among themselves, centred, in units of the example's steps."""
-    starts = np.flatnonzero(np.diff(example, prepend=-1))
-    parts = np.split(values, starts[1:])
-    return np.concatenate([(stats.rankdata(part) - (len(part) + 1) / 2) / len(part) for part in parts])
+    size = np.bincount(example)[example]
+    # midranks among all steps, ordered by example first, less the steps of earlier examples
+    _, group, count = np.unique(np.column_stack([example, values]), axis=0, return_inverse=True, return_counts=True)
+    before = (np.cumsum(count) - count / 2)[group.ravel()]
+    earlier = np.cumsum(np.bincount(example))[example] - size
+    return (before - earlier - size / 2) / size
 
 
 def rank_statistics(
@@ -230,20 +233,21 @@ def rank_statistics(
     """Spearman's correlation of x and y, and the AUROC of x for ``event`` [steps] bool; ranks anew in every sample."""
     if np.ptp(x) == 0:
         return missing(NO_ENTROPY), missing(NO_ENTROPY)
-    of_x, of_y = Sorted.of(x, example), Sorted.of(y, example)
+    of_x, of_y = (Ranks(values, example, weights.shape[1]) for values in (x, y))
     spearman, auroc = np.empty((2, len(weights)))
     block = max(1, BLOCK // len(x))
     for start in range(0, len(weights), block):
         w, part = weights[start : start + block], slice(start, start + block)
         each = w[:, example]
-        rank_x, rank_y = of_x.ranks(w), of_y.ranks(w)
-        squares = (each * rank_x**2).sum(axis=1) * (each * rank_y**2).sum(axis=1)
-        spearman[part] = divide((each * rank_x * rank_y).sum(axis=1), np.sqrt(squares))
+        rank_x, rank_y = of_x.of(w), of_y.of(w)
+        weighted = each * rank_x
+        squares = _row_sums(weighted, rank_x) * _row_sums(each * rank_y, rank_y)
+        spearman[part] = divide(_row_sums(weighted, rank_y), np.sqrt(squares))
         # Mann and Whitney: the mean rank of the steps with the event says how often they lie above those without.
-        events, all_steps = (each * event).sum(axis=1), each.sum(axis=1)
-        auroc[part] = 0.5 + divide((each * event * rank_x).sum(axis=1), events * (all_steps - events))
+        events, all_steps = each @ event, each.sum(axis=1)
+        auroc[part] = 0.5 + divide(weighted @ event, events * (all_steps - events))
     examples = weights.shape[1]
-    carried = np.bincount(example, weights=of_x.ranks(weights[:1])[0] ** 2, minlength=examples)
+    carried = np.bincount(example, weights=of_x.of(weights[:1])[0] ** 2, minlength=examples)
     by = Carriers(examples, kish(carried))
     found = missing(NO_RECALL) if np.ptp(y) == 0 else summarised(np.clip(spearman, -1, 1), by, confidence, FISHER)
     if event.all() or not event.any():
@@ -253,24 +257,29 @@ def rank_statistics(
     return found, summarised(auroc, by, confidence, LOGIT, null=0.5)
 
 
-@dataclass(frozen=True)
-class Sorted:
-    """Values [steps] in their order: ``example`` of each in that order, ``starts`` of equal ones, ``group`` of each."""
+def _row_sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sums over steps of products [samples, steps]; exact in any order, for ranks are halves of integers."""
+    return np.einsum("ij,ij->i", a, b)
 
-    example: np.ndarray
-    starts: np.ndarray
-    group: np.ndarray
 
-    @classmethod
-    def of(cls, values: np.ndarray, example: np.ndarray) -> Sorted:
-        _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-        return cls(example[np.argsort(values, kind="stable")], np.cumsum(count) - count, group)
+class Ranks:
+    """Midranks of values [steps] in any bootstrap sample of their examples.
 
-    def ranks(self, weights: np.ndarray) -> np.ndarray:
+    A step's rank is the number of steps below it, those equal to it counted by half. Of each example that number is
+    fixed, so the ranks of a sample are a product with the numbers of its examples. All of it is halves of integers, and
+    so exact.
+    """
+
+    def __init__(self, values: np.ndarray, example: np.ndarray, examples: int):
+        _, group = np.unique(values, return_inverse=True)
+        of_group = np.zeros((int(group.max()) + 1, examples))
+        np.add.at(of_group, (group, example), 1.0)
+        middle = np.cumsum(of_group, axis=0) - of_group / 2
+        self._below = middle[group] - of_group.sum(axis=0) / 2
+
+    def of(self, weights: np.ndarray) -> np.ndarray:
         """Midranks minus their mean, [samples, steps], of steps that stand so often as their example does."""
-        frequency = np.add.reduceat(weights[:, self.example], self.starts, axis=1)
-        middle = np.cumsum(frequency, axis=1) - frequency / 2
-        return middle[:, self.group] - frequency.sum(axis=1, keepdims=True) / 2
+        return weights @ self._below.T
 
 
 def kish(carried: np.ndarray) -> float:

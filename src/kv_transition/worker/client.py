@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from kv_transition.errors import UserError
 from kv_transition.worker import frames, runs
 from kv_transition.worker.key import PACKAGE, Worker, of_imports
+from kv_transition.worker.perform import perform
 from kv_transition.worker.place import Place, place_of
 
 VARIABLE = "KVT_WORKER"
@@ -32,19 +34,15 @@ class _EndedError(Exception):
         self.begun = begun
 
 
-def call(function: str, arguments: dict[str, Any], imports: list[str]) -> None:
+def call(function: str, arguments: dict[str, Any], imports: Sequence[str]) -> int | None:
     """Call ``module:function`` with keywords (JSON values) in a worker that has ``imports`` imported, else here.
 
-    Raises SystemExit with its status where the call fails; what it prints comes out here.
+    What it prints comes out here. Returns the exit status, None if this process has no memory left for it. Raises
+    UserError if KVT_WORKER is neither auto nor never.
     """
     job = {"call": function, "arguments": arguments}
     status = carry_out(job, of_imports(imports))
-    if status is None:
-        from kv_transition.worker.perform import perform
-
-        status = perform(job)
-    if status:
-        raise SystemExit(status)
+    return perform(job) if status is None else status
 
 
 def workers_wanted() -> bool:
