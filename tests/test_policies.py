@@ -20,7 +20,7 @@ from kv_transition.policies.catalog import create, kinds, statistics
 
 MERGING = {"entropy_merge"}
 KEEPING_ALL = {"full", "quantized"}
-BY_LAYER = {"pyramidkv", "cake"}
+BY_LAYER = {"pyramidkv", "cake", "kvzip", "global"}
 EVICTING = [kind for kind in kinds() if kind not in KEEPING_ALL]
 VARIANTS = [
     *((kind, {}) for kind in EVICTING),
@@ -34,7 +34,9 @@ VARIANTS = [
     ("r_kv", {"horizon": None, "every": 1}),
     ("cake", {"window": 5, "tau1": 2.0, "gamma": 0.0}),
     ("knorm", {"window": 4, "n_sink": 3, "kernel": 5, "pooling": "mean"}),
-    ("keydiff", {"allocation": "adaptive", "kernel": 3}),
+    ("keydiff", {"allocation": "adaptive", "kernel": 3, "weighting": "projected_values"}),
+    ("snapkv", {"allocation": "global", "weighting": "projected_values"}),
+    ("kvzip", {"allocation": "uniform"}),
     ("expected_attention", {"allocation": "adaptive", "window": 6}),
     ("entropy_merge", {"count_bias": True, "max_span": 3, "recent": 2}),
 ]
@@ -148,7 +150,7 @@ def test_only_declared_statistics_are_read(kind):
     """The choice is the same without the statistics that a policy does not name; without others there is a sentence."""
     state, _ = random_state(60)
     policy = create(kind, {})
-    every = {"attn_sum", "query_entropy", "recent_queries", "query_mean", "query_cov"}
+    every = {"output_norm", "reconstruction", "attn_sum", "query_entropy", "recent_queries", "query_mean", "query_cov"}
     needed = statistics(kind)
     bare = replace(state, layers=tuple(layer.without(frozenset(every - needed)) for layer in state.layers))
     assert positions_of(policy.compress(bare, 20)) == positions_of(policy.compress(state, 20))

@@ -91,7 +91,7 @@ def _stack(layers: Sequence[LayerCache], statistics: frozenset[str]) -> LayerCac
         return joined(values, -2)
 
     changed: dict[str, Tensor | None] = {"query_mean": None, "query_cov": None}
-    for name in ("attn_sum", "query_entropy"):
+    for name in ("attn_sum", "query_entropy", "output_norm", "reconstruction"):
         kept = name in statistics and getattr(first, name) is not None
         changed[name] = joined([getattr(layer, name) for layer in layers], -1) if kept else None
     if "recent_queries" in statistics and first.recent_queries is not None:

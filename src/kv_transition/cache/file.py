@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kv_transition.cache.quantize import Packed
 from kv_transition.cache.rotary import Rotary
-from kv_transition.cache.state import STATISTICS, CacheState, LayerCache, SplitLayer
+from kv_transition.cache.state import EVERY, CacheState, LayerCache, SplitLayer
 from kv_transition.errors import UserError
 from kv_transition.provenance import replacing
 
@@ -255,7 +255,7 @@ def _plain(value: Any, name: str, tensors: dict[str, Tensor], rotaries: dict[Rot
 def statistics_of(state: CacheState) -> frozenset[str]:
     """The statistics that every evictable layer of a state has."""
     parts = [part for layer in state.evictable for part in layer.parts]
-    return frozenset(name for name in STATISTICS if all(getattr(part, name) is not None for part in parts))
+    return frozenset(name for name in EVERY if all(getattr(part, name) is not None for part in parts))
 
 
 def _as_range(positions: Tensor) -> list[int] | None:

@@ -16,11 +16,26 @@ WINDOW = 64
 """Queries kept per layer: any attention window of up to this many last queries can be recomputed."""
 
 STATISTICS = frozenset({"attn_sum", "query_entropy", "recent_queries", "query_mean", "query_cov"})
-"""What can be kept up while reading; a policy names those it reads"""
+"""What is kept up while reading unless a policy names what it reads"""
+
+ON_REQUEST = frozenset({"output_norm", "reconstruction"})
+"""What is kept up only where a policy names it: it takes the model's weights, or a second reading"""
+
+EVERY = STATISTICS | ON_REQUEST
 
 MOMENTS = frozenset({"query_mean", "query_cov"})
 
-_PER_ENTRY = ("keys", "values", "positions", "attn_sum", "query_entropy", "angles", "bias")
+_PER_ENTRY = (
+    "keys",
+    "values",
+    "positions",
+    "attn_sum",
+    "query_entropy",
+    "output_norm",
+    "reconstruction",
+    "angles",
+    "bias",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,10 @@ class LayerCache:
     """[Hkv, n] fp32, attention received from every query so far, mean over the group's query heads"""
     query_entropy: Tensor | None = None
     """[Hkv, n] fp32, nats: entropy of the attention of the query at the entry's position, mean over all H heads"""
+    output_norm: Tensor | None = None
+    """[Hkv, n] fp32, L1 norm of the value as the output projection makes it, mean over the group's query heads"""
+    reconstruction: Tensor | None = None
+    """[Hkv, n] fp32, greatest attention received while the model repeated the text; +inf where it did not"""
     recent_queries: Tensor | None = None
     """[H, w, d] rotated, the last w <= WINDOW queries"""
     query_mean: Tensor | None = None
@@ -84,7 +103,8 @@ class LayerCache:
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, angles: Tensor | None, room: int) -> LayerCache:
         """With new entries behind the old: keys, values [Hkv, q, d], positions and angles [Hkv, q].
 
-        Statistics of the new entries begin at 0. room: entries to leave space for, should storage have to be made.
+        Statistics of the new entries begin at 0, ``reconstruction`` at +inf. room: entries to leave space for, should
+        storage have to be made.
         """
         n, q = self.n, keys.shape[-2]
         grown = {"positions": torch.cat([self.positions, positions], -1)}
@@ -92,9 +112,10 @@ class LayerCache:
             old = self.positions.to(torch.float32) if self.angles is None else self.angles
             new = positions.to(torch.float32) if angles is None else angles
             grown["angles"] = torch.cat([old, new], -1)
-        for name in ("attn_sum", "query_entropy", "bias"):
+        for name in ("attn_sum", "query_entropy", "output_norm", "reconstruction", "bias"):
             if (old := getattr(self, name)) is not None:
-                grown[name] = torch.cat([old, old.new_zeros(positions.shape)], -1)
+                first = torch.inf if name == "reconstruction" else 0
+                grown[name] = torch.cat([old, old.new_full(positions.shape, first)], -1)
         if isinstance(self.keys, Packed):
             return replace(self, keys=self.keys.append(keys), values=self.values.append(values), **grown)
         own = self.room

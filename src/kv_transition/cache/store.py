@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from kv_transition.cache import file
-from kv_transition.cache.state import STATISTICS, CacheState
+from kv_transition.cache.state import EVERY, CacheState
 from kv_transition.errors import UserError
 from kv_transition.provenance import write_json
 
@@ -27,7 +27,7 @@ PREFILL = "kv_transition prefill 1"
 """kind of a file that holds a prefill; the number is that of the format"""
 
 _ADVICE = "delete it and it will be computed again"
-_SHARED = {"keys": -2, "values": -2, "positions": -1, "query_entropy": -1}
+_SHARED = {"keys": -2, "values": -2, "positions": -1, "query_entropy": -1, "output_norm": -1, "reconstruction": -1}
 """what the context's entries have in common with the same entries of the prompt, and the dimension of the entries"""
 
 
@@ -95,12 +95,12 @@ class PrefillStore:
         try:
             with file.opened(path, PREFILL, self.facts, _ADVICE) as stored:
                 about = stored.description
-                wanted = STATISTICS if statistics is None else statistics
+                wanted = EVERY if statistics is None else statistics
                 if statistics is not None and not statistics <= set(about["statistics"]):
                     return None
                 prefill = Prefill(
-                    context=stored.state(about["context"], device, STATISTICS - wanted),
-                    prompt=stored.state(about["prompt"], device, STATISTICS - wanted),
+                    context=stored.state(about["context"], device, EVERY - wanted),
+                    prompt=stored.state(about["prompt"], device, EVERY - wanted),
                     context_s=about["context_s"],
                     question_s=about["question_s"],
                 )

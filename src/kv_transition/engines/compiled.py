@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kv_transition.cache.quantize import Packed
-from kv_transition.cache.state import STATISTICS, CacheState, Layer, LayerCache, Room
+from kv_transition.cache.state import EVERY, CacheState, Layer, LayerCache, Room
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 
@@ -210,7 +210,7 @@ class _Memory:
             room.values[:, :n] = part.values
             self.biases[number][row, own, end - n : end] = 0 if part.bias is None else part.bias
             kept = {"keys": room.keys[:, :n], "values": room.values[:, :n], "room": room}
-            parts.append(replace(part.without(STATISTICS), **kept))
+            parts.append(replace(part.without(EVERY), **kept))
             head += heads
         return layer.with_parts(parts)
 

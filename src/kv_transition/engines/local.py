@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kv_transition.attention import statistics as attention_statistics
-from kv_transition.cache.state import MOMENTS, STATISTICS, CacheState
+from kv_transition.cache.state import EVERY, MOMENTS, STATISTICS, CacheState
 from kv_transition.cache.store import Prefill
 from kv_transition.engines import attend, loading
+from kv_transition.engines.projection import output_projections
 from kv_transition.engines.reading import BeforeAttention, Reading
+from kv_transition.engines.reconstruct import reconstructed
 from kv_transition.engines.several import Readings
 from kv_transition.errors import UserError
 
@@ -120,6 +123,7 @@ class LocalEngine:
         """Read ``tokens`` (at least one) on top of a state; None is the empty one. The state itself is unchanged.
 
         tokens: of a batch, equally many for each sequence. statistics: which of them to keep up; others are dropped.
+        ``reconstruction`` reads several tokens of a single sequence a second time; a single one is not repeated.
         room: entries to leave space for, so that reading on need not move what was read. seen: takes [Hkv, n] for each
         evictable layer, the attention that its entries receive from one token (only where ``attn_sum`` is kept up).
         before_attention: called for each evictable layer with the new tokens' queries and keys, gives it as it is to be
@@ -127,7 +131,14 @@ class LocalEngine:
         """
         for piece in self._pieces(state, tokens, statistics, room, seen, before_attention):
             after, _ = piece
+        if "reconstruction" in statistics and _is_flat(tokens) and len(tokens) > 1:
+            return reconstructed(self, after, tokens)
         return after
+
+    @cached_property
+    def projections(self) -> list[Tensor]:
+        """The output projection of each layer by query head, [H, d, D]. Raises UserError where none is known."""
+        return output_projections(self.model)
 
     @torch.inference_mode()
     def score(
@@ -247,6 +258,7 @@ class LocalEngine:
             device=self.device,
             seen=seen,
             before_attention=before_attention,
+            projections=self.projections if "output_norm" in statistics else None,
         )
 
     def _logits(self, ids: Tensor, reading: Reading | Readings, logits_to_keep: int) -> Tensor:
@@ -262,8 +274,8 @@ class LocalEngine:
         return output.logits.float()
 
     def _require(self, statistics: frozenset[str], state: CacheState) -> None:
-        if unknown := statistics - STATISTICS:
-            known = ", ".join(sorted(STATISTICS))
+        if unknown := statistics - EVERY:
+            known = ", ".join(sorted(EVERY))
             raise UserError(f"the local engine cannot keep up {', '.join(sorted(unknown))}; it keeps up {known}")
         for part in (part for layer in state.evictable[:1] for part in layer.parts[:1]):
             unknowable = frozenset() if part.rotary else MOMENTS

@@ -13,8 +13,9 @@ from torch import Tensor
 from kv_transition.attention.statistics import attention_statistics
 from kv_transition.cache.quantize import Packed
 from kv_transition.cache.rotary import Rotary
-from kv_transition.cache.state import STATISTICS, WINDOW, CacheState, Layer, LayerCache
+from kv_transition.cache.state import EVERY, WINDOW, CacheState, Layer, LayerCache
 from kv_transition.engines.attend import attend
+from kv_transition.engines.projection import output_norm
 from kv_transition.errors import UserError
 
 BeforeAttention = Callable[[LayerCache, Tensor, Tensor], LayerCache]
@@ -58,9 +59,11 @@ class Reading:
         device: torch.device,
         seen: list[Tensor] | None = None,
         before_attention: BeforeAttention | None = None,
+        projections: list[Tensor] | None = None,
     ):
         """room: entries to leave space for. rotaries, windows: of each layer. implementations: output, statistics.
-        seen: takes each evictable layer's column sums, where ``attn_sum`` is kept up."""
+        seen: takes each evictable layer's column sums, where ``attn_sum`` is kept up. projections: output projection of
+        each layer by query head, where ``output_norm`` is kept up."""
         self.state = state
         self.statistics = statistics
         self.room = room
@@ -68,6 +71,7 @@ class Reading:
         self.output_by, self.statistics_by = implementations
         self.seen = seen
         self.before_attention = before_attention
+        self.projections = projections
         self.interrupted = INTERRUPTED.get()
         self.read: list[Layer] = []
         steps = torch.arange(q, device=device)
@@ -104,8 +108,9 @@ class Reading:
         for part in old.parts:
             heads = part.positions.shape[-2]
             kv, own = slice(first, first + heads), slice(first * group, (first + heads) * group)
+            projection = None if self.projections is None else self.projections[layer][own]
             output, grown = self._attend_part(
-                part, queries[..., own, :, :], keys[..., kv, :, :], values[..., kv, :, :], batched
+                part, queries[..., own, :, :], keys[..., kv, :, :], values[..., kv, :, :], batched, projection
             )
             outputs.append(output)
             parts.append(grown)
@@ -114,7 +119,7 @@ class Reading:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _attend_part(
-        self, old: LayerCache, queries: Tensor, keys: Tensor, values: Tensor, batched: bool
+        self, old: LayerCache, queries: Tensor, keys: Tensor, values: Tensor, batched: bool, projection: Tensor | None
     ) -> tuple[Tensor, LayerCache]:
         if self.before_attention is not None and old.window is None:
             old = self.before_attention(old, queries, keys)
@@ -136,11 +141,11 @@ class Reading:
         if new.window is not None:
             # one more than the next token sees, so that the last token can be taken back
             return output, replace(new.cut(max(0, new.n - new.window), new.n), room=None)
-        return output, self._with_statistics(new, queries, k)
+        return output, self._with_statistics(new, queries, k, projection)
 
-    def _with_statistics(self, new: LayerCache, queries: Tensor, keys: Tensor) -> LayerCache:
+    def _with_statistics(self, new: LayerCache, queries: Tensor, keys: Tensor, projection: Tensor | None) -> LayerCache:
         kept = self.statistics
-        changed: dict[str, Tensor | None] = dict.fromkeys(STATISTICS - kept)
+        changed: dict[str, Tensor | None] = dict.fromkeys(EVERY - kept)
         if kept & {"attn_sum", "query_entropy"}:
             found = attention_statistics(
                 queries,
@@ -162,6 +167,10 @@ class Reading:
         if "recent_queries" in kept:
             # a copy, lest a view of 64 queries keeps those of the whole prompt alive
             changed["recent_queries"] = torch.cat([new.recent_queries, queries], -2)[..., -WINDOW:, :].clone()
+        if "output_norm" in kept:
+            q = queries.shape[-2]
+            own = output_norm(new.values[..., -q:, :], projection)
+            changed["output_norm"] = torch.cat([new.output_norm[..., :-q], own], -1)
         if kept & {"query_mean", "query_cov"} and new.rotary is not None:
             changed["query_mean"], changed["query_cov"] = self._moments(new, queries)
         return replace(new, **changed)
@@ -196,6 +205,8 @@ class Reading:
         statistics = {
             "attn_sum": lambda: torch.zeros(at, **fp32),
             "query_entropy": lambda: torch.zeros(at, **fp32),
+            "output_norm": lambda: torch.zeros(at, **fp32),
+            "reconstruction": lambda: torch.zeros(at, **fp32),
             "recent_queries": lambda: queries[..., :0, :],
             "query_mean": lambda: torch.zeros(heads, d, **fp32) if rotary else None,
             "query_cov": lambda: torch.zeros(heads, d, d, **fp32) if rotary else None,

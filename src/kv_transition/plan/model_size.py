@@ -52,6 +52,8 @@ class ModelSize:
         each = {
             "attn_sum": 2 * self.kv_heads * tokens * 4,
             "query_entropy": self.kv_heads * tokens * 4,
+            "output_norm": self.kv_heads * tokens * 4,
+            "reconstruction": self.kv_heads * tokens * 4,
             "recent_queries": 2 * self.heads * min(RECENT, tokens) * self.head_dim * BYTES[dtype],
             "query_mean": 2 * self.heads * self.head_dim * 4,
             "query_cov": 2 * self.heads * self.head_dim**2 * 4,

@@ -110,7 +110,17 @@ def by_head(layer: Layer) -> list[LayerCache]:
 
 def _heads_of(layer: LayerCache) -> list[LayerCache]:
     heads = layer.positions.shape[0]
-    of_kv_heads = ("keys", "values", "positions", "attn_sum", "query_entropy", "angles", "bias")
+    of_kv_heads = (
+        "keys",
+        "values",
+        "positions",
+        "attn_sum",
+        "query_entropy",
+        "output_norm",
+        "reconstruction",
+        "angles",
+        "bias",
+    )
     of_query_heads = ("recent_queries", "query_mean", "query_cov")
     pieces = {
         name: tensor.chunk(heads)

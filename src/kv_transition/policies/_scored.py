@@ -7,16 +7,19 @@ protected, how scores are pooled over neighbours, how layers and heads share the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kv_transition.cache.state import Layer, LayerCache, SplitLayer
+from kv_transition.cache.state import CacheState, Layer, LayerCache, SplitLayer
 from kv_transition.policies import _allocation
 from kv_transition.policies.base import Policy, top
+
+_EPSILON = 1e-4
+"""added to a score before it is weighted, as CriticalKV's authors do"""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,17 @@ class Scored(Policy):
 
     Allocation uniform: K for each head of each layer. pyramid: falling linearly from the lowest layer to the highest
     (see pyramidkv). cake: by the layers' attention (see cake). adaptive: the heads of a layer share its budget (see
-    adakv).
+    adakv). global: all heads of all layers share one budget, each with at least one entry (see kvzip).
+
+    Weighting projected_values: the best K / 2 scores (rounded down, at least one) stay, and of the others the best by
+    score times the L1 norm of the value as the output projection makes it, mean over the group. To the score 0.0001 is
+    added, and where there are scores below 0 they count from the least one.
     """
 
-    statistics_where: ClassVar = {("allocation", "cake"): frozenset({"recent_queries"})}
+    statistics_where: ClassVar = {
+        ("allocation", "cake"): frozenset({"recent_queries"}),
+        ("weighting", "projected_values"): frozenset({"output_norm"}),
+    }
 
     window: Annotated[int, (0, 1_048_576)] = 0
     """last entries that are kept"""
@@ -40,7 +50,7 @@ class Scored(Policy):
     """neighbours that are pooled"""
     pooling: Literal["max", "mean"] = "max"
     """how they are pooled"""
-    allocation: Literal["uniform", "pyramid", "cake", "adaptive"] = "uniform"
+    allocation: Literal["uniform", "pyramid", "cake", "adaptive", "global"] = "uniform"
     """how layers and heads share the budget"""
     beta: Annotated[float, (1, None)] = 20.0
     """allocation pyramid: how steep; the top layer keeps 1 / beta of the mean share"""
@@ -51,6 +61,9 @@ class Scored(Policy):
     """allocation cake: temperature of the attention's entropy"""
     tau2: Annotated[float, (0.1, 100)] = 1.0
     """allocation cake: temperature of the attention's variance"""
+
+    weighting: Literal["none", "projected_values"] = "none"
+    """what scores are multiplied by"""
 
     @property
     def by_score(self) -> bool:
@@ -83,6 +96,24 @@ class Scored(Policy):
         raise NotImplementedError(f"{type(self).__name__} does not say what makes entries important")
 
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+        return self.weighted(self.plain_score(layer, index, k, length, seed), layer, k)
+
+    def weighted(self, score: Tensor, layer: LayerCache, k: int) -> Tensor:
+        """The scores of a layer that keeps ``k``, with the first half of the choice raised to +inf; see ``weighting``.
+
+        Source: CriticalKV, arXiv 2502.03805, algorithm 1.
+        """
+        if self.weighting == "none":
+            return score
+        score = score.expand(layer.positions.shape)
+        shielded = score.isinf()
+        least = score.amin(-1, keepdim=True).clamp_max(0)
+        product = ((score - least).masked_fill(shielded, 0) + _EPSILON) * layer.output_norm
+        chosen = top(score, min(max(1, k // 2), layer.n))
+        return product.masked_fill(shielded, torch.inf).scatter(-1, chosen, torch.inf)
+
+    def plain_score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+        """The scores before they are weighted; as of `score`."""
         shielded = self.shielded(layer, k, length)
         raw = self.importance(layer, index, k, length, seed)
         if self.kernel > 1:
@@ -114,12 +145,41 @@ class Scored(Policy):
         if self.allocation != "adaptive":
             return super().compress_layer(layer, index, k, length, seed, keep_last)
         heads = _allocation.by_head(layer)
-        scores = []
-        for head in heads:
-            score = self.score(head, index, k, length, seed)[0]
-            if keep_last:
-                score[-1] = torch.inf
-            scores.append(score)
+        scores = self._of_heads(heads, index, k, length, seed, keep_last)
         counts = _allocation.shared(heads, scores, k, max(1, int(self.floor * k)))
-        kept = (top(score, count) for score, count in zip(scores, counts, strict=True))
-        return SplitLayer(tuple(head.select(mine[None]) for head, mine in zip(heads, kept, strict=True)))
+        return self._split(heads, scores, counts)
+
+    def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
+        """As any policy."""
+        if self.allocation != "global" or state.entries <= k:
+            return super().compress(state, k, seed=seed, keep_last=keep_last)
+        of_layers, scores = {}, []
+        for number, layer in enumerate(state.layers):
+            if layer.window is None:
+                self._require_statistics(layer)
+                of_layers[number] = _allocation.by_head(layer)
+                scores += self._of_heads(of_layers[number], number, k, state.length, seed, keep_last)
+        counts = _allocation.shared([head for heads in of_layers.values() for head in heads], scores, k, 1)
+        layers, first = list(state.layers), 0
+        for number, heads in of_layers.items():
+            own = slice(first, first + len(heads))
+            layers[number] = self._split(heads, scores[own], counts[own])
+            first += len(heads)
+        return replace(state, layers=tuple(layers))
+
+    def _of_heads(
+        self, heads: Sequence[LayerCache], index: int, k: int, length: int, seed: int, keep_last: bool
+    ) -> list[Tensor]:
+        """Scores [n] of each head, not weighted."""
+        scores = [self.plain_score(head, index, k, length, seed)[0] for head in heads]
+        if keep_last:
+            for score in scores:
+                score[-1] = torch.inf
+        return scores
+
+    def _split(self, heads: Sequence[LayerCache], scores: Sequence[Tensor], counts: Sequence[int]) -> SplitLayer:
+        """The heads with the best ``counts`` of each."""
+        kept = []
+        for head, score, count in zip(heads, scores, counts, strict=True):
+            kept.append(head.select(top(self.weighted(score[None], head, count), count)))
+        return SplitLayer(tuple(kept))

@@ -24,5 +24,5 @@ class AdaKV(SnapKV):
     Differences: as snapkv; and kvpress' AdaKVPress masks what it evicts rather than freeing it.
     """
 
-    allocation: Literal["uniform", "pyramid", "cake", "adaptive"] = "adaptive"
+    allocation: Literal["uniform", "pyramid", "cake", "adaptive", "global"] = "adaptive"
     """how layers and heads share the budget"""

@@ -39,7 +39,7 @@ class Cake(Scored):
     """neighbours that are pooled"""
     pooling: Literal["max", "mean"] = "mean"
     """how they are pooled"""
-    allocation: Literal["uniform", "pyramid", "cake", "adaptive"] = "cake"
+    allocation: Literal["uniform", "pyramid", "cake", "adaptive", "global"] = "cake"
     """how layers and heads share the budget"""
     gamma: Annotated[float, (0, 1_000_000)] = 200.0
     """weight of the variance in an entry's importance"""

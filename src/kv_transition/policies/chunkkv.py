@@ -32,8 +32,8 @@ class ChunkKV(SnapKV):
     chunk: Annotated[int, (1, 65_536)] = 20
     """entries of a chunk"""
 
-    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
-        score = super().score(layer, index, k, length, seed)
+    def plain_score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+        score = super().plain_score(layer, index, k, length, seed)
         shielded = score.isinf()
         chunks = -(-layer.n // self.chunk)
         of_chunk = torch.arange(layer.n, device=score.device) // self.chunk

@@ -41,6 +41,8 @@ Statistics are kept up while reading, only those that a policy names:
 | `attn_sum` | attention that each entry received from all queries so far, mean over the group |
 | `query_entropy` | entropy of the attention of the query at each entry, nats, mean over the heads |
 | `recent_queries` | the last 64 queries, from which their attention is computed again |
+| `output_norm` | L1 norm of each value as the output projection makes it, mean over the group |
+| `reconstruction` | greatest attention that each entry received while the model repeated the text |
 | `query_mean`, `query_cov` | mean and covariance of the un-rotated queries after the first 4 |
 """
 

@@ -28,5 +28,5 @@ class PyramidKV(SnapKV):
     to plain SnapKV where the top layer would get fewer entries than the window.
     """
 
-    allocation: Literal["uniform", "pyramid", "cake", "adaptive"] = "pyramid"
+    allocation: Literal["uniform", "pyramid", "cake", "adaptive", "global"] = "pyramid"
     """how layers and heads share the budget"""

@@ -57,7 +57,7 @@ class RKV(Scored):
         """As any policy, once ``every`` entries more than ``k`` are there."""
         return state if state.entries < k + self.every else super().hold(state, k)
 
-    def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
+    def plain_score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         shielded = self.shielded(layer, k, length)
         score = self.weight * self._attention(layer, shielded, k) - (1 - self.weight) * self._redundancy(layer)
         return score.masked_fill(shielded, torch.inf)

@@ -11,7 +11,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from kv_transition.cache.state import STATISTICS
+from kv_transition.cache.state import EVERY, STATISTICS
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
@@ -110,8 +110,8 @@ def _statistics(names: str) -> frozenset[str]:
     if names in ("all", "none"):
         return STATISTICS if names == "all" else frozenset()
     given = frozenset(names.split(","))
-    if unknown := sorted(given - STATISTICS):
-        known = ", ".join(sorted(STATISTICS))
+    if unknown := sorted(given - EVERY):
+        known = ", ".join(sorted(EVERY))
         raise UserError(f"--statistics: there is no {unknown[0]!r}; give all, none, or some of {known}")
     return given
 

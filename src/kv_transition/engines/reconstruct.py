@@ -1,0 +1,104 @@
+"""How much attention entries receive while the model repeats the text that they stand for.
+
+Source: Kim et al., "KVzip: query-agnostic KV cache compression with context reconstruction", arXiv 2505.23416.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kv_transition.attention.blocks import logits_of
+from kv_transition.cache.state import CacheState, LayerCache
+
+CHUNK = 2000
+"""tokens that are repeated at a time"""
+_SINKS = 4
+"""first tokens of the text, which share in the attention"""
+_BEFORE = 8
+"""last tokens of the piece before, which say where to begin"""
+_ROWS = 256
+"""queries whose attention is held at once"""
+
+_ALL = "\n\nRepeat the previous context exactly."
+_PART = "\n\nRepeat the part of the previous context exactly, starting with"
+
+
+def reconstructed(engine: Any, state: CacheState, tokens: Sequence[int]) -> CacheState:
+    """The state with ``reconstruction`` of its last entries, those of ``tokens``, which were just read.
+
+    The model reads, on top of the state, the request to repeat the text and the text itself, a chunk at a time; an
+    entry's value is the greatest attention that any query head of its group pays to it while its chunk is repeated,
+    among the sinks, the chunk and the repeated tokens. What was read for that is forgotten again.
+    """
+    count = len(tokens)
+    behind = _behind(engine.tokenizer)
+    found: list[list[Tensor]] = []
+    for start in range(0, count, CHUNK):
+        chunk = list(tokens[start : start + CHUNK])
+        asked = _ids(engine.tokenizer, _PART if start else _ALL) + list(tokens[max(0, start - _BEFORE) : start])
+        # the chunk's own columns, counted from the end of each layer
+        watch = _Watch(count - start, len(chunk))
+        # storage of its own, lest the reading takes the room behind the state
+        engine.extend(state.settled(), [*asked, *behind, *chunk], frozenset(), before_attention=watch)
+        found.append(watch.found)
+    layers, number = [], 0
+    for layer in state.layers:
+        if layer.window is not None:
+            layers.append(layer)
+            continue
+        parts = []
+        for part in layer.parts:
+            own = torch.cat([chunk[number] for chunk in found], -1)
+            parts.append(replace(part, reconstruction=torch.cat([part.reconstruction[..., :-count], own], -1)))
+            number += 1
+        layers.append(layer.with_parts(parts))
+    return replace(state, layers=tuple(layers))
+
+
+class _Watch:
+    """Called before the attention of each evictable layer; keeps the greatest attention to one chunk's entries."""
+
+    def __init__(self, from_end: int, length: int):
+        self.from_end, self.length = from_end, length
+        self.found: list[Tensor] = []
+
+    def __call__(self, layer: LayerCache, queries: Tensor, keys: Tensor) -> LayerCache:
+        start = layer.n - self.from_end
+        sinks = min(_SINKS, start)
+        seen = torch.cat(
+            [layer.keys[:, :sinks], layer.keys[:, start : start + self.length], keys.to(layer.keys.dtype)], 1
+        )
+        q = queries.shape[1]
+        before = seen.shape[1] - q
+        place = torch.arange(seen.shape[1], device=keys.device) - before
+        best = torch.zeros(seen.shape[0], self.length, device=keys.device)
+        for first in range(0, q, _ROWS):
+            rows = queries[:, first : first + _ROWS]
+            at = first + torch.arange(rows.shape[1], device=keys.device)
+            logits = logits_of(rows, seen, layer.scale).masked_fill_(place > at[:, None], -torch.inf)
+            paid = logits.softmax(-1)[..., sinks : sinks + self.length]
+            best = torch.maximum(best, paid.amax((1, 2)))
+        self.found.append(best)
+        return layer
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return [] if tokenizer is None else list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _behind(tokenizer: Any) -> list[int]:
+    """Tokens between what a user asks and the answer, by the chat template; a line break without one."""
+    if tokenizer is None:
+        return []
+    if not getattr(tokenizer, "chat_template", None):
+        return _ids(tokenizer, "\n")
+    mark = "kv-transition"
+    filled = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
+    )
+    return _ids(tokenizer, filled.rpartition(mark)[2])
