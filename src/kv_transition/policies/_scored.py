@@ -143,7 +143,12 @@ class Scored(Policy):
 
     def compress_layer(self, layer: Layer, index: int, k: int, length: int, seed: int, keep_last: bool) -> Layer:
         if self.allocation != "adaptive":
-            return super().compress_layer(layer, index, k, length, seed, keep_last)
+            if self.weighting == "none" or isinstance(layer, SplitLayer) or not keep_last:
+                return super().compress_layer(layer, index, k, length, seed, keep_last)
+            # the last entry is among the first half of the choice, before scores are weighted
+            score = self.plain_score(layer, index, k, length, seed).expand(layer.positions.shape).clone()
+            score[..., -1] = torch.inf
+            return layer.select(top(self.weighted(score, layer, k), k))
         heads = _allocation.by_head(layer)
         scores = self._of_heads(heads, index, k, length, seed, keep_last)
         counts = _allocation.shared(heads, scores, k, max(1, int(self.floor * k)))
