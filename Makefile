@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean
+.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean faults
 
 demo: $(VENV)/ready
 	@python -m kv_transition all --config $(CONFIG)
@@ -39,6 +39,10 @@ test-fast: $(VENV)/ready
 # on a Slurm of one node that the test installs and starts, as root
 test-slurm: $(VENV)/ready
 	pytest -n 0 -m slurm tests/test_slurm.py
+
+# 100 kills, 20 full disks and the rest of tests/faults, as root: one or two hours on a free core
+faults: $(VENV)/ready
+	python -m tests.faults --output benchmarks/results/faults.json
 
 lint: $(VENV)/ready
 	ruff check .

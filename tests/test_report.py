@@ -515,9 +515,9 @@ def test_unreadable_inputs_are_named(demo_report, tmp_path):
         "config": str(folder / "config.yaml"), "plots_dir": str(folder / "plots"),
         "output_md": str(tmp_path / "r.md"), "output_html": str(tmp_path / "r.html"),
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"broken\.json: the manifest cannot be read"):
+    with pytest.raises(UserError, match=r"broken\.json: malformed JSON"):
         build_report(**arguments, manifests=[str(broken)])
-    with pytest.raises(UserError, match="resolved experiment cannot be read"):
+    with pytest.raises(UserError, match="there is no resolved experiment"):
         build_report(**arguments | {"config": str(tmp_path / "none.yaml")}, manifests=[])
     assert not list(tmp_path.glob("r.*"))
 

@@ -198,7 +198,7 @@ def test_the_commands_do_what_the_functions_do(tmp_path, create):
         ({"--option": "windows=3"}, "snapkv has no such hyper-parameter"),
         ({"--budget": "2"}, "--budget: 2 lies outside (0, 1]"),
         ({"--budget": "t0"}, "tokens must be a whole number"),
-        ({"--text": "nowhere.txt"}, "--text: nowhere.txt cannot be read (No such file or directory)"),
+        ({"--text": "nowhere.txt"}, "--text: there is no text file nowhere.txt"),
         ({"--dtype": "int8"}, "--dtype: 'int8' is not allowed"),
         ({"--model": "no/such/model"}, "model.name: 'no/such/model'"),
     ],

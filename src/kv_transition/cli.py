@@ -273,9 +273,10 @@ def _check_machine(profile: Path | None, sdm: str | None) -> None:
     file = next((f for f in (profile, *profile.glob("config.*yaml")) if f.is_file()), None)
     if file is None:
         raise UserError(f"--profile: there is no {profile}/config.yaml; this project has {', '.join(_profiles())}")
-    import yaml
+    from kv_transition.yaml_text import read_yaml
 
-    executor = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("executor") or "local"
+    said = read_yaml(file, "profile") or {}
+    executor = str((said.get("executor") if isinstance(said, dict) else None) or "local")
     plugin = f"snakemake_executor_plugin_{executor.replace('-', '_')}"
     if executor not in ("local", "dryrun", "touch") and find_spec(plugin) is None:
         raise UserError(f"--profile {profile}: {plugin} is not installed; pip install '.[cluster]'")

@@ -7,7 +7,9 @@ run; the archive is read directly. Mirrors that hold Parquet files, one folder o
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,7 +78,8 @@ def _from_archive(path: Path, name: str) -> Iterator[Record]:
             yield from parse_lines(lines, f"{ARCHIVE}/{member}")
     except KeyError:
         raise UserError(f"dataset.tasks: {ARCHIVE} holds no {member}") from None
-    except (zipfile.BadZipFile, EOFError) as error:
+    # what the library raises for a damaged archive depends on where it stumbles
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
         raise UserError(f"{ARCHIVE} cannot be read: {error}") from None
 
 
@@ -86,6 +89,6 @@ def _from_parquet(path: Path, name: str) -> Iterator[Record]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} cannot be read: {error}") from None
     yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))

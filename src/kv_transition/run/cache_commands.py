@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kv_transition.errors import UserError
+from kv_transition.parsing import read_text
 
 app = typer.Typer(no_args_is_help=True, help="Save a compressed cache and go on from it.")
 
@@ -92,23 +93,22 @@ def continue_(
 
 
 def _options(given: list[str]) -> dict[str, object]:
-    import yaml
+    from kv_transition.yaml_text import parse_yaml
 
     options = {}
     for each in given:
         name, equals, value = each.partition("=")
         if not equals:
             raise UserError(f"--option: {each!r} is not of the form name=value, such as window=16")
-        options[name] = yaml.safe_load(value)
+        options[name] = parse_yaml(value, f"--option {name}")
     return options
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"--text: {path} cannot be read ({reason}); give a text file") from None
+        return read_text(path, "text file")
+    except UserError as error:
+        raise UserError(f"--text: {error}") from None
 
 
 def _one_sentence(run: Callable[[], None]) -> None:

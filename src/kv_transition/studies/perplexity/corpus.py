@@ -147,7 +147,7 @@ def _records(path: Path, name: str) -> Iterable[tuple[str, dict[str, Any]]]:
 
     try:
         return [(f"{name}, row {i}", row) for i, row in enumerate(pq.read_table(path).to_pylist(), start=1)]
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} cannot be read: {error}") from None
 
 

@@ -1,0 +1,61 @@
+"""The fault campaign: a small experiment is run while things go wrong, and has to end with the same tables each time.
+
+    python -m tests.faults --kills 100 --disks 20 --output FILE.json      # an hour or two on one core
+    python -m tests.faults --kills 2 --disks 0 --others none              # the cut that tests/test_faults.py runs
+
+For each kind: tries, after how many of them a plain rerun went on (``survived``), and how many finished runs had the
+tables of an undisturbed one (``identical`` of ``finished``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
+
+from faults import disks, kills, others  # noqa: E402
+from faults.experiment import Experiment  # noqa: E402
+
+from kv_transition.provenance import git_commit, write_json  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="times that something is killed")
+    parser.add_argument("--disks", type=int, default=20, help="times that the disk is full (as root: it mounts one)")
+    parser.add_argument("--others", default="all", help=f"all, none, or names of {', '.join(others.KINDS)}")
+    parser.add_argument("--step", default="all", help="command of the command line that is run: score ends early")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless given")
+    parser.add_argument("--output", type=Path, help="JSON file with the figures")
+    arguments = parser.parse_args()
+    chosen = {"all": [*others.KINDS], "none": []}.get(arguments.others, arguments.others.split(","))
+    rng, started, found = random.Random(arguments.seed), time.time(), {}
+
+    def record(name: str, figures: dict) -> None:
+        found[name] = figures
+        print(f"{time.time() - started:6.0f} s  {name}: {json.dumps(figures)}", flush=True)
+        if arguments.output:
+            facts = {"commit": git_commit(), "date": datetime.now(UTC).date().isoformat(), "seed": arguments.seed}
+            write_json(arguments.output, facts | {"seconds": round(time.time() - started), "kinds": found})
+
+    with tempfile.TemporaryDirectory(prefix="kvt-faults-") as temporary:
+        experiment = Experiment((arguments.folder or Path(temporary)).absolute(), arguments.step)
+        for name in chosen:
+            record(name, others.KINDS[name](experiment))
+        if arguments.disks:
+            record("disk full", disks.fill(experiment, arguments.disks, rng))
+        if arguments.kills:
+            kills.campaign(experiment, arguments.kills, rng, lambda figures: record("kill -9", figures))
+    return 0 if all(figures["identical"] == figures["finished"] for figures in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

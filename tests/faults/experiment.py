@@ -1,0 +1,124 @@
+"""A very small experiment in a checkout of its own: run it, compare its tables with those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from project import SMALL, Project
+
+from kv_transition import preflight
+
+TINY = SMALL | {
+    "dataset": SMALL["dataset"] | {"lengths": [128], "n_per_length": 2},
+    "binning": {"n_bins": 1, "n_per_bin": 2},
+    "kv": {"modes": ["before_question"], "policies": {"full": {}, "h2o": {}}, "budgets": [0.5]},
+    "prefill": {"store": "always"},
+}
+MEASURED = ("load_s", "prefill_s", "compress_s", "ttft_s", "decode_s", "latency_s", "peak_mem_mb")
+"""columns that no two runs have in common"""
+TIMED = ("latency", "ttft", "tokens_per_s", "speedup", "peak_mem")
+"""statistics of such columns"""
+
+
+class Experiment:
+    """The experiment ``small`` of TINY in ``folder``; ``truth``: its tables after an undisturbed run, by name.
+
+    step: the command of the command line that is run.
+    """
+
+    def __init__(self, folder: Path, step: str = "all"):
+        self.step = step
+        folder.mkdir(parents=True, exist_ok=True)
+        self.project = Project(folder)
+        self.folder = folder
+        self.configure("results")
+        done = self.finish()
+        if done.returncode:
+            raise SystemExit(f"the undisturbed run failed:\n{done.stdout}\n{done.stderr}")
+        self.truth = tables(self.results())
+        self.reset()
+
+    def results(self, place: str = "results") -> Path:
+        return self.folder / place / "small"
+
+    def configure(self, place: str, name: str = "small.yaml", **sections: object) -> None:
+        """Write an experiment file whose results go to ``place``."""
+        import yaml
+
+        (self.folder / name).write_text(yaml.safe_dump(TINY | {"output": {"dir": place}} | sections, sort_keys=False))
+
+    def start(self, name: str = "small.yaml", environment: dict[str, str] | None = None) -> subprocess.Popen:
+        """Start the command line in a session of its own; its output goes to screen.txt."""
+        command = [sys.executable, "-m", "kv_transition", self.step, "-c", name, "--cores", "2"]
+        source = str(self.folder / "src")
+        given = environment or {}
+        known = os.environ | {"PYTHONPATH": source, "KVT_WORKER_IDLE_S": "5"} | given
+        if "PYTHONPATH" in given:
+            known["PYTHONPATH"] = f"{given['PYTHONPATH']}{os.pathsep}{source}"
+        with (self.folder / f"{name}.screen.txt").open("wb") as screen:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=known, stdout=screen, stderr=screen, start_new_session=True
+            )
+
+    def screen(self, name: str = "small.yaml") -> str:
+        return (self.folder / f"{name}.screen.txt").read_text(errors="replace")
+
+    def finish(
+        self, name: str = "small.yaml", environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
+        """Run the command line to its end."""
+        process = self.start(name, environment)
+        process.wait(timeout=900)
+        return subprocess.CompletedProcess(process.args, process.returncode, self.screen(name), "")
+
+    def reset(self, place: str = "results") -> None:
+        """Forget all that was run."""
+        shutil.rmtree(self.folder / place, ignore_errors=True)
+        shutil.rmtree(self.folder / ".snakemake", ignore_errors=True)
+
+    def identical(self, place: str = "results") -> bool:
+        """Return whether the tables are those of the undisturbed run."""
+        found = tables(self.results(place))
+        if found == self.truth:
+            return True
+        names = [name for name in found.keys() | self.truth.keys() if found.get(name) != self.truth.get(name)]
+        print(f"different: {', '.join(sorted(names))}", flush=True)
+        return False
+
+    def half_written(self, place: str = "results") -> list[str]:
+        """Return the files under their final names that end too early."""
+        root = self.results(place)
+        broken = [str(path) for path in preflight.damaged_tables(root)]
+        for path in root.rglob("*.json"):
+            try:
+                json.loads(path.read_text())
+            except ValueError:
+                broken.append(str(path))
+        return broken
+
+
+def tables(root: Path) -> dict[str, str]:
+    """Return the digest of what each Parquet table says, but for what a clock or a memory meter said."""
+    return {
+        str(path.relative_to(root)): _content(path)
+        for path in sorted(root.rglob("*.parquet"))
+        if not path.name.startswith(".")
+    }
+
+
+def _content(path: Path) -> str:
+    table = pq.read_table(path, partitioning=None).replace_schema_metadata(None)
+    table = table.drop_columns([name for name in table.column_names if name in MEASURED])
+    if "statistic" in table.column_names:
+        timed = pa.array([str(name).startswith(TIMED) for name in table["statistic"].to_pylist()], pa.bool_())
+        table = table.filter(pc.invert(timed))
+    return sha256(json.dumps(table.to_pylist(), sort_keys=True, default=str).encode()).hexdigest()

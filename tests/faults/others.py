@@ -1,0 +1,157 @@
+"""Faults of the file system, the clock and the neighbours. Each function tries one kind and returns its figures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import textwrap
+import time
+from collections.abc import Callable
+
+from faults.experiment import Experiment
+
+Figures = dict[str, int]
+
+
+def _finish(experiment: Experiment, environment: dict[str, str] | None = None) -> bool:
+    return experiment.finish(environment=environment).returncode == 0
+
+
+def _figures(experiment: Experiment, tries: int, survived: int, place: str = "results") -> Figures:
+    found = {"tries": tries, "survived": survived, "finished": 1, "identical": int(experiment.identical(place))}
+    experiment.reset(place)
+    return found
+
+
+def read_only(experiment: Experiment) -> Figures:
+    """Results lie on a disk that may only be read: one sentence, and a rerun after that is mended."""
+    place = experiment.folder / "locked"
+    place.mkdir(exist_ok=True)
+    experiment.configure("locked", "locked.yaml")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], check=True)
+    try:
+        experiment.start("locked.yaml").wait(timeout=5 + _half_time(experiment))
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        subprocess.run(["mount", "-o", "remount,ro", place], check=False)
+    try:
+        _wait_for_the_end(experiment, "locked.yaml")
+        done = experiment.finish("locked.yaml")
+        refused = done.returncode == 2 and "cannot be written to" in done.stdout and "Traceback" not in done.stdout
+        subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+        finished = experiment.finish("locked.yaml").returncode == 0
+        return {"tries": 1, "survived": int(refused), "finished": 1,
+                "identical": int(finished and experiment.identical("locked"))}  # fmt: skip
+    finally:
+        subprocess.run(["umount", "-l", place], check=False)
+
+
+def _half_time(experiment: Experiment) -> float:
+    return 30.0
+
+
+def _wait_for_the_end(experiment: Experiment, name: str) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        listed = subprocess.run(
+            ["pgrep", "-f", f"kv_transition {experiment.step} -c {name}"], capture_output=True
+        ).stdout.split()
+        if not listed:
+            return
+        time.sleep(0.5)
+
+
+def clock_goes_back(experiment: Experiment) -> Figures:
+    """Half of the results are of tomorrow, as after a clock that was put right: nothing is lost or mixed up."""
+    process = experiment.start()
+    try:
+        process.wait(timeout=_half_time(experiment))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.wait()
+    tomorrow = time.time() + 86_400
+    for path in experiment.results().rglob("*"):
+        os.utime(path, (tomorrow, tomorrow))
+    return _figures(experiment, 1, int(_finish(experiment)))
+
+
+def two_on_one(experiment: Experiment) -> Figures:
+    """Two runs on the same results: the second is refused in one sentence, the first one ends well."""
+    first = experiment.start()
+    while first.poll() is None and not any((experiment.folder / ".snakemake/kvt_runs").glob("*.json")):
+        time.sleep(0.05)
+    experiment.configure("results", "second.yaml")
+    second = experiment.finish("second.yaml")
+    refused = second.returncode == 2 and "another run works on these results" in second.stdout
+    return _figures(experiment, 1, int(refused and first.wait(timeout=900) == 0))
+
+
+def two_side_by_side(experiment: Experiment) -> Figures:
+    """Two runs from the same folder with results of their own: both end well, with the same tables."""
+    experiment.configure("beside", "beside.yaml")
+    first, second = experiment.start(), experiment.start("beside.yaml")
+    ended = [first.wait(timeout=900), second.wait(timeout=900)] == [0, 0]
+    identical = experiment.identical() + experiment.identical("beside")
+    experiment.reset("beside")
+    experiment.reset()
+    return {"tries": 1, "survived": int(ended), "finished": 2, "identical": identical}
+
+
+_PATCH = """
+import os, pathlib, random, shutil, subprocess, sys
+_replace = pathlib.Path.replace
+def replace(self, target):
+    if {root!r} not in str(pathlib.Path(target).absolute()):
+        return _replace(self, target)
+{body}
+pathlib.Path.replace = replace
+"""
+
+
+def _patched(experiment: Experiment, body: str) -> dict[str, str]:
+    """Return an environment whose Python replaces files in another way, in the results only."""
+    folder = experiment.folder / "patch"
+    folder.mkdir(exist_ok=True)
+    code = _PATCH.format(root=str(experiment.results()), body=textwrap.indent(textwrap.dedent(body), "    "))
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+def rename_not_atomic(experiment: Experiment) -> Figures:
+    """A file system that copies where it should rename, and a machine that dies in the middle of one copy in four."""
+    body = """
+        content = self.read_bytes()
+        with open(target, "wb") as file:
+            file.write(content[: len(content) // 2])
+            file.flush()
+            if random.random() < 0.25:
+                os._exit(137)
+            file.write(content[len(content) // 2 :])
+        self.unlink()
+        return pathlib.Path(target)
+    """
+    environment, tries = _patched(experiment, body), 0
+    while tries < 8:
+        tries += 1
+        if _finish(experiment, environment):
+            break
+    return _figures(experiment, tries, tries - 1 + int(_finish(experiment)))
+
+
+def seen_a_second_late(experiment: Experiment) -> Figures:
+    """A network file system on which a new file is seen a second after it was written."""
+    body = """
+        shutil.copy2(self, str(self) + ".late")
+        self.unlink()
+        subprocess.Popen(["sh", "-c", 'sleep 1; mv "$0" "$1"', str(self) + ".late", str(target)],
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        return pathlib.Path(target)
+    """
+    return _figures(experiment, 1, int(_finish(experiment, _patched(experiment, body))))
+
+
+KINDS: dict[str, Callable[[Experiment], Figures]] = {
+    kind.__name__: kind
+    for kind in (two_on_one, two_side_by_side, clock_goes_back, read_only, rename_not_atomic, seen_a_second_late)
+}
