@@ -82,7 +82,7 @@ def predictions(model, each, steps: int) -> list[dict]:
         return sets
 
     each.predict = recorded  # the dict is what the step adds hindsight to, if there is any
-    observe.follow(model, engine("qwen2").extend(None, tokens(60)), [each], steps)
+    observe.follow(model, engine("qwen2").extend(None, tokens(60), STATISTICS | each.policy.statistics), [each], steps)
     return found
 
 
