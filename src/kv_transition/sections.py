@@ -226,6 +226,13 @@ class Decoding(Section):
     batch: int = Field(1, ge=1, le=10_000, description="answers decoded together; latencies are those of the batch")
     compile: bool = Field(False, description="on a GPU: one compiled graph a step, unless the policy acts each step")
     seed: Seed = Field(0, description="seed of sampling and of random policies")
+    compress_every: int | None = Field(
+        None, ge=1, le=65_536, description="entries beyond the budget at which it is compressed; null: by the policy"
+    )
+    budget_of: Literal["prompt", "length"] = Field(
+        "prompt", description="compress_every: what a budget is a fraction of, the prompt or all that was read so far"
+    )
+    max_entries: int | None = Field(None, ge=1, description="compress_every: entries that no budget exceeds")
 
 
 class Statistics(Section):

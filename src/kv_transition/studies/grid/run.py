@@ -23,6 +23,7 @@ from kv_transition.policies.catalog import create, is_press
 from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.run import job
 from kv_transition.run.decode import Answer, Setting, begin, finish
+from kv_transition.run.paced import Paced, over_time, with_pace
 from kv_transition.run.prefill import read_once, store_of
 from kv_transition.studies.grid.moments import Paces, calibrated, paces
 from kv_transition.studies.grid.tables import CELLS
@@ -32,7 +33,7 @@ Unit = tuple[dict[str, Any], int]
 
 
 def setting_of(spec: dict[str, Any]) -> Setting:
-    return Setting(
+    setting = Setting(
         policy=_policy(spec["kind"], spec["hyper_parameters"]),
         budget=Budget.parse(spec["budget"]),
         mode=spec["mode"],
@@ -40,6 +41,7 @@ def setting_of(spec: dict[str, Any]) -> Setting:
         temperature=spec["decoding"]["temperature"],
         compile=spec["decoding"].get("compile", False),
     )
+    return with_pace(setting, spec["decoding"])
 
 
 def _policy(kind: str, hyper_parameters: dict[str, Any]) -> Policy:
@@ -179,8 +181,13 @@ def _row(engine: LocalEngine, setting: Setting, got: Answer, load_s: float, peak
         "latency_s": got.prefill_s + got.compress_s + got.decode_s,
         "batch_size": got.batch_size,
         "peak_mem_mb": peak,
-        "raw": json.dumps({"token_ids": got.tokens} | got.record),
+        "raw": json.dumps({"token_ids": got.tokens} | got.record | _telemetry(setting, got)),
     }
+
+
+def _telemetry(setting: Setting, got: Answer) -> dict[str, Any]:
+    """Entries over time, of an answer whose cache was compressed while it was generated."""
+    return {"entries": over_time(got.kept)} if isinstance(setting.policy, Paced) else {}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,11 +13,13 @@ from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import code_hash, digest
 from kv_transition.specs.model import content, model, prefill, tokenizer_content
-from kv_transition.specs.policies import FULL, FULL_BUDGET, budgeted, endpoint, once, recall_of, resolve
+from kv_transition.specs.policies import FULL, FULL_BUDGET, RECALL, budgeted, endpoint, once, recall_of, resolve
 
 if TYPE_CHECKING:
     from kv_transition.settings import Settings
     from kv_transition.studies.grid.settings import Dataset
+
+_DECODED = {"temperature", "repeats", "batch", "compile", "seed", "compress_every", "budget_of", "max_entries"}
 
 HELD_OUT = 32
 """examples of a task that tau is calibrated on, at most"""
@@ -86,7 +88,7 @@ def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, A
         "hyper_parameters": hyper_parameters,
         "budget": str(Budget.parse(budget)),
         "first_token": settings.kv.first_token,
-        "decoding": settings.decoding.model_dump(include={"temperature", "repeats", "batch", "compile", "seed"}),
+        "decoding": settings.decoding.model_dump(include=_DECODED),
         "model": reading["model"],
         "prefill_code": reading["code"],
         "code": code_hash("kv_transition.studies.grid.run", *catalog.modules(kind)),
@@ -125,10 +127,33 @@ def check(settings: Settings) -> None:
     """Raise UserError where the keys of the grid contradict each other or name what is not there."""
     if settings.adaptive.enabled and not settings.dataset:
         raise UserError("adaptive.enabled: true needs a dataset; add one, or leave it out")
+    _check_pace(settings)
     if settings.dataset:
         _check_dataset(settings, settings.dataset)
         if settings.engine.kind == "openai":
             _check_engine(settings)
+
+
+def _check_pace(settings: Settings) -> None:
+    """Raise UserError where compression while decoding is asked for in part, or of what cannot do it."""
+    decoding = settings.decoding
+    if decoding.compress_every is None:
+        for key, default in (("budget_of", "prompt"), ("max_entries", None)):
+            if getattr(decoding, key) != default:
+                raise UserError(
+                    f"decoding.{key}: only with compress_every; give that a number of entries, or leave this out"
+                )
+        return
+    if settings.engine.kind == "openai":
+        raise UserError(
+            "decoding.compress_every: an endpoint decodes by itself; leave it out, or set engine.kind: local"
+        )
+    for name in settings.kv.policies:
+        kind, _ = resolve(settings, name)
+        if catalog.is_press(kind) or kind == RECALL:
+            raise UserError(
+                f"decoding.compress_every: {name} cannot be compressed again while it decodes; leave out one of them"
+            )
 
 
 def _check_dataset(settings: Settings, dataset: Dataset) -> None:

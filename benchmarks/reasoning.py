@@ -1,0 +1,117 @@
+"""Memory and speed of a long answer under a held budget: 4,096 generated tokens on a small random model, one thread.
+
+    python benchmarks/reasoning.py [--tokens 4096] [--budget 256] [--output FILE.json]
+
+For each policy: entries, bytes of the cache's storage (with the room behind it) and the process's resident memory over
+the answer, and tokens a CPU second in spans of 256 tokens. Under a held budget all are to be flat from the 500th token;
+the full cache stands beside, whose memory grows and whose speed falls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "src"))
+
+CASES = {
+    "full": ("full", None),
+    "r_kv": ("r_kv", None),
+    "h2o": ("h2o", None),
+    "streaming_llm": ("streaming_llm", None),
+    "snapkv, every 128": ("snapkv", 128),
+    "lagkv, every 128": ("lagkv", 128),
+}
+PROMPT, SETTLED, SPAN = 512, 500, 256
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def storage_bytes(state: Any) -> int:
+    """Bytes of keys and values as they are allocated, with the room behind them."""
+    tensors = (t for layer in state.layers for part in layer.parts for t in (part.keys, part.values))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def measure(kind: str, every: int | None, tokens: int, budget: int) -> dict[str, Any]:
+    import torch
+    from workload import SIZES, VOCABULARY
+
+    from kv_transition.budget import Budget
+    from kv_transition.engines.local import LocalEngine
+    from kv_transition.policies.catalog import create, hyper_parameters
+    from kv_transition.run.decode import Setting, Stacked
+    from kv_transition.run.paced import with_pace
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        min(SIZES, key=lambda size: (size.layers, size.hidden)).save(Path(folder))
+        engine = LocalEngine.from_pretrained(folder)
+    policy = create(kind, hyper_parameters(kind))
+    kept = "r1" if kind == "full" else f"t{budget}"
+    setting = with_pace(Setting(policy, Budget.parse(kept), "after_prompt"), {"compress_every": every})
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(1, VOCABULARY, (PROMPT,), generator=generator).tolist()
+    state = engine.extend(None, prompt, setting.policy.statistics)
+    k = setting.entries(PROMPT)
+    batch = Stacked(engine, [setting.compress(state, k)], setting, k, 0 if setting.while_decoding else tokens)
+    rows = []
+    started = time.process_time()
+    for step in range(1, tokens + 1):
+        # tokens are drawn: a greedy answer of a random model is soon one token again and again
+        batch.read({0: int(torch.randint(1, VOCABULARY, (), generator=generator))})
+        if step % SPAN == 0:
+            spent = time.process_time() - started
+            gc.collect()
+            rows.append(
+                {
+                    "step": step,
+                    "entries": batch.entries(0),
+                    "storage_mb": round(storage_bytes(batch.state(0)) / 2**20, 3),
+                    "resident_mb": round(resident_mb(), 1),
+                    "tokens_per_s": round(SPAN / spent, 1),
+                }
+            )
+            started = time.process_time()
+    settled = [row for row in rows if row["step"] - SPAN >= SETTLED - SPAN // 2]
+    ratio = {
+        name: round(max(r[name] for r in settled) / min(r[name] for r in settled) - 1, 4)
+        for name in ("storage_mb", "resident_mb", "tokens_per_s")
+    }
+    half = len(settled) // 2
+    early, late = (sorted(r["tokens_per_s"] for r in some)[half // 2] for some in (settled[:half], settled[-half:]))
+    return {"policy": kind, "every": every, "spread": ratio, "late_over_early": round(late / early, 3), "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    found = {name: measure(*CASES[name], arguments.tokens, arguments.budget) for name in arguments.cases}
+    print(
+        f"spread (max / min - 1) from about the {SETTLED}th token, and median speed of the later half over the earlier"
+    )
+    for name, row in found.items():
+        print(f"{name:20} {row['spread']} late/early {row['late_over_early']}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Compression while a model reasons: any policy, again and again, as the answer grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kv_transition.budget import Budget
+from kv_transition.cache.batch import row, stack
+from kv_transition.cache.state import CacheState
+from kv_transition.policies.base import Policy
+from kv_transition.run.decode import Setting
+
+SAMPLES = 64
+"""points of the entries over time that a row records at most"""
+
+
+@dataclass(frozen=True)
+class Paced(Policy):
+    """A policy that, while an answer is generated, waits until ``every`` entries more than its budget are there and
+    then compresses down to it, whether it acts at each step by itself or not.
+
+    inner: the policy. budget: a fraction of all that was read so far, prompt and answer; None: the budget stays that of
+    the prompt. cap: entries that the budget never exceeds; None: no such limit.
+    """
+
+    acts_each_step = True
+
+    inner: Policy = field(default_factory=Policy)
+    every: int = 1
+    budget: Budget | None = None
+    cap: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", self.inner.statistics)
+        object.__setattr__(self, "ignores_budget", self.inner.ignores_budget)
+        # states of other policies are of single sequences, and budgets that grow differ within a batch
+        alone = self.inner.one_at_a_time or not self.inner.acts_each_step or self.budget is not None
+        object.__setattr__(self, "one_at_a_time", alone)
+
+    def protected(self, k: int) -> int:
+        return self.inner.protected(self.capped(k))
+
+    def keep(self, k: int) -> int:
+        return self.inner.keep(self.capped(k))
+
+    def capped(self, k: int) -> int:
+        """The budget ``k``, or the cap if that is less."""
+        return k if self.cap is None else min(k, self.cap)
+
+    def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
+        return self.inner.compress(state, self.capped(k), seed=seed, keep_last=keep_last)
+
+    def hold(self, state: CacheState, k: int) -> CacheState:
+        """The state, compressed to its budget if ``every`` entries more than that are there."""
+        batched = isinstance(state.length, Tensor)
+        if self.budget is not None:
+            k = self.budget.kept(int(state.length.flatten()[0]) if batched else state.length)
+        k = self.keep(k)
+        if state.entries < k + self.every:
+            return state
+        if self.inner.acts_each_step:
+            # not in place: what is held in between has grown by more than one entry
+            return self.inner.compress(state, k)
+        if not batched:
+            return self.inner.compress(state, k)
+        return stack([self.inner.compress(row(state, 0), k)], self.statistics)
+
+    def record(self, state: CacheState, k: int, *, keep_last: bool = False) -> dict[str, Any]:
+        return self.inner.record(state, self.capped(k), keep_last=keep_last)
+
+
+def with_pace(setting: Setting, decoding: dict[str, Any]) -> Setting:
+    """The setting as ``decoding`` paces it: its keys compress_every, budget_of and max_entries."""
+    every = decoding.get("compress_every")
+    if every is None or not setting.evicts or setting.policy.ignores_budget:
+        return setting
+    growing = setting.budget if decoding.get("budget_of") == "length" else None
+    policy = Paced(inner=setting.policy, every=every, budget=growing, cap=decoding.get("max_entries"))
+    return Setting(policy, setting.budget, setting.mode, setting.first_token, setting.temperature, setting.compile)
+
+
+def over_time(kept: Sequence[float]) -> list[list[float]]:
+    """[step, entries per KV head before its token] of at most `SAMPLES` steps, evenly spread, and of the last one."""
+    stride = -(-len(kept) // SAMPLES) or 1
+    steps = [*range(0, len(kept), stride)]
+    if kept and steps[-1] != len(kept) - 1:
+        steps.append(len(kept) - 1)
+    return [[step, kept[step]] for step in steps]
