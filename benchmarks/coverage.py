@@ -1,4 +1,4 @@
-"""How often the intervals cover the truth and how wide they are, and how often non-inferiority is claimed wrongly.
+"""How often the intervals of single statistics cover the truth and how wide they are (of paired ones: paired.py).
 
     python benchmarks/coverage.py [--samples 4000] [--write docs/statistics.md]
 
@@ -20,7 +20,6 @@ from document import put, table
 
 from kv_transition.stats import intervals
 from kv_transition.stats.intervals import Interval
-from kv_transition.studies.grid.analysis.noninferiority import KEPT, margin
 
 SIZES = (5, 10, 20, 40, 100)
 CONFIDENCE = 0.95
@@ -31,16 +30,6 @@ F1_LIKE = (
     (0.02, 0.9, 2, 2), (0.05, 0.8, 2, 2), (0.1, 0.6, 2, 2), (0.3, 0.3, 2, 2), (0.6, 0.1, 2, 2), (0.8, 0.05, 2, 2),
     (0.9, 0.02, 2, 2), (0.0, 0.0, 5, 1), (0.05, 0.0, 8, 2), (0.02, 0.0, 8, 2), (0.0, 0.0, 2, 5),
 )  # fmt: skip
-# probability that the policy alone is right, that the full cache alone is
-PAIRED = ((0, 0.02), (0, 0.1), (0, 0.3), (0.05, 0.05), (0.02, 0.2), (0, 0.5), (0, 0.7), (0, 0.95), (0.1, 0.4))
-# F1-like score of the full cache, of an answer that the policy changes, and how often it does
-GRADED_PAIRS = tuple((F1_LIKE[i], F1_LIKE[j], c) for i, j in ((0, 4), (1, 2), (2, 4), (3, 3)) for c in (0.05, 0.2, 0.6))
-# true success rate of the full cache, how often the policy keeps a right answer, how often it rights a wrong one
-RATIOS = tuple(
-    (right, keep, gain)
-    for right in (0.95, 0.6, 0.3)
-    for keep, gain in ((1.0, 0.0), (0.98, 0.0), (0.9, 0.1), (0.7, 0.0), (0.5, 0.1), (0.1, 0.05))
-)
 # success rate and correlation within a document of five examples
 CLUSTERED = tuple((p, rho) for p in (0.05, 0.2, 0.5, 0.9) for rho in (0.02, 0.2, 0.6))
 PER_DOCUMENT = 5
@@ -62,30 +51,6 @@ def mixture(zero: float, one: float, a: float, b: float) -> tuple[Draw, float, f
     mean = one + rest * a / (a + b)
     square = one + rest * a * (a + 1) / ((a + b) * (a + b + 1))
     return draw, mean, (square - mean**2) ** 0.5
-
-
-def discordant(more: float, less: float) -> tuple[Draw, float]:
-    def draw(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
-        u = rng.random((rows, n))
-        return np.where(u < more, 1.0, np.where(u < more + less, -1.0, 0.0))
-
-    return draw, more - less
-
-
-def graded(full: tuple, changed: tuple, share: float) -> tuple[Draw, float]:
-    draw_full, mean_full, _ = mixture(*full)
-    draw_changed, mean_changed, _ = mixture(*changed)
-
-    def draw(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
-        before = draw_full(rng, rows, n)
-        return np.where(rng.random((rows, n)) < share, draw_changed(rng, rows, n) - before, 0.0)
-
-    return draw, share * (mean_changed - mean_full)
-
-
-def right_or_wrong(rng: np.random.Generator, rows: int, n: int, right: float, keep: float, gain: float) -> tuple:
-    full = (rng.random((rows, n)) < right).astype(float)
-    return (rng.random((rows, n)) < np.where(full > 0, keep, gain)).astype(float), full
 
 
 def beta_binomial(rng: np.random.Generator, rows: int, documents: int, p: float, rho: float) -> np.ndarray:
@@ -126,18 +91,6 @@ def rows(samples: int) -> Iterator[Row]:
                     for draw, mean, std in truths
                 ]
                 yield row(f"{what}, {kind}", n, found)
-        pairs = {"0/1": [discordant(*t) for t in PAIRED], "F1-like": [graded(*t) for t in GRADED_PAIRS]}
-        for kind, truths in pairs.items():
-            found = [
-                covers(intervals.bounded_mean(draw(rng, samples, n), CONFIDENCE, (-1, 1)), truth)
-                for draw, truth in truths
-            ]
-            yield row(f"paired difference, {kind}", n, found)
-        found = []
-        for right, keep, gain in RATIOS:
-            policy, full = right_or_wrong(rng, samples, n, right, keep, gain)
-            found.append(covers(intervals.ratio(policy, full, CONFIDENCE), keep + gain * (1 - right) / right))
-        yield row("ratio of paired means", n, found)
         times = rng.lognormal(0, 0.3, (samples, n))
         yield row("median of times", n, [covers(intervals.percentile(times, 0.5, CONFIDENCE), 1.0)])
         logs = rng.normal(0.3, 0.2, (samples, n))
@@ -159,27 +112,6 @@ def row(name: str, n: int, found: list[tuple[float, float]]) -> Row:
     return Row(name, n, [f[0] for f in found], [f[1] for f in found])
 
 
-def noninferiority(samples: int) -> Iterator[tuple[str, list[str]]]:
-    """How often a policy is called non-inferior: at exactly 95 % of the full score, and where nothing is lost."""
-    rng, sizes = np.random.default_rng(2), (20, 40, 100, 200, 400)
-    kept, level = KEPT, (1 - CONFIDENCE) / 2
-
-    def claims(n: int, right: float, keep: float, gain: float) -> float:
-        policy, full = right_or_wrong(rng, samples, n, right, keep, gain)
-        return float(np.mean(margin(policy - kept * full, kept, CONFIDENCE)[1] < level))
-
-    yield "n", [str(n) for n in sizes]
-    at_margin = [
-        (right, kept - gain * (1 - right) / right, gain) for right in (0.95, 0.8, 0.6, 0.3) for gain in (0, 0.1)
-    ]
-    worst = [max(claims(n, *truth) for truth in at_margin) for n in sizes]
-    yield "kept exactly 95 % (wrong claims; worst of 8 truths)", [f"{share:.3f}" for share in worst]
-    for keep, gain in ((1.0, 0.0), (0.99, 0.01), (0.97, 0.03)):
-        shares = [claims(n, 0.9, keep, gain) for n in sizes]
-        lost = f"{100 * (1 - keep):.0f} % of right answers lost, {100 * gain:.0f} % of wrong ones gained"
-        yield f"power, full cache right in 90 %, {lost}", [f"{share:.2f}" for share in shares]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=4000)
@@ -191,17 +123,14 @@ def main() -> int:
         print(f"{r.name:32} n={r.n:4d}  mean {np.mean(r.covered):.3f}  worst {min(r.covered):.3f}  "
               f"width {np.mean(r.width):.3f}  {'' if r.passes else 'MISSES THE BAR'}", flush=True)  # fmt: skip
         found.setdefault(r.name, {})[r.n] = r
-    claims = dict(noninferiority(arguments.samples))
-    for name, shares in claims.items():
-        print(f"{name:100} {'  '.join(shares)}")
     if arguments.write:
-        text = _of(found, SIZES, lambda r: f"{np.mean(r.covered):.3f} ({min(r.covered):.2f})", "mean coverage (worst)")
-        widths = _of(found, SIZES, lambda r: _width(np.mean(r.width)), "width")
-        documents = _of(found, (20, 40, 100, 200), lambda r: f"{np.mean(r.covered):.3f} ({min(r.covered):.2f}), "
+        text = of_sizes(
+            found, SIZES, lambda r: f"{np.mean(r.covered):.3f} ({min(r.covered):.2f})", "mean coverage (worst)"
+        )
+        widths = of_sizes(found, SIZES, lambda r: _width(np.mean(r.width)), "width")
+        documents = of_sizes(found, (20, 40, 100, 200), lambda r: f"{np.mean(r.covered):.3f} ({min(r.covered):.2f}), "
                         f"{_width(np.mean(r.width))}", "mean coverage (worst), width")  # fmt: skip
         put(arguments.write, "coverage", f"{text}\n\n{widths}\n\n{documents}")
-        head, *lines = [[name, *shares] for name, shares in claims.items()]
-        put(arguments.write, "noninferiority", table(["share of claims", *(f"n = {n}" for n in head[1:])], lines))
     judged = [r for of in found.values() for r in of.values() if not r.name.endswith("ignored")]
     return int(not all(r.passes for r in judged))
 
@@ -210,7 +139,7 @@ def _width(width: float) -> str:
     return f"{width:.3f}" if np.isfinite(width) else "open"
 
 
-def _of(found: dict[str, dict[int, Row]], sizes: tuple, text: Callable[[Row], str], head: str) -> str:
+def of_sizes(found: dict[str, dict[int, Row]], sizes: tuple, text: Callable[[Row], str], head: str) -> str:
     lines = [[name, *(text(of[n]) for n in sizes)] for name, of in found.items() if set(sizes) <= set(of)]
     return table([head, *(f"n = {n}" for n in sizes)], lines)
 

@@ -5,6 +5,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import ttest_1samp
 from simulated_scores import cell_rows, demo, table
 from statsmodels.stats.multitest import multipletests
 
@@ -87,8 +88,9 @@ def test_difference_from_the_full_cache_is_paired_by_example():
     row = stat(result, "score", bin=0)
     assert row["estimate"] == pytest.approx((-1 + 0 + 0 - 0.5 + 0) / 5)
     assert row["n"] == 5
-    # of the 2^5 sign flips, those that flip neither or both of the two nonzero differences are as extreme
-    assert row["p_value"] == pytest.approx(1 / 2)
+    # Student's test after one more pair that the policy gains
+    expected = ttest_1samp([-1, 0, 0, -0.5, 0, 1], 0, alternative="less").pvalue
+    assert row["p_value"] == pytest.approx(min(1, 2 * expected))
     ratio = stat(result, "score_ratio")
     assert ratio["bin"] is None
     assert ratio["estimate"] == pytest.approx(2 / 3.5)

@@ -7,7 +7,7 @@ from scipy import stats
 from simulated_scores import BUDGETS, MODES, POLICIES, cell_rows, demo, table
 from statsmodels.stats.multitest import multipletests
 
-from kv_transition.stats import intervals
+from kv_transition.stats import paired
 from kv_transition.stats.examples import Statistics
 from kv_transition.studies.grid.analysis import comparisons as c
 
@@ -56,27 +56,24 @@ def test_effect_is_the_share_better_minus_the_share_worse():
 
 
 def test_what_is_called_detectable_is_detected_four_times_in_five():
-    rng, n, found = np.random.default_rng(0), 40, 0
-    sd, trials = 0.3, 2000
-    wanted = c.detectable(float(n), 0.05) * sd
-    samples = rng.normal(wanted, sd, (trials, n))
-    found = (stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05).mean()
-    assert found == pytest.approx(c.POWER, abs=4 * (0.16 / trials) ** 0.5)
-
-
-def test_detectable_solves_the_noncentral_t():
-    size, alpha = 25.0, 0.01
-    found = c.detectable(size, alpha)
-    critical = stats.t.ppf(1 - alpha / 2, size - 1)
-    power = stats.nct.sf(critical, size - 1, found * size**0.5) + stats.nct.cdf(-critical, size - 1, found * size**0.5)
-    assert power == pytest.approx(c.POWER, abs=1e-6)
+    rng, n, loss, trials = np.random.default_rng(0), 60, 0.25, 3000
+    none = np.zeros((n, 1), bool)
+    lost = np.where(np.arange(n)[:, None] < loss * n, 0.0, 1.0)
+    rows = cell_rows(np.ones((n, 1)), none) + cell_rows(lost, none, policy="h2o", budget="r0.5")
+    row = pl.from_arrow(c.comparisons(table(rows), SETTINGS)).filter(statistic="score", bin=0).row(0, named=True)
+    # the same spread around a mean as far from 0 as is called detectable
+    samples = rng.choice(lost[:, 0] - 1 + loss, (trials, n)) - row["mdd"]
+    found = (paired.difference(samples, ends=(-2, 1)).p < 0.05).mean()
+    assert found == pytest.approx(c.POWER, abs=0.06)
 
 
 @pytest.mark.parametrize(
     ("n", "alpha", "some"), [(5, 0.05, False), (6, 0.05, True), (9, 0.002, False), (1, 0.5, False)]
 )
-def test_nothing_is_detectable_where_no_sign_flip_can_be_significant(n, alpha, some):
-    assert (c.detectable(float(n), alpha) is not None) == some
+def test_nothing_is_detectable_where_not_even_losing_every_pair_is_significant(n, alpha, some):
+    assert (c.detectable(n, alpha) is not None) == some
+    if n > 1:
+        assert (2 * stats.ttest_1samp([-1.0] * n + [1], 0, alternative="less").pvalue < alpha) == some
 
 
 def test_mdd_falls_with_n_and_is_never_zero():
@@ -95,9 +92,9 @@ def test_documents_are_the_unit_of_a_comparison():
     frame = pl.from_arrow(c.comparisons(table(full + policy), SETTINGS))
     row = frame.filter(statistic="score", bin=0).row(0, named=True)
     assert (row["n"], row["clusters"]) == (20, 4)
-    # four documents, two of which differ: sign flips of two sums
-    assert row["p_value"] == pytest.approx(1 / 2)
+    # four documents of five answers and one more that is gained, as five sums; two documents differ
+    assert row["p_value"] == pytest.approx(2 * stats.ttest_1samp([0, -1, -0.5, 0, 1], 0, alternative="less").pvalue)
     assert "clusters" in row["method"]
     assert row["mdd"] is None
-    alone = intervals.bounded_mean((values - 1).T, 0.95, (-1, 1))
+    alone = paired.difference((values - 1).T).interval(0.95)
     assert row["ci_high"] - row["ci_low"] > alone.high[0] - alone.low[0]

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.api import OLS
 
-from kv_transition.stats import intervals
+from kv_transition.stats import intervals, paired
 
 Z = 1.959963984540054
 SCORES = st.lists(st.floats(0, 1).map(lambda v: round(v, 3)), min_size=1, max_size=25)
@@ -85,13 +83,6 @@ def test_degenerate_cells_are_wide_or_null():
     assert spread.high[2] == pytest.approx((wilson(1, 20)[0] * (1 - wilson(1, 20)[0])) ** 0.5)
 
 
-def test_equal_pairs_do_not_prove_equality():
-    found = one([0.0] * 20, bounds=(-1, 1))
-    # the rule of three: with 0 differing pairs of 20 up to 3 / 20 may differ
-    assert found.low[0] == pytest.approx(-found.high[0])
-    assert found.high[0] == pytest.approx(3 / 20, abs=0.02)
-
-
 def test_a_value_out_of_bounds_is_refused():
     with pytest.raises(ValueError, match="outside"):
         one([0.5, 1.2])
@@ -118,51 +109,6 @@ def test_student_mean_agrees_with_scipy_and_has_no_bounds_from_one_value():
     expected = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
     assert (found.low[0], found.high[0]) == pytest.approx((expected.low, expected.high))
     assert found.row(1)["ci_low"] is None
-
-
-def test_ratio_of_equal_scores_is_one_but_not_surely():
-    score = np.array([[1.0] * 18 + [0.0] * 2])
-    found = intervals.ratio(score, score, 0.95)
-    assert found.estimate[0] == 1
-    assert 0.8 < found.low[0] < 0.95
-    assert 1.05 < found.high[0] < 1.25
-
-
-def test_ratio_without_a_denominator_is_null():
-    found = intervals.ratio(np.array([[0.0, 0, 1], [0, 0, 0]]), np.zeros((2, 3)), 0.95)
-    assert found.row(0)["estimate"] is None
-    assert found.row(1)["ci_low"] is None
-
-
-def test_ratio_solves_fiellers_condition():
-    rng = np.random.default_rng(0)
-    y = (rng.random((1, 60)) < 0.8).astype(float)
-    x = y * (rng.random((1, 60)) < 0.7)
-    found = intervals.ratio(x, y, 0.95)
-    added_x, added_y = np.append(x[0], [1, 0]), np.append(y[0], [0, 1])
-    for rho in (found.low[0], found.high[0]):
-        difference = added_x - rho * added_y
-        t = difference.mean() / (difference.std(ddof=1) / len(difference) ** 0.5)
-        assert abs(t) == pytest.approx(stats.t.ppf(0.975, len(difference) - 1))
-
-
-@pytest.mark.parametrize("differences", [[0.5, 1, 1, 0.25], [1, -1, 0, 0, 1], [0, 0, 0], [-0.3]])
-def test_small_permutation_tests_are_exact(differences):
-    observed = abs(sum(differences))
-    flips = list(itertools.product((1, -1), repeat=len(differences)))
-    extreme = sum(abs(sum(s * d for s, d in zip(f, differences, strict=True))) >= observed - 1e-9 for f in flips)
-    p = intervals.sign_flip_p(np.array([[*differences, np.nan]]), 10_000, 0)
-    assert p[0] == pytest.approx(extreme / len(flips))
-
-
-def test_large_permutation_tests_agree_with_scipy():
-    differences = np.random.default_rng(3).normal(0.3, 0.6, (2, 25))
-    found = intervals.sign_flip_p(differences, 10_000, 0)
-    for row, p in zip(differences, found, strict=True):
-        expected = stats.permutation_test(
-            (row,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(1)
-        )
-        assert p == pytest.approx(expected.pvalue, abs=0.012)
 
 
 def test_intervals_cover_the_truth():
@@ -202,7 +148,7 @@ def functions():
         "std": lambda v, c: intervals.bounded_std(v, 0.95, c),
         "mean": lambda v, c: intervals.mean(v, 0.95, c),
         "median": lambda v, c: intervals.percentile(v, 0.5, 0.95, c),
-        "ratio": lambda v, c: intervals.ratio(v, np.clip(v + 0.1, 0, 1), 0.95, c),
+        "ratio": lambda v, c: paired.ratio(v, np.clip(v + 0.1, 0, 1), 0.95, c),
     }
 
 
@@ -265,9 +211,3 @@ def test_clustered_intervals_cover_where_ignoring_documents_does_not():
         shares.append(np.mean((found.low <= 0.5) & (found.high >= 0.5)))
     assert shares[0] >= 0.92
     assert shares[1] < 0.85
-
-
-def test_clusters_flip_as_a_whole():
-    differences, codes = np.array([[0.5, 0.5, 1, 0, -0.2]]), np.array([[0.0, 0, 1, 1, 2]])
-    by_document = intervals.sign_flip_p(np.array([[1.0, 1.0, -0.2]]), 1000, 0)
-    assert intervals.sign_flip_p(differences, 1000, 0, codes)[0] == pytest.approx(by_document[0])

@@ -105,6 +105,11 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
+def tested(row: Mapping[str, Any]) -> str:
+    """``0.008 (0.040 after Holm)``: the p-value that belongs to the row's own interval, and the adjusted one."""
+    return p_value(row["p_value"]) + ("" if row["p_holm"] is None else f" ({p_value(row['p_holm'])} after Holm)")
+
+
 def percent(share: float) -> str:
     """A confidence level, with as many digits as tell it from certainty."""
     away = 100 * (1 - share)

@@ -126,6 +126,7 @@ def differences(a: pl.DataFrame, b: pl.DataFrame, statistics: Statistics) -> pl.
     shared = [name for name in one.columns if name in other.columns]
     found = comparisons(pl.concat([one.select(shared), other.select(shared)]).to_arrow(), statistics)
     table = pl.from_arrow(found).with_columns(cell=pl.col("task").cast(cells.schema["cell"])).drop(CELL)
+    table = table.drop("holm_low", "holm_high")  # of a family of one
     table = table.join(cells, on="cell", maintain_order="left").drop("cell", "reference_policy", "reference_budget")
     scope = pl.when(pl.col("bin").is_null()).then(pl.lit("all bins")).otherwise(pl.lit("by bin"))
     family = pl.concat_str("task", "mode", "statistic", scope, separator="/")
@@ -163,8 +164,8 @@ def _groups(table: pl.DataFrame, a: pl.DataFrame) -> Iterator[dict[str, Any]]:
             score, failed = at("score"), at("failure_rate")
             rows.append({
                 "policy": policy, "budget": labels.budget(budget), "name": f"{policy}, {labels.budget(budget)}",
-                "score": number(score, "differences", signed=True), "p": labels.p_value(score["p_holm"]),
-                "failed": number(failed, "differences", signed=True), "failed_p": labels.p_value(failed["p_holm"]),
+                "score": number(score, "differences", signed=True), "p": labels.tested(score),
+                "failed": number(failed, "differences", signed=True), "failed_p": labels.tested(failed),
                 "ratio": number(at("score_ratio"), "differences", 0, 100, " %"),
                 "speed": number(at("speedup"), "differences", 2, 1, "×"),
                 "n": score["n"], "raw": score,

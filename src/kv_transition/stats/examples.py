@@ -97,7 +97,7 @@ def _path(row: dict) -> str:
     return "/".join(str(row[name]) for name in CELL)
 
 
-def paired(frame: pl.DataFrame, reference: pl.DataFrame, on: list[str], suffix: str) -> pl.DataFrame:
+def on_both(frame: pl.DataFrame, reference: pl.DataFrame, on: list[str], suffix: str) -> pl.DataFrame:
     """The rows of ``frame`` beside those of ``reference`` on the same examples; the rest of either is left out."""
     return frame.join(reference, on=[*on, "bin", "example_id"], how="inner", suffix=suffix, maintain_order="left")
 

@@ -3,7 +3,7 @@
 Every function takes ``values [cells, n]`` with NaN where an example is missing, optionally the codes ``clusters`` of
 the same shape where examples share documents, and returns an `Interval` with one entry a cell. A bound that the data
 cannot give is NaN (null in the tables), never a guess. Why these methods, and how often they cover the truth:
-docs/statistics.md.
+docs/statistics.md. What is compared on the same examples has a module of its own, `stats.paired`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ WILSON_STD = "from Wilson's bounds of the rate"
 BAYES = "Bayesian bootstrap with half an observation at each end"
 STUDENT = "Student t"
 ORDER = "order statistics"
-FIELLER = "Fieller with one discordant pair each way"
 CLUSTERED = ", clusters"
 
 # Observations of the largest possible variance that are mixed into an estimate of dispersion: at n = 5 a sample
@@ -237,69 +236,3 @@ def percentile(values: np.ndarray, q: float, confidence: float, clusters: np.nda
         if below is None or above is None:
             method[i] += f"; n is too small for {'any bound' if below is above is None else 'both bounds'}"
     return Interval(estimate, low, high, n, method, number(values, clusters))
-
-
-def ratio(
-    numerator: np.ndarray, denominator: np.ndarray, confidence: float, clusters: np.ndarray | None = None
-) -> Interval:
-    """Mean of one score over the mean of another on the same examples, both in [0, 1]: Fieller's interval.
-
-    The pairs (1, 0) and (0, 1) are added for the bounds (not for the estimate), as Bonett and Price (2012) do for
-    paired proportions: without them twenty equal pairs would claim a ratio of exactly 1. With clusters each such pair
-    is a cluster of mean size. Fieller (1954): all rho for which the mean of ``numerator - rho * denominator`` may be 0.
-    The upper bound is NaN where the denominator may be 0.
-    """
-    missing = np.isnan(numerator) | np.isnan(denominator)
-    count, x = sums(np.where(missing, np.nan, numerator), clusters)
-    y = sums(np.where(missing, np.nan, denominator), clusters)[1]
-    n, present = count.sum(axis=1).astype(int), (count > 0).sum(axis=1)
-    estimate = divide(x.sum(axis=1), y.sum(axis=1))
-
-    size = np.where(n > 0, divide((count**2).sum(axis=1), n), 1)[:, None]
-    none = np.zeros_like(size)
-    x, y = np.hstack([x, size, none]), np.hstack([y, none, size])
-    count = np.hstack([count, size, size])
-    m, of = count.sum(axis=1), present + 2
-    mean_x, mean_y = x.sum(axis=1) / m, y.sum(axis=1) / m
-    off_x, off_y = x - count * mean_x[:, None], y - count * mean_y[:, None]
-    scale = of / ((of - 1) * m**2)
-    var_x, var_y = scale * (off_x**2).sum(axis=1), scale * (off_y**2).sum(axis=1)
-    cov = scale * (off_x * off_y).sum(axis=1)
-    t2 = stats.t.ppf((1 + confidence) / 2, of - 1) ** 2
-    a, b, c = mean_y**2 - t2 * var_y, mean_x * mean_y - t2 * cov, mean_x**2 - t2 * var_x
-    bounded = a > 0
-    root = np.sqrt(np.maximum(b**2 - a * c, 0))
-    low = np.where(bounded, np.maximum(divide(b - root, a), 0), 0.0)
-    high = np.where(bounded, divide(b + root, a), np.nan)
-    known = np.isfinite(estimate)
-    low, high = np.fmin(low, estimate), np.where(bounded, np.fmax(high, estimate), np.nan)
-    method = _named(FIELLER, moments(np.where(missing, np.nan, numerator), clusters))
-    return Interval(estimate, np.where(known, low, np.nan), np.where(known, high, np.nan), n, method, present)
-
-
-def sign_flip_p(differences: np.ndarray, resamples: int, seed: int, clusters: np.ndarray | None = None) -> np.ndarray:
-    """Two-sided p-values [cells] of the paired permutation test that the mean difference is 0 (Fisher 1935).
-
-    The same as `scipy.stats.permutation_test(permutation_type="samples")`, cell by cell, with one set of sign flips
-    shared by all cells of the same n. All 2^n flips where they are fewer than ``resamples``. Clusters flip as a whole.
-    """
-    if clusters is not None:
-        count, total = sums(differences, clusters)
-        differences = np.where(count > 0, total, np.nan)
-    n = (~np.isnan(differences)).sum(axis=1)
-    p = np.ones(len(differences))
-    for size in np.unique(n[n > 0]).tolist():
-        cells = np.flatnonzero(n == size)
-        compact = np.stack([differences[i][~np.isnan(differences[i])] for i in cells])
-        exact = 2**size <= resamples
-        if exact:
-            signs = 1.0 - 2.0 * (np.arange(2**size)[:, None] >> np.arange(size) & 1)
-        else:
-            signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(resamples, size))
-        for start in range(0, len(cells), 256):
-            part = compact[start : start + 256]
-            observed = np.abs(part.sum(axis=1))
-            extreme = (np.abs(signs @ part.T) >= observed - 1e-9).sum(axis=0)
-            chunk = extreme / len(signs) if exact else (extreme + 1) / (resamples + 1)
-            p[cells[start : start + 256]] = chunk
-    return p

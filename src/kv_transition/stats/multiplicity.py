@@ -22,13 +22,33 @@ def holm(p: np.ndarray, tests: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def adjust(rows: Sequence[dict[str, Any]]) -> None:
-    """Add ``p_holm`` and the family's size ``tests`` to the rows that have a ``family`` (Holm 1979)."""
+def levels(p: np.ndarray, alpha: float) -> np.ndarray:
+    """Return the level at which the interval of each test of a family ``p [tests]`` agrees with Holm's decision.
+
+    alpha / tests, Bonferroni's, whose intervals hold together; only where Holm's procedure rejects and Bonferroni's
+    does not, the level of Holm's step. So an interval excludes 0 exactly where the adjusted p-value is below alpha.
+    """
+    tests = len(p)
+    rejected = holm(p[None], np.array([tests]))[0] < alpha
+    step = np.empty(tests)
+    step[np.argsort(p)] = alpha / (tests - np.arange(tests))
+    return np.where(rejected & (p >= alpha / tests), step, alpha / tests)
+
+
+def adjust(rows: Sequence[dict[str, Any]], alpha: float | None = None) -> None:
+    """Add ``p_holm`` and the family's size ``tests`` to the rows that have a ``family`` (Holm 1979).
+
+    With ``alpha`` also ``level``: that of the interval that agrees with the adjusted p-value (see `levels`).
+    """
     families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if "family" in row:
             families.setdefault(row["family"], []).append(row)
     for family in families.values():
-        adjusted = holm(np.array([[row["p_value"] for row in family]]), np.array([len(family)]))[0]
+        p_values = np.array([row["p_value"] for row in family])
+        adjusted = holm(p_values[None], np.array([len(family)]))[0]
         for row, p in zip(family, adjusted, strict=True):
             row["p_holm"], row["tests"] = float(p), len(family)
+        if alpha is not None:
+            for row, level in zip(family, levels(p_values, alpha), strict=True):
+                row["level"] = float(level)

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from kv_transition.provenance import rows_to_table, write_table
-from kv_transition.stats import agreement, frames, intervals
+from kv_transition.stats import agreement, frames, intervals, paired
 from kv_transition.stats.examples import FULL, Statistics, by_cell, inherited, padded
 from kv_transition.stats.intervals import Interval, finite
 from kv_transition.stats.multiplicity import adjust
@@ -155,8 +155,8 @@ def _last_turn(own: pl.DataFrame, by: str, statistics: Statistics) -> list[Row]:
     both = both.sort(*CELL, "conversation_id").with_columns(cluster="conversation_id")
     lists = by_cell(both, CELL)
     difference = padded(lists[by]) - padded(lists[f"{by}_full"])
-    found = intervals.bounded_mean(difference, statistics.confidence, (-1, 1))
-    p = intervals.sign_flip_p(difference, statistics.resamples, statistics.seed)
+    tested = paired.difference(difference)
+    found, p = tested.interval(statistics.confidence), tested.p
     for i, row in enumerate(_rows(lists.select(CELL).to_dicts(), "last_turn_difference", by, found)):
         rows.append(
             row

@@ -194,7 +194,7 @@ def _last_turn(stats: pl.DataFrame, cells: Iterable[Cell]) -> list[Row]:
             found, middle = difference.get(cell), half.get(cell)
             rows.append(_name(cell) | {
                 "by": BY[by], "last": _number(last[cell]), "difference": _number(found, 3, signed=True),
-                "p": p_value(found["p_holm"]) if found and found["p_holm"] is not None else DASH,
+                "p": labels.tested(found) if found and found["p_holm"] is not None else DASH,
                 "half": _half(middle), "n": last[cell]["n"],
             })  # fmt: skip
     return rows

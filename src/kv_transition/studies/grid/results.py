@@ -21,6 +21,11 @@ BYTES_IN_ALL = pl.col("raw").str.json_path_match("$.total_bytes").cast(pl.Float6
 """of the answers of policies that keep what they evict in other memory; null for all others"""
 
 
+def in_family(row: Row | None) -> Row | None:
+    """Return a comparison with the interval that belongs to its p-value after Holm."""
+    return row and row | {"ci_low": row["holm_low"], "ci_high": row["holm_high"]}
+
+
 @dataclass(frozen=True)
 class Results:
     """The tables of one experiment."""

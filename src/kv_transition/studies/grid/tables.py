@@ -74,7 +74,8 @@ BIN_STATS = pa.schema(
 
 # A paired difference against `reference_policy` at `reference_budget` on the same examples: comparisons.parquet (from
 # the full cache) and pairs.parquet (from another policy). `effect`: share of the examples that are better minus share
-# that are worse; `mdd`: the true difference that such a test finds with a power of 80 %.
+# that are worse, `effect_p` the p-value that it is 0; `holm_low` and `holm_high`: the interval that excludes 0 exactly
+# where p_holm is below 1 - confidence; `mdd`: the true difference that such a test finds with a power of 80 %.
 COMPARISONS = pa.schema(
     {
         **CELL_KEY,
@@ -83,9 +84,12 @@ COMPARISONS = pa.schema(
         "reference_budget": TEXT,
         **ESTIMATE,
         **TESTED,
+        "holm_low": FLOAT,
+        "holm_high": FLOAT,
         "effect": FLOAT,
         "effect_low": FLOAT,
         "effect_high": FLOAT,
+        "effect_p": FLOAT,
         "mdd": FLOAT,
     }
 )

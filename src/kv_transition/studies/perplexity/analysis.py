@@ -22,7 +22,7 @@ from kv_transition.stats import frames
 from kv_transition.stats.association import METHOD, Carriers, kish, resample_weights, summarised
 from kv_transition.stats.clusters import divide
 from kv_transition.stats.examples import FULL, Statistics, inherited, is_full
-from kv_transition.stats.intervals import finite, sign_flip_p
+from kv_transition.stats.intervals import finite
 from kv_transition.stats.multiplicity import adjust
 from kv_transition.studies.perplexity.tables import PERPLEXITY_PAIRS, PERPLEXITY_STATS
 
@@ -41,17 +41,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Share:
-    """A sum over windows divided by another: ``value`` and bounds, NaN where one book cannot give them."""
+    """A sum over windows divided by another: ``value`` and bounds, NaN where one book cannot give them.
+
+    ``p``: two-sided, that it is 0 (of a ratio, `exp`, that it is 1); below 1 - confidence just where the interval
+    excludes that.
+    """
 
     value: float
     low: float
     high: float
+    p: float = np.nan
 
     def columns(self, name: str) -> Row:
         return {name: finite(self.value), f"{name}_low": finite(self.low), f"{name}_high": finite(self.high)}
 
     def exp(self) -> Share:
-        return Share(float(np.exp(self.value)), float(np.exp(self.low)), float(np.exp(self.high)))
+        return Share(*(float(np.exp(end)) for end in (self.value, self.low, self.high)), self.p)
 
     def rest(self) -> Share:
         """1 minus it."""
@@ -71,7 +76,7 @@ def share(top: np.ndarray, bottom: np.ndarray, book: np.ndarray, statistics: Sta
     sums = np.column_stack([np.bincount(book, weights=column[there], minlength=books) for column in (top, bottom)])
     drawn = resample_weights(books, statistics.resamples, statistics.seed) @ sums
     found = summarised(divide(*drawn.T), Carriers(books, kish(sums[:, 1])), statistics.confidence)
-    return Share(found.value, found.low, found.high)
+    return Share(found.value, found.low, found.high, found.p)
 
 
 def read_windows(paths: Sequence[str], expected: Mapping[str, str] | None = None) -> pl.DataFrame:
@@ -131,7 +136,8 @@ def _method(books: int) -> str:
 def perplexity(windows: pl.DataFrame, statistics: Statistics) -> pa.Table:
     """A row per corpus, policy, budget and length bin, and over all lengths (tables.PERPLEXITY_STATS).
 
-    The full cache's own ratio is 1 by definition and has no interval.
+    The full cache's own ratio is 1 by definition and has no interval. p-values are of the same inference as the
+    interval of the ratio, Holm-adjusted over the policies and bins of a corpus and budget (all lengths apart).
     """
     full = windows.filter(is_full()).select(*WINDOW, nll_full="nll_sum", tokens_full="n_tokens")
     both = windows.join(full, on=WINDOW, how="left", maintain_order="left")
@@ -139,7 +145,11 @@ def perplexity(windows: pl.DataFrame, statistics: Statistics) -> pa.Table:
     for level in _levels(both):
         for key, own in level.group_by(CELL, maintain_order=True):
             rows.append(dict(zip(CELL, key, strict=True)) | _cell(own, statistics))
-    return rows_to_table(rows, PERPLEXITY_STATS)
+    for row in rows:
+        if row["p_value"] is not None:
+            row["family"] = f"{row['corpus']}/{row['budget']}/{'all lengths' if row['bin'] is None else 'by bin'}"
+    adjust(rows)
+    return rows_to_table([{k: v for k, v in row.items() if k != "tests"} for row in rows], PERPLEXITY_STATS)
 
 
 def _cell(own: pl.DataFrame, statistics: Statistics) -> Row:
@@ -159,6 +169,7 @@ def _cell(own: pl.DataFrame, statistics: Statistics) -> Row:
         ratio = share(nll - reference, tokens, _codes(paired), statistics).exp()
     books = scored["book_id"].n_unique()
     return found | ratio.columns("ratio") | {
+        "p_value": finite(ratio.p),
         "context_min": own["context_tokens"].min(),
         "context_max": own["context_tokens"].max(),
         "paired": paired.height,
@@ -192,8 +203,8 @@ def pairs_of(policies: Options) -> list[tuple[str, str]]:
 def merge_against_drop(windows: pl.DataFrame, policies: Options, statistics: Statistics) -> pa.Table:
     """Each merging policy against the one that drops the same spans, on the same windows (tables.PERPLEXITY_PAIRS).
 
-    p-values are of the paired permutation test of the nll, whose signs flip by book; Holm-adjusted over all pairs,
-    budgets and bins of a corpus (those over all lengths apart).
+    p-values are of the same inference as the ratio's interval; Holm-adjusted over all pairs, budgets and bins of a
+    corpus (those over all lengths apart).
     """
     rows = []
     for merging, dropping in pairs_of(policies):
@@ -214,20 +225,20 @@ def merge_against_drop(windows: pl.DataFrame, policies: Options, statistics: Sta
 def _pair(own: pl.DataFrame, statistics: Statistics) -> Row:
     nll, other, tokens = _floats(own, "nll_sum", "nll_sum_other", "n_tokens")
     book, books = _codes(own), own["book_id"].n_unique()
-    p = sign_flip_p((nll - other)[None], statistics.resamples, statistics.seed, book[None])
+    ratio = share(nll - other, tokens, book, statistics).exp()
 
     def gone(suffix: str) -> float | None:
         before, after = (own[f"{name}{suffix}"].sum() for name in ("bytes_before", "bytes_after"))
         return 1 - after / before if before else None
 
-    return share(nll - other, tokens, book, statistics).exp().columns("ratio") | {
+    return ratio.columns("ratio") | {
         "context_min": own["context_tokens"].min(),
         "context_max": own["context_tokens"].max(),
         "n": own.height,
         "clusters": books,
         "exploratory": books < EXPLORATORY,
         "method": _method(books),
-        "p_value": float(p[0]),
+        "p_value": 1.0 if np.isnan(ratio.p) else ratio.p,
         "compression": gone(""),
         "reference_compression": gone("_other"),
     }

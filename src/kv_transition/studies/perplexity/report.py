@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from kv_transition import labels
-from kv_transition.labels import p_value
 from kv_transition.policies import catalog
 from kv_transition.report.numbers import DASH, MISSING, Number, kept_of, sentence
 from kv_transition.report.section import Section
@@ -185,7 +184,7 @@ def _merging(pairs: pl.DataFrame, alpha: float) -> Row:
             "corpus": row["corpus"] if several else "", "span": names[row["corpus"], row["bin"]],
             "kept": labels.budget(row["budget"]), "compression": _percent(row["compression"]),
             "other": _percent(row["reference_compression"]), "ratio": _number(row, "ratio", 4),
-            "p": p_value(row["p_holm"]), "n": f"{row['n']} ({row['clusters']})", "outcome": outcome,
+            "p": labels.tested(row), "n": f"{row['n']} ({row['clusters']})", "outcome": outcome,
             "order": (row["corpus"], labels.budget_order(row["budget"]), row["policy"]),
         })  # fmt: skip
     rows.sort(key=lambda r: r["order"])

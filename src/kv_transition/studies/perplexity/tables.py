@@ -65,6 +65,7 @@ PERPLEXITY_STATS = pa.schema(
         "perplexity_low": FLOAT,
         "perplexity_high": FLOAT,
         **RATIO,
+        **TESTED,
         "paired": INT,
         "compression": FLOAT,
         "compression_low": FLOAT,

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from kv_transition import labels, parsing
 from kv_transition.provenance import rows_to_table, write_table
-from kv_transition.stats import intervals
+from kv_transition.stats import intervals, paired
 from kv_transition.stats.examples import Statistics, by_cell, inherited, padded
 from kv_transition.stats.multiplicity import adjust
 from kv_transition.studies.grid.tables import COMPARISONS
@@ -79,9 +79,9 @@ def points(scores: pa.Table, policies: Options, confidence: float) -> list[dict[
 def recall_moments(scores: pa.Table, policies: Options, statistics: Statistics) -> pa.Table:
     """Entropy's moments minus the others' on the same examples, over all lengths (tables.COMPARISONS, bin null).
 
-    ``score`` with the p-value of the paired permutation test, Holm-adjusted within a task and mode over all policies
-    and budgets whose control recalls at moments of chance; ``triggers`` and ``moved_bytes`` show whether it recalled as
-    often and moved as much.
+    ``score`` with the p-value of the same inference as its interval, Holm-adjusted within a task and mode over all
+    policies and budgets whose control recalls at moments of chance; ``triggers`` and ``moved_bytes`` show whether it
+    recalled as often and moved as much.
     """
     frame, rows = answers(scores, policies), []
     for treated, other in pairs_of(policies):
@@ -98,8 +98,8 @@ def _differences(lists: pl.DataFrame, treated: str, other: str, how: str, statis
     clusters, confidence = padded(lists["cluster"]), statistics.confidence
     gain = {name: padded(lists[name]) - padded(lists[f"{name}_other"]) for name in ("score", "triggers", "moved_bytes")}
     found = {name: intervals.mean(gain[name], confidence, clusters) for name in ("triggers", "moved_bytes")}
-    found["score"] = intervals.bounded_mean(gain["score"], confidence, (-1, 1), clusters)
-    p = intervals.sign_flip_p(gain["score"], statistics.resamples, statistics.seed, clusters)
+    tested = paired.difference(gain["score"], clusters)
+    found["score"], p = tested.interval(confidence), tested.p
     rows = []
     for i, cell in enumerate(lists.select("task", "mode", "budget").to_dicts()):
         pair = cell | {"policy": treated, "reference_policy": other, "reference_budget": cell["budget"]}

@@ -177,7 +177,7 @@ def _moments(table: pl.DataFrame, policies: Mapping[str, Any], alpha: float) -> 
             "mode": labels.mode(named["mode"]), "task": named["task"], "policy": named["policy"],
             "budget": labels.budget(named["budget"]), "other": other if other == chosen else f"{other} ({chosen})",
             "score": number(score, "", 3, signed=True, source=source),
-            "p": p_value(score["p_holm"]) if chosen in recall_moments.CHANCE else DASH,
+            "p": labels.tested(score) if chosen in recall_moments.CHANCE else DASH,
             "triggers": number(cell["triggers"], "", 1, signed=True, source=source[:-5] + "triggers"),
             "moved": _mebibytes(cell["moved_bytes"], source[:-5] + "moved_bytes"), "n": score["n"],
         })  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ import pyarrow as pa
 from statsmodels.stats.power import TTestPower
 
 from kv_transition.provenance import rows_to_table
-from kv_transition.stats import intervals
-from kv_transition.stats.clusters import moments
-from kv_transition.stats.examples import CELL, FULL, Statistics, by_cell, example_values, is_full, padded, paired
+from kv_transition.stats import intervals, paired
+from kv_transition.stats.examples import CELL, FULL, Statistics, by_cell, example_values, is_full, on_both, padded
 from kv_transition.stats.intervals import Interval, finite
 from kv_transition.stats.multiplicity import adjust
 from kv_transition.studies.grid.tables import COMPARISONS
@@ -27,11 +26,11 @@ def comparisons(scores: pa.Table, statistics: Statistics) -> pa.Table:
 
     ``score`` and ``failure_rate`` per bin, and over all bins together (``bin`` null), where two ratios stand beside
     them: ``score_ratio`` (mean score over the full cache's) and ``speedup`` (how many times faster an answer is,
-    geometric mean). p-values are of the paired permutation test, Holm-adjusted within a family: one task, mode, budget
-    and statistic, over all its policies and bins. Alias rows are left out.
+    geometric mean). Interval and p-value are one inference (`stats.paired`); p-values are Holm-adjusted within a
+    family: one task, mode, budget and statistic, over all its policies and bins. Alias rows are left out.
     """
     frame = example_values(scores).filter(~pl.col("alias"))
-    both = paired(frame.filter(~is_full()), frame.filter(is_full()), ["task", "mode"], "_full")
+    both = on_both(frame.filter(~is_full()), frame.filter(is_full()), ["task", "mode"], "_full")
     both = both.with_columns(reference_policy=pl.lit(FULL["policy"]), reference_budget=pl.lit(FULL["budget"]))
     rows: list[dict[str, Any]] = []
     for level in _by_bin_and_over_all(both):
@@ -39,8 +38,7 @@ def comparisons(scores: pa.Table, statistics: Statistics) -> pa.Table:
         rows += _differences(lists, "_full", statistics)
         if lists["bin"].null_count():
             rows += _ratios(lists, statistics.confidence)
-    adjust(rows)
-    return rows_to_table([_with_detectable(row, statistics.alpha) for row in rows], COMPARISONS)
+    return rows_to_table(_in_families(rows, statistics.alpha), COMPARISONS)
 
 
 def pairs(scores: pa.Table, statistics: Statistics) -> pa.Table:
@@ -50,14 +48,13 @@ def pairs(scores: pa.Table, statistics: Statistics) -> pa.Table:
     its pairs and bins. Alias rows and the full cache are left out.
     """
     frame = example_values(scores).filter(~pl.col("alias") & ~is_full())
-    both = paired(frame, frame, ["task", "mode", "budget"], "_reference")
+    both = on_both(frame, frame, ["task", "mode", "budget"], "_reference")
     both = both.filter(pl.col("policy") < pl.col("policy_reference")).rename({"policy_reference": "reference_policy"})
     both = both.with_columns(reference_budget="budget")
     rows: list[dict[str, Any]] = []
     for level in _by_bin_and_over_all(both):
         rows += _differences(by_cell(level, [*CELL, "reference_policy", "reference_budget"]), "_reference", statistics)
-    adjust(rows)
-    return rows_to_table([_with_detectable(row, statistics.alpha) for row in rows], COMPARISONS)
+    return rows_to_table(_in_families(rows, statistics.alpha), COMPARISONS)
 
 
 def _by_bin_and_over_all(both: pl.DataFrame) -> list[pl.DataFrame]:
@@ -71,10 +68,9 @@ def _differences(lists: pl.DataFrame, suffix: str, statistics: Statistics) -> li
     clusters, rows = padded(lists["cluster"]), []
     for name, column in COMPARED.items():
         difference = padded(lists[column]) - padded(lists[f"{column}{suffix}"])
-        found = intervals.bounded_mean(difference, statistics.confidence, (-1, 1), clusters)
-        effect = intervals.bounded_mean(np.sign(difference), statistics.confidence, (-1, 1), clusters)
-        p = intervals.sign_flip_p(difference, statistics.resamples, statistics.seed, clusters)
-        error, size = standard_error(difference, clusters)
+        tested, signs = paired.difference(difference, clusters), paired.difference(np.sign(difference), clusters)
+        found, effect = (of.interval(statistics.confidence) for of in (tested, signs))
+        p, effect_p = tested.p, signs.p
         for i, key in enumerate(keys):
             scope = "all bins" if key["bin"] is None else "by bin"
             row = {**key, "statistic": name, **found.row(i), "method": f"paired, {found.method[i]}"}
@@ -85,7 +81,8 @@ def _differences(lists: pl.DataFrame, suffix: str, statistics: Statistics) -> li
                     "effect": finite(effect.estimate[i]),
                     "effect_low": finite(effect.low[i]),
                     "effect_high": finite(effect.high[i]),
-                    "mdd": (float(error[i]), float(size[i])),
+                    "effect_p": float(effect_p[i]),
+                    "tested": partial(_at_level, tested.one(i)),
                 }
             rows.append(row)
     return rows
@@ -94,7 +91,7 @@ def _differences(lists: pl.DataFrame, suffix: str, statistics: Statistics) -> li
 def _ratios(lists: pl.DataFrame, confidence: float) -> list[dict[str, Any]]:
     keys = lists.select(*CELL, "reference_policy", "reference_budget").to_dicts()
     clusters = padded(lists["cluster"])
-    kept = intervals.ratio(padded(lists["score"]), padded(lists["score_full"]), confidence, clusters)
+    kept = paired.ratio(padded(lists["score"]), padded(lists["score_full"]), confidence, clusters)
     with np.errstate(divide="ignore", invalid="ignore"):
         faster = np.log(padded(lists["latency_s_full"]) / padded(lists["latency_s"]))
     faster[~np.isfinite(faster)] = np.nan
@@ -114,35 +111,41 @@ def why_missing(interval: Interval, alone: np.ndarray) -> Interval:
     return Interval(interval.estimate, interval.low, interval.high, interval.n, method, interval.clusters)
 
 
-def standard_error(difference: np.ndarray, clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Of means of differences in [-1, 1], as `intervals.bounded_mean` has it; and how many effective clusters."""
-    unit = (difference + 1) / 2
-    coin = np.all(np.isin(unit, (0, 1)) | np.isnan(unit), axis=1)
-    of = moments(unit, clusters)
-    phi = intervals.relative_variance(of, coin)[0]
-    most = np.maximum(of.mean * (1 - of.mean), 1e-12)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return 2 * np.sqrt(phi * most / of.n), of.effective
+def _at_level(tested: paired.Paired, alpha: float, tests: int, level: float) -> dict[str, float | None]:
+    """What a row says of its family: the interval that agrees with Holm's decision, and what could be detected.
+
+    ``mdd`` at the level that the strictest step of Holm leaves; null where it exceeds 1.
+    """
+    at = tested.interval(1 - level)
+    clusters, error = int(tested.clusters[0]), float(tested.gained[1][0])
+    found = detectable(clusters, alpha / tests)
+    # the mean after the additional pair has to be that far from 0
+    wanted = None if found is None else ((clusters + 1) ** 1.5 * found * error + 1) / clusters
+    return {
+        "holm_low": finite(at.low[0]),
+        "holm_high": finite(at.high[0]),
+        "mdd": wanted if wanted is not None and wanted <= 1 else None,
+    }
 
 
 @lru_cache(maxsize=4096)
-def detectable(size: float, alpha: float, power: float = POWER) -> float | None:
+def detectable(clusters: int, alpha: float, power: float = POWER) -> float | None:
     """The smallest true mean, in standard deviations, that a two-sided paired test finds with this power.
 
-    By the noncentral t distribution (statsmodels). None where no data at all could be significant: ``size``
-    sign flips have the smallest p-value 2^(1 - size).
+    By the noncentral t distribution (statsmodels), with the additional pair among the values. None where no data at
+    all could be significant: not even if every pair is lost.
     """
-    if 2.0 ** (1 - size) > alpha or size < 2:
+    if clusters < 2 or not paired.difference(np.full((1, clusters), -1.0)).p[0] < alpha:
         return None
-    return float(TTestPower().solve_power(effect_size=None, nobs=size, alpha=alpha, power=power))
+    found = TTestPower().solve_power(effect_size=None, nobs=clusters + 1, alpha=alpha, power=power)
+    return float(np.squeeze(found))  # one of its solvers answers with an array
 
 
-def _with_detectable(row: dict[str, Any], alpha: float) -> dict[str, Any]:
-    """``mdd`` at the level that the strictest step of Holm leaves in the row's family; null where it exceeds 1."""
-    if "mdd" not in row:
-        return row
-    error, size = row["mdd"]
-    found = detectable(round(size, 6), alpha / row["tests"])
-    wanted = None if found is None else found * error * size**0.5
-    rest = {k: v for k, v in row.items() if k != "tests"}
-    return rest | {"mdd": wanted if wanted is not None and wanted <= 1 else None}
+def _in_families(rows: list[dict[str, Any]], alpha: float) -> list[dict[str, Any]]:
+    """The rows with what follows from the family that each is tested in."""
+    adjust(rows, alpha)
+    made = []
+    for row in rows:
+        rest = {k: v for k, v in row.items() if k not in ("tested", "tests", "level")}
+        made.append(rest | (row["tested"](alpha, row["tests"], row["level"]) if "tested" in row else {}))
+    return made

@@ -12,20 +12,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from scipy import stats
 
 from kv_transition import labels
 from kv_transition.provenance import rows_to_table
-from kv_transition.stats import intervals
-from kv_transition.stats.clusters import divide, sums
-from kv_transition.stats.examples import CELL, Statistics, by_cell, example_values, is_full, padded, paired
+from kv_transition.stats import paired
+from kv_transition.stats.examples import CELL, Statistics, by_cell, example_values, is_full, on_both, padded
 from kv_transition.stats.intervals import Interval, finite
 from kv_transition.stats.multiplicity import adjust
 from kv_transition.studies.grid.tables import NONINFERIORITY, SMALLEST_BUDGET
 
 KEPT = 0.95
-SEQUENCE = f"ratio: {intervals.FIELLER}; budget: fixed sequence of tests of non-inferiority"
-LOST_PAIR = "lower end: Student t with one more pair lost; upper end: {}"
+SEQUENCE = f"ratio: {paired.FIELLER}; budget: fixed sequence of tests of non-inferiority"
 
 
 def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT) -> pa.Table:
@@ -36,7 +33,7 @@ def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT)
     p_holm < (1 - confidence) / 2, which for a single test is where the interval lies above 0.
     """
     frame = example_values(scores).filter(~pl.col("alias"))
-    both = paired(frame.filter(~is_full()), frame.filter(is_full()), ["task", "mode"], "_full")
+    both = on_both(frame.filter(~is_full()), frame.filter(is_full()), ["task", "mode"], "_full")
     rows: list[dict[str, Any]] = []
     levels = [both, both.with_columns(bin=pl.lit(None, dtype=both.schema["bin"]))] if both.height else []
     for level in levels:
@@ -45,7 +42,7 @@ def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT)
         clusters = padded(lists["cluster"])
         score, full = padded(lists["score"]), padded(lists["score_full"])
         found, p = margin(score - kept * full, kept, statistics.confidence, clusters)
-        ratio = intervals.ratio(score, full, statistics.confidence, clusters)
+        ratio = paired.ratio(score, full, statistics.confidence, clusters)
         for i, key in enumerate(keys):
             row = {**key, "kept": kept, **found.row(i), "method": f"paired, {found.method[i]}"}
             if found.n[i]:
@@ -71,25 +68,11 @@ def margin(
 ) -> tuple[Interval, np.ndarray]:
     """The mean of d = score - kept * full score ``[cells, n]``, and one-sided p-values [cells] that it is not above 0.
 
-    Student's t after one more pair that the policy loses altogether (d = -kept; with clusters, a document of mean
-    size): without it twenty equal pairs, whose spread is 0, would prove that nothing is ever lost, and the rate of
-    wrong claims at the margin would be near twice the nominal one. p < (1 - confidence) / 2 just where the lower bound
-    lies above 0; the upper bound is `intervals.bounded_mean`'s.
+    The test of `stats.paired`: a pair that is lost altogether has d = -kept. p < (1 - confidence) / 2 just where the
+    lower bound lies above 0, which is just where that of the ratio lies above ``kept``.
     """
-    found = intervals.bounded_mean(difference, confidence, (-kept, 1.0), clusters)
-    count, total = sums(difference, clusters)
-    present = (count > 0).sum(axis=1)
-    size = np.where(present > 0, divide((count**2).sum(axis=1), count.sum(axis=1)), 1)[:, None]
-    count, total = np.hstack([count, size]), np.hstack([total, -kept * size])
-    n = count.sum(axis=1)
-    mean = total.sum(axis=1) / n
-    squares = ((total - count * mean[:, None]) ** 2).sum(axis=1)
-    error = np.sqrt(divide(squares * (present + 1), n**2 * present))
-    low = mean - stats.t.ppf((1 + confidence) / 2, np.maximum(present, 1)) * error
-    p = stats.t.sf(divide(mean, error), np.maximum(present, 1))
-    method = np.array([LOST_PAIR.format(name) for name in found.method], dtype=object)
-    low = np.maximum(np.fmin(low, found.estimate), -kept)
-    return Interval(found.estimate, low, found.high, found.n, method, found.clusters), np.where(present > 0, p, np.nan)
+    tested = paired.difference(difference, clusters, (-kept, 1.0))
+    return tested.interval(confidence), tested.p_above
 
 
 @lru_cache(maxsize=256)

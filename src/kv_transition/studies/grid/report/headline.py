@@ -11,7 +11,7 @@ from kv_transition import labels
 from kv_transition.labels import p_value, signed
 from kv_transition.report.numbers import MISSING, kept_of, listed, number, sentence, tokens_of
 from kv_transition.stats.examples import FULL
-from kv_transition.studies.grid.results import Results
+from kv_transition.studies.grid.results import Results, in_family
 from kv_transition.studies.grid.tradeoff import footprints
 
 KEPT = 0.95  # a bin is without loss while the mean is at least this share of the full cache's
@@ -42,7 +42,7 @@ def holds(results: Results, task: str, mode: str, policy: str, budget: str) -> H
     """The longest run of bins from the shortest on in which no loss was seen.
 
     A bin holds if the mean is at least `KEPT` of the full cache's and neither score nor failure rate is significantly
-    worse (paired permutation test, Holm within the family).
+    worse (after Holm within the family).
     """
     last, hidden, alpha = None, None, 1 - results.confidence
     for bin in results.bins(task):
@@ -163,7 +163,7 @@ def answer(results: Results, task: str, mode: str, tested: pl.DataFrame | None =
         alpha = 1 - results.confidence
         if pooled and pooled["p_holm"] is not None and pooled["p_holm"] < alpha and pooled["estimate"] < 0:
             p = p_value(pooled["p_holm"])
-            text += f" Over all lengths together a difference shows: {signed(pooled)}, p = {p} after Holm."
+            text += f" Over all lengths together a difference shows: {signed(in_family(pooled))}, p = {p} after Holm."
         if tested is not None:
             text += f" That it keeps {100 * KEPT:g} % is {'' if shown else 'not '}shown (non-inferiority)."
         less = [b for b in budgets if labels.budget_order(b) > labels.budget_order(smallest)]

@@ -14,7 +14,7 @@ from kv_transition.stats.examples import FULL
 from kv_transition.studies.grid import tradeoff
 from kv_transition.studies.grid.plots import failure_rows
 from kv_transition.studies.grid.report.findings import OUTCOMES
-from kv_transition.studies.grid.results import Results
+from kv_transition.studies.grid.results import Results, in_family
 
 STATES = {
     "sound": ("●", "sound: the mean's lower bound is at least half of the full cache's"),
@@ -175,9 +175,10 @@ def differences(results: Results) -> list[dict[str, Any]]:
                 continue
             rows.append({
                 "policy": policy, "budget": labels.budget(budget), "n": score["n"],
-                "score": number(score, "comparisons", signed=True), "score_p": labels.p_value(score["p_holm"]),
+                "score": number(in_family(score), "comparisons", signed=True),
+                "score_p": labels.p_value(score["p_holm"]),
                 "detectable": None if score.get("mdd") is None else f"{score['mdd']:.2f}",
-                "failed": number(failed, "comparisons", signed=True),
+                "failed": number(in_family(failed), "comparisons", signed=True),
                 "failed_p": labels.p_value(failed["p_holm"] if failed else None),
             })  # fmt: skip
         found.append({"heading": results.heading(task, mode), "rows": rows})
@@ -193,7 +194,7 @@ def between(results: Results, pairs: pl.DataFrame | None) -> list[dict[str, Any]
         rows = [
             {
                 "names": f"{row['policy']} minus {row['reference_policy']}", "budget": labels.budget(row["budget"]),
-                "score": number(row, "pairs", signed=True,
+                "score": number(in_family(row), "pairs", signed=True,
                                 source=f"{source_of('pairs', row)}/{row['reference_policy']}"),
                 "p": labels.p_value(row["p_holm"]), "n": row["n"],
             }

@@ -1,0 +1,161 @@
+"""One inference for all that is compared on the same examples: interval and p-value come from the same test.
+
+The test: Student's t after one more pair that speaks against the claim. A claim that the policy is better, or keeps
+enough, has to survive a pair that it loses altogether; a claim that it is worse, a pair that it gains altogether.
+Without such a pair equal answers, whose spread is 0, would prove that nothing ever differs. The interval holds the
+values that the test does not reject, so it excludes 0 exactly where p < 1 - confidence, and the interval of a ratio
+excludes 1 exactly where that of the difference excludes 0. Coverage and size: docs/statistics.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from kv_transition.stats.clusters import divide, moments, sums
+from kv_transition.stats.intervals import CLUSTERED, Interval
+
+METHOD = "Student t with one more pair lost (lower end) or gained (upper end)"
+FIELLER = "Fieller with one more pair lost (lower end) or gained (upper end)"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean differences [cells] and the test of them; see `difference`.
+
+    ``lost`` and ``gained``: mean and standard error [cells] after the additional pair; ``clusters`` of them are there,
+    one fewer than values, so that they are the degrees of freedom too. ``ends``: the smallest and the largest mean.
+    """
+
+    estimate: np.ndarray
+    n: np.ndarray
+    clusters: np.ndarray
+    method: np.ndarray
+    lost: tuple[np.ndarray, np.ndarray]
+    gained: tuple[np.ndarray, np.ndarray]
+    ends: tuple[float, float]
+
+    @property
+    def p_above(self) -> np.ndarray:
+        """One-sided p-values [cells] that the mean is not above 0."""
+        return self._p(*self.lost)
+
+    @property
+    def p_below(self) -> np.ndarray:
+        """One-sided p-values [cells] that the mean is not below 0."""
+        mean, error = self.gained
+        return self._p(-mean, error)
+
+    @property
+    def p(self) -> np.ndarray:
+        """Two-sided p-values [cells] that the mean is 0; NaN where there is no pair."""
+        return np.minimum(1, 2 * np.minimum(self.p_above, self.p_below))
+
+    def interval(self, confidence: float | np.ndarray) -> Interval:
+        """Return the interval of each cell; ``confidence`` may differ between the cells [cells]."""
+        t = stats.t.ppf((1 + np.asarray(confidence)) / 2, np.maximum(self.clusters, 1))
+        low = np.maximum(self.lost[0] - t * self.lost[1], self.ends[0])
+        high = np.minimum(self.gained[0] + t * self.gained[1], self.ends[1])
+        low, high = np.fmin(low, self.estimate), np.fmax(high, self.estimate)
+        known = self.n > 0
+        low, high = np.where(known, low, np.nan), np.where(known, high, np.nan)
+        return Interval(self.estimate, low, high, self.n, self.method, self.clusters)
+
+    def one(self, i: int) -> Paired:
+        """Return cell ``i`` alone."""
+        part = slice(i, i + 1)
+        arrays = (self.estimate[part], self.n[part], self.clusters[part], self.method[part])
+        lost, gained = ((mean[part], error[part]) for mean, error in (self.lost, self.gained))
+        return Paired(*arrays, lost, gained, self.ends)
+
+    def _p(self, mean: np.ndarray, error: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.where(error > 0, mean / error, np.where(mean == 0, 0, np.sign(mean) * np.inf))
+        return np.where(self.n > 0, stats.t.sf(t, np.maximum(self.clusters, 1)), np.nan)
+
+
+def difference(values: np.ndarray, clusters: np.ndarray | None = None, ends: tuple[float, float] = (-1, 1)) -> Paired:
+    """Return the mean of paired differences ``values [cells, n]`` with its test; NaN where a pair is missing.
+
+    ``ends``: the differences of a pair that is lost, or gained, altogether. ``clusters``: codes of shared documents
+    of the same shape; the additional pair is then a document of mean size, and the variance that between documents.
+    """
+    count, total = sums(values, clusters)
+    n, present = count.sum(axis=1), (count > 0).sum(axis=1)
+    size = _mean_size(count, n)
+    lost, gained = (_mean_and_error(count, total, size, end * size, present) for end in ends)
+    method = np.where(moments(values, clusters).single, METHOD, METHOD + CLUSTERED).astype(object)
+    return Paired(divide(total.sum(axis=1), n), n.astype(int), present, method, lost, gained, ends)
+
+
+def _mean_size(count: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Examples of the cluster that an example is in, on average, as a column; 1 where there is none."""
+    return np.where(n > 0, divide((count**2).sum(axis=1), n), 1)[:, None]
+
+
+def _mean_and_error(
+    count: np.ndarray, total: np.ndarray, size: np.ndarray, sum_of: np.ndarray, present: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    count, total = np.hstack([count, size]), np.hstack([total, sum_of])
+    n = count.sum(axis=1)
+    mean = total.sum(axis=1) / n
+    squares = ((total - count * mean[:, None]) ** 2).sum(axis=1)
+    return mean, np.sqrt(divide(squares * (present + 1), n**2 * present))
+
+
+def ratio(
+    numerator: np.ndarray, denominator: np.ndarray, confidence: float, clusters: np.ndarray | None = None
+) -> Interval:
+    """Return the mean of one score over the mean of another on the same examples, both in [0, 1] ``[cells, n]``.
+
+    Fieller (1954): all rho for which the mean of ``numerator - rho * denominator`` may be 0 by the test of this module;
+    the pair that is lost is (0, 1), the one that is gained (1, 0). The upper bound is NaN where the denominator may be
+    0.
+    """
+    missing = np.isnan(numerator) | np.isnan(denominator)
+    count, x = sums(np.where(missing, np.nan, numerator), clusters)
+    y = sums(np.where(missing, np.nan, denominator), clusters)[1]
+    n, present = count.sum(axis=1).astype(int), (count > 0).sum(axis=1)
+    estimate, size = divide(x.sum(axis=1), y.sum(axis=1)), _mean_size(count, n)
+    t2 = stats.t.ppf((1 + confidence) / 2, np.maximum(present, 1)) ** 2
+    low = _bounds(count, x, y, size, (0 * size, size), present, t2)[0]
+    high = _bounds(count, x, y, size, (size, 0 * size), present, t2)[1]
+    known = np.isfinite(estimate)
+    low = np.where(known, np.fmin(np.fmax(low, 0), estimate), np.nan)
+    high = np.where(known & ~np.isnan(high), np.fmax(high, estimate), np.nan)
+    single = moments(np.where(missing, np.nan, numerator), clusters).single
+    method = np.where(single, FIELLER, FIELLER + CLUSTERED).astype(object)
+    return Interval(estimate, low, high, n, method, present)
+
+
+def _bounds(
+    count: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    size: np.ndarray,
+    pair: tuple[np.ndarray, np.ndarray],
+    present: np.ndarray,
+    t2: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rho between which ``(mean of x - rho y)^2 <= t2 * its variance`` after one more pair; NaN for no upper one.
+
+    As a quadratic in rho: a rho^2 - 2 b rho + c <= 0. Where a <= 0 the denominator may be 0.
+    """
+    x, y = np.hstack([x, pair[0]]), np.hstack([y, pair[1]])
+    count = np.hstack([count, size])
+    m, of = count.sum(axis=1), present + 1
+    mean_x, mean_y = x.sum(axis=1) / m, y.sum(axis=1) / m
+    off_x, off_y = x - count * mean_x[:, None], y - count * mean_y[:, None]
+    scale = of / (np.maximum(of - 1, 1) * m**2)
+    var_x, var_y = scale * (off_x**2).sum(axis=1), scale * (off_y**2).sum(axis=1)
+    cov = scale * (off_x * off_y).sum(axis=1)
+    a, b, c = mean_y**2 - t2 * var_y, mean_x * mean_y - t2 * cov, mean_x**2 - t2 * var_x
+    root = np.sqrt(np.maximum(b**2 - a * c, 0))
+    # c / (b + root) is (b - root) / a, and finite where a is 0. Below it the numerator is significantly larger.
+    low = np.where(c > 0, divide(c, b + root), 0.0)
+    upper = divide(b + root, a)
+    # With a < 0 the numerator can be significantly smaller for some rho, and is then so for all above them.
+    bounded = (a > 0) | ((a < 0) & (b**2 >= a * c) & (mean_x - upper * mean_y < 0) & (upper > 0))
+    return low, np.where(bounded, upper, np.nan)
