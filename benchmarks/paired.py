@@ -147,7 +147,7 @@ def noninferiority(samples: int) -> Iterator[tuple[str, list[str]]]:
 
     def claims(n: int, right: float, keep: float, gain: float) -> float:
         policy, full = right_or_wrong(rng, samples, n, right, keep, gain)
-        return float(np.mean(margin(policy - kept * full, kept, CONFIDENCE)[1] < level))
+        return float(np.mean(margin(policy - kept * full, kept).p_above < level))
 
     yield "n", [str(n) for n in sizes]
     at_margin = [

@@ -26,7 +26,8 @@ def cells(n, policy_right, budgets, full_right=1.0, bins=1, policy="snapkv"):
 def test_the_margin_by_hand():
     score, full = np.array([1, 1, 0.5, 0, 1.0]), np.array([1, 1, 1, 0, 0.5])
     difference = score - 0.95 * full
-    found, p = ni.margin(difference[None], 0.95, 0.95)
+    tested = ni.margin(difference[None], 0.95)
+    found, p = tested.interval(0.95), tested.p_above
     with_lost = np.append(difference, -0.95)
     expected = stats.ttest_1samp(with_lost, 0, alternative="greater")
     low = stats.ttest_1samp(with_lost, 0).confidence_interval(0.95).low
@@ -39,7 +40,8 @@ def test_p_and_lower_bound_agree():
     rng = np.random.default_rng(1)
     full = (rng.random((400, 120)) < 0.9).astype(float)
     difference = np.where(rng.random(full.shape) < 0.02, 0, full) - 0.95 * full
-    found, p = ni.margin(difference, 0.95, 0.95)
+    tested = ni.margin(difference, 0.95)
+    found, p = tested.interval(0.95), tested.p_above
     assert 20 < (p < 0.025).sum() < 380
     assert ((p < 0.025) == (found.low > 0)).all()
 
@@ -50,7 +52,7 @@ def test_wrong_claims_at_the_margin_are_rare():
         for right in (0.95, 0.6):
             full = (rng.random((2000, n)) < right).astype(float)
             policy = full * (rng.random((2000, n)) < 0.95)
-            claims.append((ni.margin(policy - 0.95 * full, 0.95, 0.95)[1] < 0.025).mean())
+            claims.append((ni.margin(policy - 0.95 * full, 0.95).p_above < 0.025).mean())
     assert np.mean(claims) <= 0.025
     assert max(claims) <= 0.04
 
@@ -59,7 +61,7 @@ def test_equal_answers_are_enough_only_from_n_needed_on():
     needed = ni.examples_needed(0.025)
     assert needed > 20
     for n, enough in ((needed, True), (needed - 2, False)):
-        assert (ni.margin(np.full((1, n), 0.05), 0.95, 0.95)[1][0] < 0.025) == enough
+        assert (ni.margin(np.full((1, n), 0.05), 0.95).p_above[0] < 0.025) == enough
 
 
 def test_the_smallest_budget_is_the_last_before_the_first_failure():

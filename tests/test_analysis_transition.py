@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 
 from kv_transition.stats.examples import Statistics
 from kv_transition.stats.multiplicity import holm
-from kv_transition.studies.grid.analysis import instability, transition
+from kv_transition.studies.grid.analysis import instability, scale, transition
 from kv_transition.studies.grid.analysis.outcomes import BUDGET
 
 SETTINGS = Statistics(resamples=500)
@@ -33,9 +33,14 @@ def run(right, failed=None, *, full=1.0, n=20, policy_values=None):
     return {row["detector"]: row for row in frame.iter_rows(named=True)}
 
 
+def pattern(row):
+    """What the detector found, before comparisons say whether anything is lost."""
+    return json.loads(row["details"])["pattern"]
+
+
 def test_early_failures_then_collapse_is_a_zone():
     found = run([1.0, 1.0, 0.65, 0.6, 0.1], failed=[0, 0, 0.35, 0.4, 0.5])["definition"]
-    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("zone", 2, 4)
+    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("collapsed", 2, 4)
     assert found["collapse_probability"] > 0.8
     assert 0 < found["onset_probability"] <= 1
     for part in ("snapkv at 20 %", "unstable from", "failures 0.35 against 0.00", "collapsed at", "n = 20"):
@@ -44,12 +49,12 @@ def test_early_failures_then_collapse_is_a_zone():
 
 def test_a_collapse_without_a_sign_is_a_cliff():
     found = run([1.0, 0.95, 1.0, 0.1, 0.05])["definition"]
-    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("cliff", None, 3)
+    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("collapsed", None, 3)
 
 
-def test_flat_and_high_is_stable():
+def test_flat_and_high_is_neither_unstable_nor_collapsed():
     found = run([1.0, 1.0, 0.95, 1.0, 0.9])["definition"]
-    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("stable", None, None)
+    assert (pattern(found), found["onset_bin"], found["collapse_bin"]) == ("neither", None, None)
     details = json.loads(found["details"])
     assert details["probability_no_collapse"] == 1
 
@@ -62,41 +67,41 @@ def test_failures_without_collapse_are_unstable():
 
 def test_all_failed_is_a_collapse_in_the_shortest_bin():
     both = run([0.0] * 5, failed=[1.0] * 5)
-    assert (both["definition"]["outcome"], both["definition"]["collapse_bin"]) == ("cliff", 0)
+    assert (both["definition"]["outcome"], both["definition"]["collapse_bin"]) == ("collapsed", 0)
     assert "lies below the lengths measured" in both["definition"]["reason"]
     assert both["definition"]["collapse_probability"] == 1
 
 
 def test_a_mean_near_the_criterion_is_undecided():
     found = run([1.0, 0.5, 0.5, 0.5, 0.5])["definition"]
-    assert found["outcome"] == "undecided"
+    assert pattern(found) == "open"
     assert "either side" in found["reason"]
 
 
 def test_few_examples_are_undecided_not_stable():
     for n in (1, 2, 4):
         found = run([1.0] * 5, n=n)["definition"]
-        assert found["outcome"] == "undecided"
+        assert pattern(found) == "open"
         assert f"n = {n}" in found["reason"]
 
 
 def test_a_single_bin_is_enough_to_be_stable_or_collapsed_but_not_for_z_scores():
     both = run([1.0])
-    assert both["definition"]["outcome"] == "stable"
-    assert both["zscore"]["outcome"] == "undecided"
-    assert run([0.0])["definition"]["outcome"] == "cliff"
+    assert pattern(both["definition"]) == "neither"
+    assert both["zscore"]["outcome"] is None
+    assert run([0.0])["definition"]["outcome"] == "collapsed"
 
 
 def test_a_full_cache_that_scores_nothing_decides_nothing():
     found = run([0.0] * 3, full=0.0)["definition"]
-    assert found["outcome"] == "undecided"
+    assert pattern(found) == "open"
     assert "full cache itself" in found["reason"]
 
 
 def test_without_a_full_cache_nothing_is_decided():
     rows = cell_rows(np.ones((20, 1)), np.zeros((20, 1), bool), policy="h2o", budget="r0.5")
     frame = pl.from_arrow(transition.transitions(table(rows), SETTINGS))
-    assert set(frame["outcome"]) == {"undecided"}
+    assert frame["outcome"].to_list() == ["undecided", None]
 
 
 def test_lost_answers_count_as_failures_worth_nothing():
@@ -140,7 +145,7 @@ def test_zscores_by_hand():
     rates = np.array([0, 0, 0, 0.4, 0.1])
     expected = (rates - rates.mean()) / rates.std()
     assert [b["z_fail"] for b in details] == pytest.approx(expected)
-    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("zone", 3, 4)
+    assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == (None, 3, 4)
 
 
 def test_holm_for_many_rows_is_that_of_statsmodels():
@@ -161,7 +166,7 @@ def test_every_pair_has_a_row_of_each_detector_and_aliases_have_none():
     frame = pl.from_arrow(transition.transitions(scores, SETTINGS))
     assert frame.height == 2 * 2 * 5 * 2
     assert not frame.select(pl.col(pl.Float64).is_nan().any()).row(0).count(True)
-    assert set(frame["outcome"]) <= set(transition.OUTCOMES)
+    assert set(frame["outcome"]) <= {*scale.SCALE, None}
     assert all(reason.endswith(".") and "nan" not in reason for reason in frame["reason"])
     assert "NaN" not in "".join(frame["details"])
     again = pl.from_arrow(transition.transitions(scores, SETTINGS))
@@ -208,18 +213,18 @@ def constructed(right, lost, *, n=60, graded_from=None, seed=0):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_three_constructed_truths_are_found(seed):
     zone = constructed([0.95, 0.95, 0.9, 0.9, 0.1], [0.0, 0.0, 0.35, 0.4, 0.4], seed=seed)
-    assert (zone["outcome"], zone["onset_bin"], zone["collapse_bin"]) == ("zone", 2, 4)
+    assert (zone["outcome"], zone["onset_bin"], zone["collapse_bin"]) == ("collapsed", 2, 4)
     cliff = constructed([0.95, 0.95, 0.93, 0.1, 0.08], [0.0] * 5, seed=seed)
-    assert (cliff["outcome"], cliff["onset_bin"], cliff["collapse_bin"]) == ("cliff", None, 3)
+    assert (cliff["outcome"], cliff["onset_bin"], cliff["collapse_bin"]) == ("collapsed", None, 3)
     polarised = constructed([0.6] * 5, [0.0] * 5, graded_from=3, seed=seed)
     assert (polarised["outcome"], polarised["onset_bin"], polarised["collapse_bin"]) == ("unstable", 3, None)
     calm = constructed([0.95, 0.95, 0.93, 0.93, 0.9], [0.0] * 5, seed=seed)
-    assert (calm["outcome"], calm["onset_bin"], calm["collapse_bin"]) == ("stable", None, None)
+    assert (pattern(calm), calm["onset_bin"], calm["collapse_bin"]) == ("neither", None, None)
 
 
 def test_the_sentence_tells_the_whole_story():
     found = run([1.0, 1.0, 0.65, 0.6, 0.1], failed=[0, 0, 0.35, 0.4, 0.5])["definition"]
-    assert found["sentence"].startswith("snapkv at 20 %, after the prompt: reliable up to ")
+    assert found["sentence"].startswith("snapkv at 20 %, after the prompt: neither unstable nor collapsed up to ")
     for part in (
         "1.00 [0.84, 1.00], full cache 1.00, n = 20",
         "failures 0.00 -> 0.35 [0.18, 0.57], n = 20",
@@ -228,10 +233,10 @@ def test_the_sentence_tells_the_whole_story():
         assert part in found["sentence"]
 
 
-def test_what_lies_open_is_not_called_reliable():
+def test_what_lies_open_is_not_called_calm():
     found = run([1.0, 0.6, 0.1], full=1.0)["definition"]
-    assert found["outcome"] == "cliff"
-    assert "reliable up to 271 tokens" in found["sentence"]
+    assert found["outcome"] == "collapsed"
+    assert "neither unstable nor collapsed up to 271 tokens" in found["sentence"]
     assert "open from 271 to" in found["sentence"]
 
 
@@ -252,11 +257,11 @@ def test_along_the_budgets_of_a_bin():
     frame = budgets([1.0, 1.0, 0.7, 0.1], [0.0, 0.0, 0.3, 0.5])
     assert set(frame["kind"]) == {"r", "t"}
     row = frame.filter(kind="r", detector="definition").row(0, named=True)
-    assert (row["outcome"], row["onset_budget"], row["collapse_budget"]) == ("zone", "r0.2", "r0.1")
-    assert "reliable down to 30 %" in row["sentence"]
+    assert (row["outcome"], row["onset_budget"], row["collapse_budget"]) == ("collapsed", "r0.2", "r0.1")
+    assert "neither unstable nor collapsed down to 30 %" in row["sentence"]
     assert "collapsed below" in row["sentence"]
-    assert frame.filter(kind="t", detector="definition")["outcome"][0] == "stable"
-    assert frame.filter(kind="t", detector="zscore")["outcome"][0] == "undecided"
+    assert pattern(frame.filter(kind="t", detector="definition").row(0, named=True)) == "neither"
+    assert frame.filter(kind="t", detector="zscore")["outcome"][0] is None
 
 
 def test_budgets_within_a_bin_are_resampled_together():
@@ -281,7 +286,7 @@ def test_a_missing_cell_is_said():
             rows += cell_rows(np.ones((20, 1)), np.zeros((20, 1), bool), **at)
     lengths, along_budget = (pl.from_arrow(t) for t in transition.tables_of(table(rows), SETTINGS))
     row = lengths.filter(budget="r0.5", detector="definition").row(0, named=True)
-    assert row["outcome"] == "stable"
+    assert pattern(row) == "neither"
     assert "no answers to compare at 497" in row["sentence"]
     assert "no answers to compare at 50 %" in along_budget.filter(bin=1, detector="definition")["reason"][0]
 
@@ -324,7 +329,7 @@ def test_degenerate_bins_are_said_in_words(name, scores, failed, n):
         rows += cell_rows(np.full(shape, scores), np.full(shape, failed), policy="h2o", budget="r0.5", bin=b)
     for frame in map(pl.from_arrow, transition.tables_of(table(rows), SETTINGS)):
         assert frame.height >= 2
-        assert set(frame["outcome"]) <= set(transition.OUTCOMES)
+        assert set(frame["outcome"]) <= {*scale.SCALE, None}
         assert not frame.select(pl.col(pl.Float64).is_nan().any()).row(0).count(True)
         for column in ("reason", "sentence", "details"):
             assert all(text and "nan" not in text.lower() for text in frame[column])

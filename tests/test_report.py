@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import html
 import json
 import random
 import re
 import shutil
 import string
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from kv_transition.errors import UserError
 from kv_transition.outputs import build
 from kv_transition.outputs.build import build_report
 from kv_transition.report.page import inline_svg, script_json
+from kv_transition.studies.grid.analysis import scale
 from kv_transition.studies.grid.analysis.aggregate import write_aggregates
 from kv_transition.studies.grid.analysis.transition import write_transition
 from kv_transition.studies.grid.plots import write_plots
@@ -147,7 +150,7 @@ def test_the_first_screen_answers_the_question(demo_report):
     for policy in POLICIES:
         assert policy in first
     assert first.count("<td") == 2 * 5 * 2
-    assert "no loss to" in first
+    assert "What the words mean" in first
     assert "saves" in first
     assert re.search(r"<b><span [^>]+>\d+\u00a0% \[\d+, \d+\]</span></b>", first)
     assert len(re.findall(r'class="answer"><strong>[^<]+</strong>', first)) == 2
@@ -201,19 +204,45 @@ def test_findings_name_the_policy_that_keeps_most(demo_report):
     assert f"{100 * means[best] / full:.0f} %" in sentence
 
 
-def test_a_policy_shows_no_loss_until_its_first(demo_report):
+def test_one_word_for_an_outcome_wherever_it_stands(demo_report):
+    folder, text, page = demo_report
+    results = load(folder)
+    screen = page[page.index('id="verdict"') : page.index('id="findings"')]
+    said = [html.unescape(re.sub(r"<[^>]+>", "", part)).split(maxsplit=1)[1].replace("\u00a0", " ")
+            for part in re.findall(r'<span class="holds">(.*?)</span></?(?:small|td)', screen)]  # fmt: skip
+    words = {word for word in scale.SCALE if any(text.startswith(word) for text in said)}
+    assert len(said) == 2 * 5 * 2
+    assert all(any(text.startswith(word) for word in scale.SCALE) for text in said)
+    assert {"loss shown", "collapsed"} <= words
+    table = pl.from_arrow(pq.read_table(folder / "transition.parquet")).filter(detector="definition")
+    assert sorted(table["outcome"]) == sorted(next(w for w in scale.SCALE if t.startswith(w)) for t in said)
+    found = text[text.index("## Key findings") : text.index("## Curves")]
+    where = text[text.index("## Where answers become unreliable") :]
+    for word in words:
+        assert f"- {word[0].upper()}{word[1:]}: " in found
+        assert f"| {word}" in where
+    for word in scale.SCALE:
+        assert re.search(rf"<dt>.*{word}</dt>", screen)
+        assert f"**{word}**: " in text
+    for old in ("stable over", "cliff", "transition zone |", "no loss to", "unreliable from", "without collapse"):
+        assert old not in text
+    assert results.transition.height == 2 * table.height
+
+
+def test_a_headline_tells_a_loss_from_too_few_examples(demo_report):
     folder, _, _ = demo_report
     results = load(folder)
-    full = mean_scores(results, "full", "r1")
-    for policy in POLICIES:
-        held = verdict.holds(results, "reader_qa", "after_prompt", policy, "r0.2")
-        own = mean_scores(results, policy, "r0.2")
-        poor = [b for b in range(5) if own[b] < 0.95 * full[b]]
-        if poor:
-            assert held.first_loss is not None
-            assert held.first_loss["bin"] <= poor[0]
-        else:
-            assert held.last is not None
+    definition = pl.col("detector") == "definition"
+
+    def lead(**changes) -> tuple[str, str]:
+        table = results.transition.with_columns(**{k: pl.when(definition).then(v) for k, v in changes.items()})
+        return verdict.answer(replace(results, transition=table), "reader_qa", "after_prompt")
+
+    few = lead(outcome=pl.lit("undecided"), n_decides=pl.lit(340))
+    assert few[0] == "No budget is shown to be enough: too few examples to show no loss."
+    assert "because n = 25; about 340 would decide" in few[1]
+    assert lead(outcome=pl.lit("loss shown"))[0] == "A loss is shown for everything tried."
+    assert lead(outcome=pl.lit("no loss shown"))[0].startswith("20 % of the cache is enough")
 
 
 def test_every_shown_interval_has_an_n(demo_report):

@@ -51,7 +51,8 @@ def test_a_ratio_excludes_1_exactly_where_the_difference_excludes_0(pairs, alpha
 def test_non_inferior_is_what_keeps_both_intervals_above_the_margin(pairs, alpha, clustered):
     policy, full, codes = arrays(pairs, clustered)
     assume(full.any())
-    found, p = ni.margin(policy - ni.KEPT * full, ni.KEPT, 1 - alpha, codes)
+    tested = ni.margin(policy - ni.KEPT * full, ni.KEPT, codes)
+    found, p = tested.interval(1 - alpha), tested.p_above
     assume(abs(p[0] - alpha / 2) > 1e-9)
     assert (found.low[0] > 0) == (p[0] < alpha / 2)
     assert (paired.ratio(policy, full, 1 - alpha, codes).low[0] > ni.KEPT) == (p[0] < alpha / 2)

@@ -14,6 +14,7 @@ from kv_transition import __version__, labels, sections
 from kv_transition.errors import UserError
 from kv_transition.report.numbers import listed, tokens_of
 from kv_transition.stats.examples import FULL, Statistics
+from kv_transition.studies.grid.analysis import scale
 from kv_transition.studies.grid.report import endpoints, findings
 from kv_transition.studies.grid.results import Results
 from kv_transition.yaml_text import read_yaml
@@ -169,8 +170,8 @@ def limits(experiment: Config, results: Results | None) -> list[str]:
             "question, and late tokens may already carry the answer; before the question, it has not."
         )
     found.append(
-        "“No loss seen” is no proof that there is none: each interval says how large a loss may be hidden. Bins are "
-        "ranges of length, so a transition is located to a bin, not to a token."
+        "“No loss shown” means no more than 5 % of the score; “undecided” means that a loss may be there unseen. Bins "
+        "are ranges of length, so a transition is located to a bin, not to a token."
     )
     if not decoding.get("temperature") and decoding.get("repeats", 1) == 1:
         found.append(
@@ -202,14 +203,13 @@ def future(experiment: Config, results: Results | None) -> list[str]:
         return []
     found = []
     verdicts = results.transition.filter(detector="definition")
-    undecided = verdicts.filter(outcome="undecided").height
-    if undecided:
-        found.append(
-            f"More examples in the bins of the {undecided} undecided policy and budget pairs: their intervals "
-            "reach both sides of the criterion."
-        )
+    undecided = verdicts.filter(outcome=scale.UNDECIDED)
+    if undecided.height:
+        most = undecided["n_decides"].max()
+        enough = "" if most is None else f", about {most} in all for the most demanding of those that can be decided so"
+        found.append(f"More examples for the {undecided.height} pairs of policy and budget that are undecided{enough}.")
     shortest = results.stats["bin"].min()
-    collapsed_first = verdicts.filter(pl.col("collapse_bin") == shortest, outcome="cliff").height
+    collapsed_first = verdicts.filter(pl.col("since_bin") == shortest, outcome=scale.COLLAPSED).height
     if collapsed_first:
         found.append(
             f"Larger budgets or shorter documents for the {collapsed_first} pairs that collapsed in the shortest bin."

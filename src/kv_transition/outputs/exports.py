@@ -13,12 +13,13 @@ from kv_transition.outputs import experiment
 from kv_transition.outputs.sqlite import write_sqlite
 from kv_transition.provenance import atomic_path, read_metadata, write_json
 from kv_transition.stats import frames
+from kv_transition.studies.grid.analysis import scale
+from kv_transition.studies.grid.analysis.noninferiority import KEPT
 from kv_transition.studies.grid.report import card
-from kv_transition.studies.grid.report.headline import KEPT, holds
 from kv_transition.studies.grid.results import Results, Row, read_results
 from kv_transition.studies.grid.tradeoff import footprints
 
-VERSION = 1
+VERSION = 2
 RAW = "raw"  # the engine's own answer, as JSON: in the Parquet file and in SQLite
 
 
@@ -54,16 +55,15 @@ def summary(results: Results, settings: Mapping[str, Any], metadata: Mapping[str
             }  # fmt: skip
             if compared["score_kept"] is None:
                 continue
-            held = holds(results, task, mode, policy, budget)
             zone = zones.get((task, mode, policy, budget))
             rows.append({
                 "task": task, "mode": mode, "policy": policy, "budget": budget, "kept": labels.budget(budget),
-                "no_loss_to_tokens": held.last["token_max"] if held.last else None,
-                "no_loss_at_any_length": held.everywhere,
+                "outcome": zone and zone["outcome"], "n_decides": zone and zone["n_decides"],
+                "since_tokens": zone and tokens.get(zone["since_bin"]),
                 "bytes_kept": _plain(kept_bytes.get((task, mode, policy, budget))),
                 **{name: _plain(row) for name, row in compared.items()},
                 "transition": zone and {
-                    "outcome": zone["outcome"], "reason": zone["reason"],
+                    "reason": zone["reason"],
                     "onset_tokens": tokens.get(zone["onset_bin"]), "collapse_tokens": tokens.get(zone["collapse_bin"]),
                 },
             })  # fmt: skip
@@ -74,7 +74,7 @@ def summary(results: Results, settings: Mapping[str, Any], metadata: Mapping[str
         "commit": experiment.commit(settings),
         "answers": results.scores.height,
         "confidence": results.confidence,
-        "no_loss_means": f"at least {KEPT:g} of the full cache's mean and no significant loss in any bin up to there",
+        "outcomes": {word: text.format(kept=f"{100 * KEPT:g} %") for word, text in scale.DEFINITIONS.items()},
         "clock": metadata.get("clock"),
         "results": rows,
     }

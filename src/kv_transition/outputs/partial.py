@@ -76,7 +76,7 @@ def write_partial(settings: Settings) -> Path:
         )
     write_aggregates(
         table["scores"], table["bin_stats"], table["comparisons"], statistics, pairs_path=extra["pairs"],
-        noninferiority_path=extra["noninferiority"], smallest_path=extra["smallest_budgets"],
+        noninferiority_path=extra["noninferiority"], smallest_budgets_path=extra["smallest_budgets"],
     )  # fmt: skip
     write_transition(table["scores"], table["transition"], statistics, extra["budget_transition"])
     plots = {f"{name}_svg": str(folder / f"plots/{name}.svg") for name in FIGURE_NAMES}

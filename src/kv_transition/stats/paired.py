@@ -10,6 +10,7 @@ excludes 1 exactly where that of the difference excludes 0. Coverage and size: d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -25,6 +26,7 @@ FIELLER = "Fieller with one more pair lost (lower end) or gained (upper end)"
 class Paired:
     """Mean differences [cells] and the test of them; see `difference`.
 
+    ``sd`` [cells]: of a cluster's sum over the mean size of a cluster, or of single differences.
     ``lost`` and ``gained``: mean and standard error [cells] after the additional pair; ``clusters`` of them are there,
     one fewer than values, so that they are the degrees of freedom too. ``ends``: the smallest and the largest mean.
     """
@@ -33,6 +35,7 @@ class Paired:
     n: np.ndarray
     clusters: np.ndarray
     method: np.ndarray
+    sd: np.ndarray
     lost: tuple[np.ndarray, np.ndarray]
     gained: tuple[np.ndarray, np.ndarray]
     ends: tuple[float, float]
@@ -63,10 +66,17 @@ class Paired:
         low, high = np.where(known, low, np.nan), np.where(known, high, np.nan)
         return Interval(self.estimate, low, high, self.n, self.method, self.clusters)
 
+    def decides(self, level: float) -> int | None:
+        """Return about how many examples would show the sign of the first cell's mean at a one-sided ``level``."""
+        sign, n, clusters = float(np.sign(self.estimate[0])), int(self.n[0]), int(self.clusters[0])
+        against = self.ends[0] if sign > 0 else -self.ends[1]
+        found = examples(sign * float(self.estimate[0]), float(self.sd[0]), against, level)
+        return None if found is None else round(found * n / clusters)
+
     def one(self, i: int) -> Paired:
         """Return cell ``i`` alone."""
         part = slice(i, i + 1)
-        arrays = (self.estimate[part], self.n[part], self.clusters[part], self.method[part])
+        arrays = (self.estimate[part], self.n[part], self.clusters[part], self.method[part], self.sd[part])
         lost, gained = ((mean[part], error[part]) for mean, error in (self.lost, self.gained))
         return Paired(*arrays, lost, gained, self.ends)
 
@@ -87,7 +97,10 @@ def difference(values: np.ndarray, clusters: np.ndarray | None = None, ends: tup
     size = _mean_size(count, n)
     lost, gained = (_mean_and_error(count, total, size, end * size, present) for end in ends)
     method = np.where(moments(values, clusters).single, METHOD, METHOD + CLUSTERED).astype(object)
-    return Paired(divide(total.sum(axis=1), n), n.astype(int), present, method, lost, gained, ends)
+    mean = divide(total.sum(axis=1), n)
+    squares = np.where(count > 0, (total - count * mean[:, None]) ** 2, 0).sum(axis=1)
+    sd = np.sqrt(divide(squares, np.maximum(present - 1, 1))) / size[:, 0]
+    return Paired(mean, n.astype(int), present, method, sd, lost, gained, ends)
 
 
 def _mean_size(count: np.ndarray, n: np.ndarray) -> np.ndarray:
@@ -103,6 +116,30 @@ def _mean_and_error(
     mean = total.sum(axis=1) / n
     squares = ((total - count * mean[:, None]) ** 2).sum(axis=1)
     return mean, np.sqrt(divide(squares * (present + 1), n**2 * present))
+
+
+POWER = 0.8
+_SIZES = np.unique(np.geomspace(2, 100_000, 800).astype(int))
+
+
+@lru_cache(maxsize=4096)
+def _quantiles(level: float) -> np.ndarray:
+    return stats.t.isf(level, _SIZES)
+
+
+def examples(mean: float, sd: float, against: float, level: float, power: float = POWER) -> int | None:
+    """Return about how many pairs would show that the mean is above 0, were ``mean`` and ``sd`` the truth.
+
+    By the normal approximation of the power of the one-sided test at ``level``; ``against``: the difference of the
+    additional pair, below 0. None if more than 100,000, or if the mean is not above 0.
+    """
+    if not mean > 0:
+        return None
+    n = _SIZES
+    squares = n * sd**2 + n / (n + 1) * (mean - against) ** 2
+    error = np.sqrt(squares / (n * (n + 1)))
+    reached = (n * mean + against) / (n + 1) - _quantiles(level) * error > stats.norm.ppf(power) * sd / np.sqrt(n)
+    return int(n[reached.argmax()]) if reached.any() else None
 
 
 def ratio(

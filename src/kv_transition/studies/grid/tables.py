@@ -75,7 +75,8 @@ BIN_STATS = pa.schema(
 # A paired difference against `reference_policy` at `reference_budget` on the same examples: comparisons.parquet (from
 # the full cache) and pairs.parquet (from another policy). `effect`: share of the examples that are better minus share
 # that are worse, `effect_p` the p-value that it is 0; `holm_low` and `holm_high`: the interval that excludes 0 exactly
-# where p_holm is below 1 - confidence; `mdd`: the true difference that such a test finds with a power of 80 %.
+# where p_holm is below 1 - confidence; `mdd`: the true difference that such a test finds with a power of 80 %;
+# `n_decides`: about how many examples would show the difference that was seen.
 COMPARISONS = pa.schema(
     {
         **CELL_KEY,
@@ -91,11 +92,13 @@ COMPARISONS = pa.schema(
         "effect_high": FLOAT,
         "effect_p": FLOAT,
         "mdd": FLOAT,
+        "n_decides": INT,
     }
 )
 
 # A test whether a policy keeps the share `kept` of the full cache's score: `estimate` is the mean of
-# score - kept * full score, `n_needed` the fewest examples with which the test can succeed at all.
+# score - kept * full score, `n_needed` the fewest examples with which the test can succeed at all,
+# `n_decides` about how many it would take were what was seen the truth; null where less than `kept` was seen.
 NONINFERIORITY = pa.schema(
     {
         **CELL_KEY,
@@ -105,6 +108,7 @@ NONINFERIORITY = pa.schema(
         **TESTED,
         "non_inferior": pa.bool_(),
         "n_needed": INT,
+        "n_decides": INT,
     }
 )
 
@@ -129,7 +133,8 @@ SMALLEST_BUDGET = pa.schema(
 )
 
 # One row per (task, mode, policy, budget): where answers become unreliable along the length bins. Bins are null where
-# there is none; `detector` is "definition" or "zscore"; `details` a JSON object.
+# there is none; `detector` is "definition" or "zscore"; `outcome` a word of analysis/scale.py (null for zscore), which
+# begins at `since_bin`; `n_decides` examples would decide an undecided one; `details` a JSON object.
 TRANSITION = pa.schema(
     {
         "task": TEXT,
@@ -138,6 +143,8 @@ TRANSITION = pa.schema(
         "budget": TEXT,
         "detector": TEXT,
         "outcome": TEXT,
+        "since_bin": INT,
+        "n_decides": INT,
         "onset_bin": INT,
         "collapse_bin": INT,
         "onset_probability": FLOAT,
@@ -160,6 +167,8 @@ BUDGET_TRANSITION = pa.schema(
         "kind": TEXT,
         "detector": TEXT,
         "outcome": TEXT,
+        "since_budget": TEXT,
+        "n_decides": INT,
         "onset_budget": TEXT,
         "collapse_budget": TEXT,
         "onset_probability": FLOAT,

@@ -23,7 +23,6 @@ from scipy.stats import norm
 from kv_transition import labels
 from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table
-from kv_transition.studies.grid.analysis.outcomes import UNDECIDED
 from kv_transition.studies.grid.tables import ALLOCATION
 
 NODES = 400  # of the numerical integration; the boundaries then have four digits
@@ -159,7 +158,7 @@ def open_bins(row: Mapping[str, Any], base: float) -> dict[int, str]:
     """The bins in which one row of tables.TRANSITION is not decided, and why.
 
     Onset and collapse each have an interval: the fewest bins (or none at all) that hold the share ``base`` of their
-    bootstrap distribution. It is to be one bin wide. Where the outcome is undecided, its open bins count as well; and
+    bootstrap distribution. It is to be one bin wide. Where nothing was found, bins that are open count as well; and
     where no onset was found, the bins before the collapse that have too few examples for any test.
     """
     details = json.loads(row["details"])
@@ -173,9 +172,7 @@ def open_bins(row: Mapping[str, Any], base: float) -> dict[int, str]:
     if row["onset_bin"] is None:
         before = [b for b in bins if row["collapse_bin"] is None or b["bin"] < row["collapse_bin"]]
         found |= {b["bin"]: "too few examples for any test" for b in before if b["blind"]}
-    if row["outcome"] == UNDECIDED:
-        found |= {b["bin"]: "undecided" for b in bins if b["open"] and b["full_mean"] > 0}
-    return found
+    return found | {b["bin"]: "open" for b in bins if b["open"] and b["full_mean"] > 0}
 
 
 def interval(shares: Mapping[Any, float], base: float) -> list[Any]:

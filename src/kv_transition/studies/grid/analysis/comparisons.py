@@ -125,6 +125,7 @@ def _at_level(tested: paired.Paired, alpha: float, tests: int, level: float) -> 
         "holm_low": finite(at.low[0]),
         "holm_high": finite(at.high[0]),
         "mdd": wanted if wanted is not None and wanted <= 1 else None,
+        "n_decides": tested.decides(alpha / 2 / tests),
     }
 
 

@@ -17,7 +17,7 @@ from kv_transition import labels
 from kv_transition.provenance import rows_to_table
 from kv_transition.stats import paired
 from kv_transition.stats.examples import CELL, Statistics, by_cell, example_values, is_full, on_both, padded
-from kv_transition.stats.intervals import Interval, finite
+from kv_transition.stats.intervals import finite
 from kv_transition.stats.multiplicity import adjust
 from kv_transition.studies.grid.tables import NONINFERIORITY, SMALLEST_BUDGET
 
@@ -41,7 +41,8 @@ def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT)
         keys = lists.select(CELL).to_dicts()
         clusters = padded(lists["cluster"])
         score, full = padded(lists["score"]), padded(lists["score_full"])
-        found, p = margin(score - kept * full, kept, statistics.confidence, clusters)
+        tested = margin(score - kept * full, kept, clusters)
+        found, p = tested.interval(statistics.confidence), tested.p_above
         ratio = paired.ratio(score, full, statistics.confidence, clusters)
         for i, key in enumerate(keys):
             row = {**key, "kept": kept, **found.row(i), "method": f"paired, {found.method[i]}"}
@@ -53,26 +54,26 @@ def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT)
                     "ratio_high": finite(ratio.high[i]),
                     "p_value": float(p[i]),
                     "family": "/".join((key["task"], key["mode"], key["budget"], "noninferiority", scope)),
+                    "tested": tested.one(i),
                 }
             rows.append(row)
     adjust(rows)
     for row in rows:
         row["non_inferior"] = row["p_holm"] < statistics.alpha / 2 if "p_holm" in row else None
-        row["n_needed"] = examples_needed(statistics.alpha / 2 / row["tests"], kept) if "p_holm" in row else None
-        row.pop("tests", None)
+        if "p_holm" in row:
+            level, tested = statistics.alpha / 2 / row.pop("tests"), row.pop("tested")
+            row["n_needed"] = examples_needed(level, kept)
+            row["n_decides"] = tested.decides(level) if row["estimate"] > 0 else None
     return rows_to_table(rows, NONINFERIORITY)
 
 
-def margin(
-    difference: np.ndarray, kept: float, confidence: float, clusters: np.ndarray | None = None
-) -> tuple[Interval, np.ndarray]:
-    """The mean of d = score - kept * full score ``[cells, n]``, and one-sided p-values [cells] that it is not above 0.
+def margin(difference: np.ndarray, kept: float, clusters: np.ndarray | None = None) -> paired.Paired:
+    """Return the mean of d = score - kept * full score ``[cells, n]`` with its test; a lost pair has d = -kept.
 
-    The test of `stats.paired`: a pair that is lost altogether has d = -kept. p < (1 - confidence) / 2 just where the
-    lower bound lies above 0, which is just where that of the ratio lies above ``kept``.
+    ``p_above`` < (1 - confidence) / 2 just where the lower bound lies above 0, which is just where that of the ratio
+    lies above ``kept``.
     """
-    tested = paired.difference(difference, clusters, (-kept, 1.0))
-    return tested.interval(confidence), tested.p_above
+    return paired.difference(difference, clusters, (-kept, 1.0))
 
 
 @lru_cache(maxsize=256)
@@ -82,7 +83,7 @@ def examples_needed(level: float, kept: float = KEPT) -> int | None:
     The fewest for which the test can succeed at all. None if more than 100,000.
     """
     for n in np.unique(np.geomspace(2, 100_000, 800).astype(int)).tolist():
-        if margin(np.full((1, n), 1 - kept), kept, 0.95)[1][0] < level:
+        if margin(np.full((1, n), 1 - kept), kept).p_above[0] < level:
             return n
     return None
 

@@ -12,15 +12,19 @@ from kv_transition import labels
 from kv_transition.stats import intervals
 from kv_transition.studies.grid.analysis.instability import COLLAPSED, Evidence, Point
 
-STABLE, UNSTABLE, ZONE, CLIFF, UNDECIDED = "stable", "unstable", "zone", "cliff", "undecided"
-OUTCOMES = (STABLE, UNSTABLE, ZONE, CLIFF, UNDECIDED)
+NEITHER, ONSET, ZONE, COLLAPSE, OPEN = "neither", "onset", "onset and collapse", "collapse", "open"
+PATTERNS = (NEITHER, ONSET, ZONE, COLLAPSE, OPEN)
+"""what a detector found; what it means for a policy is said on one scale (scale.py)"""
+
+
+OPEN_WORDS = "whether it is unstable or collapsed is open"
 
 
 @dataclass
 class Verdict:
     """``onset`` and ``collapse`` are positions along the axis, None where there is none."""
 
-    outcome: str
+    pattern: str
     reason: str
     sentence: str = ""
     onset: int | None = None
@@ -121,10 +125,10 @@ class Finding:
 
 
 def outcome(f: Finding) -> tuple[str, str]:
-    """The named outcome and why, in words."""
+    """The pattern and why, in words."""
     axis, last = f.axis, len(f.points) - 1
     if f.collapse == 0:
-        return CLIFF, (
+        return COLLAPSE, (
             f"collapsed already {'in the ' if axis.along_length else 'at the '}{axis.first}, {f.name(0)} ({f.mean(0)}, "
             f"against {f.full(0)} for the full cache); a transition, if there is one, lies "
             f"{'below' if axis.along_length else 'above'} the {axis.measured} measured"
@@ -138,16 +142,17 @@ def outcome(f: Finding) -> tuple[str, str]:
         if not f.seen.collapsed[f.collapse :].all():
             end += f", though not in every {axis.worse} {axis.singular}"
         if f.onset < 0:
-            return CLIFF, f"{_calm(f, f.collapse)}, then {end}: a cliff, with no significant sign before"
+            return COLLAPSE, f"{_calm(f, f.collapse)}, then {end}, with no significant sign before"
         return ZONE, f"{start}, {end}"
     if f.onset >= 0:
-        return UNSTABLE, f"{start}, without a collapse {axis.to} {f.end(last)} ({f.mean(last)})"
+        return ONSET, f"{start}, without a collapse {axis.to} {f.end(last)} ({f.mean(last)})"
     open_at = undecided(f)
     if open_at is not None:
-        return UNDECIDED, f"undecided; {open_at[1]}"
+        return OPEN, f"{OPEN_WORDS}; {open_at[1]}"
     i = int(np.argmin([b.score.mean() for b in f.points]))
-    return STABLE, (
-        f"stable over all {len(f.points)} {axis.plural}, {_from_to(f)}; lowest score {f.mean(i)}, at {f.name(i)}"
+    return NEITHER, (
+        f"neither unstable nor collapsed in any of {len(f.points)} {axis.plural}, {_from_to(f)}; "
+        f"lowest score {f.mean(i)}, at {f.name(i)}"
     )
 
 
@@ -163,7 +168,7 @@ def _calm(f: Finding, i: int) -> str:
 
 
 def undecided(f: Finding) -> tuple[list[int], str] | None:
-    """At which points more examples are needed before the curve can be called stable, and why; None where none is."""
+    """At which points it is open whether the policy is unstable or collapsed, and why; None where at none."""
     if f.blind:
         i = f.blind[0]
         return f.blind, f"{f.points[i].label} at {f.name(i)} is too few for any test to detect"
@@ -184,24 +189,24 @@ def undecided(f: Finding) -> tuple[list[int], str] | None:
 def sentence(f: Finding, found: str, why: str) -> str:
     """What a reader takes home.
 
-    ``reliable up to 2.0k tokens (0.97 [0.91, 0.99], full cache 0.98, n = 40), unreliable from 2.0k to 4.1k tokens
-    (failures 0.02 -> 0.15 [0.07, 0.29], n = 40), collapsed beyond (...)``. Reliable are the points, from the first on,
-    without significant instability whose mean is surely not below half of the full cache's; those between them and
-    the first bad one are called open.
+    ``neither unstable nor collapsed up to 2.0k tokens (0.97 [0.91, 0.99], full cache 0.98, n = 40), unstable from 2.0k
+    to 4.1k tokens (failures 0.02 -> 0.15 [0.07, 0.29], n = 40), collapsed beyond (...)``. Neither are the points, from
+    the first on, without significant instability whose mean is surely not below half of the full cache's; those
+    between them and the first bad one are called open.
     """
     axis, last, sound = f.axis, len(f.points) - 1, f.sound
     parts = []
     if sound:
         whole = ", all that was measured" if sound > last else ""
-        parts.append(f"reliable {axis.to} {f.end(sound - 1)}{whole} ({f.against(sound - 1)})")
-    if found == UNDECIDED:
-        return "; ".join([*parts, why.replace("undecided; ", "beyond that undecided: ") if parts else why])
+        parts.append(f"neither unstable nor collapsed {axis.to} {f.end(sound - 1)}{whole} ({f.against(sound - 1)})")
+    if found == OPEN:
+        return "; ".join([*parts, why.replace(f"{OPEN_WORDS}; ", "beyond that open: ") if parts else why])
     bad = next((i for i in (f.onset, f.collapse) if i >= 0), last + 1)
     if sound < bad:
         parts.append(f"open {_span(f, sound, bad - 1)} ({f.against(bad - 1)})")
     if f.onset >= 0:
         stop = f.collapse - 1 if f.collapse >= 0 else last
-        parts.append(f"unreliable {_span(f, f.onset, stop)} ({_rise(f)})")
+        parts.append(f"unstable {_span(f, f.onset, stop)} ({_rise(f)})")
     if f.collapse == 0:
         parts.append(f"collapsed from the {axis.first} on, {f.name(0)} ({f.against(0)})")
     elif f.collapse > 0:

@@ -18,14 +18,15 @@ from kv_transition import labels, parsing
 from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.stats.examples import Statistics, example_values, inherited, is_full
 from kv_transition.stats.intervals import finite
-from kv_transition.studies.grid.analysis import instability, zscore
+from kv_transition.studies.grid.analysis import instability, scale, zscore
 from kv_transition.studies.grid.analysis import outcomes as verdict
+from kv_transition.studies.grid.analysis.comparisons import comparisons
 from kv_transition.studies.grid.analysis.instability import CRITERIA, Evidence, Point
-from kv_transition.studies.grid.analysis.outcomes import BUDGET, LENGTH, OUTCOMES, UNDECIDED, Axis, Finding, Verdict
+from kv_transition.studies.grid.analysis.noninferiority import noninferiority
+from kv_transition.studies.grid.analysis.outcomes import BUDGET, LENGTH, OPEN, Axis, Finding, Verdict
 from kv_transition.studies.grid.tables import BUDGET_TRANSITION, TRANSITION
 
 __all__ = [
-    "OUTCOMES",
     "Point",
     "Verdict",
     "budget_transitions",
@@ -39,7 +40,7 @@ METHOD = (
     "onset: exact sign tests of failures and of variance over repeats against the full cache, and a bootstrap z test "
     "of dispersion, Holm over {points} and criteria; collapse: upper bound of the mean below half of the full cache's"
 )
-NOTHING = "undecided, because no example has a score both here and with the full cache"
+NOTHING = "open, because no example has a score both here and with the full cache"
 
 
 def detect(
@@ -55,7 +56,7 @@ def detect(
     ``sums``: of `instability.resampled` where the caller has them already.
     """
     if not points:
-        return Verdict(UNDECIDED, f"{name}: {NOTHING}{note}.", f"{name}: {NOTHING}{note}.")
+        return Verdict(OPEN, f"{name}: {NOTHING}{note}.", f"{name}: {NOTHING}{note}.")
     if sums is None:
         sums = instability.resampled(points, max(statistics.resamples, 1), statistics.seed)
     seen, again = instability.evidence(sums, statistics.confidence, one_full=axis is BUDGET)
@@ -66,9 +67,9 @@ def detect(
     at_collapse = [float((collapses == i).mean()) for i in range(len(points))]
 
     finding = Finding(points, seen, p_holm, onset, collapse, axis, statistics.alpha)
-    outcome, why = verdict.outcome(finding)
-    found = Verdict(outcome, f"{name}: {why}{note}.", f"{name}: {verdict.sentence(finding, outcome, why)}{note}.")
-    open_at = verdict.undecided(finding) if outcome == UNDECIDED else None
+    pattern, why = verdict.outcome(finding)
+    found = Verdict(pattern, f"{name}: {why}{note}.", f"{name}: {verdict.sentence(finding, pattern, why)}{note}.")
+    open_at = verdict.undecided(finding) if pattern == OPEN else None
     found.details = {
         axis.plural: [
             _details(point, axis, seen, p_holm, i)
@@ -132,6 +133,8 @@ def budget_transitions(scores: pa.Table, statistics: Statistics) -> pa.Table:
 def tables_of(scores: pa.Table, statistics: Statistics) -> tuple[pa.Table, pa.Table]:
     """`transitions` and `budget_transitions` together, from the same bootstrap samples."""
     joined, ranges = _joined(scores)
+    compared, kept = (of(scores, statistics).to_pylist() for of in (comparisons, noninferiority))
+    evidence = scale.shown(compared, kept, statistics.alpha)
     along_length, along_budget = [], []
     for (task, mode), part in joined.group_by("task", "mode", maintain_order=True):
         keyed = _points(part, {b: tokens for (t, b), tokens in ranges.items() if t == task})
@@ -143,7 +146,7 @@ def tables_of(scores: pa.Table, statistics: Statistics) -> tuple[pa.Table, pa.Ta
             keys = [(policy, budget, b) for b in bins]
             name = f"{policy} at {labels.budget(budget)}, {labels.mode(mode)}"
             base = {"task": task, "mode": mode, "policy": policy, "budget": budget}
-            along_length += _rows(keys, keyed, resampled, name, LENGTH, statistics, base, ranges)
+            along_length += _rows(keys, keyed, resampled, name, LENGTH, statistics, base, ranges, evidence)
         for policy, b in dict.fromkeys((c[0], c[2]) for c in combinations):
             budgets = sorted({c[1] for c in combinations if c[0] == policy}, key=labels.budget_order)
             for kind in sorted({name[0] for name in budgets}):
@@ -151,7 +154,7 @@ def tables_of(scores: pa.Table, statistics: Statistics) -> tuple[pa.Table, pa.Ta
                 tokens = f"{labels.token_range(*ranges[task, b])} tokens"
                 name = f"{policy} at {tokens}, {labels.mode(mode)}"
                 base = {"task": task, "mode": mode, "policy": policy, "bin": b, "kind": kind}
-                along_budget += _rows(keys, keyed, resampled, name, BUDGET, statistics, base, ranges)
+                along_budget += _rows(keys, keyed, resampled, name, BUDGET, statistics, base, ranges, evidence)
     return rows_to_table(along_length, TRANSITION), rows_to_table(along_budget, BUDGET_TRANSITION)
 
 
@@ -196,8 +199,9 @@ def _rows(
     statistics: Statistics,
     base: Mapping[str, Any],
     ranges: Mapping[tuple[str, int], tuple[int, int]],
+    evidence: Mapping[scale.Key, scale.Shown],
 ) -> Iterable[dict[str, Any]]:
-    """Both detectors over the keys that have points; what is missing is said."""
+    """Both detectors over the keys that have points; what is missing is said. Only the definition's has an outcome."""
     there = [key for key in keys if key in keyed]
     points = [keyed[key] for key in there]
     note = _missing([key for key in keys if key not in keyed], base["task"], axis, ranges) if points else ""
@@ -210,10 +214,9 @@ def _rows(
     }
     for detector, (found_by, method) in detectors.items():
         found = found_by()
-        yield {
+        row = {
             **base,
             "detector": detector,
-            "outcome": found.outcome,
             f"onset_{axis.singular}": None if found.onset is None else axis.of(points[found.onset]),
             f"collapse_{axis.singular}": None if found.collapse is None else axis.of(points[found.collapse]),
             "onset_probability": found.onset_probability,
@@ -222,8 +225,13 @@ def _rows(
             "method": method.format(points=axis.plural),
             "reason": found.reason,
             "sentence": found.sentence,
-            "details": json.dumps(found.details, sort_keys=True),
+            "details": json.dumps(found.details | {"pattern": found.pattern}, sort_keys=True),
         }
+        if detector == "definition":
+            at = [evidence.get((base["task"], base["mode"], *key), scale.Shown()) for key in there]
+            whole = (base["task"], base["mode"], *keys[0][:2], None) if axis is LENGTH else None
+            row = scale.along(row, at, whole and evidence.get(whole, scale.Shown()), axis.singular)
+        yield row
 
 
 def _missing(

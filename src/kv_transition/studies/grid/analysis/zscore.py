@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kv_transition.studies.grid.analysis.instability import COLLAPSED, Point
-from kv_transition.studies.grid.analysis.outcomes import CLIFF, STABLE, UNDECIDED, ZONE, Axis, Verdict, key
+from kv_transition.studies.grid.analysis.outcomes import COLLAPSE, NEITHER, OPEN, ZONE, Axis, Verdict, key
 
 HIGH_Z = 1.0
 METHOD = "z-scores over the {points}; zone where z_std or z_fail is at least 1 and the mean is not below half of full's"
@@ -27,8 +27,8 @@ def z_scores(values: Sequence[float]) -> np.ndarray:
 def detect(points: Sequence[Point], name: str, axis: Axis) -> Verdict:
     """The zone: from the first to the last point with z_std or z_fail >= 1 whose mean has not collapsed."""
     if len(points) < 2:
-        reason = f"{name}: undecided; z-scores over the {axis.plural} need at least two {axis.plural}."
-        return Verdict(UNDECIDED, reason, sentence=reason)
+        reason = f"{name}: open; z-scores over the {axis.plural} need at least two {axis.plural}."
+        return Verdict(OPEN, reason, sentence=reason)
     means = np.array([b.score.mean() for b in points])
     full = np.array([b.full_score.mean() for b in points])
     z_std = z_scores([float(b.score.std(ddof=1)) if b.n > 1 else 0.0 for b in points])
@@ -56,7 +56,7 @@ def detect(points: Sequence[Point], name: str, axis: Axis) -> Verdict:
         if not flat:
             why = f"every {axis.singular} of high spread has collapsed"
         reason = f"{name}: {why} ({points[0].label} in the first)."
-        return Verdict(STABLE if flat else CLIFF, reason, sentence=reason, collapse=collapse, details=details)
+        return Verdict(NEITHER if flat else COLLAPSE, reason, sentence=reason, collapse=collapse, details=details)
     i = int(where[0])
     details["zone"] = [axis.of(points[i]), axis.of(points[int(where[-1])])]
     reason = (

@@ -19,8 +19,7 @@ CLOCKS = {
 def answered(source: Source, results: Results) -> dict[str, Any]:
     """Return what the templates ``grid``, ``verdict`` and ``answers`` show."""
     return {
-        "kept": f"{100 * headline.KEPT:g} %",
-        "verdicts": headline.verdicts(results, source.extra.get("noninferiority")),
+        "verdicts": headline.verdicts(results),
         "findings": findings.findings(results),
         "oddities": findings.oddities(results),
         "costs": sections.costs(results),
@@ -31,7 +30,7 @@ def answered(source: Source, results: Results) -> dict[str, Any]:
         "along_budgets": sections.along_budgets(results, source.extra.get("budget_transition")),
         "failures": sections.failures(results),
         "transitions": sections.transitions(results),
-        "states": sections.STATES,
+        "states": sections.states(),
         "bin_tables": sections.bin_tables(results),
         "card": card.table(card.matched_budget(results, source.experiment, source.metadata)),
         "examples": examples(results),

@@ -10,19 +10,12 @@ import polars as pl
 from kv_transition import labels
 from kv_transition.report.numbers import kept_of, listed, number, sentence, tokens_of
 from kv_transition.stats.examples import FULL
-from kv_transition.studies.grid.report.headline import KEPT, holds
+from kv_transition.studies.grid.analysis import scale
+from kv_transition.studies.grid.report import headline
 from kv_transition.studies.grid.results import Results
 
 EXPLORATORY = 20
 NAMED = 3
-
-OUTCOMES = {
-    "stable": "stable",
-    "unstable": "unstable without collapse",
-    "zone": "transition zone",
-    "cliff": "cliff",
-    "undecided": "undecided",
-}
 
 
 def findings(results: Results) -> list[dict[str, Any]]:
@@ -60,12 +53,12 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
                 "" if apart else "; their intervals overlap"
             )
         yield text + "."
-    yield from _reach(results, task, mode)
-    zones = results.transition.filter(detector="definition", task=task, mode=mode)
-    if zones.height:
-        counts = dict(zones["outcome"].value_counts().iter_rows())
-        parts = [f"{name} {counts[k]}" for k, name in OUTCOMES.items() if k in counts]
-        yield f"along the lengths, {zones.height} pairs of policy and budget: {', '.join(parts)}."
+    known = headline.outcomes(results, task, mode)
+    for word in scale.SCALE:
+        pairs = [pair for pair, row in known.items() if row["outcome"] == word]
+        if pairs:
+            names = listed(f"{p} at {labels.budget(b)}" for p, b in pairs)
+            yield f"{word}: {names} ({len(pairs)} of {len(known)} pairs of policy and budget)."
     answers = results.scores.filter(task=task, mode=mode)
     kinds = answers["failure"].drop_nulls().value_counts().sort(["count", "failure"], descending=[True, False])
     if kinds.height:
@@ -76,30 +69,6 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
         )
     else:
         yield f"none of {answers.height} answers failed; a wrong answer is not a failure."
-
-
-def _reach(results: Results, task: str, mode: str) -> Iterable[str]:
-    held = {
-        (p, b): holds(results, task, mode, p, b)
-        for p, b in results.pairs[1:]
-        if p in results.contenders and results.compared(task, mode, p, b, None, "score_ratio")
-    }
-    everywhere = [k for k, h in held.items() if h.everywhere]
-    if everywhere:
-        names = listed(f"{p} at {labels.budget(b)}" for p, b in everywhere)
-        yield f"no loss was seen at any length for {names}."
-    elif held:
-        (policy, budget), longest = max(held.items(), key=lambda kv: kv[1].last["bin"] if kv[1].last else -1)
-        if longest.last is None:
-            yield (
-                f"no policy at any budget is without loss even in the shortest bin (at least {100 * KEPT:g} % of the "
-                "full cache's mean, no significant loss)."
-            )
-        else:
-            yield (
-                f"nothing is without loss at all lengths; {policy} at {labels.budget(budget)} holds longest, to "
-                f"{labels.tokens(longest.last['token_max'])} tokens."
-            )
 
 
 def _kept(row: Mapping[str, Any]) -> str:

@@ -1,86 +1,46 @@
-"""The answer: up to which length each policy and budget shows no loss, what it keeps, saves and gains."""
+"""The answer: what is known of each policy and budget, in the words of one scale, what it keeps, saves and gains."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import polars as pl
-
 from kv_transition import labels
-from kv_transition.labels import p_value, signed
-from kv_transition.report.numbers import MISSING, kept_of, listed, number, sentence, tokens_of
-from kv_transition.stats.examples import FULL
-from kv_transition.studies.grid.results import Results, in_family
+from kv_transition.report.numbers import MISSING, kept_of, listed, number, sentence
+from kv_transition.studies.grid.analysis import scale
+from kv_transition.studies.grid.analysis.noninferiority import KEPT
+from kv_transition.studies.grid.results import Results
 from kv_transition.studies.grid.tradeoff import footprints
 
-KEPT = 0.95  # a bin is without loss while the mean is at least this share of the full cache's
+
+def outcomes(results: Results, task: str, mode: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what is known of each (policy, budget), in their order: rows of tables.TRANSITION by definition."""
+    own = results.transition.filter(detector="definition", task=task, mode=mode).iter_rows(named=True)
+    found = {(row["policy"], row["budget"]): row for row in own}
+    return {pair: found[pair] for pair in results.pairs if pair in found}
 
 
-@dataclass(frozen=True)
-class Holds:
-    """Up to which bin a policy shows no loss, and how large a loss the data could still hide there."""
-
-    last: dict[str, Any] | None
-    first_loss: dict[str, Any] | None
-    hidden: float | None
-
-    @property
-    def everywhere(self) -> bool:
-        return self.last is not None and self.first_loss is None
-
-    @property
-    def text(self) -> str:
-        if self.last is not None:
-            return f"no loss to {labels.tokens(self.last['token_max'])} tokens"
-        if self.first_loss is None:
-            return "not compared"
-        return f"loss from {labels.tokens(self.first_loss['token_min'])} tokens on"
+def in_words(results: Results, row: dict[str, Any]) -> str:
+    """Return an outcome with where it begins, or with the n that would decide it."""
+    starts = {b["bin"]: f"{labels.tokens(b['token_min'])} tokens" for b in results.bins(row["task"])}
+    kept = results.compared(row["task"], row["mode"], row["policy"], row["budget"], None, "score_ratio")
+    return scale.words(row, starts.get(row["since_bin"]), kept["n"] if kept else 0)
 
 
-def holds(results: Results, task: str, mode: str, policy: str, budget: str) -> Holds:
-    """The longest run of bins from the shortest on in which no loss was seen.
-
-    A bin holds if the mean is at least `KEPT` of the full cache's and neither score nor failure rate is significantly
-    worse (after Holm within the family).
-    """
-    last, hidden, alpha = None, None, 1 - results.confidence
-    for bin in results.bins(task):
-        score = results.compared(task, mode, policy, budget, bin["bin"], "score")
-        failed = results.compared(task, mode, policy, budget, bin["bin"], "failure_rate")
-        full = results.stat(task, mode, **FULL, bin=bin["bin"], statistic="score_mean")
-        if not (score and failed and full) or score["estimate"] is None or full["estimate"] is None:
-            break
-        worse = any(
-            row["p_holm"] is not None and row["p_holm"] < alpha and sign * row["estimate"] > 0
-            for row, sign in ((score, -1), (failed, 1))
-        )
-        if worse or full["estimate"] + score["estimate"] < KEPT * full["estimate"]:
-            return Holds(last, bin, hidden)
-        last = bin
-        hidden = max(hidden or 0.0, -score["ci_low"]) if score["ci_low"] is not None else hidden
-    return Holds(last, None, hidden)
-
-
-def verdicts(results: Results, tested: pl.DataFrame | None = None) -> list[dict[str, Any]]:
-    """The first screen: per task and mode the answer in words, and a table of policy by budget, the best first.
-
-    ``tested``: the non-inferiority tests (noninferiority.parquet), where there are any.
-    """
+def verdicts(results: Results) -> list[dict[str, Any]]:
+    """Return the first screen: per task and mode the answer in words and a table of policy by budget, best first."""
     saved, found = footprints(results), []
     for task, mode in results.groups:
-        rows = []
+        rows, known = [], outcomes(results, task, mode)
         for policy in results.policies:
-            cells = [_verdict(results, saved, task, mode, policy, budget) for budget in results.budgets]
+            cells = [_verdict(results, saved, known, task, mode, policy, budget) for budget in results.budgets]
             if any(cells):
                 rows.append({"policy": policy, "cells": cells})
         rows.sort(key=lambda row: -sum(c["share"] for c in row["cells"] if c))
-        hidden = [c["hidden"] for row in rows for c in row["cells"] if c and c["hidden"] is not None]
-        lead, rest = answer(results, task, mode, tested)
+        lead, rest = answer(results, task, mode)
         found.append({
             "task": task, "mode": mode, "name": labels.mode(mode), "heading": results.heading(task, mode),
             "lead": lead, "rest": rest, "budgets": [labels.budget(b) for b in results.budgets], "rows": rows,
-            "hidden": max(hidden, default=None), "n": _common({c["n"] for row in rows for c in row["cells"] if c}),
+            "n": _common({c["n"] for row in rows for c in row["cells"] if c}),
         })  # fmt: skip
     return found
 
@@ -90,39 +50,25 @@ def _common(counts: set[int]) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _verdict(results: Results, saved: dict, task: str, mode: str, policy: str, budget: str) -> dict[str, Any] | None:
-    kept = results.compared(task, mode, policy, budget, None, "score_ratio")
-    if kept is None:
+def _verdict(
+    results: Results, saved: dict, known: dict, task: str, mode: str, policy: str, budget: str
+) -> dict[str, Any] | None:
+    kept, row = results.compared(task, mode, policy, budget, None, "score_ratio"), known.get((policy, budget))
+    if kept is None or row is None:
         return None
-    held = holds(results, task, mode, policy, budget)
     bins = results.bins(task)
     run = sum(results.stat(task, mode, policy, budget, b["bin"], "score_mean") is not None for b in bins)
     return {
         "kept": number(kept, "comparisons", 0, 100, " %"),
         "share": max(0.0, min(1.0, kept["estimate"] or 0.0)),
         "n": kept["n"],
-        "holds": held.text,
-        "all": held.everywhere,
-        "transition": _transition(results, task, mode, policy, budget),
-        "hidden": held.hidden,
+        "outcome": row["outcome"],
+        "symbol": scale.SYMBOLS[row["outcome"]],
+        "words": in_words(results, row),
         "saved": _saved(saved.get((task, mode, policy, budget)), f"scores/{task}/{mode}/{policy}/{budget}/all/saved"),
         "speed": number(results.compared(task, mode, policy, budget, None, "speedup"), "comparisons", 2, 1, "×"),
         "bins": None if run == len(bins) else f"{run} of {len(bins)} bins",
     }
-
-
-def _transition(results: Results, task: str, mode: str, policy: str, budget: str) -> str:
-    """``stable``, ``unstable from 508 tokens``, ``collapsed from 2.0k tokens``: the detector's word, by definition."""
-    found = results.transition.filter(detector="definition", task=task, mode=mode, policy=policy, budget=budget)
-    if not found.height:
-        return ""
-    row = found.row(0, named=True)
-    starts = {b["bin"]: f"from {labels.tokens(b['token_min'])} tokens" for b in results.bins(task)}
-    if row["onset_bin"] is not None:
-        return f"unstable {starts[row['onset_bin']]}"
-    if row["collapse_bin"] is not None:
-        return f"collapsed {starts[row['collapse_bin']]}"
-    return row["outcome"]
 
 
 def _saved(footprint: dict[str, Any] | None, source: str):
@@ -134,63 +80,47 @@ def _saved(footprint: dict[str, Any] | None, source: str):
     return number(footprint | bounds, "scores", 1, 100, " %", source=source)
 
 
-def answer(results: Results, task: str, mode: str, tested: pl.DataFrame | None = None) -> tuple[str, str]:
-    """The question answered for one task and mode: a few words, and the sentence behind them."""
-    held = {
-        (policy, budget): holds(results, task, mode, policy, budget)
-        for policy, budget in results.pairs[1:]
-        if policy in results.contenders and results.compared(task, mode, policy, budget, None, "score_ratio")
+def answer(results: Results, task: str, mode: str) -> tuple[str, str]:
+    """Return the question answered for one task and mode: a few words, and the sentences behind them."""
+    known = {
+        pair: row
+        for pair, row in outcomes(results, task, mode).items()
+        if pair[0] in results.contenders and results.compared(task, mode, *pair, None, "score_ratio")
     }
-    if not held:
+    if not known:
         return "Nothing to compare.", "Only the full cache was run, or no policy shares an example with it."
-
-    def kept(policy: str, budget: str) -> str:
-        row = results.compared(task, mode, policy, budget, None, "score_ratio")
-        return f"{number(row, 'comparisons', 0, 100, ' %')} of the full cache's score (n = {row['n']})"
-
-    budgets = [b for b in results.budgets if any(b == budget for _, budget in held)]
-    everywhere = [k for k, h in held.items() if h.everywhere]
-    if everywhere:
-        smallest = max((b for _, b in everywhere), key=labels.budget_order)
-        winners = [p for p, b in everywhere if b == smallest]
-        shown = [p for p in winners if _shown(tested, task, mode, p, smallest)]
-        verb = ("are" if smallest.startswith("t") else "is") if shown else "may be"
-        lead = sentence(f"{kept_of(smallest)} {verb} enough, with {listed(shown or winners)}.")
-        winners = shown or winners
-        reach = labels.tokens(results.bins(task)[-1]["token_max"])
-        text = f"No loss was seen at any length, to {reach} tokens: {winners[0]} keeps {kept(winners[0], smallest)}."
-        pooled = results.compared(task, mode, winners[0], smallest, None, "score")
-        alpha = 1 - results.confidence
-        if pooled and pooled["p_holm"] is not None and pooled["p_holm"] < alpha and pooled["estimate"] < 0:
-            p = p_value(pooled["p_holm"])
-            text += f" Over all lengths together a difference shows: {signed(in_family(pooled))}, p = {p} after Holm."
-        if tested is not None:
-            text += f" That it keeps {100 * KEPT:g} % is {'' if shown else 'not '}shown (non-inferiority)."
-        less = [b for b in budgets if labels.budget_order(b) > labels.budget_order(smallest)]
+    by_word = {word: [pair for pair, row in known.items() if row["outcome"] == word] for word in scale.SCALE}
+    enough, undecided = by_word[scale.NO_LOSS], by_word[scale.UNDECIDED]
+    worse = [word for word in (scale.LOSS, scale.UNSTABLE, scale.COLLAPSED) if by_word[word]]
+    rest = [f"Of {len(known)} pairs of policy and budget, {_counted(by_word)}."]
+    if enough:
+        smallest = max((budget for _, budget in enough), key=labels.budget_order)
+        winners = [policy for policy, budget in enough if budget == smallest]
+        verb = "are" if smallest.startswith("t") else "is"
+        lead = sentence(f"{kept_of(smallest)} {verb} enough, with {listed(winners)}.")
+        shown = "; ".join(f"{policy} keeps {_kept(results, task, mode, policy, smallest)}" for policy in winners)
+        rest.insert(0, f"That at least {100 * KEPT:g} % of the score is kept is shown: {shown}.")
+    elif undecided:
+        lead = "No budget is shown to be enough: too few examples to show no loss."
+        nearest = min(undecided, key=lambda pair: (known[pair]["n_decides"] or 10**9, labels.budget_order(pair[1])))
+        policy, budget = nearest
+        rest.insert(0, f"{policy} at {labels.budget(budget)} keeps {_kept(results, task, mode, *nearest)} and is "
+                       f"{in_words(results, known[nearest])}.")  # fmt: skip
     else:
-        longest = max(held, key=lambda k: (held[k].last["bin"] if held[k].last else -1, labels.budget_order(k[1])))
-        if held[longest].last is not None:
-            policy, budget = longest
-            reach = labels.tokens(held[longest].last["token_max"])
-            lead = sentence(f"{kept_of(budget)} is enough to {reach} tokens, with {policy}.")
-            text = f"Beyond that a loss shows; over all lengths it keeps {kept(policy, budget)}."
-            return lead, text
-        lead = "Nothing tried is without loss, at any length."
-        text, less = "", budgets
-    for budget in less[:1]:
-        best = max((p for p, b in held if b == budget), key=lambda p: _estimate(results, task, mode, p, budget))
-        best_hold = held[best, budget]
-        where = f"; a loss shows first at {tokens_of(best_hold.first_loss)} tokens" if best_hold.first_loss else ""
-        text += f" At {labels.budget(budget)} the best, {best}, keeps {kept(best, budget)}{where}."
-    return lead, text.strip()
+        lead = f"A loss is shown for everything tried{'' if worse == [scale.LOSS] else ', or worse'}."
+        best = max(known, key=lambda pair: _estimate(results, task, mode, *pair))
+        rest.insert(0, f"The best, {best[0]} at {labels.budget(best[1])}, keeps {_kept(results, task, mode, *best)}: "
+                       f"{in_words(results, known[best])}.")  # fmt: skip
+    return lead, " ".join(sentence(text) for text in rest)
 
 
-def _shown(tested: pl.DataFrame | None, task: str, mode: str, policy: str, budget: str) -> bool:
-    """Whether a test over all lengths has shown that the policy keeps enough of the full cache's score."""
-    if tested is None:
-        return False
-    own = tested.filter(pl.col("bin").is_null(), task=task, mode=mode, policy=policy, budget=budget)
-    return bool(own["non_inferior"].fill_null(False).any())
+def _counted(by_word: dict[str, list]) -> str:
+    return ", ".join(f"{len(pairs)} {word}" for word, pairs in by_word.items() if pairs)
+
+
+def _kept(results: Results, task: str, mode: str, policy: str, budget: str) -> str:
+    row = results.compared(task, mode, policy, budget, None, "score_ratio")
+    return f"{number(row, 'comparisons', 0, 100, ' %')} of the full cache's score (n = {row['n']})"
 
 
 def _estimate(results: Results, task: str, mode: str, policy: str, budget: str) -> float:

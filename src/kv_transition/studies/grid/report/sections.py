@@ -12,16 +12,17 @@ from kv_transition import labels
 from kv_transition.report.numbers import DASH, Number, number, sentence, source_of, tokens_of
 from kv_transition.stats.examples import FULL
 from kv_transition.studies.grid import tradeoff
+from kv_transition.studies.grid.analysis import scale
+from kv_transition.studies.grid.analysis.noninferiority import KEPT
 from kv_transition.studies.grid.plots import failure_rows
-from kv_transition.studies.grid.report.findings import OUTCOMES
+from kv_transition.studies.grid.report import headline
 from kv_transition.studies.grid.results import Results, in_family
 
-STATES = {
-    "sound": ("●", "sound: the mean's lower bound is at least half of the full cache's"),
-    "unsure": ("◐", "open: the interval of the mean includes half of the full cache's"),
-    "unstable": ("▲", "unstable"),
-    "collapsed": ("×", "collapsed: the mean's upper bound is below half of the full cache's"),
-}
+
+def states() -> dict[str, tuple[str, str]]:
+    """Return symbol and definition of each word of the scale, as the page shows them."""
+    kept = f"{100 * KEPT:g} %"
+    return {word: (scale.SYMBOLS[word], text.format(kept=kept)) for word, text in scale.DEFINITIONS.items()}
 
 
 def transitions(results: Results) -> list[dict[str, Any]]:
@@ -40,8 +41,10 @@ def transitions(results: Results) -> list[dict[str, Any]]:
                 "mode_name": labels.mode(row["mode"]),
                 "budget_name": labels.budget(row["budget"]),
                 "outcome": row["outcome"],
-                "outcome_name": OUTCOMES.get(row["outcome"], row["outcome"]),
-                "states": [{"state": s, "symbol": STATES[s][0], "tokens": t, "n": n} for s, t, n in _states(details)],
+                "outcome_name": headline.in_words(results, row),
+                "states": [
+                    {"state": s, "symbol": scale.SYMBOLS[s], "tokens": t, "n": n} for s, t, n in _states(details)
+                ],
                 "onset": _at(tokens, row["task"], row["onset_bin"], row["onset_probability"]),
                 "collapse": _at(tokens, row["task"], row["collapse_bin"], row["collapse_probability"]),
                 "zscore": DASH if zone is None else _span(tokens, row["task"], zone),
@@ -59,17 +62,8 @@ def _after_name(text: str) -> str:
 
 
 def _states(details: Mapping[str, Any]) -> Iterable[tuple[str, str, int]]:
-    fallen = False
     for bin in details.get("bins", []):
-        fallen = fallen or bin["collapsed"]
-        if bin["collapsed"]:
-            state = "collapsed"
-        elif bin["unstable"] and not fallen:
-            state = "unstable"
-        else:
-            low = bin["mean_low"]
-            state = "sound" if low is not None and low >= 0.5 * bin["full_mean"] else "unsure"
-        yield state, labels.token_range(*bin["tokens"]), bin["n"]
+        yield bin["state"], labels.token_range(*bin["tokens"]), bin["n"]
 
 
 def _at(tokens: Mapping, task: str, bin: int | None, probability: float | None) -> str:
@@ -232,7 +226,7 @@ def along_budgets(results: Results, transition: pl.DataFrame | None) -> list[dic
         rows = [
             {
                 "policy": row["policy"], "tokens": tokens.get(row["bin"], DASH), "n": row["n"],
-                "outcome": OUTCOMES.get(row["outcome"], row["outcome"]),
+                "outcome": scale.words(row, row["since_budget"] and labels.budget(row["since_budget"]), row["n"]),
                 "reason": _after_name(row.get("sentence") or row["reason"]),
             }
             for row in own
