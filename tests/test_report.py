@@ -240,7 +240,7 @@ def test_a_headline_tells_a_loss_from_too_few_examples(demo_report):
 
     few = lead(outcome=pl.lit("undecided"), n_decides=pl.lit(340))
     assert few[0] == "No budget is shown to be enough: too few examples to show no loss."
-    assert "because n = 25; about 340 would decide" in few[1]
+    assert "because n = 100; about 340 would decide" in few[1]
     assert lead(outcome=pl.lit("loss shown"))[0] == "A loss is shown for everything tried."
     assert lead(outcome=pl.lit("no loss shown"))[0].startswith("20 % of the cache is enough")
 
