@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean faults
+.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean faults docs
 
 demo: $(VENV)/ready
 	@python -m kv_transition all --config $(CONFIG)
@@ -62,6 +62,15 @@ schema: $(VENV)/ready
 # docs/policies.md, from the policies' source
 policies-doc: $(VENV)/ready
 	python -m kv_transition.policies.describe > docs/policies.md
+
+# the documentation as a site with search, in build/site; fails on a broken link or reference
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
+.venv-docs/ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --no-deps --requirement docs/requirements.txt
+	touch $@
 
 # what the tests of the Triton kernels need, in torch's interpreter and compiler: a gigabyte
 kernels: $(VENV)/ready

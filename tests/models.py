@@ -66,15 +66,7 @@ def sliding_model() -> tuple[LocalEngine, torch.nn.Module]:
     """A Gemma-3-shaped model, five layers with a window of 16 tokens to one without, and its plain twin."""
     AttentionInterface.register(ATTENTION, attention_function)
     config = Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=16,
-        max_position_embeddings=1024,
+        **_SHAPE | {"num_hidden_layers": 6, "head_dim": 8, "sliding_window": 16},
     )
     twins = []
     for implementation in (ATTENTION, "eager"):

@@ -174,5 +174,5 @@ def test_differences_are_written_with_their_sign():
 
 
 def test_an_unknown_figure_is_named(tables, tmp_path):
-    with pytest.raises(UserError, match="no figure is called 'pie'"):
+    with pytest.raises(UserError, match="no figure is called 'pie_svg'"):
         plots.write_plots(*tables, {"pie_svg": str(tmp_path / "p.svg")})

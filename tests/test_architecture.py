@@ -135,8 +135,10 @@ def test_no_file_is_longer_than_400_lines(file):
 
 @pytest.mark.parametrize("study", registry.STUDIES)
 def test_every_study_has_the_same_shape(study):
-    for name in ("settings", "specs", "study", "tables", "run", "plan", "analysis", "plots", "report"):
-        assert f"kv_transition.studies.{study}.{name}" in MODULES
+    needed = {"settings", "study", "run", "report"}
+    if study in ("grid", "recall", "perplexity", "chat"):
+        needed |= {"specs", "tables", "plan", "analysis", "plots"}
+    assert {f"kv_transition.studies.{study}.{name}" for name in needed} <= set(MODULES)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if part(module_name(f)) in ("attention", "cache", "policies")])
@@ -146,7 +148,9 @@ def test_the_core_needs_only_torch(file):
 
 
 def loaded_modules(code: str) -> set[str]:
-    script = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); {code}; print(*sys.modules)"
+    # a package without __init__.py, which a study may be, is no file and holds no code
+    names = "*(name for name, module in sys.modules.items() if getattr(module, '__file__', None))"
+    script = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); {code}; print({names})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 

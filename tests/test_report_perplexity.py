@@ -13,7 +13,7 @@ from test_report import Page
 
 from kv_transition.errors import UserError
 from kv_transition.outputs.build import build_report
-from kv_transition.plotting.drawing import svg
+from kv_transition.plotting.save import svg
 from kv_transition.studies.perplexity import analysis, plots
 from kv_transition.studies.perplexity import report as section
 

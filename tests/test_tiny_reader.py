@@ -185,7 +185,7 @@ def test_recalled_words_were_shown_before(trainer):
 
 def test_the_initial_heads_attend_to_previous_tokens(trainer):
     """Head h of layer 0 starts out looking h + 1 tokens back."""
-    model = trainer.build_model(seed=0)
+    model = trainer.training.build_model(0, trainer.RECIPE.config)
     model.set_attn_implementation("eager")
     ids = torch.randint(4, 1000, (1, 40), generator=torch.Generator().manual_seed(0))
     attention = model(ids, output_attentions=True).attentions[0][0]  # (heads, queries, keys)

@@ -1,4 +1,4 @@
-"""The share of a cache that is kept: a fraction of its entries, or a number of tokens."""
+"""Budgets: the kept share of a cache, as a fraction of its entries or a number of tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Budget:
 
     @classmethod
     def of_fraction(cls, value: float | str, key: str = "budget") -> Self:
-        """A fraction of the cache; ``value`` is taken as the decimal it is written as."""
+        """Return a budget that keeps a fraction of the cache; ``value`` is read as a decimal."""
         if isinstance(value, bool) or not isinstance(value, (Real, str)):
             raise UserError(f"{key}: {value!r} is not a number; give a fraction in (0, 1]")
         try:
@@ -41,14 +41,14 @@ class Budget:
 
     @classmethod
     def of_tokens(cls, value: int, key: str = "budget") -> Self:
-        """An absolute number of entries per KV head."""
+        """Return a budget that keeps a number of entries per KV head."""
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise UserError(f"{key}: tokens must be a whole number of at least 1, not {value!r}")
         return cls(tokens=int(value))
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """Read ``r0.2`` or ``t128``."""
+        """Return the budget written as ``r0.2`` or ``t128``."""
         kind, value = name[:1], name[1:]
         if kind == "r" and value:
             return cls.of_fraction(value)
@@ -61,7 +61,7 @@ class Budget:
         return self.fraction == 1
 
     def kept(self, n: int) -> int:
-        """K = ceil(r * N) with r exact, or min(t, N); ``n`` is N, the entries at compression."""
+        """Return K = ceil(r * N) with r exact, or min(t, N); ``n`` is N, the entries at compression."""
         if self.tokens is not None:
             return min(self.tokens, n)
         return math.ceil(self.fraction * n)

@@ -1,4 +1,4 @@
-"""The command line: each command is a target of the workflow."""
+"""The command line; most commands are targets of the workflow."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def where(
     config: Config = DEFAULT,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Say where a file of the experiment lies."""
+    """Print the path of a file of the experiment."""
     from kv_transition.paths import Paths
 
     settings = _checked(config, set_)
@@ -150,7 +150,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Answers that are decoded together.")] = 8,
 ) -> None:
-    """Serve a model whose requests say what is evicted, over OpenAI's API."""
+    """Serve a model over OpenAI's API; each request names policy and budget."""
     with _refusing():
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"--dtype: {dtype!r} is not allowed; choose one of float32, bfloat16, float16")
@@ -186,7 +186,7 @@ def plan(
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Load the model and measure it, briefly.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, in seconds and bytes.")] = False,
 ) -> None:
-    """Say what an experiment will take, and what of it is there, before anything runs."""
+    """Print what an experiment will take, and how much of it is done, before anything runs."""
     settings = _checked(config, set_)
     from kv_transition.plan import table, work
     from kv_transition.plan.model_size import model_size
@@ -206,7 +206,7 @@ def plan(
 
 @app.command()
 def doctor(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
-    """Say what this machine can do for an experiment, and what to mend; status 1 if it cannot be run here."""
+    """Check this machine for an experiment; exit with status 1 if it cannot run here."""
     settings = _checked(config, set_)
     from rich.console import Console
 
@@ -229,7 +229,7 @@ def schema() -> None:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Bad input becomes one sentence and status 2."""
+    """Turn bad input into one sentence and status 2."""
     try:
         yield
     except UserError as error:
@@ -248,9 +248,9 @@ def _checked(config: Path, assignments: list[str]) -> Settings:
 
 
 def _rules(step: str, settings: Settings) -> list[str]:
-    """Return the rules at which Snakemake is to stop; none: at the end.
+    """Return the rules at which Snakemake stops; none: at the end.
 
-    Raises UserError if the experiment has nothing of the kind.
+    Raises UserError if the experiment has no such part.
     """
     asked = [study for study in registry.studies() if step in study.rules]
     rules = _UNTIL.get(step, []) + [rule for study in asked if study.there(settings) for rule in study.rules[step]]
@@ -334,6 +334,6 @@ def _snakemake(
 
 
 def warn(sentence: str | None) -> None:
-    """Print a sentence that stops nothing."""
+    """Print a sentence that does not stop the command."""
     if sentence:
         typer.echo(f"note: {sentence}", err=True)

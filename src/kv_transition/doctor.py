@@ -1,4 +1,4 @@
-"""What this machine can do for an experiment, a line each, and what to mend."""
+"""Checks of this machine for an experiment: one line each, with advice on what to change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """fail: the experiment cannot be run; warn: it can, with less or later."""
+    """The result of one check. fail: the experiment cannot run; warn: it can, with less or later."""
 
     what: str
     state: State
@@ -42,7 +42,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Every line of the doctor's screen, from the machine to the experiment."""
+    """Return every line of the doctor's screen, from the machine to the experiment."""
     size = model_size(settings.model)
     remote = settings.engine.kind == "openai"
     yield _python()
@@ -113,7 +113,9 @@ def _torch(settings: Settings, size: ModelSize | None) -> Iterator[Finding]:
 
 
 def _fits(what: str, found: str, room: int, settings: Settings, size: ModelSize) -> Finding:
-    """Weights and one full cache of the longest prompt; activations and copies come on top, hence the tenth."""
+    """Return whether weights and one full cache of the longest prompt fit; a tenth is left for activations and
+    copies.
+    """
     weights = size.weight_bytes(settings.model)
     cache = size.cache_bytes(settings.model.max_length, settings.model.dtype)
     need = f"weights {table.size(weights)}, longest cache {table.size(cache)}"
@@ -196,7 +198,7 @@ def _tokenizer(settings: Settings) -> Finding:
 
 
 def _hub(what: str, repository: str, revision: str | None, kind: str) -> Finding:
-    """Whether the hub would give it: one small request."""
+    """Return whether the hub offers the model, by one small request."""
     import httpx
 
     without = "; make real gets a language model without the hub" if what == "model" else ""
@@ -229,7 +231,7 @@ def _kind(error: Exception) -> str:
 
 
 def _endpoint(settings: Settings) -> Iterator[Finding]:
-    """Is it there, and does it take our key? The key itself is never shown."""
+    """Return whether the endpoint answers and accepts the key. The key is never shown."""
     import httpx
 
     engine = settings.engine

@@ -1,8 +1,8 @@
-"""The one exception a user is meant to read, and how it shows what was given."""
+"""The exception for bad input, which users read."""
 
 
 class UserError(Exception):
-    """Bad input: one sentence that names the key, file or row, and what would be right.
+    """Bad input: one sentence that names the key, file or row and says what would be right.
 
     Every entry point prints it without a traceback and exits with status 2. What a file or a library said may stand in
     it, so line breaks and characters that a screen would obey are taken out.

@@ -1,4 +1,4 @@
-"""How bins, budgets and modes are written for people."""
+"""Bins, budgets and modes as text for readers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ MODES = {"before_question": "before the question", "after_prompt": "after the pr
 
 
 def tokens(count: float) -> str:
-    """``256``, ``1.0k``, ``16k``."""
+    """Return a number of tokens as ``256``, ``1.0k`` or ``16k``."""
     if count < 1000:
         return f"{count:.0f}"
     return f"{count / 1000:.1f}k" if count < 9950 else f"{count / 1000:.0f}k"
 
 
 def token_range(low: float, high: float) -> str:
-    """``241–268``, ``0.9–1.1k``."""
+    """Return a range of tokens as ``241–268`` or ``0.9–1.1k``."""
     first, last = tokens(low), tokens(high)
     if first == last:
         return first
@@ -38,12 +38,12 @@ OWN = "r1"
 
 
 def kept(policy: str, name: str) -> str:
-    """What a policy keeps at a budget: `budget`, and ``100 %`` of the full cache."""
+    """Return what a policy keeps at a budget: `budget`, or ``100 %`` for the full cache."""
     return "100 %" if policy == "full" else budget(name)
 
 
 def budget(name: str) -> str:
-    """``r0.2`` as ``20 %``, ``t128`` as ``128 tokens``; ``r1``, but for the full cache, as a policy's own footprint."""
+    """Return ``20 %`` for ``r0.2``, ``128 tokens`` for ``t128``, and a policy's own footprint for ``r1``."""
     if name == OWN:
         return "its own"
     if name.startswith("r"):
@@ -52,7 +52,7 @@ def budget(name: str) -> str:
 
 
 def budget_order(name: str) -> tuple[int, float]:
-    """Sort key: fractions before tokens, large before small."""
+    """Return a sort key: fractions before tokens, large before small."""
     return (name[0] != "r", -float(name[1:]))
 
 
@@ -61,7 +61,7 @@ def mode(name: str) -> str:
 
 
 def failure(name: str) -> str:
-    """``EMPTY_OUTPUT`` as ``empty output``; acronyms stay."""
+    """Return ``empty output`` for ``EMPTY_OUTPUT``; acronyms stay."""
     return name if name == "OOM" else name.replace("_", " ").lower()
 
 
@@ -70,7 +70,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def interval(estimate: float | None, low: float | None, high: float | None, digits: int = 2) -> str:
-    """``0.97 [0.91, 0.99]``; an open bound is written as an ellipsis."""
+    """Return ``0.97 [0.91, 0.99]``; an open bound is an ellipsis."""
     if estimate is None:
         return "–"
     if low is None and high is None:
@@ -80,12 +80,12 @@ def interval(estimate: float | None, low: float | None, high: float | None, digi
 
 
 def count(n: int, clusters: int | None = None) -> str:
-    """``n = 20``, and from how many documents where examples share them."""
+    """Return ``n = 20``, with the number of documents if examples share them."""
     return f"n = {n}" if clusters is None or clusters == n else f"n = {n} from {clusters} documents"
 
 
 def signed(row: Mapping[str, Any], digits: int = 2) -> str:
-    """``-0.31 [-0.41, -0.21]`` with a real minus, and a plus before gains."""
+    """Return ``−0.31 [−0.41, −0.21]`` with a real minus, and a plus before gains."""
     if row["estimate"] is None:
         return "–"
     point, low, high = (_with_sign(row[k], digits) for k in ("estimate", "ci_low", "ci_high"))
@@ -111,7 +111,7 @@ def tested(row: Mapping[str, Any]) -> str:
 
 
 def percent(share: float) -> str:
-    """A confidence level, with as many digits as tell it from certainty."""
+    """Return a confidence level with enough digits to tell it from certainty."""
     away = 100 * (1 - share)
     digits = next((d for d in range(2, 11) if away >= 10.0 ** (1 - d)), 10)
     return f"{100 * share:.{digits}f}".rstrip("0").rstrip(".") + " %"

@@ -1,4 +1,4 @@
-"""Where a file came from and whether it is whole: hashes of content and code, metadata, atomic writes."""
+"""Hashes of content and code, metadata of files, and atomic writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kv_transition.errors import UserError
-from kv_transition.parsing import damaged
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +34,7 @@ _RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarro
 
 
 def digest(value: Any, length: int = 16) -> str:
-    """Hex digest of any JSON value, independent of the order of keys."""
+    """Return the hex digest of a JSON value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
@@ -45,7 +44,7 @@ def text_sha256(text: str) -> str:
 
 
 def _module_file(name: str) -> Path | None:
-    """The source of a module of this package, or None for anything else."""
+    """Return the source of a module of this package, or None for anything else."""
     return _located(SOURCE, name)
 
 
@@ -94,16 +93,16 @@ def is_neutral(module: str) -> bool:
 
 
 def imported_modules(*roots: str) -> set[str]:
-    """The modules of this package that the roots import, directly or not, themselves included.
+    """Return the modules of this package that the roots import, directly or not, with the roots.
 
-    Read from the source without importing anything, so that planning stays fast.
+    They are read from source without importing anything, so that planning stays fast.
     """
     return set().union(*(_reached(SOURCE, root) for root in roots))
 
 
 @cache
 def _reached(source: Path, root: str) -> frozenset[str]:
-    """The modules that one root imports: a grid asks for the same few roots a thousand times."""
+    """Return the modules that one root imports; cached, because a grid asks for the same few roots a thousand times."""
     seen: set[str] = set()
     todo = [root]
     while todo:
@@ -119,10 +118,9 @@ def _reached(source: Path, root: str) -> frozenset[str]:
 
 
 def code_hash(*roots: str) -> str:
-    """Digest of what the named modules do: their code and that of all they import from this package.
+    """Return a digest of the code of the named modules and of all that they import from this package.
 
-    Comments, docstrings, formatting and time stamps do not count, so that explaining a line better does not cost
-    a hundred GPU hours.
+    Comments, docstrings, formatting and time stamps do not count, so that a better explanation reruns no job.
     """
     for root in roots:
         if _module_file(root) is None:
@@ -132,8 +130,9 @@ def code_hash(*roots: str) -> str:
 
 
 def content_digest(path: str | os.PathLike[str], suffixes: tuple[str, ...] | None = None) -> str:
-    """Digest of a file's content, or of all files below a folder (those that end in one of ``suffixes``) with their
-    names, whatever their time stamps. Of a file larger than 64 MiB the first and last MiB count, beside its size.
+    """Return a digest of a file, or of all files below a folder (those with one of ``suffixes``) and their names.
+
+    Time stamps do not count. Of a file larger than 64 MiB, the first and last MiB and its size count.
     """
     root = Path(path)
     files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
@@ -153,7 +152,7 @@ def _file_digest(file: Path) -> str:
 
 @cache
 def git_commit() -> str:
-    """The commit of the checkout, with ``-dirty`` where files differ from it; ``unknown`` outside of one."""
+    """Return the commit of the checkout, with ``-dirty`` if files differ from it; ``unknown`` outside of one."""
     try:
         out = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -179,7 +178,7 @@ def package_versions() -> dict[str, str]:
 
 
 def file_metadata(**fields: Any) -> dict[str, str]:
-    """Key-value metadata of a Parquet file: the caller's fields, versions, git commit and the time, all as text."""
+    """Return the key-value metadata of a Parquet file: the given fields, versions, git commit and time, as text."""
     common = {
         "git_commit": git_commit(),
         "package_versions": json.dumps(package_versions(), sort_keys=True),
@@ -191,7 +190,7 @@ def file_metadata(**fields: Any) -> dict[str, str]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
+    """Yield a temporary path that replaces ``path`` when the block ends well, and is deleted when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the name is cut, since a file system takes 255 bytes of one
@@ -212,7 +211,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `replacing`. Raises UserError where the disk is full or may not be written to; what was there before stays."""
+    """As `replacing`. Raises UserError if the disk is full or not writable; an existing file stays unchanged."""
     written = 0
     try:
         with replacing(path) as temporary:
@@ -281,7 +280,7 @@ def write_table(path: str | os.PathLike[str], table: pa.Table, fields: Mapping[s
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The key-value metadata of a Parquet file. Raises UserError if it is damaged."""
+    """Return the key-value metadata of a Parquet file. Raises UserError if it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -291,11 +290,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # only here: no code hash follows the imports of this module
+        from kv_transition.parsing import damaged
+
         raise UserError(damaged(path, error)) from None
 
 
 def rows_to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table of exactly this schema; a missing column is null, an unknown one is an error."""
+    """Return rows as a table of exactly this schema; a missing column is null, an unknown one is an error."""
     import pyarrow as pa
 
     rows = list(rows)

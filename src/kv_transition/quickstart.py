@@ -1,11 +1,11 @@
-"""Does it work here? Four checks on the embedded model, within a minute and without a network.
+"""Four checks on the embedded model: does the project work on this machine?
 
     python -m kv_transition.quickstart [--output FOLDER] [--model MODEL]
 
-MODEL is another model on the CPU: a folder, a hub id or a GGUF file, such as the one that ``make real`` installs.
-
-The model is loaded, a cache is made, strategies compress it, and the results are saved: with the code that experiments
-run. Each check compares what is there with what must be; one that fails ends the program with status 1.
+MODEL is another model on the CPU: a folder, a hub id or a GGUF file, such as the one that ``make real`` installs. The
+checks load the model, make a cache, compress it and save the results, with the code that experiments run. Each compares
+a result with the expected one; a check that fails ends the program with status 1. They take less than a minute and need
+no network.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ Facts = Iterator[str]
 
 
 class CheckError(Exception):
-    """A check did not hold."""
+    """A check failed."""
 
 
 @dataclass
 class Found:
-    """What one check leaves for the next."""
+    """The results that one check leaves for the next."""
 
     settings: Settings
     files: Paths
@@ -109,7 +109,7 @@ def cache_made(found: Found) -> Facts:
 
 @torch.inference_mode()
 def _plain(found: Found) -> float:
-    """Nats of all scored tokens by one forward pass each of a model of transformers' own, which has no cache."""
+    """Return the nats of all scored tokens by one forward pass each, without a cache."""
     from transformers import AutoModelForCausalLM
 
     name = found.settings.model.name

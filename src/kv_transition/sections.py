@@ -1,6 +1,6 @@
-"""The sections of an experiment file that all studies share, and what sections are made of.
+"""The sections of an experiment file that all studies share, and their base class.
 
-What a single study reads is in ``studies/{study}/settings.py``; `kv_transition.settings` puts them together.
+The keys of a single study are in ``studies/{study}/settings.py``; `kv_transition.settings` combines them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_address(where: str, url: str) -> None:
 
 
 class EngineRequest(Section):
-    """How patient we are with an endpoint."""
+    """Time limit and retries of requests to an endpoint."""
 
     timeout_s: float = Field(60.0, gt=0, description="seconds of one request, until the last piece of its answer")
     retries: int = Field(5, ge=0, description="further attempts where one may help")
@@ -102,7 +102,7 @@ class EngineRequest(Section):
 
 
 class Endpoint(Section):
-    """The server that stands for a policy; a null is the engine's own."""
+    """The server of one policy; null takes the engine's own value."""
 
     base_url: str | None = Field(None, description="address of a server of its own; null: engine.base_url")
     model: str | None = Field(None, description="name of the model there; null: engine.model")
@@ -110,7 +110,7 @@ class Endpoint(Section):
 
 
 class Engine(Section):
-    """What answers: the model in this process, or an OpenAI-compatible endpoint."""
+    """What computes the answers: the model in this process, or an OpenAI-compatible endpoint."""
 
     kind: Literal["local", "openai"] = Field("local", description="openai: an OpenAI-compatible endpoint")
     base_url: str | None = Field(None, description="address up to and including /v1; required for openai")
@@ -144,7 +144,7 @@ class Engine(Section):
 
 
 class Prefill(Section):
-    """Reading each prompt once: the tensors are a cache that may be deleted at any time."""
+    """Stored prefills: each prompt is read once, and the tensors may be deleted at any time."""
 
     store: Literal["auto", "always", "never"] = Field("auto", description="auto: while max_gb and the disk allow")
     max_gb: float = Field(50.0, gt=0, description="largest size of the store; the least recently used go first")
@@ -158,7 +158,7 @@ class TokenBudget(Section):
 
 
 class KV(Section):
-    """What is forgotten, how and when."""
+    """Policies, budgets and modes."""
 
     modes: list[Mode] = Field(["before_question", "after_prompt"], min_length=1, description="when compression happens")
     policies: dict[Name, dict[str, Any] | None] = Field(
@@ -201,7 +201,7 @@ class KV(Section):
         return self
 
     def all_budgets(self) -> list[Budget]:
-        """The budgets in the order of the config."""
+        """Return the budgets in the order of the configuration."""
         if self.compression_ratio is not None:
             for ratio in self.compression_ratio:
                 if not 0 <= ratio < 1:
@@ -251,7 +251,7 @@ class Output(Section):
 
 
 class Hardware(Section):
-    """What one GPU job asks of a cluster."""
+    """The resources that one GPU job requests from a cluster."""
 
     gpu_model: str = Field("a100", pattern=r"^[A-Za-z0-9_.-]+$", description="model of the GPU")
     runtime_min: int = Field(60, ge=1, description="minutes of the first attempt")

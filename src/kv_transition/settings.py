@@ -79,7 +79,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Settings:
 
 
 def override(config: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """A copy of the configuration with ``model.device=cpu``-like assignments applied; values are YAML."""
+    """Return a copy of the configuration with assignments such as ``model.device=cpu`` applied; values are YAML."""
     result = _plain(config)
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
@@ -96,12 +96,12 @@ def override(config: Mapping[str, Any], assignments: list[str]) -> dict[str, Any
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of an experiment file."""
+    """Return the JSON schema (draft 2020-12) of an experiment file."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Settings.model_json_schema()}
 
 
 def _plain(value: Any) -> Any:
-    """Nested mappings as plain dicts, so that the caller's object is never changed."""
+    """Return nested mappings as plain dicts, so that the caller's object is never changed."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""What Python code uses: a context read once, compressed, and asked; the names are exported by `kv_transition`."""
+"""The Python library: read a context once, compress it, and ask questions; `kv_transition` exports the names."""

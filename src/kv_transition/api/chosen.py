@@ -1,4 +1,4 @@
-"""The policy and the budget that somebody names, checked together."""
+"""Check a policy and a budget that a caller names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BudgetLike = float | str | Mapping[str, int] | Budget
 
 
 def setting_of(policy: PolicyLike, budget: BudgetLike | None, mode: str, temperature: float = 0.0) -> Setting:
-    """What is done to the cache. Raises UserError for a policy without its budget, or one of another form."""
+    """Return how the cache is compressed. Raises UserError for a policy without its budget, or one of another form."""
     if mode not in ("before_question", "after_prompt"):
         raise UserError(f"mode: {mode!r} is neither before_question nor after_prompt")
     own = policy_of(policy)
@@ -29,7 +29,7 @@ def setting_of(policy: PolicyLike, budget: BudgetLike | None, mode: str, tempera
 
 
 def policy_of(policy: PolicyLike) -> Policy:
-    """The policy object. Raises UserError for what is none."""
+    """Return the policy object. Raises UserError if it is not one."""
     if isinstance(policy, Policy):
         return policy
     if inspect.isclass(policy) and issubclass(policy, Policy):
@@ -48,7 +48,7 @@ def policy_of(policy: PolicyLike) -> Policy:
 
 
 def budget_of(budget: BudgetLike | None, policy: Policy) -> Budget:
-    """How much a policy keeps. Raises UserError where it is missing, or follows from the policy itself."""
+    """Return the budget. Raises UserError if it is missing, or if the policy determines it."""
     name = name_of(policy)
     if not needs_budget(policy):
         if budget is not None and not _parsed(budget).is_full:
@@ -62,13 +62,13 @@ def budget_of(budget: BudgetLike | None, policy: Policy) -> Budget:
 
 
 def name_of(policy: Policy) -> str:
-    """Its kind, or the name of a class that is written elsewhere."""
+    """Return the kind of a policy, or the name of a class from elsewhere."""
     package, _, kind = type(policy).__module__.rpartition(".")
     return kind if package == catalog.GROUP else type(policy).__name__
 
 
 def needs_budget(policy: Policy) -> bool:
-    """Whether what it keeps does not follow from itself."""
+    """Return whether a policy needs a budget."""
     declared = policy.ignores_budget
     own = declared if isinstance(declared, bool) else getattr(policy, declared[0]) == declared[1]
     return not own and name_of(policy) != "full"

@@ -1,4 +1,4 @@
-"""A context that was read once, what is left of it under a policy, and questions asked of either."""
+"""A context that was read once, its compressed caches, and questions on either."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """A context as the model read it, with the full cache. Nothing that is asked of it changes it."""
+    """A context that was read with the full cache. Questions do not change it."""
 
     model: Model
     tokens: list[int] = field(repr=False)
@@ -82,7 +82,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a policy left of a context. Each question is asked of a copy of it."""
+    """The cache of a context after compression. Each question uses a copy of it."""
 
     context: Context = field(repr=False)
     setting: Setting
@@ -101,12 +101,12 @@ class Compressed:
 
     @property
     def entries(self) -> float:
-        """Entries per KV head, mean over the layers that are evicted."""
+        """Entries per KV head, mean over the evictable layers."""
         return self.state.entries
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values in the layers that are evicted."""
+        """Bytes of keys and values in the evictable layers."""
         return self.state.nbytes
 
     def ask(self, question: Text, *, max_new_tokens: int = 64, temperature: float = 0.0) -> Reply:

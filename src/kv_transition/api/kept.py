@@ -1,4 +1,4 @@
-"""What a cache holds, as a table."""
+"""The entries of a cache as a table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from kv_transition.cache.state import CacheState
 
 
 def kept_frame(state: CacheState) -> pl.DataFrame:
-    """``layer``, ``head`` (of keys and values) and ``position`` of every entry, in that order.
+    """Return ``layer``, ``head`` (of keys and values) and ``position`` of every entry, in that order.
 
-    Layers with a sliding window, which no policy evicts, are left out. A merged entry is at its mean position.
+    Layers with a sliding window, which are never evicted, are left out. A merged entry is at its mean position.
     """
     rows: dict[str, list[int]] = {"layer": [], "head": [], "position": []}
     for number, layer in enumerate(state.layers):

@@ -1,4 +1,4 @@
-"""Two figures for a notebook: what was kept, and what it cost."""
+"""Two figures for a notebook: the kept entries, and score against bytes."""
 
 from __future__ import annotations
 

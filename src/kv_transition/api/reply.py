@@ -1,4 +1,4 @@
-"""What comes of asking: an answer with its entropies and the anatomy of the cache; the surprise of a given text."""
+"""Answers with their entropies and facts about the cache, and scores of a given text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kv_transition.run.decode import Answer, Setting
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and what it was drawn from."""
+    """An answer, and the facts about its cache."""
 
     text: str
     tokens: tuple[int, ...]
@@ -44,7 +44,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Scored:
-    """How little each token of a text was expected; the first is not scored, since the full cache foretold it."""
+    """The negative log-likelihood of each token of a text; the first is not scored, the full cache predicted it."""
 
     tokens: tuple[int, ...]
     nats: tuple[float, ...]
@@ -57,7 +57,7 @@ class Scored:
 
 
 class Entropies:
-    """Notes the entropy of each distribution, beside what watches the steps of the policy."""
+    """Records the entropy of each distribution, beside the observer of the policy's steps."""
 
     def __init__(self, setting: Setting, seed: int):
         self._inner: Watcher | None = setting.policy.watch(seed) if setting.evicts else None
@@ -73,7 +73,7 @@ class Entropies:
 
 
 def entropy(logits: Tensor) -> float:
-    """Nats, of the next token's distribution at temperature 1, of logits [1, V] or [V]."""
+    """Return the entropy in nats of the next token's distribution at temperature 1, of logits [1, V] or [V]."""
     return max(0.0, float(torch.special.entr(logits.float().softmax(-1)).sum()))
 
 

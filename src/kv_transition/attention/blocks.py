@@ -1,7 +1,6 @@
-"""Exact attention statistics in O(N) memory: blocks of queries against the keys they see, in plain torch.
+"""Exact attention statistics in O(N) memory, from blocks of queries and keys in plain torch.
 
-The reference that the other implementations are held against, the only one with windows and biases, and the fastest
-on a CPU.
+This is the reference implementation, the only one with windows and biases, and the fastest one on a CPU.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ def block_statistics(
     window: int | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Column sums [*B, Hkv, n] and entropy [*B, q], fp32; None for what is not asked.
+    """Return column sums [*B, Hkv, n] and entropy [*B, q], fp32; None for a statistic that is not requested.
 
-    Arguments and meaning as in `statistics.attention_statistics`. Beside its results it holds the keys of one head in
-    fp32 and one block of logits (two with the entropy): O(n).
+    Arguments as in `statistics.attention_statistics`. Memory beside the results is O(n): the keys of one head in fp32
+    and one block of logits (two with the entropy).
     """
     *batch, heads, q, d = queries.shape
     kv_heads, n = keys.shape[-3:-1]
@@ -96,7 +95,7 @@ def block_statistics(
 
 
 def _block(count: int, group: int, q: int, n: int, window: int | None, device_type: str) -> tuple[int, int]:
-    """How many of ``count`` KV heads to take together, and how many queries of each."""
+    """Return how many of ``count`` KV heads are processed together, and how many queries of each."""
     width = n if window is None else min(n, 2 * window)
     room = _BLOCK_BYTES.get(device_type, 64 << 20) // (4 * group * width)
     # Half of the square on the diagonal is the future and computed in vain, so it is kept small beside the rest.
@@ -115,7 +114,7 @@ def one_query_statistics(
     window: int | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`block_statistics` for q = 1, which decoding calls once per layer and token: one row, and no more than needed."""
+    """Return `block_statistics` for q = 1, with the least work, since decoding calls it for each layer and token."""
     n = keys.shape[-2]
     hidden = 0 if window is None else max(0, n - window)
     if hidden:
@@ -143,11 +142,11 @@ def window_sums(
     scale: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention that each entry receives from a few given queries, mean over the group: [*B, Hkv, n] fp32.
+    """Return the attention that each entry receives from a few queries, mean over the group: [*B, Hkv, n] fp32.
 
     queries: [*B, H, w, d] rotated, at ``query_positions`` [w] or [*B, w]. keys: [*B, Hkv, n, d] rotated, at
-    ``key_positions`` [*B, Hkv, n]: any entries, some of the queries' own perhaps evicted. bias: [*B, Hkv, n], added to
-    the logits. A query that sees nothing adds nothing. Memory is O(w n).
+    ``key_positions`` [*B, Hkv, n]; entries of the queries themselves may have been evicted. bias: [*B, Hkv, n], added
+    to the logits. A query that sees no entry adds nothing. Memory is O(w n).
     """
     return window_weights(queries, query_positions, keys, key_positions, scale, bias).sum(-2).mean(-2)
 

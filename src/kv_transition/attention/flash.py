@@ -1,11 +1,11 @@
-"""Exact attention statistics from torch's own flash-attention kernels, by way of the log-sum-exp that they return.
+"""Exact attention statistics from torch's flash-attention kernels and the log-sum-exp (LSE) that they return.
 
-Entropy: with the keys in the place of the values, attention returns each query's mean key, and
-H_i = LSE_i - scale * q_i . (mean key of i).
+Entropy: with the keys in place of the values, attention returns the mean key of each query, and H_i = LSE_i - scale *
+q_i . (mean key of i).
 
-Column sums: exp(s_ij - LSE_i) summed over i is the softmax denominator of *entry j looking back at the queries*. So
-keys and queries change places, and both are reversed in time, since entry j is seen by the queries from j on. The
--LSE_i is added to the logits by a few more channels, which hold it on the queries' side and a constant on the keys'.
+Column sums: exp(s_ij - LSE_i) summed over i is the softmax denominator of entry j attending to the queries. Keys and
+queries therefore change places, and both are reversed in time, because the queries from j on see entry j. -LSE_i is
+added to the logits by additional channels, which hold it for the queries and a constant for the keys.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _CHANNELS = 8
 def flash_statistics(
     queries: Tensor, keys: Tensor, scale: float, *, column_sums: bool, entropy: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Column sums [*B, Hkv, n] and entropy [*B, q], fp32; None for what is not asked.
+    """Return column sums [*B, Hkv, n] and entropy [*B, q], fp32; None for a statistic that is not requested.
 
-    Arguments and meaning as in `statistics.attention_statistics`, without window and bias. The heads of a group are
-    taken one after the other, so that copies stay as large as the keys. The entropy is a difference of numbers as
-    large as the logits, so even in fp32 its absolute error is a few 1e-7 of the largest logit; in half precision the
-    mean key is rounded, which costs some 0.01 nats in bf16. The calls below are private to torch (tried in 2.13).
+    Arguments as in `statistics.attention_statistics`, without window and bias. The heads of a group are processed one
+    after the other, so that copies are as large as the keys. The entropy is a difference of numbers as large as the
+    logits: its absolute error is a few 1e-7 of the largest logit in fp32, and about 0.01 nats in bf16, where the mean
+    key is rounded. The torch functions called below are private (tested with torch 2.13).
     """
     batched = queries.ndim == 4
     if not batched:
@@ -70,7 +70,7 @@ def flash_statistics(
 
 
 def _attention(queries: Tensor, keys: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Mean key [B, H, q, d] and log-sum-exp [B, H, q] fp32 of each query."""
+    """Return the mean key [B, H, q, d] and the log-sum-exp [B, H, q] fp32 of each query."""
     if queries.is_cuda:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         mean_key, lse, *_ = flash(queries, keys, keys, 0.0, causal, False, scale=scale)
@@ -79,7 +79,7 @@ def _attention(queries: Tensor, keys: Tensor, *, causal: bool, scale: float) -> 
 
 
 def _parts(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., q] fp32 -> [..., q, `_CHANNELS`], numbers of ``dtype`` whose sum is the value to fp32's precision."""
+    """Return numbers of ``dtype`` [..., q, `_CHANNELS`] whose sum is the fp32 value [..., q] to fp32 precision."""
     parts = values.new_zeros(*values.shape, _CHANNELS, dtype=dtype)
     rest = values
     for channel in range(3):

@@ -1,4 +1,4 @@
-"""What attention statistics are, and which implementation computes them."""
+"""The attention statistics, and the choice of the implementation that computes them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the attention that new queries pay; None for what was not asked.
+    """Statistics of the attention of new queries; None for a statistic that is not requested.
 
-    column_sums: [*B, Hkv, n] fp32, attention that each entry receives from the new queries, mean over the G query
-    heads of its group: H2O's score (arXiv 2306.14048, section 4).
-    entropy: [*B, q] fp32, nats, of each new query's row of attention, mean over all H heads.
+    column_sums: [*B, Hkv, n] fp32, attention that each entry receives from the new queries, mean over the G query heads
+    of its group: H2O's score (arXiv 2306.14048, section 4). entropy: [*B, q] fp32, nats, of each new query's row of
+    attention, mean over all H heads.
     """
 
     column_sums: Tensor | None
@@ -41,17 +41,19 @@ def attention_statistics(
     bias: Tensor | None = None,
     implementation: str = "auto",
 ) -> Statistics:
-    """Exact statistics of softmax attention in memory that grows with n, not with q times n.
+    """Return exact statistics of softmax attention, in memory that grows with n and not with q times n.
 
-    queries: [*B, H, q, d] rotated, of the newest q tokens. keys: [*B, Hkv, n, d] rotated, n >= q, those tokens' entries
-    last, so that query i sees the entries up to n - q + i; with ``window`` only the last ``window`` of those. *B is
-    empty or one dimension; fp32, bf16 or fp16.
+    queries: [*B, H, q, d] rotated, of the newest q tokens. keys: [*B, Hkv, n, d] rotated, n >= q; the entries of these
+    tokens come last, so that query i sees the entries up to n - q + i, and with ``window`` only the last ``window`` of
+    them. *B is empty or one dimension; fp32, bf16 or fp16.
+
     bias: [*B, Hkv, n], added to the logits: the log of its count for a merged entry, -inf for padding. A query that
-    sees nothing but -inf adds nothing and has entropy 0. The queries of right padding do see entries: leave them out.
-    implementation: one of `IMPLEMENTATIONS`, or auto, see `choose`. A single query needs no more than one row of
-    attention, which is computed as such, in torch, whatever the implementation.
+    sees only -inf adds nothing and has entropy 0. Queries of right padding see entries: leave them out.
 
-    Raises UserError if the implementation asked for cannot serve the call (q > 1).
+    implementation: one of `IMPLEMENTATIONS`, or auto (see `choose`). A single query needs one row of attention, which
+    torch computes whatever the implementation.
+
+    Raises UserError if the requested implementation cannot serve the call (q > 1).
     """
     wanted = {"column_sums": column_sums, "entropy": entropy}
     # before all else: decoding comes here once per layer and token
@@ -85,15 +87,15 @@ def choose(
     head_dim: int | None = None,
     implementation: str = "auto",
 ) -> str:
-    """The implementation that serves such calls: ``blocks``, ``flash`` or ``triton``. The name goes into the results.
+    """Return the implementation for such calls: ``blocks``, ``flash`` or ``triton``. Results record the name.
 
     auto is ``triton`` on a GPU (compute capability 8.0 or newer, fp16 or bf16, Triton installed), else ``blocks``.
-    ``flash`` serves neither windows nor biases, the other two both. auto never takes it: on a CPU it is the slowest.
-    Column sums of one layer (28/4 heads, d = 128, bf16, one thread of an AMD EPYC with AVX-512) took blocks 0.018,
-    0.23 and 4.7 s at 512, 2048 and 8192 tokens, flash 0.10, 0.94 and 12.7 s, attention itself 0.047, 0.44 and 6.0 s
-    (benchmarks/attention_statistics.py). On a GPU nothing has been measured yet.
+    ``flash`` supports neither windows nor biases; the other two support both. auto never chooses it: on a CPU it is the
+    slowest. Column sums of one layer (28/4 heads, d = 128, bf16, one thread of an AMD EPYC with AVX-512) took blocks
+    0.018, 0.23 and 4.7 s at 512, 2048 and 8192 tokens, flash 0.10, 0.94 and 12.7 s, attention itself 0.047, 0.44 and
+    6.0 s (benchmarks/attention_statistics.py). Nothing has been measured on a GPU yet.
 
-    Raises UserError if ``implementation`` cannot serve.
+    Raises UserError if ``implementation`` cannot serve such calls.
     """
     if implementation == "auto":
         return "triton" if _why_not_triton(device_type, dtype, head_dim) is None else "blocks"

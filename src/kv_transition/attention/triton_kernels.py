@@ -1,8 +1,8 @@
-"""Exact attention statistics as two Triton kernels: one over rows of attention, one over columns.
+"""Exact attention statistics as two Triton kernels, one over rows of attention and one over columns.
 
-The rows' kernel finds each query's log-sum-exp and entropy in one pass over the entries that it sees, the columns'
-kernel each entry's sum over the queries that see it. Each program owns what it writes, so nothing is added up in an
-order that changes from run to run.
+The row kernel computes each query's log-sum-exp and entropy in one pass over the entries that it sees. The column
+kernel computes each entry's sum over the queries that see it. Each program writes its own output, so the order of
+summation never changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NEVER = tl.constexpr(-1e30)
 
 @triton.jit
 def _tile(base, stride, first, limit, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
-    """Rows ``first`` to ``first + ROWS`` of a [limit, D] matrix, zero where there are none: [ROWS, DP]."""
+    """Load rows ``first`` to ``first + ROWS`` of a [limit, D] matrix as [ROWS, DP], with zeros outside."""
     r = first + tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     inside = r[:, None] < limit
@@ -32,7 +32,7 @@ def _tile(base, stride, first, limit, D: tl.constexpr, DP: tl.constexpr, ROWS: t
 
 @triton.jit
 def _hide(logits, position, entry, window, WINDOW: tl.constexpr):
-    """``logits`` where a query at ``position`` sees ``entry``."""
+    """Return ``logits`` where a query at ``position`` sees ``entry``, and -inf elsewhere."""
     seen = entry <= position
     if WINDOW:
         seen = seen & (position - entry < window)
@@ -45,7 +45,7 @@ def _row_step(
     BIAS: tl.constexpr, WINDOW: tl.constexpr, HIDE: tl.constexpr, ENTROPY: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Take BK more entries into the running maximum, sum of exp2(s - top) and sum of exp2(s - top) * (s - top)."""
+    """Add BK entries to the running maximum, to the sum of exp2(s - top) and to that of exp2(s - top) * (s - top)."""
     entry = first + tl.arange(0, BK)
     logits = tl.dot(query, tl.trans(_tile(K, stride_k, first, n, D, DP, BK)), input_precision="ieee") * scale
     if BIAS:
@@ -72,7 +72,7 @@ def _rows(
     GROUP: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, ENTROPY: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp and entropy, both to base 2, of BQ rows of one head."""
+    """Compute log-sum-exp and entropy, both to base 2, of BQ rows of one head."""
     # the last rows see most, so they start first
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BQ
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -121,7 +121,7 @@ def _column_step(
     BIAS: tl.constexpr, WINDOW: tl.constexpr, HIDE: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """Add what BQ more queries pay to the entries."""
+    """Add the attention of BQ queries to the entries' sums."""
     row = first + tl.arange(0, BQ)
     logits = tl.dot(key, tl.trans(_tile(Q, stride_q, first, q, D, DP, BQ)), input_precision="ieee") * scale
     if BIAS:
@@ -139,7 +139,7 @@ def _columns(
     GROUP: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Mean over the group's heads of the attention that BK entries of one KV head receive."""
+    """Compute the attention that BK entries of one KV head receive, mean over the heads of the group."""
     start = tl.program_id(0) * BK
     kv_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     kv_heads = tl.num_programs(1)
@@ -186,10 +186,10 @@ def triton_statistics(
     window: int | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Column sums [*B, Hkv, n] and entropy [*B, q], fp32; None for what is not asked.
+    """Return column sums [*B, Hkv, n] and entropy [*B, q], fp32; None for a statistic that is not requested.
 
-    Arguments and meaning as in `statistics.attention_statistics`. fp16 and bf16 are multiplied as they are and summed
-    in fp32; head dimensions up to 256, filled up with zeros to a power of two.
+    Arguments as in `statistics.attention_statistics`. fp16 and bf16 are multiplied in their own precision and summed in
+    fp32. Head dimensions go up to 256 and are padded with zeros to a power of two.
     """
     batched = queries.ndim == 4
     if not batched:
@@ -228,7 +228,7 @@ def triton_statistics(
 
 
 def tiles(d: int) -> dict[str, int]:
-    """The padded head dimension and the rows' kernel's tiles for head dimension ``d``."""
+    """Return the padded head dimension and the tiles of the row kernel for head dimension ``d``."""
     padded = max(16, triton.next_power_of_2(d))
     return {
         "D": d,

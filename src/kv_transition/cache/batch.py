@@ -1,4 +1,4 @@
-"""Several sequences' memories as one, so that a model's weights are read once for all of them."""
+"""Batches of caches, so that the model's weights are read once for several sequences."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kv_transition.cache.state import CacheState, Layer, LayerCache
 
 
 def stack(states: Sequence[CacheState], statistics: frozenset[str]) -> CacheState:
-    """One state of a batch from states of single sequences, whose layers are alike; other statistics are dropped.
+    """Return one batched state of single sequences with the same kinds of layers; other statistics are dropped.
 
-    Sequences that hold fewer entries than the longest are padded in front: padding is at position -1 and has a bias of
-    -inf, so that nothing attends to it. Policies that act each step are given no padded batch.
+    Sequences with fewer entries than the longest are padded in front. Padding has position -1 and bias -inf, so that it
+    receives no attention. Policies that act at each step get no padded batch.
     """
     layers = tuple(_stack_layers(layers, statistics) for layers in zip(*(s.layers for s in states), strict=True))
     device = states[0].logits.device
@@ -32,7 +32,7 @@ def stack(states: Sequence[CacheState], statistics: frozenset[str]) -> CacheStat
 
 
 def take(state: CacheState, rows: Sequence[int]) -> CacheState:
-    """The sequences ``rows`` of a batch."""
+    """Return the sequences ``rows`` of a batch."""
     index = torch.tensor(rows)
 
     def chosen(tensor: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def take(state: CacheState, rows: Sequence[int]) -> CacheState:
 
 
 def row(state: CacheState, number: int) -> CacheState:
-    """One sequence of a batch by itself, without its padding, as views."""
+    """Return one sequence of a batch without its padding, as views."""
 
     def alone(layer: Layer) -> Layer:
         return layer.with_parts([_unpadded(_map_part(part, lambda tensor: tensor[number])) for part in layer.parts])
@@ -121,7 +121,7 @@ def _stack(layers: Sequence[LayerCache], statistics: frozenset[str]) -> LayerCac
 
 
 def _map(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
-    """The layer with ``change`` applied to each of its tensors."""
+    """Return the layer with ``change`` applied to each of its tensors."""
     return layer.with_parts([_map_part(part, change) for part in layer.parts])
 
 

@@ -1,8 +1,8 @@
 """A `CacheState` in one safetensors file: written without a second copy in memory, read lazily.
 
-The header holds, besides the tensors' names, what kind of file this is, facts about the model that made it, and a plain
-description from which the state is made again. On a CPU the tensors read back lie in the file's pages and cost memory
-and time when they are first touched.
+The header holds the names of the tensors, the kind of the file, facts about the model that made it, and a JSON
+description from which the state is rebuilt. On a CPU the tensors are memory-mapped: they cost memory and time when they
+are first read.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _ADVICE = "make the cache again with the model that is to go on from it"
 
 
 def save(state: CacheState, path: str | Path, facts: Mapping[str, str]) -> None:
-    """Write a state; the file appears whole or not at all.
+    """Write a state atomically.
 
-    facts: what says whether another process can go on from it, such as model, tokenizer and dtype, and anything else
-    worth telling. Raises UserError if the file cannot be written.
+    facts: what another process must have in common to continue from the state, such as model, tokenizer and dtype, and
+    anything else worth recording. Raises UserError if the file cannot be written.
     """
     try:
         write(path, *lay_out(STATE, *flatten(state), facts))
@@ -53,7 +53,7 @@ def save(state: CacheState, path: str | Path, facts: Mapping[str, str]) -> None:
 
 
 def load(path: str | Path, device: Devices = "cpu", expect: Mapping[str, str] | None = None) -> CacheState:
-    """The state that `save` wrote, bit for bit.
+    """Return the state that `save` wrote, bit for bit.
 
     Raises UserError if there is no such file, if it is damaged or of another kind, or if one of its facts is not the
     expected one.
@@ -66,7 +66,7 @@ def load(path: str | Path, device: Devices = "cpu", expect: Mapping[str, str] | 
 
 
 def read_facts(path: str | Path) -> dict[str, str]:
-    """What was said about a state when it was saved. Raises UserError as `load` does."""
+    """Return the facts that a state was saved with. Raises UserError as `load` does."""
     try:
         with opened(path, STATE, {}, _ADVICE) as file:
             return file.facts
@@ -77,7 +77,7 @@ def read_facts(path: str | Path) -> dict[str, str]:
 def lay_out(
     kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any], facts: Mapping[str, str]
 ) -> tuple[bytes, list[Tensor]]:
-    """A safetensors file in two pieces: its beginning, and the tensors in the order in which they follow."""
+    """Return a safetensors file in two pieces: its header, and the tensors in the order in which they follow."""
     # In an order that leaves no tensor less aligned than one in memory, nor than its own elements need.
     ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % _ALIGNMENT != 0, -item[1].element_size()))
     plain = json.dumps({"facts": dict(facts), "description": description})
@@ -93,11 +93,11 @@ def lay_out(
 
 
 def write(path: str | Path, beginning: bytes, tensors: Sequence[Tensor]) -> None:
-    """Write what `lay_out` made, atomically. Raises OSError if the disk is full or the like.
+    """Write the result of `lay_out` atomically. Raises OSError, for example if the disk is full.
 
-    safetensors' own writer takes contiguous tensors on the CPU only, all at once. The states' keys and values are
-    views of storage with room for more, or lie on a GPU, so they would have to be copied first. Here they are written
-    one after the other, a view row by row.
+    safetensors' own writer needs contiguous CPU tensors, all at once. The keys and values of a state are views of
+    larger storage, or are on a GPU, so that they would all have to be copied first. This function writes one tensor
+    after the other, and a view row by row.
     """
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(beginning)
@@ -118,7 +118,7 @@ class File:
     def state(
         self, description: Mapping[str, Any], device: Devices = "cpu", without: frozenset[str] = frozenset()
     ) -> CacheState:
-        """The state of a description made by `flatten`, on a device, without some of its statistics."""
+        """Return the state that a description of `flatten` stands for, on a device, without some of its statistics."""
         layers = description["layers"]
         one = isinstance(device, (str, torch.device))
         devices = [device] * len(layers) if one else list(device)
@@ -136,7 +136,7 @@ class File:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes again, on a device, what `_plain` has described."""
+    """Rebuilds on a device what `_plain` has described."""
 
     tensor: Callable[[str, Device], Tensor]
     device: Device
@@ -165,9 +165,9 @@ class _Maker:
 
 @contextmanager
 def opened(path: str | Path, kind: str, expect: Mapping[str, str], advice: str) -> Iterator[File]:
-    """An open file of this kind, whose facts are the expected ones.
+    """Return an open file of this kind whose facts are the expected ones.
 
-    Raises FileNotFoundError, and UserError with ``advice`` on what to do if the file is damaged or not as expected.
+    Raises FileNotFoundError, and UserError with ``advice`` if the file is damaged or not as expected.
     """
     try:
         with _handle(path) as handle:
@@ -192,9 +192,9 @@ def opened(path: str | Path, kind: str, expect: Mapping[str, str], advice: str) 
 
 @contextmanager
 def _handle(path: str | Path) -> Iterator[Any]:
-    """safetensors' view of a file, which it opens twice: itself for the header, and through torch for the tensors.
+    """Return safetensors' handle of a file. It opens the file twice: for the header, and through torch for the tensors.
 
-    Raises FileNotFoundError if the file vanishes, or another takes its place, in between.
+    Raises FileNotFoundError if the file is deleted or replaced in between.
     """
     with open(path, "rb") as held:
         handle, failure = None, None
@@ -212,9 +212,9 @@ def _handle(path: str | Path) -> Iterator[Any]:
 
 
 def flatten(state: CacheState, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state as named tensors, and the plain rest (JSON) from which `File.state` makes it again.
+    """Return a state as named tensors and a JSON description from which `File.state` rebuilds it.
 
-    The tensors are the state's own, not copies. Positions that follow each other are part of the plain rest.
+    The tensors are the state's own, not copies. Consecutive positions are part of the description.
     """
     tensors: dict[str, Tensor] = {}
     rotaries: dict[Rotary, int] = {}
@@ -228,7 +228,7 @@ def flatten(state: CacheState, prefix: str = "") -> tuple[dict[str, Tensor], dic
 
 
 def _plain(value: Any, name: str, tensors: dict[str, Tensor], rotaries: dict[Rotary, int]) -> Any:
-    """The description of a value, whose tensors and rotations are added to those that are there."""
+    """Return the description of a value and add its tensors and rotations to the given ones."""
     match value:
         case LayerCache():
             # what a policy adds in a class of its own it makes anew: a file tells no one which class to build
@@ -253,13 +253,13 @@ def _plain(value: Any, name: str, tensors: dict[str, Tensor], rotaries: dict[Rot
 
 
 def statistics_of(state: CacheState) -> frozenset[str]:
-    """The statistics that every evictable layer of a state has."""
+    """Return the statistics that every evictable layer of a state has."""
     parts = [part for layer in state.evictable for part in layer.parts]
     return frozenset(name for name in EVERY if all(getattr(part, name) is not None for part in parts))
 
 
 def _as_range(positions: Tensor) -> list[int] | None:
-    """[start, *shape] of positions that are start, start + 1, ... in each head; None of any others."""
+    """Return [start, *shape] for positions that are start, start + 1, ... in each head, and None for any others."""
     if positions.numel() == 0:
         return [0, *positions.shape]
     start = int(positions.flatten()[0])

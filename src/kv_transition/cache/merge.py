@@ -1,4 +1,4 @@
-"""Merging: runs of neighbouring entries become one entry each."""
+"""Merging: each run of neighbouring entries becomes one entry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Span = tuple[int, int]
 
 
 def outcome(n: int, spans: Sequence[Span]) -> Tensor:
-    """The first entry of everything that is left when each span of n entries becomes one: [K] int64, rising."""
+    """Return the first entry of each group that is left when spans of n entries are merged: [K] int64, rising."""
     first = torch.ones(n, dtype=torch.bool)
     for start, stop in spans:
         first[start + 1 : stop] = False
@@ -23,7 +23,7 @@ def outcome(n: int, spans: Sequence[Span]) -> Tensor:
 
 
 def members(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-    """Entries of each span, padded to the longest with its last: [S, m] int64, and which of them are real, [S, m]."""
+    """Return the entries of each span, padded with its last one: [S, m] int64, and a mask of the real ones, [S, m]."""
     start, stop = torch.tensor(spans).unbind(-1)
     index = start[:, None] + torch.arange(int((stop - start).max()))
     return torch.minimum(index, stop[:, None] - 1), index < stop[:, None]
@@ -32,14 +32,15 @@ def members(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
 def merge(
     layer: LayerCache, spans: Sequence[Span], *, count_bias: bool, keys: bool = True, values: bool = True
 ) -> LayerCache:
-    """The layer with each span, rising and apart, as one entry; all other entries are untouched.
+    """Return the layer with each span merged into one entry; all other entries are unchanged.
 
-    A head's weights within a span are its ``attn_sum``, or equal ones where that is zero throughout. Weighted means are
-    taken of values, of un-rotated keys (the new key is rotated to the mean of their positions, a fraction), of
-    positions (rounded) and of query_entropy; attn_sum adds up.
-    count_bias: add the log of the number of tokens that an entry stands for to its attention logit.
-    keys, values: false: not averaged, but those of the span's most attended entry in the head (the first among equals);
-    the position goes with the key.
+    Spans are rising and do not overlap. The weights of a head within a span are its ``attn_sum``, or equal if that is
+    zero throughout. The merged entry has the weighted mean of the values, of the un-rotated keys (re-rotated at the
+    mean position, a fraction), of the positions (rounded) and of query_entropy, and the sum of attn_sum.
+
+    count_bias: add the log of the number of merged tokens to the attention logit of the entry. keys, values: false:
+    instead of the mean take those of the entry with the most attention in the head (the first among equals); the
+    position goes with the key.
     """
     if not spans:
         return layer
@@ -58,11 +59,11 @@ def merge(
     of_keys, of_values = (weights if averaged else most_attended for averaged in (keys, values))
 
     def mean(entries: Tensor, weights: Tensor) -> Tensor:
-        """[..., Hkv, n] -> [..., Hkv, S]"""
+        """Return the weighted mean of each span: [..., Hkv, n] -> [..., Hkv, S]."""
         return (weights * entries[..., index]).sum(-1)
 
     def mean_vector(vectors: Tensor, weights: Tensor) -> Tensor:
-        """[..., Hkv, S, m, d] -> [..., Hkv, S, d]"""
+        """Return the weighted mean vector of each span: [..., Hkv, S, m, d] -> [..., Hkv, S, d]."""
         return (weights.unsqueeze(-1) * vectors.float()).sum(-2)
 
     old = layer.positions.to(torch.float32) if layer.angles is None else layer.angles

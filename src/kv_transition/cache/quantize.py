@@ -1,4 +1,4 @@
-"""Quantized storage: vectors as 8, 4 or 2 bits a channel, with a scale and a zero point for each group of channels."""
+"""Quantized storage: 8, 4 or 2 bits a channel, with a scale and a zero point for each group of channels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _HALF_MAX = torch.finfo(torch.float16).max
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor [..., n, d] in ``bits`` bits a number, asymmetric between each group's least and greatest value.
+    """A tensor [..., n, d] with ``bits`` bits a number, quantized between the least and greatest value of each group.
 
-    The groups are equal runs of channels of one vector, so that a new token never changes an old one. A stored number
-    c stands for scale c + zero; where neither saturates it differs from the original by no more than scale / 2 and the
-    rounding of scale and zero themselves.
+    A group is a run of channels of one vector, so that a new token never changes the stored ones. A stored number c
+    stands for scale c + zero. Its error is at most scale / 2 plus the rounding of scale and zero, unless one of them
+    saturates.
     """
 
     codes: Tensor
@@ -36,7 +36,7 @@ class Packed:
 
     @classmethod
     def pack(cls, x: Tensor, bits: int, group: int = GROUP) -> Packed:
-        """Quantize x [..., n, d] in equal groups of at most ``group`` channels.
+        """Return x [..., n, d] quantized in equal groups of at most ``group`` channels.
 
         Raises ValueError unless bits is 2, 4 or 8 and d channels fill whole bytes.
         """
@@ -58,7 +58,7 @@ class Packed:
         return cls(_pressed(codes, bits), scale, zero, bits, x.dtype)
 
     def dense(self) -> Tensor:
-        """[..., n, d] in the original dtype."""
+        """Return the numbers [..., n, d] in the original dtype."""
         groups = self.scale.shape[-1]
         levels = _spread(self.codes, self.bits).unflatten(-1, (groups, self.shape[-1] // groups)).float()
         return (
@@ -69,20 +69,20 @@ class Packed:
         )
 
     def append(self, x: Tensor) -> Packed:
-        """With x [..., q, d] quantized in the same way behind."""
+        """Return the tensor with x [..., q, d], quantized in the same way, behind it."""
         new = Packed.pack(x, self.bits, self.shape[-1] // self.scale.shape[-1])
         return self._with(new, lambda old, added: torch.cat([old, added], -2))
 
     def cut(self, start: int, stop: int) -> Packed:
-        """The vectors from ``start`` to ``stop``, as views."""
+        """Return the vectors from ``start`` to ``stop``, as views."""
         return self.map(lambda tensor: tensor[..., start:stop, :])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """With ``change`` applied to each tensor: for anything that leaves the last dimension alone."""
+        """Return the tensor with ``change`` applied to each part; ``change`` must keep the last dimension."""
         return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
 
     def joined(self, all_of_them: Sequence[Packed]) -> Packed:
-        """Several of one shape as a batch, in a new first dimension."""
+        """Return several tensors of one shape as a batch, in a new first dimension."""
         return replace(
             self, **{name: torch.stack([each.tensors()[name] for each in all_of_them]) for name in self.tensors()}
         )
@@ -101,14 +101,14 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes, scales and zero points."""
+        """Bytes of codes, scales and zero points."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale, "zero": self.zero}
 
     def facts(self) -> dict[str, Any]:
-        """What `from_tensors` needs beside the tensors, plain enough for JSON."""
+        """What `from_tensors` needs beside the tensors, as JSON values."""
         return {"bits": self.bits, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod
@@ -117,7 +117,7 @@ class Packed:
 
 
 def _pressed(codes: Tensor, bits: int) -> Tensor:
-    """[..., d] uint8 below 2^bits -> [..., d bits / 8]."""
+    """Return packed codes: [..., d] uint8 below 2^bits -> [..., d bits / 8]."""
     if bits == 8:
         return codes
     several = codes.unflatten(-1, (-1, 8 // bits))
@@ -125,7 +125,7 @@ def _pressed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _spread(codes: Tensor, bits: int) -> Tensor:
-    """[..., d bits / 8] -> [..., d]."""
+    """Return unpacked codes: [..., d bits / 8] -> [..., d]."""
     if bits == 8:
         return codes
     return torch.stack([(codes >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], dim=-1).flatten(-2)

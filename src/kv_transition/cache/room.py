@@ -1,4 +1,4 @@
-"""Where keys and values of a growing cache lie: storage with room behind the entries, shared by states."""
+"""The storage of a growing cache: keys and values with free space behind them, shared by states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SLACK = 64
 
 
 class Placed(TypedDict):
-    """Keys and values as a layer sees them, and where they lie."""
+    """Keys and values as a layer sees them, and the storage that holds them."""
 
     keys: Tensor
     values: Tensor
@@ -22,11 +22,11 @@ class Placed(TypedDict):
 
 @dataclass
 class Room:
-    """Storage with room for more entries, of which a state sees those from ``start`` on, as many as it has.
+    """Storage with free space behind the entries. A state sees the entries from ``start`` on, as many as it has.
 
-    Entries are only ever written behind all others, so that states which share a storage do not disturb each other.
-    The exception is storage that is ``lent``: `drop` takes entries out of it in place. It is made by a first `drop` and
-    seen by what grew from that alone, which is given up by the next.
+    Entries are only written behind all others, so that states can share storage. ``lent`` storage is the exception:
+    `drop` removes entries from it in place. The first `drop` allocates lent storage; only states that grew from it see
+    it, and the next `drop` invalidates them.
     """
 
     keys: Tensor
@@ -39,7 +39,7 @@ class Room:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, more: int, *, lent: bool = False) -> Room:
-        """A copy of entries [..., Hkv, n, d] with room for ``more``."""
+        """Return a copy of entries [..., Hkv, n, d] with space for ``more``."""
         n = keys.shape[-2]
         # a reading's own tensors could not be written to after it
         with torch.inference_mode(False):
@@ -50,11 +50,11 @@ class Room:
         return room
 
     def has_room_behind(self, n: int, q: int) -> bool:
-        """Whether the state of ``n`` entries was the last that was appended to, and ``q`` more fit behind them."""
+        """Return whether the state of ``n`` entries was appended to last and ``q`` more entries fit behind it."""
         return self.used == self.start + n and self.used + q <= self.keys.shape[-2]
 
     def append(self, keys: Tensor, values: Tensor) -> Placed:
-        """With new entries [..., Hkv, q, d] behind all others."""
+        """Return the storage with new entries [..., Hkv, q, d] behind all others."""
         end = self.used + keys.shape[-2]
         self.keys[..., self.used : end, :] = keys
         self.values[..., self.used : end, :] = values
@@ -62,11 +62,10 @@ class Room:
         return self._placed()
 
     def drop(self, gone: Tensor) -> Placed:
-        """Without the entry ``gone`` [..., Hkv, 1] of each head, in the same order.
+        """Return the storage without the entry ``gone`` [..., Hkv, 1] of each head, in the same order.
 
-        The entries before it move up by one place and the whole begins one place later, so that what is moved is no
-        more than what lies before the last one of ``gone``: the sinks of a stream, the heavy hitters of H2O, whose
-        newer half is protected. Nothing is copied of the others.
+        The entries before it move up by one place, and the whole begins one place later. Only entries before the last
+        one of ``gone`` are moved: the sinks of a stream, or the heavy hitters of H2O, whose newer half is protected.
         """
         moved = replace(self, start=self.start + 1)
         # to ask a GPU how many those are would be to wait for it
@@ -82,7 +81,7 @@ class Room:
 
     @staticmethod
     def _rows(storage: Tensor, places: Tensor) -> Tensor:
-        """The vectors at ``places`` [..., Hkv, m] of each head: [..., Hkv, m, d]."""
+        """Return the vectors at ``places`` [..., Hkv, m] of each head: [..., Hkv, m, d]."""
         heads = torch.arange(places[..., 0].numel(), device=places.device).view(*places.shape[:-1], 1)
         flat = (heads * storage.shape[-2] + places).flatten()
         return storage.view(-1, storage.shape[-1]).index_select(0, flat).view(*places.shape, -1)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: turning keys and queries from one position to another."""
+"""Rotary position embedding: move keys and queries from one position to another."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ class Rotary:
     inv_freq: tuple[float, ...]
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
-        """x [..., n, d], each vector turned by ``by`` [..., n] positions (fractions and negative ones too).
+        """Return x [..., n, d] with each vector rotated by ``by`` [..., n] positions, which may be fractions or
+        negative.
 
-        Angles and products in fp32, the result in x's dtype.
+        Angles and products are computed in fp32; the result has the dtype of x.
         """
         angle = self._angles(by)
         return self._turned(x, angle.cos(), angle.sin())
 
     def mean_turn(self, x: Tensor, by: Tensor) -> Tensor:
-        """x [..., d], the mean of what it becomes when turned by each of ``by`` [m] positions."""
+        """Return the mean over ``by`` [m] of x [..., d] rotated by that many positions."""
         angle = self._angles(by)
         return self._turned(x, angle.cos().mean(0), angle.sin().mean(0))
 
     def _angles(self, by: Tensor) -> Tensor:
-        """[...] positions -> [..., pairs] radians"""
+        """Return the angles [..., pairs] in radians of positions [...]."""
         return by.to(torch.float32).unsqueeze(-1) * torch.tensor(self.inv_freq, device=by.device)
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

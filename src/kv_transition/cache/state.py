@@ -1,4 +1,4 @@
-"""What a model remembers: keys, values and positions per layer, and the statistics that policies read."""
+"""The state of a cache: keys, values and positions of each layer, and the statistics that policies read."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _PER_ENTRY = (
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's memory. Survivors of a compression keep all they had.
+    """The cache of one layer. Entries that survive a compression keep their statistics.
 
-    H query heads in Hkv groups, n entries per KV head in rising order of position, d channels. The tensors of one
-    sequence are written here; those of a batch have one more dimension in front, and as many entries in each sequence.
-    A statistic that was not kept up is None.
+    H query heads in Hkv groups, n entries per KV head in rising order of position, d channels. The shapes below are
+    those of one sequence; a batch has one more dimension in front, and equally many entries in each sequence. A
+    statistic that was not maintained is None.
     """
 
     keys: Tensor | Packed
@@ -87,11 +87,11 @@ class LayerCache:
 
     @property
     def parts(self) -> tuple[LayerCache, ...]:
-        """The layer in pieces of equally many entries per head, in the order of the heads."""
+        """The layer in pieces with equally many entries per head, in the order of the heads."""
         return (self,)
 
     def with_parts(self, parts: Sequence[LayerCache]) -> LayerCache:
-        """The same layer made of other pieces, as many as `parts` gives."""
+        """Return the same layer made of other pieces, as many as `parts` has."""
         (only,) = parts
         return only
 
@@ -101,10 +101,11 @@ class LayerCache:
         return _nbytes(self.keys) + _nbytes(self.values)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, angles: Tensor | None, room: int) -> LayerCache:
-        """With new entries behind the old: keys, values [Hkv, q, d], positions and angles [Hkv, q].
+        """Return the layer with new entries behind the old ones: keys, values [Hkv, q, d], positions and angles [Hkv,
+        q].
 
-        Statistics of the new entries begin at 0, ``reconstruction`` at +inf. room: entries to leave space for, should
-        storage have to be made.
+        The statistics of new entries begin at 0, ``reconstruction`` at +inf. room: entries to leave space for if new
+        storage is allocated.
         """
         n, q = self.n, keys.shape[-2]
         grown = {"positions": torch.cat([self.positions, positions], -1)}
@@ -126,16 +127,15 @@ class LayerCache:
         return replace(self, **own.append(keys, values), **grown)
 
     def select(self, index: Tensor) -> LayerCache:
-        """Keep the entries ``index`` [Hkv, K], rising in each row."""
+        """Return the layer with the entries ``index`` [Hkv, K] only, rising in each row."""
         vectors = {name: _rows(getattr(self, name), index) for name in ("keys", "values")}
         return replace(self, room=None, **vectors, **self._numbers(index))
 
     def drop(self, gone: Tensor) -> LayerCache:
-        """Without the entry ``gone`` [Hkv, 1] of each head, in the same order: `select` of all others, from a layer
-        that is given up.
+        """Return the layer without the entry ``gone`` [Hkv, 1] of each head, in the same order.
 
-        What was `drop`ped from before is written to in place, so that neither this layer nor any that its storage came
-        down from, back to the last `drop`, may be used again. See `Room`.
+        The result equals `select` of all other entries. The storage of this layer may be written to in place: neither
+        this layer nor any layer that shares its storage since the last `drop` may be used again. See `Room`.
         """
         n, room = self.n, self.room
         rest = torch.arange(n - 1, device=gone.device)
@@ -150,7 +150,7 @@ class LayerCache:
         return {name: tensor.gather(-1, index) for name in names if (tensor := getattr(self, name)) is not None}
 
     def cut(self, start: int, stop: int) -> LayerCache:
-        """The entries from ``start`` to ``stop``, as views; statistics of the layer as a whole stay."""
+        """Return the entries from ``start`` to ``stop``, as views; statistics of the whole layer stay."""
         chosen = {}
         for name in _PER_ENTRY:
             tensor = getattr(self, name)
@@ -161,13 +161,13 @@ class LayerCache:
         return replace(self, room=self.room if start == 0 else None, **chosen)
 
     def without(self, statistics: frozenset[str]) -> LayerCache:
-        """Without these statistics, because they will not be kept up."""
+        """Return the layer without these statistics, because they will not be maintained."""
         return replace(self, **dict.fromkeys(statistics))
 
 
 @dataclass(frozen=True)
 class SplitLayer:
-    """A layer whose KV heads hold different numbers of entries: each piece a `LayerCache` of one or more heads."""
+    """A layer whose KV heads hold different numbers of entries. Each part is a `LayerCache` of one or more heads."""
 
     parts: tuple[LayerCache, ...]
 
@@ -194,7 +194,7 @@ Layer = LayerCache | SplitLayer
 
 @dataclass(frozen=True)
 class CacheState:
-    """A sequence, or a batch of them, as the model remembers it.
+    """The cache of a sequence, or of a batch of sequences, over all layers.
 
     Immutable: `extend` and `compress` return new states, which may share memory with the old one.
     """
@@ -209,7 +209,7 @@ class CacheState:
 
     @property
     def evictable(self) -> tuple[Layer, ...]:
-        """The full-attention layers; those with a sliding window forget by themselves."""
+        """The full-attention layers. Layers with a sliding window are never evicted."""
         return tuple(layer for layer in self.layers if layer.window is None)
 
     @property
@@ -220,29 +220,29 @@ class CacheState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values that a budget is about: those of the evictable layers."""
+        """Bytes of the keys and values that budgets count: those of the evictable layers."""
         return sum(layer.nbytes for layer in self.evictable)
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes of all keys and values, sliding-window layers included."""
+        """Bytes of all keys and values, including sliding-window layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     def select(self, indices: Sequence[Tensor | None]) -> CacheState:
-        """Keep ``indices[l]`` [Hkv, K_l] of each layer (None: all of it); the next token's logits stay."""
+        """Return the state with ``indices[l]`` [Hkv, K_l] of each layer (None: all of it); the logits stay."""
         pairs = zip(self.layers, indices, strict=True)
         return replace(self, layers=tuple(layer if i is None else layer.select(i) for layer, i in pairs))
 
     def settled(self) -> CacheState:
-        """The same state, out of reach of what grows from it: a reading on top of it moves to storage of its own."""
+        """Return the same state, but appending to the result allocates new storage instead of using the shared one."""
         parts = ([replace(part, room=None) for part in layer.parts] for layer in self.layers)
         return replace(self, layers=tuple(map(lambda layer, own: layer.with_parts(own), self.layers, parts)))
 
     def without_last(self) -> CacheState:
-        """Forget that the last token was read, so that it can be read again against what is left.
+        """Return the state without the last token, so that the token can be read again with the remaining entries.
 
-        Every head must still hold the last token's entry, which is then its last one. What its attention added to
-        other entries' statistics stays.
+        Every head must still hold the entry of the last token, as its last entry. The statistics of other entries keep
+        what the token's attention added to them.
         """
         last = self.length - 1
         layers = []
@@ -261,7 +261,7 @@ class CacheState:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """The vectors ``index`` [*, K] of x [*, n, d]: whole rows are moved, where gather would look up each number."""
+    """Return the vectors ``index`` [*, K] of x [*, n, d]. It moves whole rows, while gather looks up each number."""
     d = x.shape[-1]
     if x.dim() == 3 and not x.is_contiguous():  # a part of a larger storage is not copied whole
         return torch.stack([head.index_select(0, chosen) for head, chosen in zip(x, index, strict=True)])
@@ -274,7 +274,7 @@ def _nbytes(stored: Tensor | Packed) -> int:
 
 
 def tensors_of(layer: Layer) -> dict[str, Tensor]:
-    """Every tensor of a layer by its name; those of a packed or split one by a dotted name."""
+    """Return every tensor of a layer by name; those of a packed or split layer have dotted names."""
     found: dict[str, Tensor] = {}
     if isinstance(layer, SplitLayer):
         for number, part in enumerate(layer.parts):
@@ -290,7 +290,7 @@ def tensors_of(layer: Layer) -> dict[str, Tensor]:
 
 
 def same(a: CacheState, b: CacheState, *, rtol: float = 0.0, atol: float = 0.0) -> bool:
-    """Whether two states of single sequences agree in every tensor."""
+    """Return whether two states of single sequences agree in every tensor."""
     if a.length != b.length or a.shift != b.shift or len(a.layers) != len(b.layers):
         return False
     pairs = [(tensors_of(x), tensors_of(y)) for x, y in zip(a.layers, b.layers, strict=True)]

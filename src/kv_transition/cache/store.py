@@ -1,4 +1,4 @@
-"""Prefills on disk: one safetensors file per prompt, a cache that may be deleted at any time."""
+"""Stored prefills: one safetensors file per prompt, which may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _SHARED = {"keys": -2, "values": -2, "positions": -1, "query_entropy": -1, "outp
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt read once with the full cache, as it stood after the context and at the prompt's end.
+    """The states of a prompt that was read once with the full cache: after the context, and at the end of the prompt.
 
-    Both states share keys and values: one reading serves both modes.
+    Both states share keys and values: one prefill serves both modes.
     """
 
     context: CacheState
@@ -52,14 +52,14 @@ class Prefill:
 
 @dataclass(frozen=True)
 class PrefillStore:
-    """The prefills of one model under one version of the engine; ``root`` names both by a hash.
+    """The stored prefills of one model and one version of the engine; the name of ``root`` is a hash of both.
 
-    The stores of all models lie side by side, and ``max_gb`` is for all of them: when it is reached the least recently
-    used prefills go. On a local disk one that goes while another job reads it is not lost to that job.
+    ``max_gb`` limits the stores of all models together. When it is reached, the least recently used prefills are
+    deleted. On a local disk, a job that is reading a deleted prefill can finish reading it.
 
-    mode: ``always`` stores, ``never`` neither stores nor reads, ``auto`` stores while reading a prefill back takes less
-    time than reading the prompt again and a tenth of the disk stays free. facts: what a stored prefill must have been
-    made with, such as model, tokenizer and dtype.
+    mode: ``always`` stores; ``never`` neither stores nor reads; ``auto`` stores while loading a prefill takes less time
+    than reading the prompt again and a tenth of the disk stays free. facts: what a stored prefill must have been made
+    with, such as model, tokenizer and dtype.
     """
 
     root: Path
@@ -74,7 +74,7 @@ class PrefillStore:
         return self.path(prompt_sha256).is_file()
 
     def statistics(self, prompt_sha256: str) -> frozenset[str] | None:
-        """The statistics that a stored prefill has; None if there is none. Raises UserError as `load` does."""
+        """Return the statistics that a stored prefill has; None if there is none. Raises UserError as `load` does."""
         try:
             with file.opened(self.path(prompt_sha256), PREFILL, self.facts, _ADVICE) as stored:
                 return frozenset(stored.description["statistics"])
@@ -84,10 +84,10 @@ class PrefillStore:
     def load(
         self, prompt_sha256: str, device: file.Devices = "cpu", statistics: frozenset[str] | None = None
     ) -> Prefill | None:
-        """The stored prefill with these statistics and no others (None: all that it has).
+        """Return the stored prefill with these statistics and no others (None: all that it has).
 
-        None if there is no prefill, or one without a statistic that is asked for. On the CPU its tensors are read when
-        they are first touched. Raises UserError if the file is damaged or was made with another model.
+        Returns None if there is no prefill or if it lacks one of the statistics. On a CPU its tensors are read when
+        they are first used. Raises UserError if the file is damaged or was made with another model.
         """
         if self.mode == "never":
             return None
@@ -111,10 +111,10 @@ class PrefillStore:
         return prefill
 
     def save(self, prompt_sha256: str, prefill: Prefill) -> bool:
-        """Store unless the mode, the size or the disk forbids it; says whether it was stored.
+        """Store a prefill unless mode, size or disk space forbid it; return whether it was stored.
 
-        The file appears whole or not at all, in place of one that had other statistics. Raises UserError if it cannot
-        be written; for a full disk only in mode ``always``.
+        The file is written atomically and replaces one with other statistics. Raises UserError if it cannot be written;
+        for a full disk only in mode ``always``.
         """
         if self.mode == "never":
             return False
@@ -143,17 +143,17 @@ class PrefillStore:
         return True
 
     def _worth_it(self, size: int, seconds: float) -> bool:
-        """Whether reading ``size`` bytes back takes less than the ``seconds`` that it saves, and the disk has room."""
+        """Return whether loading ``size`` bytes takes less than the ``seconds`` it saves, and the disk has space."""
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         disk = shutil.disk_usage(existing)
         speed = self._measured().get("bytes_per_second")
         return disk.free - size > disk.total / 10 and (speed is None or size / speed < seconds)
 
     def _make_room(self, size: int, path: Path) -> bool:
-        """Delete the least recently used prefills until ``size`` more bytes fit; whether they do now.
+        """Delete the least recently used prefills until ``size`` more bytes fit; return whether they fit.
 
-        ``path`` is about to be written or just was: it is neither counted nor deleted. What other jobs are writing is
-        counted, and left alone.
+        ``path`` is the file being written: it is neither counted nor deleted. Files that other jobs are writing are
+        counted and not deleted.
         """
         limit = self.max_gb * 1e9 - size
         if limit < 0:
@@ -170,7 +170,7 @@ class PrefillStore:
         return used <= limit
 
     def _files(self, but: Path) -> Iterator[tuple[float, int, Path]]:
-        """When each prefill of any store was last used, its bytes and its path."""
+        """Return the time of last use, the bytes and the path of each prefill of any store."""
         for path in self.root.parent.glob("*/*.safetensors"):
             if path != but:
                 with suppress(FileNotFoundError):  # deleted by another job
@@ -188,8 +188,10 @@ class PrefillStore:
             return {}
 
     def _measure(self, path: Path, size: int) -> None:
-        """Measure once for each host how fast a prefill is read back, and again when one is much larger than that was:
-        the time of small ones is the disk's latency."""
+        """Measure how fast a prefill is read from disk, once for each host, and again when one is much larger.
+
+        The time of a small file is the latency of the disk.
+        """
         if size <= 4 * self._measured().get("bytes", 0):
             return
         with suppress(OSError):  # deleted by another job, or a store that may only be read
@@ -197,7 +199,7 @@ class PrefillStore:
 
 
 def _read_s(path: Path) -> float:
-    """Seconds that reading a file takes, from the disk itself where the system can be told to forget the file."""
+    """Return the seconds that reading a file takes, past the page cache where the system supports that."""
     buffer = bytearray(1 << 22)
     with path.open("rb", buffering=0) as stored:
         if hasattr(os, "posix_fadvise"):
@@ -209,7 +211,7 @@ def _read_s(path: Path) -> float:
 
 
 def _flatten(prefill: Prefill) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of both states, each once, and the plain rest of the prefill."""
+    """Return the tensors of both states, each once, and the JSON description of the rest of the prefill."""
     context_tensors, context = file.flatten(prefill.context, "context.")
     tensors, prompt = file.flatten(prefill.prompt, "prompt.")
     for number, layer in enumerate(prefill.context.layers):

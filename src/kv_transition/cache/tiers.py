@@ -1,4 +1,4 @@
-"""Hot and cold: a layer whose evicted entries lie in host memory instead of being lost."""
+"""A layer with two tiers: evicted entries (cold) are kept in host memory instead of being lost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PER_ENTRY = ("keys", "values", "positions", "attn_sum", "query_entropy", "angle
 
 @dataclass(frozen=True)
 class TieredLayer(LayerCache):
-    """A layer of one sequence. Its own tensors are the hot entries, which attention sees and a budget counts.
+    """A layer of one sequence. Its own tensors are the hot entries, which receive attention and count in a budget.
 
-    Every entry is either hot or cold, never both: what moves takes its statistics along, which rest while it is cold.
-    Hot tensors may have a batch dimension of 1; cold ones never have it.
+    Every entry is either hot or cold. An entry that moves takes its statistics with it; they do not change while it is
+    cold. Hot tensors may have a batch dimension of 1, cold ones never have it.
     """
 
     cold: LayerCache | None = None
@@ -34,14 +34,14 @@ class TieredLayer(LayerCache):
 
     @property
     def cold_nbytes(self) -> int:
-        """Bytes of the keys and values in the store."""
+        """Bytes of the keys and values in host memory."""
         return 0 if self.cold is None else self.cold.nbytes
 
 
 def offload(before: LayerCache, kept: LayerCache) -> TieredLayer:
-    """``kept``, with those entries of ``before`` that it lacks in the store, beside what is there already.
+    """Return the layer ``kept``, with the entries of ``before`` that it lacks added to the cold entries.
 
-    kept: a selection of ``before``'s entries, equally many in each head. Raises ValueError for a batch.
+    kept: a selection of the entries of ``before``, equally many in each head. Raises ValueError for a batch.
     """
     _require_alone(before)
     gone = before.select(_missing(before.positions, kept.positions))
@@ -55,10 +55,11 @@ def offload(before: LayerCache, kept: LayerCache) -> TieredLayer:
 
 
 def attention(layer: TieredLayer, queries: Tensor, keys: Tensor) -> Tensor:
-    """What the current token pays to each entry if it sees all of them: [Hkv, n + c] fp32, the hot ones first.
+    """Return the current token's attention to each entry if all were visible: [Hkv, n + c] fp32, hot entries first.
 
-    queries [*B, H, 1, d] and keys [*B, Hkv, 1, d], rotated, are the token's own. The softmax goes over hot, cold and
-    the token's own entry; mean over the group. The store's keys are multiplied where they lie, so that no entry moves.
+    queries [*B, H, 1, d] and keys [*B, Hkv, 1, d], rotated, are those of the token. The softmax is over hot entries,
+    cold entries and the token's own entry; mean over the group. Products with cold keys are computed in host memory, so
+    that no entry moves.
     """
     heads = layer.positions.shape[-2]
     rows = queries.reshape(heads, -1, queries.shape[-1]).float() * layer.scale
@@ -74,15 +75,16 @@ def attention(layer: TieredLayer, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def positions(layer: TieredLayer) -> Tensor:
-    """Of all entries, in the order of `attention`: [Hkv, n + c] int64."""
+    """Positions of all entries, in the order of `attention`: [Hkv, n + c] int64."""
     hot = _alone(layer.positions, "positions")
     return torch.cat([hot, layer.cold.positions.to(hot.device)], -1)
 
 
 def exchange(layer: TieredLayer, chosen: Tensor) -> TieredLayer:
-    """The layer with the entries ``chosen`` [Hkv, n] hot, n being as many as were, and all others cold.
+    """Return the layer with the entries ``chosen`` [Hkv, n] hot and all others cold; n does not change.
 
-    chosen: indices in the order of `attention`, rising by position in each head. Only what changes sides is moved.
+    chosen: indices in the order of `attention`, rising by position in each head. Only entries that change tier are
+    moved.
     """
     _require_alone(layer)
     n = layer.n
@@ -107,24 +109,24 @@ def exchange(layer: TieredLayer, chosen: Tensor) -> TieredLayer:
 
 
 def _entries(layer: LayerCache) -> dict[str, Tensor]:
-    """What a layer holds of each entry."""
+    """Return all tensors that a layer has for each entry."""
     return {name: tensor for name in _PER_ENTRY if (tensor := getattr(layer, name)) is not None}
 
 
 def _alone(tensor: Tensor, name: str) -> Tensor:
-    """Without a batch dimension of 1."""
+    """Return the tensor without a batch dimension of 1."""
     return tensor.reshape(tensor.shape[-3 if name in ("keys", "values") else -2 :])
 
 
 def _missing(all_of_them: Tensor, kept: Tensor) -> Tensor:
-    """Indices [..., n - K] of the positions [..., n] that are not among ``kept`` [..., K]; both rise."""
+    """Return the indices [..., n - K] of the positions [..., n] that are not among ``kept`` [..., K]; both rise."""
     nearest = torch.searchsorted(kept.contiguous(), all_of_them.contiguous()).clamp(max=kept.shape[-1] - 1)
     gone = kept.gather(-1, nearest) != all_of_them
     return gone.nonzero()[:, -1].view(*kept.shape[:-1], -1)
 
 
 def _joined(cold: LayerCache, evicted: LayerCache) -> LayerCache:
-    """The store with more entries behind, with room to spare: a few come at every step."""
+    """Return the cold entries with more behind them, and free space, since a few are added at every step."""
     grown = cold.append(evicted.keys, evicted.values, evicted.positions, evicted.angles, _spare(cold))
     behind = {}
     for name in ("attn_sum", "query_entropy", "bias"):
@@ -137,7 +139,7 @@ def _joined(cold: LayerCache, evicted: LayerCache) -> LayerCache:
 # A reading's own tensors could not be appended to after it.
 @torch.inference_mode(False)
 def _copied(cold: LayerCache) -> LayerCache:
-    """The store in storage of its own, with room to spare."""
+    """Return the cold entries in storage of their own, with free space."""
     shapes = {name: getattr(cold, name).shape for name in ("keys", "values")}
     empty = {name: getattr(cold, name).new_empty(s[0], s[1] + _spare(cold), s[2]) for name, s in shapes.items()}
     room = Room(**empty, used=cold.n)
@@ -149,7 +151,7 @@ def _copied(cold: LayerCache) -> LayerCache:
 
 
 def _spare(cold: LayerCache) -> int:
-    """Entries to leave space for in the store, so that it is seldom moved."""
+    """Return the number of entries to leave space for, so that cold storage is seldom moved."""
     return max(64, cold.n // 8)
 
 

@@ -45,7 +45,7 @@ def quantile_edges(lengths: Sequence[int], n_bins: int) -> list[int]:
 
 
 def bin_of(length: float, edges: Sequence[float]) -> int | None:
-    """The bin of a length, counted from 0; None outside of the edges."""
+    """Return the bin of a length, counted from 0; None outside of the edges."""
     if not edges[0] <= length <= edges[-1]:
         return None
     return bisect_right(edges, length, 1, len(edges) - 1) - 1

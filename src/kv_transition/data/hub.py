@@ -13,10 +13,9 @@ LONGBENCH = "THUDM/LongBench"
 
 
 def hub_source(dataset: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The repository and commit a LongBench task is fetched from; None where ``dataset.path`` is a local one.
+    """Return the repository and commit of a LongBench task; None if ``dataset.path`` is local.
 
-    Raises:
-        UserError: the revision is not a commit, or the path is neither here nor the name of a repository.
+    Raises UserError if the revision is not a commit, or the path is neither local nor the name of a repository.
     """
     path, revision = dataset.get("path"), dataset.get("revision")
     if path is not None:
@@ -35,7 +34,7 @@ def hub_source(dataset: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def list_files(repository: str, revision: str) -> list[str]:
-    """The paths of all files in the repository at that commit."""
+    """Return the paths of all files in the repository at that commit."""
     import huggingface_hub
 
     with _Sentence(f"{repository} at {revision}"):
@@ -51,7 +50,7 @@ def fetch(repository: str, revision: str, path: str) -> Path:
 
 
 class _Sentence:
-    """Turns the many errors of a download into one sentence."""
+    """Turns the errors of a download into one sentence."""
 
     def __init__(self, what: str) -> None:
         self.what = what

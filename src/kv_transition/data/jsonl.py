@@ -1,4 +1,6 @@
-"""Your own examples: a JSON object a line with ``question``, ``context``, ``answers`` and perhaps ``id``, ``meta``."""
+"""Your own examples: one JSON object per line with ``question``, ``context``, ``answers``, optional ``id``,
+``meta``.
+"""
 
 from __future__ import annotations
 

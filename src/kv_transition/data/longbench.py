@@ -65,7 +65,7 @@ def _from_hub(repository: str, revision: str, name: str) -> Iterator[Record]:
 
 
 def _is_part(file: PurePosixPath, name: str) -> bool:
-    """Whether a Parquet file of a mirror holds (a part of) the task: ``{name}/test-*.parquet``, ``{name}.parquet``."""
+    """Return whether a mirror's Parquet file belongs to the task: ``{name}/test-*.parquet``, ``{name}.parquet``."""
     if file.suffix != ".parquet":
         return False
     return name in file.parent.parts or re.fullmatch(rf"{re.escape(name)}(-\d.*)?", file.stem) is not None

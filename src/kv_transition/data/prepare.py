@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Wording:
-    """What a task's prompts and answers look like, and where that is written."""
+    """The prompt template and the answer length of a task, and their sources."""
 
     template: Template
     max_new_tokens: int
@@ -86,10 +86,9 @@ def choose_wording(dataset: Mapping[str, Any], task: Task, max_tokens: int | str
 
 
 def write_to_length(rows: Sequence[Row], build: PromptBuilder) -> list[Row]:
-    """The examples of a ruler task with their documents in the place of their plans, see `ruler.write`.
+    """Return the examples of a ruler task with their documents instead of plans, see `ruler.write`.
 
-    Raises:
-        UserError: a document would be truncated, or is too short for what has to stand in it.
+    Raises UserError if a document would be truncated, or is too short for its content.
     """
     lengths = [json.loads(row["meta"])["length"] for row in rows]
     if max(lengths) > build.max_length:

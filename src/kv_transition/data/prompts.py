@@ -31,7 +31,7 @@ Piece = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class Template:
-    """The wording around context and question."""
+    """The text around context and question."""
 
     before: str
     after: tuple[Piece, ...]
@@ -64,7 +64,7 @@ class Template:
         return any(field == "input" for _, field in self.after)
 
     def fill(self, context: str, question: str) -> tuple[str, str]:
-        """The texts of the two segments."""
+        """Return the texts of the two segments."""
         after = "".join(literal + (question if field else "") for literal, field in self.after)
         return self.before + context, after
 
@@ -98,7 +98,7 @@ class Prompt:
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids of both segments, and of nothing else: equal prompts are equal in every experiment."""
+        """Return the hash of the token ids of both segments: equal prompts have equal hashes in every experiment."""
         return hashlib.sha256(json.dumps([self.context_ids, self.question_ids]).encode()).hexdigest()
 
 
@@ -129,7 +129,7 @@ class PromptBuilder:
         return Prompt(*self._as_fed(*segments), token_len, truncated=True, question_cut=question_cut)
 
     def plain_len(self, context: str, question: str) -> int:
-        """Tokens of the prompt before truncation, special ones included and a chat template not."""
+        """Return the tokens of the prompt before truncation, with special tokens and without a chat template."""
         before, after = self.template.fill(context, question)
         return len(self._encode(before, special=True).input_ids) + len(self._encode(after, special=False).input_ids)
 
@@ -205,7 +205,7 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, context: str, question: str)
 
 
 def _content(context: str, question: str, head: str, tail: str) -> tuple[int, int] | None:
-    """Where a message begins in the rendered ``head`` and ends in the ``tail``; templates may strip it."""
+    """Return where a message begins in the rendered ``head`` and ends in the ``tail``; templates may strip it."""
     for begin in (context, context.lstrip()):
         for end in (question, question.rstrip()):
             if head.endswith(begin) and tail.startswith(end):
@@ -214,13 +214,13 @@ def _content(context: str, question: str, head: str, tail: str) -> tuple[int, in
 
 
 def _token_end(encoding: BatchEncoding, i: int) -> int:
-    """Position in the text where token ``i`` ends; 0 for a special token that was put before the text."""
+    """Return the position in the text where token ``i`` ends; 0 for a special token before the text."""
     span = encoding.token_to_chars(i)
     return 0 if span is None else span.end
 
 
 def _without(text: str, removed: Iterable[tuple[int, int]], start: int, end: int) -> str:
-    """``text[start:end]`` without the sorted ``removed`` ranges."""
+    """Return ``text[start:end]`` without the sorted ``removed`` ranges."""
     kept = []
     for low, high in removed:
         kept.append(text[start : min(low, end)])

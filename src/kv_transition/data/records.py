@@ -1,4 +1,4 @@
-"""JSON records from local files: one object a line, plain or gzipped, with the place of each for error messages."""
+"""Read JSON lines, plain or gzipped, with the place of each record for error messages."""
 
 from __future__ import annotations
 

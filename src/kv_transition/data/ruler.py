@@ -1,15 +1,15 @@
 """Long documents at exact token lengths for any tokenizer: needles, variables and word counts.
 
 The tasks follow the idea of RULER (Hsieh et al. 2024, arXiv 2404.06654). Wording, filler and words are this project's
-own, and so are some choices: names and counted words are invented, filler is prose composed at random,
-variable_tracking always has a second chain that has to be told apart, and common_words fits into a thousand tokens
-(5 words of 12 occurrences among others of at most 3, instead of 10 of 30). So scores are not RULER's.
+own, and so are some choices: names and counted words are invented, filler is random prose, variable_tracking always has
+a second chain that must be distinguished, and common_words fits into a thousand tokens (5 words of 12 occurrences among
+others of at most 3, instead of 10 of 30). Scores therefore cannot be compared with RULER's.
 
-An example is made in two steps, since its length depends on the model's tokenizer and nothing else of it does:
+An example is made in two steps, because its length depends on the model's tokenizer:
 
-- `load` draws question, answers and *plan*: what has to stand in the document, one line each, as depth, tab, text.
-  A depth in [0, 1) is the share of the filler that comes before.
-- `write` turns the plan into the document: as much filler around it as makes the prompt as long as it was asked.
+- `load` draws question, answers and *plan*: the texts that the document must contain, one per line, as depth, tab,
+  text. A depth in [0, 1) is the share of the filler that comes before.
+- `write` turns the plan into the document, with as much filler as gives the prompt the requested length.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def write(task: str, example_id: str, plan: str, length: int, measure: Callable[
     units: list[str] = []
 
     def room(n: int, tail: Sequence[str] = ()) -> int:
-        """Tokens that are still wanted with the first ``n`` units of filler and ``tail`` after them."""
+        """Return the tokens that are still needed with the first ``n`` units of filler and ``tail`` after them."""
         units.extend(islice(filler, max(0, n - len(units))))
         return length - measure(_lay_out(fixed, [*units[:n], *tail]))
 
@@ -136,7 +136,7 @@ def write(task: str, example_id: str, plan: str, length: int, measure: Callable[
 
 
 def _lay_out(fixed: Plan, filler: Sequence[str]) -> str:
-    """A text of depth d stands behind floor(d (n + 1)) of the n units of filler."""
+    """Return the document; a text of depth d follows floor(d (n + 1)) of the n units of filler."""
     places = [math.floor(depth * (len(filler) + 1)) for depth, _ in fixed]
     parts: list[str] = []
     done = 0
@@ -147,13 +147,13 @@ def _lay_out(fixed: Plan, filler: Sequence[str]) -> str:
 
 
 def _costs(units: Sequence[str], measure: Callable[[str], int]) -> list[int]:
-    """The tokens that each unit adds behind another one."""
+    """Return the tokens that each unit adds behind another one."""
     before = measure(units[0])
     return [measure(f"{units[0]} {unit}") - before for unit in units]
 
 
 def _subset(cost: Sequence[int], wanted: int) -> tuple[int, ...]:
-    """Which of the costs add up to ``wanted``, or to as little less as can be (subset sum by dynamic programming)."""
+    """Return costs that add up to ``wanted``, or to slightly less (subset sum by dynamic programming)."""
     reached: dict[int, tuple[int, ...]] = {0: ()}
     for i, price in enumerate(cost):
         new = {total + price: (*chosen, i) for total, chosen in reached.items() if total + price <= wanted}
@@ -168,7 +168,7 @@ def _subset(cost: Sequence[int], wanted: int) -> tuple[int, ...]:
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
-    """Plain sentences for ever, of 4 to 37 words, without names, digits or anything that a task asks about."""
+    """Yield plain sentences of 4 to 37 words, without names, digits or anything that a task asks about."""
     while True:
         parts = [rng.choice(_PEOPLE), rng.choice(_DEEDS)]
         if rng.random() < 0.5:
@@ -182,7 +182,7 @@ def sentences(rng: random.Random) -> Iterator[str]:
 
 
 def words(rng: random.Random, others: set[str]) -> Iterator[str]:
-    """Invented words for ever, each at most RARE_TIMES times and none of ``others``."""
+    """Yield invented words, each at most RARE_TIMES times and none of ``others``."""
     fresh = _invented(rng, others)
     while True:
         block = list(islice(fresh, _RARE_WORDS_AT_ONCE)) * RARE_TIMES
@@ -191,7 +191,7 @@ def words(rng: random.Random, others: set[str]) -> Iterator[str]:
 
 
 def _invented(rng: random.Random, others: set[str] = frozenset()) -> Iterator[str]:
-    """Different invented words, none of ``others``. All are of one length, so none is part of another."""
+    """Return different invented words of one length, none of ``others``; none is part of another."""
     seen = set(others)
     while True:
         word = "".join(rng.choices(_SYLLABLES, k=3))
@@ -315,7 +315,7 @@ def _niah_multikey(rng: random.Random, depth: float) -> Drawn:
 
 
 def _needles(rng: random.Random, depth: float, n_keys: int) -> Drawn:
-    """Codes of several names at random depths; the first is asked for and lies at ``depth``."""
+    """Return codes of several names at random depths; the first is asked for and lies at ``depth``."""
     names = list(islice(_invented(rng), n_keys))
     codes = _numbers(rng, n_keys, 7)
     depths = [_cut(depth), *(_cut(rng.random()) for _ in names[1:])]
@@ -324,7 +324,7 @@ def _needles(rng: random.Random, depth: float, n_keys: int) -> Drawn:
 
 
 def _niah_multivalue(rng: random.Random, depth: float) -> Drawn:
-    """Several codes of one name, a quarter of the document apart."""
+    """Return several codes of one name, a quarter of the document apart."""
     name = next(_invented(rng))
     codes = _numbers(rng, N_VALUES, 7)
     depths = sorted(_cut((depth + j / N_VALUES) % 1) for j in range(N_VALUES))
@@ -333,7 +333,7 @@ def _niah_multivalue(rng: random.Random, depth: float) -> Drawn:
 
 
 def _variable_tracking(rng: random.Random, depth: float) -> Drawn:
-    """Chains of variables, each with the value of the one before it; the first chain's are asked for."""
+    """Return chains of variables, each with the value of the previous one; the first chain is asked for."""
     names = list(islice(_invented(rng), N_CHAINS * (N_HOPS + 1)))
     values = _numbers(rng, N_CHAINS, 5)
     plan: Plan = []
@@ -353,7 +353,7 @@ def _variable_tracking(rng: random.Random, depth: float) -> Drawn:
 
 
 def _common_words(rng: random.Random, depth: float) -> Drawn:
-    """A few words that stand in a list of words far more often than all others."""
+    """Return a list of words in which a few occur far more often than all others."""
     common = list(islice(_invented(rng), N_COMMON))
     plan = [(_cut(rng.random()), word) for word in common for _ in range(COMMON_TIMES)]
     return "Which five words stand in the list most often?", common, plan, {}

@@ -105,7 +105,7 @@ class Document:
 
     @property
     def words(self) -> Words:
-        """All words in order, without ``<bos>``."""
+        """Return all words in order, without ``<bos>``."""
         return tuple(chain.from_iterable(self.passages))
 
     @property
@@ -115,13 +115,13 @@ class Document:
 
     @property
     def split(self) -> str:
-        """``test`` for the tenth of all documents that the SHA-256 of the words selects, else ``train``."""
+        """Return ``test`` for the tenth of all documents that the SHA-256 of the words selects, else ``train``."""
         digest = hashlib.sha256(" ".join(self.words).encode()).digest()
         return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
 
     @cached_property
     def employers(self) -> Mapping[Words, Entity]:
-        """The organisations by name."""
+        """Return the organisations by name."""
         return {organisation.name: organisation for organisation in self.organisations}
 
 
@@ -271,7 +271,7 @@ def _absent_name(rng: random.Random, document: Document, of_person: bool) -> Wor
 
 
 def _balanced(weights: Mapping[str, float]) -> Iterator[str]:
-    """Yield keys for ever so that every prefix has them in proportion to their weights, as nearly as can be."""
+    """Yield keys without end, such that every prefix has them nearly in proportion to their weights."""
     counts: Counter[str] = Counter()
     total = sum(weights.values())
     while True:

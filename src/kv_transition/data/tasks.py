@@ -1,11 +1,9 @@
-"""The tasks that can be run, and everything that is particular to one of them.
+"""The tasks, and everything that is particular to one of them.
 
-Which metric a task has, which answers break its form and which tasks get no chat template follow LongBench
-(Bai et al. 2024, arXiv 2308.14508) and, for the ruler tasks, RULER (Hsieh et al. 2024, arXiv 2404.06654). The prompt
-wordings and answer lengths here are this project's own; LongBench's are read from its own files where those are given
-(see `kv_transition.data.templates`).
-
-This module imports the standard library only, so that a configuration can be checked at once.
+Metrics, answer patterns and the use of chat templates follow LongBench (Bai et al. 2024, arXiv 2308.14508) and, for the
+ruler tasks, RULER (Hsieh et al. 2024, arXiv 2404.06654). The prompt wordings and answer lengths here are this project's
+own; LongBench's are read from its own files if those are given (see `kv_transition.data.templates`). This module
+imports only the standard library, so that checking a configuration is fast.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class Task:
 
     @property
     def source_name(self) -> str:
-        """The task's name in LongBench's own files."""
+        """Return the task's name in LongBench's own files."""
         return "repobench-p" if self.name == "repobench_p" else self.name
 
 

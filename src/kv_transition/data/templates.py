@@ -1,8 +1,8 @@
 """The benchmark's own prompt templates and answer lengths, read from its files.
 
-They are LongBench's text (``dataset2prompt.json``, ``dataset2maxlen.json``), so this project does not carry them. They
-are looked for where the configuration says, else in ``config/`` beside local data, else in ``config/`` of the hub
-repository at the data's commit. Own tasks may bring such files too.
+They are LongBench's text (``dataset2prompt.json``, ``dataset2maxlen.json``), so this project does not contain them.
+They are looked for where the configuration says, then in ``config/`` beside local data, then in ``config/`` of the hub
+repository at the data's commit. Your own tasks may have such files too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILES = {"prompts": "dataset2prompt.json", "max_lengths": "dataset2maxlen.json"}
 
 @dataclass(frozen=True)
 class Entry:
-    """What one of the files says about one task, and which file that was."""
+    """The entry of one task in one of the files, and which file that was."""
 
     value: Any
     source: str

@@ -72,7 +72,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hash of all that decides token ids: the tokenizer itself and its chat template, wherever it was loaded from."""
+    """Return a hash of everything that determines token ids: the tokenizer and its chat template."""
     content = sha256(tokenizer.backend_tokenizer.to_str().encode())
     content.update(str(tokenizer.chat_template).encode())
     return content.hexdigest()

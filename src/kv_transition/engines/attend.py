@@ -1,4 +1,4 @@
-"""The attention output: FlashAttention 2 where it is installed, else torch's scaled dot-product attention."""
+"""The attention output, from FlashAttention 2 if it is installed, else from torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMPLEMENTATIONS = ("auto", "sdpa", "flash_attention_2")
 
 
 def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that ``auto`` stands for. Raises UserError if the one asked for cannot run here."""
+    """Return the implementation that ``auto`` means. Raises UserError if the requested one cannot run here."""
     usable = (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
@@ -42,7 +42,7 @@ def attend(
     bias: Tensor | None = None,
     implementation: str = "sdpa",
 ) -> Tensor:
-    """Attention of the newest q tokens over all n entries, theirs last: [B, H, q, d].
+    """Return the attention of the newest q tokens over all n entries, whose last are their own: [B, H, q, d].
 
     queries [B, H, q, d]; keys, values [B, Hkv, n, d]. A query sees every entry up to its own, or the last ``window`` of
     them. bias [B, Hkv, n] is added to the logits.
@@ -68,7 +68,7 @@ def attend(
 
 
 def _one_token(queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """One query per head sees every entry: the heads of a group become rows over keys that are read once."""
+    """Return the attention of one query per head: the heads of a group are rows, so that keys are read once."""
     batch, heads, _, d = queries.shape
     kv_heads = keys.shape[1]
     rows = queries.reshape(batch, kv_heads, heads // kv_heads, d)
@@ -79,7 +79,7 @@ def _one_token(queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias
 
 
 def _biased(bias: Tensor, queries: Tensor, n: int) -> Tensor:
-    """[B, H, q, n]: the bias of every entry that a query sees, -inf for the others."""
+    """Return the mask [B, H, q, n]: the bias of every visible entry, -inf for the others."""
     q, group = queries.shape[2], queries.shape[1] // bias.shape[1]
     future = torch.ones(q, n, dtype=torch.bool, device=bias.device).triu_(n - q + 1)
     per_head = bias.repeat_interleave(group, 1).unsqueeze(2)
@@ -87,7 +87,7 @@ def _biased(bias: Tensor, queries: Tensor, n: int) -> Tensor:
 
 
 def _in_window(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, bias: Tensor | None) -> Tensor:
-    """A sliding window in O(q window): blocks of queries over the keys that any of them sees."""
+    """Return sliding-window attention in O(q window): blocks of queries over the keys that any of them sees."""
     q, n = queries.shape[2], keys.shape[2]
     gqa = queries.shape[1] != keys.shape[1]
     outputs = []

@@ -1,9 +1,9 @@
-"""Decoding as one compiled graph: a token of every sequence at a time, their caches in buffers that never move.
+"""Decoding as one compiled graph: one token of every sequence at a time, with caches in fixed buffers.
 
-What transformers' StaticCache does for its own masks, done for evicted caches: each sequence, layer and head may hold
-its own number of entries. All end at the same place of the buffers, so that the next tokens' entries have one place
-too, and what lies before a sequence's first entry has a bias of -inf. Shapes and addresses stay the same from token to
-token and from batch to batch; one graph serves all kept lengths up to the buffers' capacity.
+It is like transformers' StaticCache, but for evicted caches: each sequence, layer and head may hold its own number of
+entries. All entries end at the same place of the buffers, so that new entries have one place; places before a
+sequence's first entry have bias -inf. Shapes and addresses do not change between tokens and batches, so one graph
+serves all lengths up to the capacity of the buffers.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _MOST_GRAPHS = 64
 
 
 class CompiledDecoder:
-    """Reads one token at a time on top of a batch of states, with no statistics.
+    """Reads one token at a time on top of a batch of states, without statistics.
 
-    `load` takes the states in, `logits` are those of the next tokens, `read` says which were chosen. Sequences go by
-    their number in the batch. Buffers are kept for the batches to come, and remade (which compiles anew) when one has
-    more sequences or longer ones than any before; so begin with the largest.
+    `load` copies the states in, `logits` are those of the next tokens, `read` takes the chosen tokens. Sequences are
+    named by their index in the batch. Buffers are reused; a batch with more or longer sequences than before allocates
+    and compiles anew, so begin with the largest.
     """
 
     def __init__(self, engine: LocalEngine, *, backend: str = "inductor"):
@@ -54,7 +54,7 @@ class CompiledDecoder:
         self._step = torch.compile(_step, backend=backend, fullgraph=True, dynamic=False, **options)
 
     def refusal(self, states: Sequence[CacheState]) -> str | None:
-        """Why these cannot be decoded here, or are better not, or None."""
+        """Return why these sequences cannot or should not be decoded here, or None."""
         if self._backend == "inductor" and self.engine.device.type != "cuda":
             return "the model is not on a GPU"
         if len(set(getattr(self.engine.model, "hf_device_map", {}).values())) > 1:
@@ -65,9 +65,9 @@ class CompiledDecoder:
 
     @torch.no_grad()
     def load(self, states: Sequence[CacheState], room: int) -> None:
-        """Take in states of single sequences, with space for ``room`` more tokens of each. They are copied.
+        """Copy in states of single sequences, with space for ``room`` more tokens of each.
 
-        Compiles where the buffers have to be remade. Raises UserError if that fails.
+        Compiles if the buffers are too small. Raises UserError if that fails.
         """
         remade = self._memory is None or not self._memory.holds(states, room)
         if remade:
@@ -92,7 +92,7 @@ class CompiledDecoder:
 
     @torch.no_grad()
     def read(self, said: Mapping[int, int]) -> None:
-        """Read the next token of each sequence that goes on; those not named are at their end."""
+        """Read the next token of each sequence that continues; the others have ended."""
         if self._steps == self._room:
             raise ValueError(f"there was room for {self._room} tokens and no more")
         memory = self._memory
@@ -119,11 +119,11 @@ class CompiledDecoder:
             ) from error
 
     def entries(self, number: int) -> float:
-        """Entries per KV head of a live sequence, mean over the evictable layers."""
+        """Return the entries per KV head of a sequence, mean over the evictable layers."""
         return self._taken[number].entries + self._steps
 
     def state(self, number: int) -> CacheState:
-        """A live sequence by itself, as views of the buffers: it is good until the next `load`. No statistics."""
+        """Return one sequence as views of the buffers, valid until the next `load`, without statistics."""
         taken, t = self._taken[number], self._steps
         steps = torch.arange(taken.length, taken.length + t)
         layers = []
@@ -135,12 +135,12 @@ class CompiledDecoder:
 
 @lru_cache(maxsize=1)
 def decoder_of(engine: LocalEngine) -> CompiledDecoder:
-    """The one of an engine, so that buffers and graphs serve all of its batches."""
+    """Return the decoder of an engine, so that buffers and graphs serve all of its batches."""
     return CompiledDecoder(engine)
 
 
 def _step(model: torch.nn.Module, memory: _Memory) -> Tensor:
-    """One more token of each sequence: logits [B, V] fp32 of those after it."""
+    """Read one more token of each sequence; return the logits [B, V] fp32 of the next ones."""
     output = model(
         input_ids=memory.ids,
         position_ids=memory.position_ids,
@@ -153,12 +153,12 @@ def _step(model: torch.nn.Module, memory: _Memory) -> Tensor:
 
 
 class _Memory:
-    """The buffers; transformers takes them for its cache, as it does a `Reading`."""
+    """The buffers, which transformers takes for its cache, as it does a `Reading`."""
 
     is_compileable = True
 
     def __init__(self, states: Sequence[CacheState], rows: int, room: int, engine: LocalEngine):
-        """Space for ``rows`` sequences like these, and ``room`` more tokens of each."""
+        """Allocate space for ``rows`` sequences like these, and ``room`` more tokens of each."""
         first, device = states[0], engine.device
         self.rows = rows
         self.windows = [layer.window for layer in first.layers]
@@ -185,7 +185,7 @@ class _Memory:
         return fits and len(states) <= self.rows
 
     def fill(self, states: Sequence[CacheState]) -> list[CacheState]:
-        """Copy the states in; returns them with the buffers for their storage."""
+        """Copy the states in; return them with the buffers as their storage."""
         ends = _longest(states)
         for windowed, end in ends.items():
             self.slots[windowed].fill_(end)
@@ -226,7 +226,7 @@ class _Memory:
         return 0
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """queries [B, H, 1, d], keys and values [B, Hkv, 1, d] of the new tokens -> output [B, H, 1, d]."""
+        """Return the output [B, H, 1, d] for queries [B, H, 1, d] and the new tokens' keys, values [B, Hkv, 1, d]."""
         window, bias = self.windows[layer], self.biases[layer]
         slot = self.slots[window is not None]
         self.keys[layer].index_copy_(2, slot, keys)
@@ -237,7 +237,10 @@ class _Memory:
 
 
 def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """queries [B, H, 1, d] over keys, values [B, Hkv, C, d], C a multiple of `RUN`, with bias [B, Hkv, C]."""
+    """Return the attention of queries [B, H, 1, d] over keys, values [B, Hkv, C, d] with bias [B, Hkv, C].
+
+    C is a multiple of `RUN`.
+    """
     batch, kv_heads, capacity, _ = keys.shape
     group, runs = queries.shape[1] // kv_heads, capacity // RUN
     rows = queries.reshape(batch * kv_heads, 1, group, -1).expand(-1, runs, -1, -1).flatten(0, 1)
@@ -253,14 +256,14 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sca
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matrix product, summed and kept in fp32."""
+    """Return the batched matrix product, summed and kept in fp32."""
     if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
 
 def _grown(part: LayerCache, steps: Tensor, shift: int) -> LayerCache:
-    """A part as it was taken in, with the entries that have been written behind it since."""
+    """Return a part as it was loaded, with the entries that were written behind it since."""
     steps = steps.to(part.positions.device).expand(part.positions.shape[0], -1)
     new = slice(part.n, part.n + steps.shape[1])
     angles = (steps - shift).to(torch.float32) if shift else None
@@ -271,7 +274,7 @@ def _grown(part: LayerCache, steps: Tensor, shift: int) -> LayerCache:
 
 
 def _longest(states: Sequence[CacheState]) -> dict[bool, int]:
-    """The most entries that a head holds, in the layers without and with a sliding window."""
+    """Return the largest number of entries of a head, in layers without and with a sliding window."""
     longest: dict[bool, int] = {}
     for layer in (layer for state in states for layer in state.layers):
         windowed = layer.window is not None
@@ -280,6 +283,6 @@ def _longest(states: Sequence[CacheState]) -> dict[bool, int]:
 
 
 def _rounded(n: int) -> int:
-    """At least ``n`` and less than a quarter more (or than `RUN` more), so that few capacities occur."""
+    """Return a capacity of at least ``n`` and less than a quarter (or `RUN`) more, so that few capacities occur."""
     grain = max(RUN, (1 << n.bit_length()) // 8)
     return -(-n // grain) * grain

@@ -9,7 +9,7 @@ from kv_transition.errors import UserError
 
 
 def model_folder(name: str, dtype: str) -> Path:
-    """The folder of the dequantized model in ``dtype``, made if it is not there.
+    """Return the folder of the dequantized model in ``dtype``; create it if needed.
 
     Raises UserError as `header` does, and for an architecture that transformers cannot read from GGUF.
     """

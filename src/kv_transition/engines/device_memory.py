@@ -1,7 +1,7 @@
-"""Memory in use on the GPUs of this machine, by whatever process, as NVML tells it.
+"""Memory in use on the GPUs of this machine by all processes, from NVML.
 
-For a server that runs on this machine: how much of it is the server's cannot be told, and servers that reserve their
-cache at start show the same number whatever they keep.
+This is for a server on this machine. Its own share is not known, and a server that reserves its cache at start shows a
+constant value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MB = 2**20
 
 
 class Watch:
-    """Samples the memory in use, in the background, as long as it is open; a machine without NVML has none."""
+    """Samples the memory in use in the background while it is open. A machine without NVML has no samples."""
 
     def __init__(self, wanted: bool = True):
         self._nvml: Any = _nvml() if wanted else None
@@ -38,7 +38,7 @@ class Watch:
             self._nvml.nvmlShutdown()
 
     def peak_mb(self, begin: float, end: float) -> float | None:
-        """The highest sum over all GPUs between two times of time.perf_counter, in MB; None if nothing was sampled."""
+        """Return the highest sum over all GPUs between two times of time.perf_counter, in MB; None without samples."""
         inside = [used for at, used in list(self._samples) if begin <= at <= end]
         return max(inside) / _MB if inside else None
 
@@ -50,7 +50,7 @@ class Watch:
 
 
 def _nvml() -> Any:
-    """NVML, ready for use; None where there is none."""
+    """Return NVML, initialised; None if it is not available."""
     try:
         import pynvml
 

@@ -1,4 +1,4 @@
-"""A transformers model that is somebody else's too: its attention is ours only while we read."""
+"""An engine for a transformers model that is also used elsewhere: it changes the attention only while it reads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kv_transition.errors import UserError
 
 
 class GuestEngine(LocalEngine):
-    """Reads as `LocalEngine` does, and leaves the model as it was: `generate` and all else go on as before.
+    """Reads as `LocalEngine` does and restores the model afterwards, so that `generate` works as before.
 
-    While it reads, no other thread may run the model. Raises UserError for a model that cannot be evicted.
+    While it reads, no other thread may run the model. Raises UserError for a model whose cache cannot be evicted.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any = None, **options: Any):
@@ -32,7 +32,7 @@ class GuestEngine(LocalEngine):
 
 
 def refuse_model(model: Any) -> None:
-    """Raises UserError for what is no transformers model, or none whose cache can be evicted."""
+    """Raise UserError unless this is a transformers model whose cache can be evicted."""
     name = type(model).__name__
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config") or not hasattr(model, "generate"):
         raise UserError(f"{name} is no language model of transformers; give one that AutoModelForCausalLM loads")
@@ -46,7 +46,7 @@ def refuse_model(model: Any) -> None:
 
 @contextlib.contextmanager
 def our_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block the model attends to what a `Reading` holds, and transformers makes no mask."""
+    """Within the block, the model attends to the entries of a `Reading`, and transformers makes no mask."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attention_function)

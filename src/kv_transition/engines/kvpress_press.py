@@ -1,9 +1,9 @@
 """Presses of kvpress (https://github.com/NVIDIA/kvpress, Apache-2.0) as policies named ``kvpress.<Press>``.
 
-A press reads hidden states, so the prompt is read anew, by the model's own attention with the press as context
-manager. What the press leaves in the cache becomes a `CacheState` that decoding goes on from.
+A press reads hidden states. The prompt is therefore prefilled anew, by the model's own attention with the press as
+context manager. What the press keeps becomes a `CacheState` for decoding.
 
-kvpress 0.5.5 asks for transformers < 5.3; `_cache_positions` makes up for what changed since.
+kvpress 0.5.5 requires transformers < 5.3; `_cache_positions` restores what changed since.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREFIX = "kvpress."
 
 
 def installed_version() -> str:
-    """The version of kvpress. Raises UserError where it cannot be imported."""
+    """Return the version of kvpress. Raises UserError if it cannot be imported."""
     _kvpress()
     return version("kvpress")
 
@@ -39,18 +39,19 @@ def installed_version() -> str:
 def read(
     engine: LocalEngine, tokens: Sequence[int], kind: str, arguments: Mapping[str, Any], k: int, seed: int = 0
 ) -> CacheState:
-    """Read ``tokens`` with the empty cache and let a press thin it out to ``k`` entries per KV head.
+    """Prefill ``tokens`` with a press that keeps ``k`` entries per KV head, and return the state.
 
-    kind: ``kvpress.SnapKVPress`` or another press. arguments: of its constructor, plain values without
-    ``compression_ratio``, which follows from k. A press that takes another one has its name as an argument, and that
-    one's arguments behind a dot: ``{"press": "SnapKVPress", "press.window_size": 32}``. seed: of presses that draw.
+    kind: ``kvpress.SnapKVPress`` or another press. arguments: those of its constructor, plain values without
+    ``compression_ratio``, which follows from k. A press that wraps another press has its name as an argument, and that
+    press's arguments with its name and a dot: ``{"press": "SnapKVPress", "press.window_size": 32}``. seed: of presses
+    that draw.
 
     The state has no statistics and no logits: a press acts before the question, or on all but the last token of a
-    prompt (with k - 1), which `extend` then reads. Presses that mask entries rather than remove them (AdaKVPress) give
-    a state in which those are gone, so that a head's memory is really freed.
+    prompt (with k - 1), which `extend` then reads. Presses that mask entries instead of removing them (AdaKVPress) give
+    a state without those entries, so that memory is really freed.
 
-    Raises UserError where kvpress is missing, has no such press, the press cannot be made from the arguments, cannot be
-    set to ``k``, or keeps keys that the model did not write (merged, re-rotated or thinned ones): these have no place
+    Raises UserError if kvpress is missing or has no such press, if the press cannot be made from the arguments or set
+    to ``k``, or if it keeps keys that the model did not write (merged, re-rotated or thinned): these have no position
     in the text.
     """
     if k < 1:
@@ -90,7 +91,7 @@ def read(
 
 
 def ratio_for(n: int, k: int) -> float:
-    """The fraction to remove for which kvpress, which computes ``int(n * (1 - ratio))``, keeps ``k`` of ``n``."""
+    """Return the fraction to remove for which kvpress, which keeps ``int(n * (1 - ratio))``, keeps ``k`` of ``n``."""
     ratio = 1 - k / n
     while int(n * (1 - ratio)) < k:
         ratio = math.nextafter(ratio, 0)
@@ -98,7 +99,7 @@ def ratio_for(n: int, k: int) -> float:
 
 
 def _kvpress() -> ModuleType:
-    """kvpress; importing it wraps every attention function, and ours has another signature: it is put back."""
+    """Return kvpress. Importing it wraps every attention function; ours has another signature and is restored."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     own = dict(ALL_ATTENTION_FUNCTIONS.items()).get(ATTENTION)
@@ -115,7 +116,7 @@ def _kvpress() -> ModuleType:
 
 
 def _press(kvpress: ModuleType, kind: str, arguments: Mapping[str, Any]) -> Any:
-    """The press with its arguments; compression_ratio is set later."""
+    """Return the press with its arguments; compression_ratio is set later."""
     name = kind.removeprefix(PREFIX)
     if name not in kvpress.__all__ or not name.endswith("Press"):
         there = ", ".join(sorted(press for press in kvpress.__all__ if press.endswith("Press")))
@@ -146,7 +147,7 @@ def _run(model: torch.nn.Module, press: Any, ratio: float, ids: Tensor, kind: st
 
 @contextlib.contextmanager
 def _its_own_errors(kind: str, what: str) -> Iterator[None]:
-    """Presses raise what they like; running out of memory is a failure of the example instead."""
+    """Turn any exception of a press into UserError, except running out of memory, a failure of the example."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -168,9 +169,9 @@ def _attention(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cache_positions(attention: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Hand the layers ``cache_position``, which presses read and transformers passes no longer since 5.4.
+    """Give the layers ``cache_position``, which presses read and transformers does not pass since 5.4.
 
-    Takes away the rotary embedding that kvpress leaves in each.
+    Removes the rotary embedding that kvpress leaves in each layer.
     """
 
     def restore(_: Any, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -190,7 +191,7 @@ def _cache_positions(attention: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_cache(attention: Sequence[torch.nn.Module]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Keys and values [Hkv, n, d] of each layer as they were before the press: its hooks come after these."""
+    """Return keys and values [Hkv, n, d] of each layer before the press acts: its hooks run after these."""
     full: dict[int, tuple[Tensor, Tensor]] = {}
 
     def see(module: torch.nn.Module, args: tuple, keywords: dict[str, Any], output: Any) -> None:
@@ -207,7 +208,7 @@ def _full_cache(attention: Sequence[torch.nn.Module]) -> Iterator[dict[int, tupl
 
 
 def _found(keys: Tensor, values: Tensor, full: Tensor, scale: float, kind: str) -> LayerCache:
-    """The layer of what a press kept: keys, values [Hkv, K, d] in any order, full [Hkv, n, d]."""
+    """Return the layer of what a press kept: keys, values [Hkv, K, d] in any order, full [Hkv, n, d]."""
     places = torch.stack([_places(*pair) for pair in zip(keys, full, strict=True)])
     positions, order = places.sort(dim=-1)
     index = places.clamp(min=0).unsqueeze(-1).expand_as(keys)
@@ -218,9 +219,9 @@ def _found(keys: Tensor, values: Tensor, full: Tensor, scale: float, kind: str) 
 
 
 def _places(keys: Tensor, full: Tensor) -> Tensor:
-    """For each row of keys [K, d] the row of full [n, d] that may be the same: [K].
+    """Return for each row of keys [K, d] the row of full [n, d] with the same content: [K].
 
-    Looked up by a number made from the row's bits; rotated keys of two places differ in some of them.
+    Rows are looked up by a number computed from their bits. Rotated keys of two positions differ in some bits.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[full.element_size()]
     factors = torch.randint(1, 2**62, (full.shape[1],), generator=torch.Generator().manual_seed(0)).to(full.device)
@@ -230,7 +231,7 @@ def _places(keys: Tensor, full: Tensor) -> Tensor:
 
 
 def _unmasked(keys: Tensor, values: Tensor, masked: tuple[Tensor, Tensor, Tensor], scale: float) -> Layer:
-    """The layer without the entries (batch, head, place) that a press has masked; keys, values [Hkv, n, d]."""
+    """Return the layer without the entries (batch, head, place) that a press has masked; keys, values [Hkv, n, d]."""
     keep = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
     keep[masked[1], masked[2]] = False
     heads = [row.nonzero()[:, 0] for row in keep]

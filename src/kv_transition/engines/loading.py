@@ -1,4 +1,4 @@
-"""Loading a transformers model so that its memory can be read and thinned out."""
+"""Load a transformers model so that its cache can be read and evicted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ def load_model(
     quantization: Mapping[str, Any] | None = None,
     device_map: str | None = None,
 ) -> torch.nn.Module:
-    """The model on its device, from a folder, the hub or a GGUF file.
-
-    Raises UserError where loading fails or nothing in the model can be evicted.
+    """Return the model on its device, from a folder, the hub or a GGUF file.
 
     quantization: {"kind": "nf4", "double_quantization": bool, "compute_dtype": str} of bitsandbytes. device_map:
-    accelerate's way to lay a model over several GPUs, such as ``auto``.
+    accelerate's placement of a model over several GPUs, such as ``auto``. Raises UserError if loading fails or no layer
+    of the model can be evicted.
     """
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
@@ -109,12 +108,12 @@ def refuse_damaged(model: torch.nn.Module, name: str) -> None:
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
-    """Where token ids go in."""
+    """Return the device that token ids must be on."""
     return _device(model.get_input_embeddings())
 
 
 def layer_devices(model: torch.nn.Module) -> list[torch.device]:
-    """Where each layer computes, and what it remembers lies."""
+    """Return the device of each layer, which is also that of its cache."""
     return [_device(layer) for layer in model.get_decoder().layers]
 
 
@@ -154,7 +153,7 @@ def _require(package: str, key: str) -> None:
 
 
 def refuse_unsupported(config: Any, name: str) -> None:
-    """Raises UserError for a model whose layers are of another kind, or that has none that can be evicted."""
+    """Raise UserError for a model with unknown kinds of layers, or without a layer that can be evicted."""
     kinds = layer_kinds(config)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
@@ -170,7 +169,7 @@ def refuse_unsupported(config: Any, name: str) -> None:
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """``full_attention``, ``sliding_attention`` or another kind, of each layer."""
+    """Return the kind of each layer: ``full_attention``, ``sliding_attention`` or another one."""
     text = config.get_text_config()
     if kinds := getattr(text, "layer_types", None):
         return list(kinds)
@@ -179,13 +178,13 @@ def layer_kinds(config: Any) -> list[str]:
 
 
 def layer_windows(config: Any) -> list[int | None]:
-    """Tokens that each layer sees, None for all of them."""
+    """Return the number of tokens that each layer sees, None for all."""
     window = getattr(config.get_text_config(), "sliding_window", None)
     return [window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
 
 
 def layer_rotaries(model: torch.nn.Module) -> list[Rotary | None]:
-    """How each layer rotates its keys and queries; None where that cannot be told for certain."""
+    """Return the rotation of keys and queries of each layer; None where it is not certain."""
     kinds = layer_kinds(model.config)
     # not that of a vision tower beside it
     decoder = model.get_decoder()
@@ -203,7 +202,7 @@ def _rotary(embedding: torch.nn.Module | None, kind: str) -> Rotary | None:
 
 
 def _as_the_model(rotary: Rotary, embedding: torch.nn.Module, kind: str) -> bool:
-    """Whether the model's own rotation by one and by seven positions differs by what `Rotary` says it does."""
+    """Return whether the model's own rotation by one and by seven positions differs by what `Rotary` computes."""
     apply = getattr(sys.modules[type(embedding).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
         return False

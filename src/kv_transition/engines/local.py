@@ -1,4 +1,4 @@
-"""A transformers model on this machine, read into and out of `CacheState`."""
+"""The local engine: a transformers model that reads tokens on top of a `CacheState`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ less than about 1e-4, and dividing by much smaller ones leaves the numbers of fp
 
 
 class LocalEngine:
-    """Reads tokens on top of a cache that anyone may thin out between readings."""
+    """Reads tokens on top of a cache that may be compressed between readings."""
 
     name = "local"
     load_s = 0.0
@@ -44,8 +44,9 @@ class LocalEngine:
         statistics: str = "auto",
         chunk_tokens: int | None = None,
     ):
-        """attention, statistics: which implementation computes them. chunk_tokens: longest piece read at a time, so
-        that the activations of a long prompt fit beside its cache; None: any length at once."""
+        """attention, statistics: the implementations. chunk_tokens: the longest piece that is read at a time, so
+        that the activations of a long prompt fit beside its cache; None: any length at once.
+        """
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.device = loading.input_device(model)
@@ -76,7 +77,7 @@ class LocalEngine:
         statistics: str = "auto",
         chunk_tokens: int | None = None,
     ) -> LocalEngine:
-        """Load a model from a folder or the hub. Raises UserError where that fails or the model cannot be evicted."""
+        """Load a model from a folder or the hub. Raises UserError if that fails or the model cannot be evicted."""
         model = loading.load_model(
             name, revision=revision, dtype=dtype, device=device, quantization=quantization, device_map=device_map
         )
@@ -87,12 +88,12 @@ class LocalEngine:
 
     @property
     def layer_devices(self) -> list[str]:
-        """Where each layer lies: a large model may be laid over several GPUs."""
+        """The device of each layer; a large model may be spread over several GPUs."""
         return [str(device) for device in loading.layer_devices(self.model)]
 
     @property
     def description(self) -> dict[str, str]:
-        """How attention and its statistics were computed, for the results."""
+        """The implementations of attention and its statistics, for the metadata of results."""
         if self.attention == "sdpa":
             version = torch.__version__
         else:
@@ -120,14 +121,15 @@ class LocalEngine:
         seen: list[Tensor] | None = None,
         before_attention: BeforeAttention | None = None,
     ) -> CacheState:
-        """Read ``tokens`` (at least one) on top of a state; None is the empty one. The state itself is unchanged.
+        """Return the state after reading ``tokens`` (at least one). ``state`` itself is unchanged; None is the empty
+        one.
 
-        tokens: of a batch, equally many for each sequence. statistics: which of them to keep up; others are dropped.
-        ``reconstruction`` reads several tokens of a single sequence a second time; a single one is not repeated.
-        room: entries to leave space for, so that reading on need not move what was read. seen: takes [Hkv, n] for each
-        evictable layer, the attention that its entries receive from one token (only where ``attn_sum`` is kept up).
-        before_attention: called for each evictable layer with the new tokens' queries and keys, gives it as it is to be
-        attended to.
+        tokens: for a batch, equally many for each sequence. statistics: those to maintain; others are dropped.
+        ``reconstruction`` reads several tokens of a single sequence a second time; a single token is not repeated.
+        room: entries to leave space for, so that further reading need not move the cache. seen: receives [Hkv, n] for
+        each evictable layer, the attention that its entries receive from one token (only if ``attn_sum`` is
+        maintained). before_attention: called for each evictable layer with the new tokens' queries and keys; returns
+        the layer that is attended to.
         """
         for piece in self._pieces(state, tokens, statistics, room, seen, before_attention):
             after, _ = piece
@@ -150,11 +152,10 @@ class LocalEngine:
         room: int = 0,
         before_attention: BeforeAttention | None = None,
     ) -> tuple[CacheState, Tensor]:
-        """Read ``tokens`` as `extend` does, and say how little each of ``targets`` was expected.
+        """Read ``tokens`` as `extend` does, and return the state and the negative log-likelihood of ``targets``.
 
-        targets: the token that follows each one, which is not read here: as many as ``tokens``. Returns the state and
-        the nats -log p of each target, fp32 [n] (of a batch [B, n]). Logits are made for a few hundred tokens at a
-        time, so that no [n, V] is ever held, however long the text.
+        targets: the token that follows each one of ``tokens``. Returns -log p of each target in nats, fp32 [n] (of a
+        batch [B, n]). Logits are computed for a few hundred tokens at a time, so that [n, V] is never held.
         """
         wanted = torch.tensor(targets, device=self.device)
         nats, done = [], 0
@@ -176,8 +177,9 @@ class LocalEngine:
         before_attention: BeforeAttention | None,
         scored: int | None = None,
     ) -> Iterator[tuple[CacheState, Tensor]]:
-        """The state after each piece of ``tokens``, with logits fp32 [B, q, V]: of its last token, or of all of its
-        tokens where ``scored`` says how many those may be."""
+        """Yield the state after each piece of ``tokens`` with logits fp32 [B, q, V]: of its last token, or of all
+        tokens if ``scored`` says how many logits a piece may have.
+        """
         state = state or CacheState(layers=(), length=0)
         if statistics & MOMENTS:  # one cannot be kept up without the other
             statistics |= MOMENTS
@@ -285,7 +287,7 @@ class LocalEngine:
     def prefill(
         self, context: Sequence[int], question: Sequence[int], statistics: frozenset[str] = STATISTICS
     ) -> Prefill:
-        """Read a prompt with the full cache, once for both modes."""
+        """Return the states of a prompt read once with the full cache, for both modes."""
         started = self.clock()
         after_context = self.extend(None, context, statistics, room=len(question))
         between = self.clock()
@@ -295,23 +297,25 @@ class LocalEngine:
     def next_tokens(
         self, logits: Tensor, temperature: float, generators: Sequence[torch.Generator | None]
     ) -> list[int]:
-        """Return the next token of each sequence by logits [B, V]: the most likely at a temperature below
-        `GREEDY_BELOW`, else a draw."""
+        """Return the next token of each sequence from logits [B, V]: the most likely one at a temperature below
+        `GREEDY_BELOW`, or a sample.
+        """
         if temperature < GREEDY_BELOW:
             return logits.argmax(-1).tolist()
         probabilities = (logits / temperature).softmax(-1).cpu()
         return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)]
 
     def clock(self) -> float:
-        """Seconds. On a GPU the wall's, once its queue is empty; on a CPU this process's own, which jobs on the other
-        cores do not lengthen (cells run with one thread each)."""
+        """Return a time in seconds: wall time on a GPU, after its queue is empty; processor time of this process on
+        a CPU, so that jobs on other cores do not lengthen it (cells run with one thread each).
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return time.perf_counter()
         return time.process_time()
 
     def peak_memory_mb(self) -> float | None:
-        """Peak device memory in MiB since the last call; None where it cannot be measured."""
+        """Return the peak device memory in MiB since the last call; None if it cannot be measured."""
         if self.device.type != "cuda":
             return None
         devices = {torch.device(device) for device in self.layer_devices}

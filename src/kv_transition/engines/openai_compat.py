@@ -1,13 +1,13 @@
-"""Answers from an OpenAI-compatible endpoint: the official client, with tenacity to try again.
+"""Answers from an OpenAI-compatible endpoint: the official client, with tenacity for retries.
 
-The client's own retries end with the headers. A stream that breaks off, a stream that ends without a finish reason, an
-error inside a stream and an error under status 200 all come after them, and some of these pass for an answer. So the
-client's retries are off and tenacity repeats the whole exchange, headers and body: an answer counts only if it has come
-whole, and what had come of one that did not is forgotten. One time limit, ``timeout_s``, covers all of an exchange;
-the client's limits the silence between two pieces only.
+The client's own retries end with the response headers. A stream that breaks off, a stream without a finish reason, an
+error inside a stream and an error under status 200 come later, and the client takes some of them for answers. Its
+retries are therefore off, and tenacity repeats the whole exchange, headers and body. An answer counts only if it is
+complete; parts of an incomplete one are discarded. The time limit ``timeout_s`` covers the whole exchange; the client's
+own limits only the silence between two pieces.
 
-The API key is read from the environment when a request is sent. It stands in no attribute, and whatever the endpoint
-says is cleared of it.
+The API key is read from the environment when a request is sent. It is stored in no attribute, and it is removed from
+whatever the endpoint returns.
 """
 
 from __future__ import annotations
@@ -53,14 +53,13 @@ class _Flight:
 
 @dataclass(frozen=True)
 class Client:
-    """An endpoint and how patient we are with it.
+    """An endpoint with its time limit and retries.
 
-    base_url: up to and including ``/v1``.
-    api_key_env: name of the environment variable that holds the key; None: no key is sent.
-    timeout_s: of one exchange, from the request to the last piece of the answer.
-    retries: further attempts after the first, for 408, 409, 429, 5xx, broken connections and broken answers. A pause
-        that the endpoint asks for (Retry-After) is kept; otherwise pauses grow from half a second.
-    stream: false: the answer comes in one piece, without the time to its first token.
+    base_url: up to and including ``/v1``. api_key_env: name of the environment variable with the key; None: no key is
+    sent. timeout_s: of one exchange, from the request to the last piece of the answer. retries: further attempts after
+    the first, for 408, 409, 429, 5xx, broken connections and broken answers; a pause that the endpoint requests
+    (Retry-After) is respected, other pauses grow from half a second. stream: false: the answer comes in one piece,
+    without a time to first token.
     """
 
     base_url: str
@@ -80,25 +79,24 @@ class Client:
         seed: int | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> Reply:
-        """One answer. Raises UserError as `complete_all` does."""
+        """Return one answer. Raises UserError as `complete_all` does."""
         request = Request(model, max_tokens, prompt, messages, temperature, seed, extra_body or {})
         return self.complete_all([request])[0]
 
     def complete_all(
         self, requests: Sequence[Request], concurrency: int = 1, done: Callable[[int, Reply], None] | None = None
     ) -> list[Reply]:
-        """The answer to each request, at most ``concurrency`` under way at a time.
+        """Return the answer to each request, with at most ``concurrency`` in progress.
 
-        done: called with a request's number and its reply as soon as that is there, from the calling thread.
+        done: called with a request's number and its reply when it has arrived, from the calling thread.
 
-        Raises:
-            UserError: no request could succeed: the endpoint cannot be reached, refuses the key, does not know the
-                model, or allows no more requests. Replies that ``done`` was given before remain valid.
+        Raises UserError if no request could succeed: the endpoint cannot be reached, refuses the key, does not know the
+        model, or allows no more requests. Replies that ``done`` received before remain valid.
         """
         return asyncio.run(self._complete_all(requests, concurrency, done))
 
     def check(self, request: Request) -> Reply:
-        """The answer to a request of one token. Raises UserError, one sentence, if there is none."""
+        """Return the answer to a request of one token. Raises UserError, one sentence, if there is none."""
         (reply,) = self.complete_all([replace(request, max_tokens=1)])
         if reply.error:
             raise UserError(f"{self.base_url} does not answer a request of one token: {reply.error}")
@@ -167,7 +165,7 @@ class Client:
         return replace(reply, attempts=trying.statistics["attempt_number"])
 
     async def _demand_reachable(self, client: openai.AsyncOpenAI, reason: str) -> None:
-        """A lost connection may be the fault of one request; an endpoint that is gone is the fault of none."""
+        """Raise UserError if the endpoint cannot be reached at all; one lost connection may be one request's fault."""
         try:
             await client.get("/models", cast_to=object, options={"timeout": CONNECT_S})
         except openai.APIConnectionError:
@@ -176,7 +174,7 @@ class Client:
             return  # whatever it says, it is there
 
     async def _exchange(self, client: openai.AsyncOpenAI, request: Request, live: set[_Flight]) -> Reply:
-        """One attempt. Raises FailureError, or UserError if no attempt of any request can succeed."""
+        """Make one attempt. Raises FailureError, or UserError if no attempt of any request can succeed."""
         flight = _Flight(shared=bool(live))
         for other in live:
             other.shared = True
@@ -259,7 +257,7 @@ class Client:
         return Piece.model_validate(value)
 
     def _told(self, error: Any) -> FailureError:
-        """An error that came under status 200; its code, where it is one of HTTP, says whether to try again."""
+        """Return the error that came under status 200; an HTTP code in it says whether to retry."""
         said = error if isinstance(error, Mapping) else {"message": error}
         reason = self._clean(f"the endpoint says: {said.get('message') or said}")
         code = str(said.get("code") or "")
@@ -289,7 +287,7 @@ class Client:
         return FailureError(reason)
 
     def _clean(self, text: str) -> str:
-        """One line of limited length without the key."""
+        """Return the text as one line of limited length without the key."""
         if key := self._key():
             text = text.replace(key, "***")
         line = " ".join(text.split())
@@ -307,7 +305,7 @@ def _pause(state: tenacity.RetryCallState) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds until the time that ``Retry-After`` names, as a number or as a date (RFC 9110, 10.2.3)."""
+    """Return the seconds until the time of ``Retry-After``, a number or a date (RFC 9110, 10.2.3)."""
     value = headers.get("retry-after", "")
     try:
         return max(0.0, float(value))
@@ -323,7 +321,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL names this machine."""
+    """Return whether a URL names this machine."""
     host = urlsplit(url).hostname or ""
     if host == "localhost":
         return True

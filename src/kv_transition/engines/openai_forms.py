@@ -1,4 +1,4 @@
-"""What is sent to an OpenAI-compatible endpoint and what comes back, as typed values."""
+"""Requests to an OpenAI-compatible endpoint and its replies, as typed values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class Request:
-    """An answer to ask for: of ``prompt`` (text or token ids; completions) or of ``messages`` (chat)."""
+    """A request for an answer to ``prompt`` (text or token ids; completions) or ``messages`` (chat)."""
 
     model: str
     max_tokens: int
@@ -38,11 +38,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: a whole answer, or ``error`` ("TIMEOUT: ...", "OOM: ...", "ENGINE_ERROR: ...") and no text.
+    """A complete answer, or ``error`` ("TIMEOUT: ...", "OOM: ...", "ENGINE_ERROR: ...") and no text.
 
-    Times are those of the exchange that succeeded, in seconds: ``ttft_s`` until the first piece of text, ``decode_s``
-    from there to the last piece; None where the answer came in one piece. ``usage`` is what the endpoint said of its
-    tokens, unchecked; None if it said nothing.
+    Times are those of the successful exchange, in seconds: ``ttft_s`` until the first piece of text, ``decode_s`` from
+    there to the last piece; None if the answer came in one piece. ``usage`` is the endpoint's token count, unchecked;
+    None if it sent none.
     """
 
     text: str | None = None
@@ -65,11 +65,11 @@ class Reply:
 
 
 class FailureError(Exception):
-    """Why an exchange gave no answer; trying again will not help."""
+    """An exchange gave no answer and must not be repeated."""
 
 
 class AgainError(FailureError):
-    """Why an exchange gave no answer this time."""
+    """An exchange gave no answer and may be repeated."""
 
     def __init__(self, reason: str, *, wait: float | None = None, status: int | None = None, connected: bool = True):
         super().__init__(reason)

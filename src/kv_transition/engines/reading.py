@@ -1,4 +1,4 @@
-"""One forward pass of a transformers model over new tokens, on top of what it remembers."""
+"""One forward pass of a transformers model over new tokens on top of a cache."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class InterruptedReadingError(Exception):
 class Reading:
     """New tokens on top of a state; transformers takes it for its cache.
 
-    `update` is called by each layer with its new keys and values, then `attend` by our attention function. Evicted
-    states have entries that no mask of transformers describes, different numbers in each layer even; so nothing is
-    masked there: a new token sees every entry that is left, and the new ones up to itself.
+    Each layer calls `update` with its new keys and values; our attention function then calls `attend`. No mask of
+    transformers can describe evicted states, whose layers hold different numbers of entries. Nothing is masked in them:
+    a new token sees every remaining entry and the new tokens up to itself.
     """
 
     is_compileable = False
@@ -62,8 +62,9 @@ class Reading:
         projections: list[Tensor] | None = None,
     ):
         """room: entries to leave space for. rotaries, windows: of each layer. implementations: output, statistics.
-        seen: takes each evictable layer's column sums, where ``attn_sum`` is kept up. projections: output projection of
-        each layer by query head, where ``output_norm`` is kept up."""
+        seen: receives each evictable layer's column sums, if ``attn_sum`` is maintained. projections: output projection
+        of each layer by query head, if ``output_norm`` is maintained.
+        """
         self.state = state
         self.statistics = statistics
         self.room = room
@@ -82,20 +83,20 @@ class Reading:
 
     @property
     def position_ids(self) -> Tensor:
-        """[B, q]: after an eviction a token's position is no longer the number of entries before it."""
+        """Positions [B, q]: after an eviction a token's position is no longer the number of entries before it."""
         return self.turned.reshape(-1, self.turned.shape[-1])
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The new tokens' own keys and values: those before are not transformers' business."""
+        """Return the new tokens' own keys and values; transformers does not need those before."""
         return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """queries [B, H, q, d], keys and values [B, Hkv, q, d] of the new tokens -> output [B, H, q, d].
+        """Return the output [B, H, q, d] for queries [B, H, q, d] and the new tokens' keys, values [B, Hkv, q, d].
 
-        Raises InterruptedReadingError where `INTERRUPTED` says so.
+        Raises InterruptedReadingError if `INTERRUPTED` says so.
         """
         if self.interrupted is not None and self.interrupted():
             raise InterruptedReadingError
@@ -176,7 +177,7 @@ class Reading:
         return replace(new, **changed)
 
     def _moments(self, old: LayerCache, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of all queries after the first ones, un-rotated, with the new ones taken in."""
+        """Return mean and covariance of all un-rotated queries after the first ones, including the new ones."""
         if isinstance(self.state.length, Tensor):
             raise UserError("query_mean and query_cov are kept up for one sequence at a time, not for a batch")
         seen = max(self.state.length - _SINKS, 0)
@@ -234,7 +235,7 @@ def attention_function(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [B, H, q, d], key and value [B, Hkv, q, d] -> [B, q, H, d]."""
+    """Return [B, q, H, d] for each layer's query [B, H, q, d], key and value [B, Hkv, q, d]; transformers calls it."""
     if softcap is not None:
         raise UserError(
             f"model.name: {type(module).__name__} caps its attention logits, which the attention statistics here do "

@@ -1,8 +1,8 @@
-"""What went wrong with an answer, in one label. A wrong answer is not a failure: that is in its score.
+"""Failure labels of answers. A wrong answer is not a failure; its score shows it.
 
-`failure` returns the first label of ``LABELS`` that fits, or None. "The text" is the answer as it was generated, "the
-scored text" its first line for tasks of which only that is scored, else all of it. Words are what white space
-separates, so that the labels depend on the answer alone and not on a tokenizer.
+`failure` returns the first label of ``LABELS`` that fits, or None. "The text" is the answer as it was generated; "the
+scored text" is its first line for tasks of which only that is scored, else all of it. Words are separated by white
+space, so that the labels depend on the answer alone and not on a tokenizer.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def failure(
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether the occurrences of one n-gram of at most 8 words cover half of a text of at least 24 words.
+    """Return whether occurrences of one n-gram of at most 8 words cover half of a text of at least 24 words.
 
-    Occurrences may overlap; a word that lies in two is counted once.
+    Occurrences may overlap; a word in two of them is counted once.
     """
     words = text.split()
     if len(words) < MIN_DEGENERATE_WORDS:
@@ -117,17 +117,19 @@ def is_degenerate(text: str) -> bool:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether the first sentence declines the request: "I can't help with that", "As an AI language model, ..."."""
+    """Return whether the first sentence declines the request: "I can't help with that", "As an AI language model,
+    ...".
+    """
     return _REFUSAL.search(_opening(text)) is not None
 
 
 def is_abstention(text: str) -> bool:
-    """Whether the first sentence says that there is no answer: "unknown", "The text does not mention it"."""
+    """Return whether the first sentence says that there is no answer: "unknown", "The text does not mention it"."""
     return _ABSTENTION.search(_opening(text)) is not None
 
 
 def _opening(text: str) -> str:
-    """The first sentence, of at most 200 characters, in lower case and without punctuation."""
+    """Return the first sentence, of at most 200 characters, in lower case and without punctuation."""
     sentence = re.split(r"(?<=\w)[.!?](?=\s)|\n", text.strip()[:_OPENING_CHARACTERS], maxsplit=1)[0]
     return " ".join(re.sub(r"[^\w\s]", "", sentence.lower()).split())
 

@@ -25,15 +25,15 @@ _NUMBER = re.compile(r"\d+")
 
 @lru_cache(maxsize=1 << 13)
 def normalize(text: str) -> str:
-    """Lower-case, without ASCII punctuation and English articles, words separated by single spaces.
+    """Return the text in lower case, without ASCII punctuation and English articles, with single spaces.
 
-    Punctuation goes before articles do, so that "a-b" is the word "ab" and "the." is an article.
+    Punctuation is removed before articles, so that "a-b" becomes the word "ab" and "the." is an article.
     """
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def first_line(text: str) -> str:
-    """What LongBench scores of an answer to trec, triviaqa, samsum and lsht."""
+    """Return the part of an answer that LongBench scores for trec, triviaqa, samsum and lsht."""
     return text.lstrip("\n").split("\n", 1)[0]
 
 
@@ -48,7 +48,7 @@ Metric = Callable[[str, str, Sequence[str]], float]
 
 
 def qa_f1(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """F1 of the words of the normalised answer and gold, repeated words counted; 0 where either has none."""
+    """Return F1 of the words of the normalised answer and gold, repeated words counted; 0 if either has none."""
     words, gold_words = normalize(text).split(), normalize(gold).split()
     common = (Counter(words) & Counter(gold_words)).total()
     return 2 * common / (len(words) + len(gold_words)) if common else 0.0
@@ -77,10 +77,10 @@ def _sentences(text: str) -> list[list[str]]:
 
 
 def _common_subsequence(x: list[str], y: list[str]) -> set[str]:
-    """The words of one longest common subsequence of ``x`` and ``y``: of several, the one that the package takes.
+    """Return the words of a longest common subsequence of ``x`` and ``y``, the same one as the package.
 
-    Bit-parallel (Hyyrö 2004): bit j of ``rises[i]`` says that the length for x[:i + 1] and y[:j + 1] exceeds that
-    for x[:i + 1] and y[:j]. That is all that walking back from the end needs to know.
+    Bit-parallel (Hyyrö 2004): bit j of ``rises[i]`` says that the length for x[:i + 1] and y[:j + 1] exceeds that for
+    x[:i + 1] and y[:j], which is all that the way back from the end needs.
     """
     # A word of y that x does not have is stepped over wherever the walk meets it.
     vocabulary = set(x)
@@ -111,9 +111,9 @@ def _common_subsequence(x: list[str], y: list[str]) -> set[str]:
 
 
 def classification(text: str, gold: str, all_classes: Sequence[str]) -> float:
-    """1 / number of the classes that the answer names, if the gold class is one of them.
+    """Return 1 / number of the classes that the answer names, if the gold class is one of them, else 0.
 
-    A class counts as named where it is a substring. Classes that are only part of the gold's name do not count.
+    A class counts as named if it is a substring. Classes that are only part of the gold's name do not count.
     """
     named = [name for name in all_classes if name in text]
     # Removing from the list that is walked over skips the class after each removed one; LongBench does so.
@@ -124,7 +124,7 @@ def classification(text: str, gold: str, all_classes: Sequence[str]) -> float:
 
 
 def count(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """The share of the numbers in the answer that are the gold number, digit by digit."""
+    """Return the share of the numbers in the answer that equal the gold number, digit by digit."""
     numbers = _NUMBER.findall(text)
     return numbers.count(gold) / len(numbers) if numbers else 0.0
 
@@ -153,7 +153,7 @@ def code_sim(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
 
 
 def string_match(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """1 if the gold stands anywhere in the answer, case aside, else 0."""
+    """Return 1 if the gold occurs in the answer, ignoring case, else 0."""
     return float(gold.lower() in text.lower())
 
 
@@ -177,10 +177,10 @@ def score_answer(
     all_classes: Sequence[str] | None = None,
     first_line_only: bool = False,
 ) -> float:
-    """The best value of the named metric over the gold answers, or their mean where all are wanted; 0 without any.
+    """Return the best value of the named metric over the gold answers, or their mean if all are required; 0 without
+    any.
 
-    Raises:
-        UserError: there is no such metric, or a gold answer is not of the form that the metric needs.
+    Raises UserError if there is no such metric, or a gold answer does not have the form that the metric needs.
     """
     if metric not in METRICS:
         raise UserError(f"metric {metric!r} is not known; take one of {', '.join(METRICS)}")
@@ -196,12 +196,12 @@ def score_answer(
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1 if the normalised answer is a normalised gold answer that has a word, else 0."""
+    """Return 1 if the normalised answer equals a normalised gold answer that has a word, else 0."""
     norm = normalize(text)
     return float(bool(norm) and any(norm == normalize(gold) for gold in answers))
 
 
 def contains(text: str, answers: Sequence[str]) -> float:
-    """1 if the words of a gold answer stand one after the other in the answer, both normalised, else 0."""
+    """Return 1 if the words of a gold answer occur consecutively in the answer, both normalised, else 0."""
     words = f" {normalize(text)} "
     return float(any(f" {gold} " in words for gold in map(normalize, answers) if gold))

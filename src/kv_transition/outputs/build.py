@@ -1,4 +1,4 @@
-"""The report: one Markdown file beside its figures, one HTML page that holds everything."""
+"""Build the report: a Markdown file beside its figures, and an HTML page that contains everything."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def build_report(
     extra: Mapping[str, str] | None = None,
     missing: Mapping[str, str] | None = None,
 ) -> None:
-    """Write report.md (which refers to the figures beside it) and report.html (which holds them).
+    """Write report.md (which refers to the figures) and report.html (which contains them).
 
-    Paths, but for ``title``; the first four are None where no task is answered; ``extra``: paths of further tables by
-    name, left out where there is no such file;
-    ``missing``: why each cell that is not in ``scores`` is not, by its path, for a report of an unfinished experiment.
-    Raises UserError if a table is empty or a file cannot be read.
+    All arguments but ``title``, ``extra`` and ``missing`` are paths; the first four are None in an experiment without
+    tasks. extra: paths of further tables by name; missing files are left out. missing: for a report of an unfinished
+    experiment, why each cell that is not in ``scores`` is missing, by its path. Raises UserError if a table is empty or
+    a file cannot be read.
     """
     source = Source(
         read_results(scores, bin_stats, comparisons, transition) if scores else None,
@@ -72,7 +72,7 @@ def _relative(path: Path, base: Path) -> str:
 
 
 def report_context(source: Source, title: str | None, missing: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that the templates show but the figures."""
+    """Return everything that the templates show, except the figures."""
     results, settings = source.results, source.experiment
     statistics = {"confidence": 0.95, "resamples": 10_000} | (settings.get("statistics") or {})
     if results:

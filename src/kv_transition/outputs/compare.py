@@ -1,4 +1,4 @@
-"""Two experiments against each other on the same examples: another model, other code, other settings."""
+"""Compare two experiments on the same examples: another model, other code or other settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from kv_transition import labels
 from kv_transition.errors import UserError
 from kv_transition.outputs import experiment
-from kv_transition.plotting import drawing
+from kv_transition.plotting import panels, save
 from kv_transition.provenance import atomic_path
 from kv_transition.report import page
 from kv_transition.report.numbers import number
@@ -66,7 +66,7 @@ def compare(results_a: str, results_b: str, output: str) -> None:
         "citation": experiment.citation(config_b),
         "charts": {},
     }  # fmt: skip
-    svg = drawing.svg(_figure(groups, context))
+    svg = save.svg(_figure(groups, context))
     context["figure"] = {"svg": page.inline_svg(svg, "differences", f"Score of {name_b} minus score of {name_a}")}
     drawing_path = folder / "differences.svg"
     with atomic_path(drawing_path) as temporary:
@@ -86,7 +86,7 @@ def _scores(folder: str) -> pl.DataFrame:
 
 
 def _names(folder_a: str, folder_b: str, config_a: Mapping, config_b: Mapping) -> tuple[str, str]:
-    """The experiments' names, or their folders where the names are the same."""
+    """Return the names of the experiments, or their folders if the names are equal."""
     names = tuple(str(c.get("experiment", Path(f).name)) for c, f in ((config_a, folder_a), (config_b, folder_b)))
     if names[0] != names[1]:
         return names
@@ -97,7 +97,7 @@ def _names(folder_a: str, folder_b: str, config_a: Mapping, config_b: Mapping) -
 
 
 def _matched(a: pl.DataFrame, b: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
-    """The answers that both have, B's in A's bins, and how many there are of what was left out."""
+    """Return the answers that both have (B's in A's bins), and the numbers of answers that were left out."""
     pairs = a.select(*UNIT, "bin", *SAME, "prompt_sha256").join(
         b.select(*UNIT, *SAME, "prompt_sha256"), on=UNIT, suffix="_b"
     )
@@ -114,7 +114,7 @@ def _matched(a: pl.DataFrame, b: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFra
 
 
 def differences(a: pl.DataFrame, b: pl.DataFrame, statistics: Statistics) -> pl.DataFrame:
-    """B minus A for each task, mode, policy, budget and bin (null: all): the columns of tables.COMPARISONS.
+    """Return B minus A for each task, mode, policy, budget and bin (null: all): the columns of tables.COMPARISONS.
 
     ``score`` and ``failure_rate``; over all bins also ``score_ratio`` (B over A) and ``speedup`` (A's time over B's).
     """
@@ -142,7 +142,7 @@ def differences(a: pl.DataFrame, b: pl.DataFrame, statistics: Statistics) -> pl.
 
 
 def _groups(table: pl.DataFrame, a: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    """Per task and mode the rows of the report's tables."""
+    """Yield the rows of the report's tables for each task and mode."""
     bins = {
         (task, bin): labels.token_range(low, high)
         for task, bin, low, high in a.group_by("task", "bin")
@@ -178,7 +178,7 @@ def _groups(table: pl.DataFrame, a: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _answer(groups: list[dict[str, Any]], a: str, b: str, alpha: float) -> str:
-    """What differs, in a sentence or two."""
+    """Return the differences in a sentence or two."""
     rows = [(g, row) for g in groups for row in g["rows"] if row["raw"]["p_holm"] is not None]
     clear = [(g, row) for g, row in rows if row["raw"]["p_holm"] < alpha]
     if not clear:
@@ -193,9 +193,9 @@ def _answer(groups: list[dict[str, Any]], a: str, b: str, alpha: float) -> str:
     )
 
 
-def _figure(groups: list[dict[str, Any]], context: Mapping[str, Any]) -> drawing.Spec:
+def _figure(groups: list[dict[str, Any]], context: Mapping[str, Any]) -> panels.Spec:
     policies = sorted({row["policy"] for g in groups for row in g["rows"]} - {"full"})
-    data, panels = drawing.Datasets(), []
+    data, drawn = panels.Datasets(), []
     for group in groups:
         rows = [
             {"policy": r["policy"], "name": r["name"], "estimate": r["raw"]["estimate"], "low": r["raw"]["ci_low"],
@@ -204,14 +204,13 @@ def _figure(groups: list[dict[str, Any]], context: Mapping[str, Any]) -> drawing
             for r in group["rows"]
         ]  # fmt: skip
         layers = tradeoff.forest(rows, policies, data, what=f"{context['b']} minus {context['a']}")
-        panels.append(drawing.view(layers, 300, {"step": 21}, {"text": group["heading"], "fontSize": 13}))
-    content = {"vconcat": drawing.rows_of(panels, 2), "spacing": 24}
+        drawn.append(panels.panel(layers, 300, {"step": 21}, panels.title(group["heading"])))
     note = f"score, same examples, over all lengths; {context['confidence']} intervals; right of the line: B is better"
-    return drawing.compose(content, data, f"B, {context['b']}, minus A, {context['a']}", note)
+    return panels.figure(drawn, 2, data, f"B, {context['b']}, minus A, {context['a']}", note)
 
 
 def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The keys of the configuration in which the two differ, with both values."""
+    """Return the keys of the configuration in which the two differ, with both values."""
     flat_a, flat_b = (dict(_flat({k: v for k, v in c.items() if k not in _NO_SETTING})) for c in (a, b))
     keys = sorted(k for k in flat_a.keys() | flat_b.keys() if flat_a.get(k) != flat_b.get(k))
     return [(k, *("not there" if k not in flat else str(flat[k]) for flat in (flat_a, flat_b))) for k in keys]

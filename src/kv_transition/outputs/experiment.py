@@ -1,4 +1,4 @@
-"""What was run, and what it cannot say: from the resolved configuration, the manifests and the files' metadata."""
+"""Setup and limits of an experiment, from its configuration, manifests and metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Config = Mapping[str, Any]
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The resolved experiment. Raises UserError if it cannot be read."""
+    """Return the resolved experiment. Raises UserError if it cannot be read."""
     value = read_yaml(path, "resolved experiment")
     if not isinstance(value, dict):
         raise UserError(f"{path}: the resolved experiment must be a mapping of sections")
@@ -42,7 +42,7 @@ def statistics(config: Config, path: str) -> Statistics:
 
 
 def embedded(experiment: Config) -> str | None:
-    """What the model is called if it is one of `EMBEDDED`."""
+    """Return the name of the model if it is one of `EMBEDDED`."""
     return EMBEDDED.get(Path(str((experiment.get("model") or {}).get("name", ""))).name)
 
 
@@ -56,7 +56,7 @@ def commit(experiment: Config) -> str:
 
 
 def citation(experiment: Config) -> str:
-    """A BibTeX entry of the software at the version and commit that made the results."""
+    """Return a BibTeX entry of the software at the version and commit that made the results."""
     return (
         "@software{kv_transition,\n"
         "  title   = {kv-transition},\n"
@@ -70,7 +70,7 @@ def citation(experiment: Config) -> str:
 def setup(
     experiment: Config, results: Results | None, manifests: Sequence[Config], metadata: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """What was run, as pairs of name and value; ``results``: None where no task was answered."""
+    """Return pairs of name and value that describe the run; ``results``: None without tasks."""
     section = {name: experiment.get(name) or {} for name in ("model", "kv", "hardware")}
     model, kv = section["model"], section["kv"]
     provenance = experiment.get("provenance") or {}
@@ -146,7 +146,7 @@ def _decoding(decoding: Config) -> str:
 
 
 def limits(experiment: Config, results: Results | None) -> list[str]:
-    """What this experiment cannot say; ``results``: None where no task was answered."""
+    """Return sentences on what this experiment cannot show; ``results``: None without tasks."""
     decoding, found = experiment.get("decoding") or {}, []
     if name := embedded(experiment):
         found.append(
@@ -198,7 +198,7 @@ def _one_model(experiment: Config) -> str:
 
 
 def future(experiment: Config, results: Results | None) -> list[str]:
-    """What would tell most next, from what was left open."""
+    """Return sentences on which further runs would tell most."""
     if results is None:
         return []
     found = []

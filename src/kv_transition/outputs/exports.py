@@ -1,4 +1,4 @@
-"""The results for other programs: CSV tables, summary.json, matched_budget.json."""
+"""Export the results: CSV tables, summary.json, matched_budget.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RAW = "raw"  # the engine's own answer, as JSON: in the Parquet file and in SQLi
 
 
 def write_csv(table: str, output: str) -> None:
-    """A Parquet table as CSV: lists joined by `` | ``, nothing for null, without the engines' raw answers."""
+    """Write a Parquet table as CSV: lists joined by `` | ``, empty for null, without the engines' raw answers."""
     frame = frames.read_parquet(table)
     lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
     frame = frame.with_columns(pl.col(name).cast(pl.List(pl.String)).list.join(" | ") for name in lists)
@@ -33,9 +33,9 @@ def write_csv(table: str, output: str) -> None:
 
 
 def summary(results: Results, settings: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The verdict as JSON: every policy and budget with what it keeps, saves and gains, and where it breaks.
+    """Return the verdict as JSON values: every policy and budget with its score, footprint, speed and transition.
 
-    Estimates are objects of estimate, ci_low, ci_high and n; null where nothing was measured.
+    Estimates are objects of estimate, ci_low, ci_high and n; null if nothing was measured.
     """
     kept_bytes = footprints(results)
     zones = {

@@ -1,4 +1,4 @@
-"""A report of an experiment that is not finished: what there is, and word of what is missing."""
+"""Report on an unfinished experiment: the finished cells, and a list of the missing ones."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ EXTRA = ("pairs", "noninferiority", "smallest_budgets", "budget_transition")
 
 
 def write_partial(settings: Settings) -> Path:
-    """Score, analyse and report the cells that exist, in ``{results}/{experiment}/partial/``; returns report.html.
+    """Score, analyse and report the finished cells in ``{results}/{experiment}/partial/``; return report.html.
 
-    The finished experiment's own files are not touched. Cells that are absent, unreadable or made with other settings
+    The files of the experiment itself are not changed. Cells that are missing, unreadable or made with other settings
     or code are left out and named. Raises UserError if nothing can be reported yet.
     """
     import yaml
@@ -99,7 +99,7 @@ def write_partial(settings: Settings) -> Path:
 
 
 def _unfit(path: str, wanted: str) -> str | None:
-    """Why a cell cannot be used, or None."""
+    """Return why a cell cannot be used, or None."""
     if not Path(path).is_file():
         return "not run yet"
     try:

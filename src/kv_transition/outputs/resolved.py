@@ -1,4 +1,4 @@
-"""The resolved experiment as a file: every default filled in, and what it was run with."""
+"""The resolved experiment as a file: every default filled in, with commit and package versions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""kv_transition.sqlite: the whole experiment in one file that any SQL tool opens.
+"""Write kv_transition.sqlite: the whole experiment in one SQL database.
 
-Tables and their first columns are those of the project's blueprint; columns after ``--`` in the schema are additions.
-A run is a task, mode, policy and budget. docs/report.md explains the tables and shows queries.
+Tables and their first columns are those of the project's blueprint; columns after ``--`` in the schema are additions. A
+run is a task, mode, policy and budget. docs/report.md explains the tables and shows queries.
 """
 
 from __future__ import annotations
@@ -113,10 +113,9 @@ def write_sqlite(
 ) -> None:
     """Write the database of one experiment; arguments are paths, ``extra`` further Parquet tables by name.
 
-    Where no task is answered there are no scores, and the blueprint's tables but ``experiments`` stay empty.
-
-    A task's ``examples.parquet`` and bin files are looked for beside its manifest. ``extra`` tables are copied column
-    by column under their own names. Raises UserError if the manifests or the scores do not fit together.
+    Without tasks there are no scores, and the blueprint's tables except ``experiments`` stay empty. The
+    ``examples.parquet`` and bin files of a task are those beside its manifest. ``extra`` tables are copied column by
+    column under their own names. Raises UserError if the manifests or the scores do not fit together.
     """
     settings, metadata = read_config(config), read_metadata(scores) if scores else {}
     created = metadata.get("timestamp")
@@ -152,7 +151,7 @@ def _insert(db: sqlite3.Connection, table: str, rows: Iterable[Sequence[Any]]) -
 
 
 def _data(db: sqlite3.Connection, manifest_path: Path, created: str | None) -> dict[tuple[str, str], tuple[int, int]]:
-    """Everything about one task's examples; entry_id and max_tokens by (task, example_id)."""
+    """Insert everything about one task's examples; return entry_id and max_tokens by (task, example_id)."""
     try:
         manifest = read_json(manifest_path, "manifest")
         task, bins = manifest["task"], manifest["bins"]
@@ -187,7 +186,7 @@ def _data(db: sqlite3.Connection, manifest_path: Path, created: str | None) -> d
 def _runs(
     db: sqlite3.Connection, answers: pl.DataFrame, settings: Mapping[str, Any], group: str, created: str | None
 ) -> dict[tuple[str, ...], int]:
-    """run_id by (task, mode, policy, budget), runs of which others are aliases first."""
+    """Insert the runs, those with aliases first; return run_id by (task, mode, policy, budget)."""
     frame = answers.group_by(RUN, maintain_order=True).agg(pl.first("engine", "base_url"), pl.col("alias").all())
     model, ids = (settings.get("model") or {}).get("name"), {}
     for row in frame.sort("alias", maintain_order=True).iter_rows(named=True):
@@ -239,7 +238,7 @@ _STATISTICS = ("score_mean", "score_std", "failure_rate", "latency_p50", "latenc
 
 
 def _bin_stats(db: sqlite3.Connection, stats: pl.DataFrame, answers: pl.DataFrame, runs: Mapping) -> None:
-    """The long table of statistics in the blueprint's wide form; mem_p95 is taken from the answers timed alone."""
+    """Return the long table of statistics in the blueprint's wide form; mem_p95 is of answers timed alone."""
     alone = answers.filter((pl.col("batch_size") == 1) & ~pl.col("co_running"))
     memory = alone.group_by(*RUN, "bin").agg(p95=pl.col("peak_mem_mb").quantile(0.95, "linear"))
     mem_p95 = {row[:5]: row[5] for row in memory.iter_rows()}
@@ -276,7 +275,7 @@ _TYPES = {pl.Int64: "INTEGER", pl.Float64: "REAL", pl.Boolean: "INTEGER"}
 
 
 def _copy(db: sqlite3.Connection, name: str, frame: pl.DataFrame) -> None:
-    """A Parquet table as it is; lists as JSON."""
+    """Copy a Parquet table; lists become JSON."""
     columns = ", ".join(f'"{column}" {_TYPES.get(kind.base_type(), "TEXT")}' for column, kind in frame.schema.items())
     db.execute(f'CREATE TABLE "{name}" ({columns})')
     _insert(db, f'"{name}"', (

@@ -1,4 +1,4 @@
-"""How large a model is, read off its config.json: nothing is loaded."""
+"""The size of a model from its config.json, without loading it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECENT = 64
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of a decoder with gated feed-forward layers, which is what all current families are."""
+    """The size of a decoder with gated feed-forward layers, as all current families have."""
 
     layers: int
     hidden: int
@@ -43,12 +43,13 @@ class ModelSize:
         return int(self.parameters * 4.5 / 8)
 
     def cache_bytes(self, tokens: int, dtype: str) -> int:
-        """Keys and values of ``tokens`` tokens, all of them in every layer: exact without sliding windows."""
+        """Return the bytes of keys and values of ``tokens`` tokens in all layers; exact without sliding windows."""
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * BYTES[dtype]
 
     def stored_bytes(self, tokens: int, dtype: str, statistics: Collection[str]) -> int:
-        """A stored prefill: keys and values, their positions (int64), and the statistics of `cache.state.LayerCache`,
-        most of them once at the end of the context and once at that of the prompt."""
+        """Return the bytes of a stored prefill: keys and values, their positions (int64), and the statistics of
+        `cache.state.LayerCache`, most of them for the end of the context and for the end of the prompt.
+        """
         each = {
             "attn_sum": 2 * self.kv_heads * tokens * 4,
             "query_entropy": self.kv_heads * tokens * 4,
@@ -63,7 +64,7 @@ class ModelSize:
 
 
 def model_size(model: Model) -> ModelSize | None:
-    """None where the config is neither in the model's folder or file nor in the hub's cache, or is damaged."""
+    """Return the size of a model; None if its config is damaged, or not in its folder, file or the hub's cache."""
     try:
         config = model_files.read_config(model.name, model.revision)
     except UserError:
@@ -72,7 +73,7 @@ def model_size(model: Model) -> ModelSize | None:
 
 
 def read_size(config: dict[str, Any]) -> ModelSize | None:
-    """Of a config's content; None if it lacks the usual keys."""
+    """Return the size from the content of a config; None if it lacks the usual keys."""
     config = model_files.text_of(config)
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]

@@ -1,4 +1,4 @@
-"""How fast this machine runs a model: measured in earlier results or a short trial, or else assumed and called so."""
+"""The speed of this machine with a model: measured in earlier results or a short trial, else estimated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRIAL_TOKENS, TRIAL_STEPS = 1024, 16
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one process: until the model is loaded, to read a token, and of an answer for each of its tokens."""
+    """Seconds of one process: to load the model, to read a token, and per generated token."""
 
     start_s: float
     read_s: float
@@ -43,9 +43,9 @@ def on_gpu(settings: Settings) -> bool:
 
 
 def of_results(settings: Settings) -> Speed | None:
-    """From cells of the same model, in the same dtype on the same kind of device; None if there are none.
+    """Return the speed from cells of the same model, dtype and kind of device; None without any.
 
-    The file's clock is that of the job: on a CPU the process's own time.
+    The clock is that of the job: on a CPU the processor time of the process.
     """
 
     from kv_transition.provenance import read_metadata
@@ -87,7 +87,7 @@ def of_results(settings: Settings) -> Speed | None:
 
 
 def _cells(settings: Settings) -> Iterable[Path]:
-    """Cells of this experiment, then of others."""
+    """Yield cells of this experiment, then of others."""
     root = Path(settings.output.dir)
     own = root / settings.experiment
     yield from sorted(own.glob("**/cells/**/bin*.parquet"))
@@ -95,7 +95,7 @@ def _cells(settings: Settings) -> Iterable[Path]:
 
 
 def of_trial(settings: Settings) -> Speed:
-    """Load the model, read a random text and go on from it: what a calibration on this machine is."""
+    """Return the speed from a trial: load the model, read a random text and continue it."""
     import torch
 
     from kv_transition.run.job import load_engine
@@ -124,7 +124,7 @@ def of_trial(settings: Settings) -> Speed:
 
 
 def assumed(settings: Settings, size: ModelSize | None) -> Speed | None:
-    """By arithmetic: reading is bound by operations, answering by the memory that the weights are read from."""
+    """Return an estimate: reading is limited by operations, generating by reading the weights from memory."""
     if size is None:
         return None
     name = settings.hardware.gpu_model.lower()
@@ -145,7 +145,7 @@ def assumed(settings: Settings, size: ModelSize | None) -> Speed | None:
 
 
 def speed(settings: Settings, size: ModelSize | None, calibrate: bool = False) -> Speed | None:
-    """The best that is known; None where nothing is, not even how large the model is."""
+    """Return the best known speed; None if not even the size of the model is known."""
     if calibrate:
         return of_trial(settings)
     return of_results(settings) or assumed(settings, size)

@@ -21,14 +21,14 @@ def size(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In hours where it is that long: they are what a cluster bills."""
+    """Return a duration as text, in hours if it is long, because clusters account in hours."""
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def disk_free(settings: Settings) -> int:
-    """Bytes where results go, or would go."""
+    """Return the free bytes of the disk for results."""
     folder = Path(settings.output.dir).absolute()
     return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
 
@@ -53,7 +53,7 @@ def show(settings: Settings, plan: dict[str, Any], console: Console) -> None:
 
 
 def lines(settings: Settings, plan: dict[str, Any]) -> list[str]:
-    """What stands below the table, a sentence a line."""
+    """Return the sentences below the table."""
     said = []
     if plan["device"] == "endpoint":
         said.append(f"Time: the endpoint's ({settings.engine.base_url}); no GPU of ours is asked for.")

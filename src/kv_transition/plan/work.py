@@ -1,4 +1,4 @@
-"""What an experiment consists of, and how much of it is there: counted from the configuration and from the files."""
+"""The jobs of an experiment and how many of them are done, from the configuration and the files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Work:
     notes: tuple[str, ...]
 
     def store_bytes(self, size: ModelSize) -> int:
-        """Of all prefills, were there room; `prefill.max_gb` bounds it."""
+        """Return the bytes of all prefills without the limit `prefill.max_gb`."""
         settings = self.settings
         statistics = specs.statistics(settings)
         return sum(size.stored_bytes(tokens, settings.model.dtype, statistics) for tokens in self.documents)
 
 
 def work(settings: Settings, answer_tokens: dict[str, float] | None = None) -> Work:
-    """Count everything; ``answer_tokens``: mean length of answers by task, where it is known."""
+    """Return the counts of all jobs; ``answer_tokens``: mean length of answers by task, if known."""
     found = [study.work(settings, answer_tokens or {}) for study in registry.studies()]
     return Work(
         settings,
@@ -41,12 +41,12 @@ def work(settings: Settings, answer_tokens: dict[str, float] | None = None) -> W
 
 
 def outdated(settings: Settings) -> list[str]:
-    """Files whose hash is not that of the configuration: what has to be run again, whoever else remembers it."""
+    """Return the files whose hash does not match the configuration, which must be run again."""
     return [job.path for item in work(settings).items for job in item.state["outdated"]]
 
 
 def summary(made: Work, speed: Speed | None, size: ModelSize | None) -> dict[str, Any]:
-    """The plan as plain values, in seconds and bytes; None where nothing is known."""
+    """Return the plan as plain values, in seconds and bytes; None for unknown ones."""
     remote = made.settings.engine.kind == "openai"
     speed = None if remote else speed  # the endpoint's time is not ours
     items = {}

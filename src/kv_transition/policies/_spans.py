@@ -1,6 +1,6 @@
-"""Spans of neighbouring tokens whose queries attend to everything a little: what entropy_merge and entropy_drop share.
+"""Spans of neighbouring tokens with diffuse attention, for entropy_merge and entropy_drop.
 
-No policy by itself, as the leading underscore says.
+The leading underscore says that this module is not a policy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of one layer's spans."""
+    """The spans of one layer that become one entry each."""
 
     spans: tuple[Span, ...]
     """those that become one entry, rising and apart"""
@@ -60,7 +60,7 @@ class EntropySpans(Policy):
         return min(self.n_sink + self.recent, k // 2)
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """As any policy; under target threshold whatever ``k`` is."""
+        """As for any policy; with target threshold ``k`` has no effect."""
         if self.target == "budget":
             return super().compress(state, k, seed=seed, keep_last=keep_last)
         layers = list(state.layers)
@@ -75,11 +75,11 @@ class EntropySpans(Policy):
         return self.reduced(layer, self.plan(layer, k, keep_last=keep_last))
 
     def reduced(self, layer: LayerCache, plan: Plan) -> LayerCache:
-        """The layer with each span of the plan as one entry."""
+        """Return the layer with each span of the plan as one entry."""
         raise NotImplementedError
 
     def record(self, state: CacheState, k: int, *, keep_last: bool = False) -> dict[str, float | None]:
-        """Over all layers: the longest span allowed, how many became one entry, and the lowest h among them."""
+        """Return, over all layers, the longest allowed span, the number of spans, and the lowest h among them."""
         plans = [
             self.plan(layer, layer.n if self.target == "threshold" else k, keep_last=keep_last)
             for _, layer in self._evictable(state)
@@ -92,10 +92,10 @@ class EntropySpans(Policy):
         }
 
     def plan(self, layer: LayerCache, k: int, *, keep_last: bool = False) -> Plan:
-        """The spans of a layer that become one entry each, so that ``k`` of its n entries are left.
+        """Return the spans of a layer that become one entry each, so that ``k`` of its n entries are left.
 
-        Under target threshold ``k`` only bounds what is left alone. keep_last: the last entry is left alone even where
-        ``k`` is too small for any recent ones.
+        With target threshold ``k`` only limits the protected entries. keep_last: the last entry stays unchanged even if
+        ``k`` is too small for recent entries.
         """
         last = int(keep_last)
         sinks = min(self.n_sink, max(k // 2 - last, 0))
@@ -135,13 +135,13 @@ class EntropySpans(Policy):
 
 
 def _normalised(layer: LayerCache) -> Tensor:
-    """h of each entry, [n] fp64 on the CPU: in [0, 1]."""
+    """Return h of each entry, [n] fp64 on the CPU, in [0, 1]."""
     most = (layer.positions.double() + 1).log()
     h = torch.where(most > 0, layer.query_entropy.double() / most, 0)
     return h.mean(0).cpu()
 
 
 def _rows(h: Tensor, width: int, fill: float) -> Tensor:
-    """[n] -> [spans, width], the last one filled up; width n where it is more."""
+    """Return [spans, width] from [n], with the last span padded; the width is n if it is larger."""
     width = min(width, len(h))
     return functional.pad(h, (0, -len(h) % width), value=fill).view(-1, width)

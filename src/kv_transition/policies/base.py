@@ -1,4 +1,4 @@
-"""What every eviction policy is: a score for each entry, and the K best kept."""
+"""The base class of eviction policies: it scores the entries and keeps the K best."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ BeforeAttention = Callable[[LayerCache, Tensor, Tensor], LayerCache]
 
 
 class Watcher(Protocol):
-    """Looks at each step of one answer before it is taken."""
+    """Observes each step of one answer before it is computed."""
 
     def before_attention(self, logits: Tensor) -> BeforeAttention | None:
-        """What the next step does in each layer; None: nothing. logits [1, V] gave the token that it reads."""
+        """Return what the next step does in each layer; None: nothing. logits [1, V] produced the token that it
+        reads.
+        """
 
     def record(self, state: CacheState) -> dict[str, Any]:
-        """What is worth recording of the answer that ends with ``state``."""
+        """Return facts to record about the answer that ends with ``state``."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Chooses what to keep of a cache. Pure: the same state and seed give the same result.
+    """Chooses the entries to keep. Pure: the same state and seed give the same result.
 
-    A subclass is a frozen dataclass whose fields are its hyper-parameters (with defaults) and whose module is named
-    after its kind. It says which running statistics of the cache it reads and when it acts, and scores entries.
+    A subclass is a frozen dataclass. Its fields are the hyper-parameters (with defaults), and its module is named after
+    its kind. It names the statistics of the cache that it reads, says when it acts, and scores entries.
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset()
@@ -66,25 +68,25 @@ class Policy:
         return type(self).layer_budget is Policy.layer_budget
 
     def protected(self, k: int) -> int:
-        """Entries that are kept whatever their score; at most half of the ``k`` kept ones."""
+        """Return the number of entries that are kept whatever their score; at most half of the ``k`` kept ones."""
         return 0
 
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
-        """How much each entry of a layer is worth keeping: [Hkv, n] fp32, or [1, n] for one set in all heads.
+        """Return the score of each entry of a layer: [Hkv, n] fp32, or [1, n] for one set in all heads.
 
-        index: the layer's number. k: entries that will be kept. length: tokens read so far. seed: of this example.
-        Protected entries score +inf.
+        index: the layer's number. k: number of entries that will be kept. length: number of tokens read so far. seed:
+        of this example. Protected entries have the score +inf.
         """
         raise NotImplementedError(f"{type(self).__name__} does not score entries")
 
     def keep(self, k: int) -> int:
-        """Entries that are kept when ``k`` may be."""
+        """Return the number of entries that are kept if ``k`` are allowed."""
         return k
 
     def layer_budget(self, k: int, index: int, layers: int, n: int) -> int:
-        """Entries that layer ``index`` of ``layers`` evictable ones keeps; ``k`` on average over them.
+        """Return the number of entries that layer ``index`` of ``layers`` evictable ones keeps; ``k`` on average.
 
-        n: entries that the fullest of these layers has.
+        n: entries of the fullest of these layers.
         """
         return k
 
@@ -94,25 +96,28 @@ class Policy:
         return [self.layer_budget(k, rank, len(layers), n) for rank in range(len(layers))]
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """The state with ``k`` entries per KV head on average; unchanged where there are no more than that.
+        """Return the state with ``k`` entries per KV head on average; unchanged if it has no more than that.
 
-        keep_last: keep the newest entry in every head, because the last token is about to be read again.
-        Raises UserError if a statistic that the policy reads was not kept up.
+        keep_last: keep the newest entry in every head, because the last token is about to be read again. Raises
+        UserError if a statistic that the policy reads was not maintained.
         """
         return self._thinned(state, k, lambda *layer: self.compress_layer(*layer, seed, keep_last))
 
     def hold(self, state: CacheState, k: int) -> CacheState:
-        """What `compress` makes of a state that is given up: for the steps of a policy that acts at each one.
+        """Return the result of `compress` for a state that is not used again, at the steps of a policy that acts each
+        step.
 
-        Where each head has one entry too many, it is taken out in place (see `LayerCache.drop`) rather than all others
-        copied; so neither the state nor what it grew from since the last `hold` may be used again.
+        If each head has one entry too many, the entry is removed in place (see `LayerCache.drop`) instead of copying
+        all others. Neither the state nor any state that it grew from since the last `hold` may be used again.
         """
         if type(self).compress is not Policy.compress:
             return self.compress(state, k)
         return self._thinned(state, k, self._one_less)
 
     def _thinned(self, state: CacheState, k: int, thin: Callable[[Layer, int, int, int], Layer]) -> CacheState:
-        """The state with each evictable layer that holds too much thinned out by (layer, its number, K, length)."""
+        """Return the state in which ``reduce(layer, index, K, length)`` was applied to each layer that holds too
+        much.
+        """
         k = self.keep(k)
         evictable = [number for number, layer in enumerate(state.layers) if layer.window is None]
         compressed = list(state.layers)
@@ -132,7 +137,7 @@ class Policy:
         return layer.drop(lowest(self.score(layer, index, k, length, 0)).expand(*layer.positions.shape[:-1], -1))
 
     def compress_layer(self, layer: Layer, index: int, k: int, length: int, seed: int, keep_last: bool) -> Layer:
-        """The layer with its ``k`` best entries in each KV head."""
+        """Return the layer with its ``k`` best entries in each KV head."""
         score = self.score(layer, index, k, length, seed)
         if keep_last:
             score = score.clone()
@@ -140,11 +145,11 @@ class Policy:
         return layer.select(top(score, k).expand(*layer.positions.shape[:-1], -1))
 
     def record(self, state: CacheState, k: int, *, keep_last: bool = False) -> dict[str, float | None]:
-        """What is worth recording of ``compress`` with these arguments, beside the footprint."""
+        """Return facts to record about ``compress`` with these arguments, beside the footprint."""
         return {}
 
     def watch(self, seed: int, pace: tuple[int, int] | None = None) -> Watcher | None:
-        """What watches the steps of an answer, for a policy that acts before their attention.
+        """Return an observer of the steps of an answer, for a policy that acts before their attention.
 
         seed: of the answer. pace: how often another policy acted on the same prompt, and in how many steps.
         """
@@ -160,12 +165,12 @@ class Policy:
 
 
 def on_device_of(layer: Layer, number: int | Tensor) -> int | Tensor:
-    """A number, or those of a batch where the layer is: the layers of a large model lie on several devices."""
+    """Return a number, or those of a batch on the device of the layer: a large model lies on several devices."""
     return number.to(layer.parts[0].positions.device) if isinstance(number, Tensor) else number
 
 
 def top(score: Tensor, k: int) -> Tensor:
-    """Indices of the ``k`` highest scores [..., n] -> [..., k], rising; ties go to the lower index."""
+    """Return the indices of the ``k`` highest scores [..., n] -> [..., k], rising; ties go to the lower index."""
     n = score.shape[-1]
     if k == n - 1:  # each step of a policy that acts while decoding: the last of the lowest goes
         rest = torch.arange(k, device=score.device)
@@ -175,5 +180,7 @@ def top(score: Tensor, k: int) -> Tensor:
 
 
 def lowest(score: Tensor) -> Tensor:
-    """Index of the lowest score [..., n] -> [..., 1], the one that `top` leaves out; the higher index among equals."""
+    """Return the index of the lowest score [..., n] -> [..., 1], the higher index among equals: what `top` leaves
+    out.
+    """
     return score.shape[-1] - 1 - score.flip(-1).argmin(-1, keepdim=True)

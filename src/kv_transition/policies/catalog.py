@@ -1,9 +1,9 @@
-"""Which policies there are, and what their source says of them.
+"""The list of policies and their hyper-parameters, read from source without importing torch.
 
-A kind is a module of this package that defines a `Policy`, named after the file; a policy of another installed package,
-by its entry point in the group ``kv_transition.policies``; a file, as ``path/to/file.py`` or
-``path/to/file.py:ClassName``; or a press of kvpress, as ``kvpress.SnapKVPress``. All but the last are read from the
-source, so that a configuration is checked without importing torch or anybody's code.
+A kind is one of: a module of this package that defines a `Policy`, named after the file; a policy of another installed
+package, by its entry point in the group ``kv_transition.policies``; a file, as ``path/to/file.py`` or
+``path/to/file.py:ClassName``; a press of kvpress, as ``kvpress.SnapKVPress``. All but presses are read from source, so
+that checking a configuration imports neither torch nor foreign code.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Field:
 
     @property
     def allowed(self) -> tuple[Callable[[Any], bool], str] | None:
-        """What the annotation says of the values: ``Literal[...]`` lists them, ``Annotated[type, (low, high)]`` bounds.
+        """Return a test of a value and the words for it; None if any value of the type is allowed.
 
-        A test of a value and the words for it; None if any value of the type will do. No bound is None.
+        ``Literal[...]`` lists the values, ``Annotated[type, (low, high)]`` bounds them; None is no bound.
         """
         if not isinstance(self.annotation, ast.Subscript):
             return None
@@ -70,7 +70,7 @@ class Field:
 
     @property
     def types(self) -> tuple[tuple[type, ...], str]:
-        """The types that a value may have, and the words for them."""
+        """Return the types that a value may have, and the words for them."""
         names = {node.id for node in ast.walk(self.annotation) if isinstance(node, ast.Name)}
         found = [name for name in _TYPES if name in names]
         nullable = self.default is None
@@ -83,7 +83,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Class:
-    """A policy as its source says."""
+    """A policy as its source defines it."""
 
     file: Path
     name: str
@@ -95,7 +95,7 @@ class Class:
 
 
 def kinds() -> list[str]:
-    """Every kind that has a name of its own, sorted: this package's and those of installed packages.
+    """Return every kind with a name of its own, sorted: those of this package and of installed packages.
 
     Raises UserError if two of them have one name.
     """
@@ -103,7 +103,7 @@ def kinds() -> list[str]:
 
 
 def hyper_parameters(kind: str) -> dict[str, Any]:
-    """Names and defaults of a kind's hyper-parameters, those of its parent included; none are known of a press."""
+    """Return names and defaults of a kind's hyper-parameters, with those of its parent; none are known of a press."""
     return {} if is_press(kind) else {name: field.default for name, field in describe(kind).fields.items()}
 
 
@@ -119,7 +119,7 @@ def own_fields(kind: str) -> dict[str, Field]:
 
 
 def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The kind and all hyper-parameters of a policy as a configuration names it.
+    """Return the kind and all hyper-parameters of a policy as a configuration names it.
 
     Raises UserError if there is no such kind or hyper-parameter, or if one has a wrong type or value.
     """
@@ -153,7 +153,7 @@ def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 def ignores_budget(kind: str, hyper_parameters: Mapping[str, Any]) -> bool:
-    """Whether the footprint follows from the hyper-parameters alone: such a policy is run once, at budget r1."""
+    """Return whether the hyper-parameters alone determine the footprint: such a policy runs once, at budget r1."""
     declared = False if is_press(kind) else describe(kind).variables.get("ignores_budget", False)
     if isinstance(declared, bool):
         return declared
@@ -162,8 +162,7 @@ def ignores_budget(kind: str, hyper_parameters: Mapping[str, Any]) -> bool:
 
 
 def statistics(kind: str, hyper_parameters: Mapping[str, Any] | None = None) -> frozenset[str]:
-    """The statistics of the cache that a kind reads with these hyper-parameters (None: its defaults); a press reads
-    none."""
+    """Return the statistics of the cache that a kind reads; a press reads none."""
     if is_press(kind):
         return frozenset()
     found = describe(kind)
@@ -174,7 +173,7 @@ def statistics(kind: str, hyper_parameters: Mapping[str, Any] | None = None) -> 
 
 
 def acts_each_step(kind: str) -> bool:
-    """Whether a kind holds the cache at its budget while decoding."""
+    """Return whether a kind holds the cache at its budget while decoding."""
     return not is_press(kind) and bool(describe(kind).variables.get("acts_each_step", False))
 
 
@@ -183,13 +182,15 @@ def is_press(kind: str) -> bool:
 
 
 def source(kind: str) -> Path:
-    """The file that defines a kind. Raises UserError if there is no such kind; a press has no file of its own."""
+    """Return the file that defines a kind. Raises UserError if there is no such kind; a press has no file."""
     return describe(kind).file
 
 
 def modules(kind: str) -> list[str]:
-    """The modules of this package whose code decides what a kind does, for `provenance.code_hash`; their own imports
-    are not repeated."""
+    """Return the modules of this package whose code determines a kind, for `provenance.code_hash`.
+
+    Their own imports are not listed.
+    """
     if is_press(kind):
         return ["kv_transition.run.press"]
     if kind in _built_in():
@@ -200,8 +201,10 @@ def modules(kind: str) -> list[str]:
 
 
 def content(kind: str) -> str | None:
-    """What the code outside of this package is, that decides what a kind does: the digest of its file, or the version
-    of kvpress. None for this package's own kinds, and where kvpress is not installed."""
+    """Return a digest of the code outside this package that determines a kind: its file, or the version of kvpress.
+
+    None for this package's own kinds, and if kvpress is not installed.
+    """
     if is_press(kind):
         try:
             return f"kvpress {metadata.version('kvpress')}"
@@ -211,9 +214,9 @@ def content(kind: str) -> str | None:
 
 
 def create(kind: str, hyper_parameters: Mapping[str, Any]) -> Policy:
-    """The policy object; imports torch, and the code of a policy from outside.
+    """Return the policy object; imports torch and, for a policy from outside, its code.
 
-    Raises UserError if its module cannot be imported. A press is no policy of this kind.
+    Raises UserError if its module cannot be imported, or for a press.
     """
     if is_press(kind):
         raise ValueError(f"{kind} is a press, which reads the prompt itself; it has no policy object")
@@ -262,7 +265,7 @@ def _entry_points() -> dict[str, metadata.EntryPoint]:
 
 @cache
 def describe(kind: str) -> Class:
-    """What the source says of a kind. Raises UserError if there is no such kind, or if its source defines none."""
+    """Return what the source says of a kind. Raises UserError if there is no such kind or its source defines none."""
     if kind in _built_in():
         return _read(_FOLDER / f"{kind}.py", None)
     if match := _FILE.fullmatch(kind):
@@ -278,7 +281,7 @@ def describe(kind: str) -> Class:
 
 
 def _module_file(point: metadata.EntryPoint) -> Path:
-    """The source of an entry point's module, found without importing even the packages above it."""
+    """Return the source of an entry point's module, without importing the packages that contain it."""
     head, *rest = point.module.split(".")
     spec = importlib.util.find_spec(head)
     if spec is not None and not rest and spec.origin and spec.origin.endswith(".py"):
@@ -301,7 +304,7 @@ def _parsed(file: Path) -> ast.Module:
 
 @cache
 def _read(file: Path, name: str | None) -> Class:
-    """The policy that a file defines; ``name``: of its class, needed where there are several."""
+    """Return the policy that a file defines; ``name``: of its class, needed if there are several."""
     tree = _parsed(file)
     imported = {
         alias.asname or alias.name: node.module

@@ -1,9 +1,9 @@
-"""docs/policies.md, from the policies' own words.
+"""Write docs/policies.md from the docstrings of the policies.
 
     python -m kv_transition.policies.describe > docs/policies.md
 
 A policy's docstring holds its definition in paragraphs, and paragraphs that begin with ``Source:``, ``Cost:`` or
-``Differences:``. The docstring below each of its fields says what it means.
+``Differences:``. The docstring below each field explains that hyper-parameter.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _LABELS = ("Source", "Cost", "Differences")
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     kinds = [kind for kind in catalog.kinds() if catalog.content(kind) is None]
     rows = [f"| [`{kind}`](#{kind}) | {_title(kind)} | {_acts(kind)} | {_statistics(kind)} |" for kind in kinds]
     table = ["", "| policy | in short | acts | statistics |", "|---|---|---|---|", *rows]
@@ -117,13 +117,13 @@ def _wrapped(text: str, indent: str = "") -> str:
 
 
 def _title(kind: str) -> str:
-    """The line at the head of the module, after the name."""
+    """Return the first line of the module's docstring without the name."""
     line = ast.get_docstring(ast.parse(catalog.source(kind).read_text(encoding="utf-8"))).splitlines()[0]
     return line[0].upper() + line[1:]
 
 
 def _paragraphs(found: Class) -> list[str]:
-    """Paragraphs, each in one line; code in the form of Markdown."""
+    """Return the paragraphs, each as one line, with code in Markdown form."""
     joined = [" ".join(paragraph.split()) for paragraph in found.doc.split("\n\n")]
     return [re.sub(r"``(.+?)``", r"`\1`", paragraph) for paragraph in joined]
 

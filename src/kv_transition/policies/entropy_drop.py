@@ -13,8 +13,9 @@ from kv_transition.policies._spans import EntropySpans, Plan
 
 @dataclass(frozen=True)
 class EntropyDrop(EntropySpans):
-    """The spans of entropy_merge at the same footprint, but of each only the entry stays that received most attention
-    in its KV head (the first among equals), unchanged: what merging adds to dropping is the difference of the two.
+    """Takes the spans of entropy_merge at the same footprint, and keeps of each span only the entry that received most
+    attention in its KV head (the first among equals), unchanged. The difference between the two policies is the effect
+    of merging.
 
     Source: the study of entropy-guided merging, as its control.
 

@@ -1,4 +1,4 @@
-"""Entropy recall: where the model is unsure, it looks again at all that was evicted."""
+"""Entropy recall: at uncertain steps, evicted entries are considered again."""
 
 from __future__ import annotations
 
@@ -23,26 +23,25 @@ _INNER: dict[str, type[Policy]] = {"h2o": H2O, "h2o_heavy": H2OHeavy, "streaming
 
 @dataclass(frozen=True)
 class EntropyRecall(Policy):
-    """What ``inner`` evicts is kept in host memory. A step reads one token. Before it, if the moment is one
-    to recall, each layer selects its K entries anew from hot and cold ones together: those to which the step's own
-    query pays most attention, mean over the group, were all of them seen (one set a layer where ``inner`` is tova).
-    Otherwise, and after each step, ``inner`` goes on. After the prompt, the first step reads the prompt's last token
-    again; before the question, the question is read as one block, which is no step.
+    """Entries that ``inner`` evicts are kept in host memory. A step reads one token. Before a step that recalls, each
+    layer selects its K entries anew from hot and cold ones together: those that the step's own query attends to most,
+    mean over the group, as if all were visible (one set a layer if ``inner`` is tova). Before other steps, and after
+    each step, ``inner`` acts. In mode after_prompt the first step reads the last token of the prompt again; in mode
+    before_question the question is read as one block, which is not a step.
 
-    Under moments entropy it is the moment to recall if H >= tau, where H is the entropy (nats, temperature 1) of the
-    distribution that the step's token was drawn from, and of the first step that of the prompt: where its last token is
-    read again, as the full cache has it. Tau 0 recalls always.
-    The other moments are controls. random and periodic recall at as many of an answer's first T steps as the policy
-    ``like`` did in its T steps on the same example: any of them, or evenly spread; of each T steps after that, again
-    as many. always and never are the bounds.
+    With moments entropy a step recalls if H >= tau. H is the entropy (nats, temperature 1) of the distribution that the
+    step's token was drawn from; for the first step it is that of the prompt, from the full cache if its last token is
+    read again. Tau 0 always recalls. The other moments are controls. random and periodic recall at as many of an
+    answer's first T steps as the policy ``like`` did in its T steps on the same example, at random or evenly spread
+    steps; in each further T steps again as many. always and never are the bounds.
 
-    The entries that a budget counts are the hot ones. The whole cache is still in memory, so a result stands beside
-    other policies' only with its total bytes, and with the bytes that were moved.
+    A budget counts the hot entries. The whole cache stays in memory, so results are compared with other policies only
+    with the total bytes and the moved bytes beside them.
 
-    Source: what the study of recall and entropy argues for.
+    Source: the study of recall and entropy.
 
-    Cost: that of ``inner``; a moment to recall costs one query's attention over all N entries on the host, O(N d) time,
-    and moves at most K entries of each KV head each way. Memory is that of the full cache. One answer at a time.
+    Cost: that of ``inner``; a step that recalls costs one query's attention over all N entries on the host, O(N d)
+    time, and moves at most K entries of each KV head each way. Memory is that of the full cache. One answer at a time.
     """
 
     statistics = frozenset({"attn_sum", "recent_queries"})
@@ -72,11 +71,11 @@ class EntropyRecall(Policy):
     def compress_layer(
         self, layer: LayerCache, index: int, k: int, length: int, seed: int, keep_last: bool
     ) -> TieredLayer:
-        """As ``inner``, with what it evicts in the store."""
+        """As ``inner``, with the evicted entries in host memory."""
         return offload(layer, self._policy.compress_layer(layer, index, k, length, seed, keep_last))
 
     def watch(self, seed: int, pace: tuple[int, int] | None = None) -> Watch:
-        """As any policy; raises UserError if what the moments follow from is not known."""
+        """As for any policy; raises UserError if a value that determines the moments is unknown."""
         if self.moments == "entropy" and self.tau is None and self.tau_quantile is not None:
             raise UserError(
                 f"the policy entropy_recall has no tau for tau_quantile {self.tau_quantile} here; run it in the "
@@ -90,7 +89,7 @@ class EntropyRecall(Policy):
         return Watch(self, seed, pace or (0, 0))
 
     def recalled(self, layer: LayerCache, queries: Tensor, keys: Tensor) -> LayerCache:
-        """The layer with those entries hot that the current token would pay most attention to: as many as are now.
+        """Return the layer with those entries hot that the current token attends to most; as many as are hot now.
 
         queries [*B, H, 1, d] and keys [*B, Hkv, 1, d] are the token's own, rotated.
         """
@@ -110,7 +109,7 @@ class EntropyRecall(Policy):
 
 
 class Watch:
-    """One answer's steps under a policy that recalls: decides before each of them, and counts."""
+    """The steps of one answer under a policy that recalls: decides before each of them, and counts."""
 
     def __init__(self, policy: EntropyRecall, seed: int, pace: tuple[int, int]):
         """pace: moments and steps of the answer whose number of moments random and periodic ones have."""
@@ -119,7 +118,7 @@ class Watch:
         self._moments: list[int] = []
 
     def before_attention(self, logits: Tensor) -> BeforeAttention | None:
-        """What each layer does before the next step's attention; None: nothing.
+        """Return what each layer does before the next step's attention; None: nothing.
 
         logits: [1, V] or [V] fp32, those that the step's token was drawn from.
         """
@@ -142,10 +141,10 @@ class Watch:
         return policy.moments == "always"
 
     def record(self, state: CacheState) -> dict[str, Any]:
-        """What is worth recording of the answer that ends with ``state``.
+        """Return facts to record about the answer that ends with ``state``.
 
-        Moments as numbers of steps; entries of single KV heads; bytes of keys and values in the evictable layers, and
-        how many of them changed sides, evictions included.
+        Moments are numbers of steps; entries are those of single KV heads; bytes are those of keys and values in the
+        evictable layers, and of those moved between the tiers, evictions included.
         """
         tiered = [layer for layer in state.layers if isinstance(layer, TieredLayer)]
         return {
@@ -163,10 +162,10 @@ class Watch:
 
 
 def token_entropy(logits: Tensor) -> float:
-    """Entropy in nats of the next token's distribution at temperature 1, of logits [1, V] or [V]."""
+    """Return the entropy in nats of the next token's distribution at temperature 1, of logits [1, V] or [V]."""
     return max(0.0, float(torch.special.entr(logits.float().softmax(-1)).sum()))
 
 
 def random_moments(m: int, steps: int, seed: int, block: int) -> frozenset[int]:
-    """``m`` of the numbers below ``steps``, drawn anew for each ``block``."""
+    """Return ``m`` of the numbers below ``steps``, drawn anew for each ``block``."""
     return frozenset(random.Random(f"{seed} {block}").sample(range(steps), m))

@@ -1,4 +1,4 @@
-"""Expected attention: what queries yet to come will attend to."""
+"""Expected attention: the attention that future queries are expected to pay."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ExpectedAttention(Scored):
     """positions ahead that are averaged over"""
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """As any policy; raises UserError too where it is not known how the model rotates its queries."""
+        """As for any policy; also raises UserError if the rotation of the model's queries is unknown."""
         if any(part.rotary is None for layer in state.evictable for part in layer.parts):
             raise UserError(
                 "the policy expected_attention turns queries to later positions, and how this model rotates its "

@@ -1,4 +1,4 @@
-"""H2O: heavy hitters, the entries that received the most attention so far, and recent ones."""
+"""H2O: recent entries, and the entries that received the most attention so far (heavy hitters)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Keeps the newest entries and, of the others, those with the largest sum of the attention received from all
-    queries so far; the sums of what is left go on growing with every token that is read or generated.
+    """Keeps the newest entries and, of the others, those with the largest sum of attention received from all queries so
+    far. The sums of kept entries grow with every token that is read or generated.
 
-    Source: Zhang et al., "H2O: heavy-hitter oracle for efficient generative inference of large language models",
-    arXiv 2306.14048.
+    Source: Zhang et al., "H2O: heavy-hitter oracle for efficient generative inference of large language models", arXiv
+    2306.14048.
 
-    Cost: the sums are kept up while reading, O(N^2) time beside the attention itself and O(N) memory; a choice is a
+    Cost: the sums are maintained while reading, O(N^2) time beside the attention itself and O(N) memory; a choice is a
     sort, O(N log N).
 
     Differences: the heads of a group share their entries, so a KV head's sum is the mean over its query heads. kvpress
-    has no policy like it: its ObservedAttention divides each sum by the number of queries that could see the entry,
-    keeps nothing for being recent, and acts on the prompt only.
+    has no equivalent: its ObservedAttention divides each sum by the number of queries that could see the entry, keeps
+    no recent entries, and acts on the prompt only.
     """
 
     statistics = frozenset({"attn_sum"})

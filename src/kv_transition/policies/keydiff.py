@@ -1,4 +1,4 @@
-"""KeyDiff: entries whose keys are unlike the others'."""
+"""KeyDiff: entries whose keys differ most from the mean key."""
 
 from __future__ import annotations
 

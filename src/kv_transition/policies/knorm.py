@@ -1,4 +1,4 @@
-"""Key norm: entries with small keys are the ones attended to."""
+"""Key norm: entries with small keys, which receive most attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyramidKV: much for the lower layers, little for the upper ones."""
+"""PyramidKV: large budgets for the lower layers, small ones for the upper layers."""
 
 from __future__ import annotations
 

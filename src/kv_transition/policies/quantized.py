@@ -1,4 +1,4 @@
-"""Quantization: every entry is kept, in fewer bits."""
+"""Quantization: every entry is kept, with fewer bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Quantized(Policy):
     """bits of each channel"""
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """The state with all of its evictable layers packed, whatever ``k`` is; packed ones stay as they are."""
+        """Return the state with all of its evictable layers packed, whatever ``k`` is; packed ones stay as they are."""
         layers = (layer if layer.window is not None else self._packed(layer) for layer in state.layers)
         return replace(state, layers=tuple(layers))
 

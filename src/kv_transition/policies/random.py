@@ -1,4 +1,4 @@
-"""Random eviction: the control that any policy has to beat."""
+"""Random eviction: the lower reference for every policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SnapKV: what the end of the prompt attends to."""
+"""SnapKV: the entries that the end of the prompt attends to."""
 
 from __future__ import annotations
 

@@ -18,14 +18,15 @@ class StreamingLLM(Policy):
     """Keeps the first tokens of the text, which attention uses as a sink, and the newest ones.
 
     With ``positions: cache`` attention sees the distances between places in the cache, where the sinks stand right
-    before the recent tokens, so that no distance is ever longer than the cache. This is the paper's way, and works past
-    the length that a model was trained for. It is done by turning the sinks alone after each step, always from their
-    original keys: rotary attention sees differences of positions only. When the next token's rotary position reaches
-    2 K, everything is turned back so that it is K, which happens at most once to any key but a sink's.
+    before the recent tokens, so that no distance is longer than the cache. This is the paper's method, and it works
+    past the length that a model was trained for. Only the sinks are re-rotated after each step, always from their
+    original keys, because rotary attention depends on differences of positions only. When the next token's rotary
+    position reaches 2 K, all keys are rotated back so that it is K. This happens at most once to any key except a
+    sink's.
 
     Source: Xiao et al., "Efficient streaming language models with attention sinks", arXiv 2309.17453.
 
-    Cost: O(N) time, no statistic; with ``positions: cache`` a turn of the sinks at each step.
+    Cost: O(N) time, no statistic; with ``positions: cache`` a rotation of the sinks at each step.
 
     Differences: the prompt is read with the full cache before anything is evicted; the paper streams from the start.
     kvpress' StreamingLLMPress keeps the original positions, acts on the prompt only, and keeps all sinks however small
@@ -53,17 +54,19 @@ class StreamingLLM(Policy):
         return layer.positions.to(torch.float64).masked_fill(sinks, torch.inf)
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """As any policy; raises UserError if keys are to be turned and it is not known how the model does it."""
+        """As for any policy; raises UserError if keys must be rotated and the model's rotation is unknown."""
         return self._placed(state, super().compress(state, k, seed=seed, keep_last=keep_last), k, in_place=False)
 
     def hold(self, state: CacheState, k: int) -> CacheState:
-        """As any policy; raises UserError as `compress` does."""
+        """As for any policy; raises UserError as `compress` does."""
         if type(self).compress is not StreamingLLM.compress:
             return self.compress(state, k)
         return self._placed(state, self._thinned(state, k, self._one_less), k, in_place=True)
 
     def _placed(self, state: CacheState, kept: CacheState, k: int, *, in_place: bool) -> CacheState:
-        """What is ``kept`` of a state, its keys turned if that is asked for; in place: the sinks' in their storage."""
+        """Return the ``kept`` entries of a state, with rotated keys if requested; in place: the sinks' in their
+        storage.
+        """
         evicted = any(new is not old for new, old in zip(kept.layers, state.layers, strict=True))
         if self.positions == "original" or not evicted:
             return kept
@@ -90,7 +93,7 @@ class StreamingLLM(Policy):
 
 
 def _turned_back(layer: LayerCache, back: int | Tensor) -> LayerCache:
-    """The layer with every key rotated ``back`` positions less."""
+    """Return the layer with every key rotated back by ``back`` positions."""
     if not isinstance(back, Tensor) and back == 0:
         return layer
     angles = _angles(layer) - on_device_of(layer, back)
@@ -99,7 +102,7 @@ def _turned_back(layer: LayerCache, back: int | Tensor) -> LayerCache:
 
 
 def _closed(layer: LayerCache, sinks: int, following: int | Tensor, back: int | Tensor, in_place: bool) -> LayerCache:
-    """The layer turned back, and without a gap between the sinks and the others."""
+    """Return the layer rotated back, without a gap between the sinks and the others."""
     anchors = _anchors(layer, sinks)
     layer = _turned_back(layer, back)
     n = layer.n
@@ -115,7 +118,7 @@ def _closed(layer: LayerCache, sinks: int, following: int | Tensor, back: int | 
 
 
 def _anchors(layer: LayerCache, sinks: int) -> Tensor:
-    """The sinks' original keys: turning a key that was turned before, and rounded, would add up errors."""
+    """Return the original keys of the sinks: rotating rounded keys again and again would add up errors."""
     shape = (*layer.keys.shape[:-2], sinks, layer.keys.shape[-1])
     if layer.anchors is not None and layer.anchors.shape == shape:
         return layer.anchors

@@ -1,4 +1,4 @@
-"""TOVA: what the last token attends to."""
+"""TOVA: the entries that the last token attends to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A number as a report shows it: never without its interval and n, and with the row that it comes from."""
+"""Numbers as a report shows them: with interval, n, and the row that they come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Number:
-    """``text`` holds estimate and interval; ``source`` names table and row, ``method`` how the interval was made."""
+    """An estimate with its interval as ``text``; ``source``: table and row, ``method``: of the interval."""
 
     text: str
     n: int = 0
@@ -28,7 +28,7 @@ MISSING = Number(DASH)
 
 
 def source_of(table: str, row: Mapping[str, Any]) -> str:
-    """``comparisons/reader_qa/after_prompt/snapkv/r0.5/all/score_ratio``: the table and the key of its row."""
+    """Return the table and the key of its row: ``comparisons/reader_qa/after_prompt/snapkv/r0.5/all/score_ratio``."""
     bin = row.get("bin")
     key = [row["task"], row["mode"], row["policy"], row["budget"], "all" if bin is None else f"bin{bin}"]
     return "/".join((table, *key, row["statistic"]))
@@ -43,7 +43,7 @@ def number(
     signed: bool = False,
     source: str = "",
 ) -> Number:
-    """``0.97 [0.91, 0.99]``, scaled; a dash for what was not measured."""
+    """Return ``0.97 [0.91, 0.99]``, scaled; a dash if nothing was measured."""
     if row is None or row["estimate"] is None:
         return MISSING
     if signed:
@@ -63,14 +63,14 @@ def tokens_of(bin: Mapping[str, Any]) -> str:
 
 
 def kept_of(budget: str) -> str:
-    """``20 % of the cache``, ``128 tokens``, ``its own share of the cache``."""
+    """Return the budget in words: ``20 % of the cache``, ``128 tokens``, ``its own share of the cache``."""
     if budget == labels.OWN:
         return "its own share of the cache"
     return labels.budget(budget) + ("" if budget.startswith("t") else " of the cache")
 
 
 def listed(parts: Iterable[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """Return the parts joined in words: ``a``, ``a and b``, ``a, b and c``."""
     parts = list(parts)
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 

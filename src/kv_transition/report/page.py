@@ -1,4 +1,4 @@
-"""Jinja environments, and what a self-contained page needs: drawings, charts and data that can stand inside HTML."""
+"""Jinja environments and self-contained HTML pages with drawings, charts and data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from kv_transition.errors import UserError
-from kv_transition.plotting import drawing
+from kv_transition.plotting import save, theme
 from kv_transition.provenance import write_text
 from kv_transition.report.section import template_folders
 
@@ -35,13 +35,13 @@ def write_markdown(path: str, template: str, context: Mapping[str, Any]) -> None
 
 
 def write_page(path: str, template: str, context: Mapping[str, Any]) -> None:
-    """A page that needs no other file. ``context["charts"]``: Vega-Lite specifications by name, drawn by its script."""
+    """Write a page that needs no other file. ``context["charts"]``: Vega-Lite specifications by name."""
     charts = {name: spec for name, spec in context["charts"].items() if spec is not None}
-    scripts = Markup(drawing.scripts()) if charts else ""
+    scripts = Markup(save.scripts()) if charts else ""
     body = (
         environment(html=True)
         .get_template(template)
-        .render({**context, "charts": charts, "embed": drawing.EMBED, "scripts": scripts, "script_json": script_json})
+        .render({**context, "charts": charts, "embed": theme.EMBED, "scripts": scripts, "script_json": script_json})
     )
     head, marker, data = body.partition("<script")
     # percent signs, n and p stay with their numbers
@@ -51,7 +51,7 @@ def write_page(path: str, template: str, context: Mapping[str, Any]) -> None:
 
 
 def script_json(value: Any) -> Markup:
-    """JSON that no text in it can lead out of its script element."""
+    """Return JSON that is safe inside a script element, whatever text it contains."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -63,7 +63,7 @@ def read_svg(path: Path, name: str, alt: str) -> Markup:
 
 
 def inline_svg(svg: str, name: str, alt: str) -> Markup:
-    """The drawing as it can stand inside a page beside others: ids of its own, a name for screen readers."""
+    """Return a drawing for use inside a page: with unique ids and a name for screen readers."""
     start = svg.find("<svg")
     if start < 0:
         raise UserError(f"plots: {name}.svg is no SVG drawing; draw the plots again")

@@ -1,4 +1,4 @@
-"""What a report is made from, and a part of it that only some experiments have."""
+"""The source data of a report, and its sections."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def template_folders() -> list[Path]:
-    """Return the folders in which templates lie: that of the whole page, and one of each study that has its own."""
+    """Return the folders with templates: the report's own, then those of the studies."""
     return [SOURCE / "report" / "templates", *sorted((SOURCE / "studies").glob("*/templates"))]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a report is made from; ``extra`` holds further tables by name, where they were made.
+    """The data that a report is built from.
 
-    ``results`` is None in an experiment that answers no task.
+    ``results`` is None in an experiment without tasks. ``extra`` holds the tables of the studies by name.
     """
 
     results: Any
@@ -36,9 +36,11 @@ class Source:
 class Section:
     """A part of the report that only some experiments have.
 
-    ``build`` gives what the templates ``{name}.md.jinja`` and ``{name}.html.jinja`` show as ``section``, or None where
-    there is nothing to show; a Vega-Lite specification in it under ``chart`` is drawn where the template says
-    ``data-chart="{name}"``.
+    ``build`` returns what the templates show as ``section``, or None if there is nothing to show. The templates are
+    ``{name}.md.jinja`` and ``{name}.html.jinja`` of the study. Without them the section is shown by
+    ``section.{md,html}.jinja`` and has the keys ``sentences``, ``figures`` (names of FIGURES) and ``tables`` (each
+    with ``heading``, ``columns`` and ``rows`` of text and `Number`). A Vega-Lite specification under ``chart`` is drawn
+    where the template says ``data-chart="{name}"``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A compressed cache that outlives its process: read a text, forget down to a budget, save; go on from it later."""
+"""A compressed cache on disk: prefill a text, compress it, save it, and continue from it later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAMPLE = 64
 
 @dataclass(frozen=True)
 class Cache:
-    """A text as the model remembers it under a policy and a budget."""
+    """The cache of a text under a policy and a budget."""
 
     state: CacheState
     kind: str
@@ -43,7 +43,7 @@ def _setting(kind: str, hyper_parameters: dict, budget: Budget) -> Setting:
 def create(
     engine: LocalEngine, text: str, kind: str, hyper_parameters: dict, budget: Budget, *, seed: int = 0
 ) -> Cache:
-    """Read a text and compress it. kind, hyper_parameters: of a policy, as `policies.catalog.resolve` gives them.
+    """Return the compressed cache of a text. kind, hyper_parameters: as `policies.catalog.resolve` returns them.
 
     Raises UserError if the text is empty.
     """
@@ -56,7 +56,7 @@ def create(
 
 
 def save(engine: LocalEngine, cache: Cache, path: str | Path) -> None:
-    """Write a cache with what says how it was made. Raises UserError if that fails."""
+    """Write a cache and how it was made. Raises UserError if that fails."""
     made = {
         "kind": cache.kind,
         "hyper_parameters": json.dumps(cache.hyper_parameters),
@@ -67,7 +67,7 @@ def save(engine: LocalEngine, cache: Cache, path: str | Path) -> None:
 
 
 def load(engine: LocalEngine, path: str | Path) -> Cache:
-    """The cache that `save` wrote. Raises UserError if it is damaged or was made with another model."""
+    """Return the cache that `save` wrote. Raises UserError if it is damaged or was made with another model."""
     state = file.load(path, engine.layer_devices, identity(engine))
     made = file.read_facts(path)
     try:
@@ -81,7 +81,7 @@ def load(engine: LocalEngine, path: str | Path) -> Cache:
 def continue_from(
     engine: LocalEngine, cache: Cache, text: str, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
 ) -> tuple[str, Answer]:
-    """Read more text on top of a cache and generate; the cache itself stays as it is and can be gone on from again.
+    """Return what the model generates after reading more text on top of a cache. The cache stays unchanged.
 
     Raises UserError if the text is empty.
     """
@@ -98,7 +98,7 @@ def continue_from(
 
 
 def identity(engine: LocalEngine) -> dict[str, str]:
-    """What another process must have in common to go on from a cache: dtype, tokenizer and weights."""
+    """Return what another process must have in common to continue from a cache: dtype, tokenizer and weights."""
     weights = hashlib.sha256()
     for name, weight in engine.model.named_parameters():
         flat = weight.detach().flatten()

@@ -1,4 +1,4 @@
-"""`python -m kv_transition cache create|continue`: a compressed cache on disk, made once and gone on from at will."""
+"""The commands `python -m kv_transition cache create|continue`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def create(
     revision: Revision = None,
     device: Device = "auto",
 ) -> None:
-    """Read a text, forget down to the budget and save what is left."""
+    """Prefill a text, compress it to the budget and save the cache."""
 
     def run() -> None:
         from kv_transition.budget import Budget
@@ -73,7 +73,7 @@ def continue_(
     revision: Revision = None,
     device: Device = "auto",
 ) -> None:
-    """Read a prompt on top of a saved cache and print what the model says."""
+    """Read a prompt on top of a saved cache and print the answer."""
 
     def run() -> None:
         from kv_transition.cache import file

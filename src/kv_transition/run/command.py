@@ -1,4 +1,4 @@
-"""What all jobs of a bin have in common, whatever answers them: their arguments, their examples, their errors."""
+"""Arguments, examples and errors of the jobs of a bin, whether a model or an endpoint answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEED_BITS = 40
 
 
 def arguments(doc: str | None, argv: list[str] | None, *files: str, optional: Sequence[str] = ()) -> argparse.Namespace:
-    """Parse ``--spec`` (JSON: everything the result depends on), ``--threads`` and the named files.
+    """Return the parsed ``--spec`` (JSON: everything that the result depends on), ``--threads`` and named files.
 
     optional: files that may be left out, or named without a value; they are None then.
     """
@@ -40,17 +40,17 @@ def read_bin(path: str) -> list[dict[str, Any]]:
 
 
 def bin_metadata(path: str) -> dict[str, str]:
-    """What a bin's file says of its data set, for the files made from it."""
+    """Return what a bin's file records about its data set, for the files made from it."""
     known = read_metadata(path)
     return {key: known[key] for key in ("dataset", "revision", "split", "max_length") if key in known}
 
 
 def answer_seed(seed: int, example_id: str, repeat: int) -> int:
-    """The seed of one answer: the same whatever answers, and whatever else is answered."""
+    """Return the seed of one answer. It depends on nothing but these three arguments."""
     return int(digest([seed, example_id, repeat]), 16) % 2**_SEED_BITS
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a job's main; bad input becomes one sentence and status 2, a bug keeps its traceback."""
+    """Run a job's main. Bad input becomes one sentence and status 2; a bug keeps its traceback."""
     if code := status(main):
         sys.exit(code)

@@ -1,4 +1,4 @@
-"""Answering from a compressed cache: forget down to the budget, let the question in, decode."""
+"""Answer from a compressed cache: compress to the budget, read the question, decode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kv_transition.policies.base import BeforeAttention, Policy, Watcher
 
 @dataclass(frozen=True)
 class Setting:
-    """What is done to the cache and how the answer is decoded."""
+    """How the cache is compressed and how the answer is decoded."""
 
     policy: Policy
     budget: Budget
@@ -35,25 +35,25 @@ class Setting:
         return bool(self.policy.ignores_budget) or not self.budget.is_full
 
     def entries(self, n: int) -> int:
-        """How many of ``n`` entries the budget leaves."""
+        """Return how many of ``n`` entries the budget keeps."""
         return n if self.budget.is_full else self.budget.kept(n)
 
     @property
     def while_decoding(self) -> frozenset[str]:
-        """Statistics that are read after the question."""
+        """Return the statistics that are read after the question."""
         return self.policy.statistics if self.evicts and self.policy.acts_each_step else frozenset()
 
     def compress(self, state: CacheState, k: int, seed: int = 0, *, keep_last: bool = False) -> CacheState:
         return self.policy.compress(state, k, seed=seed, keep_last=keep_last) if self.evicts else state
 
     def watch(self, answer: Answer) -> Watcher | None:
-        """What watches the steps of an answer; made before the first of them."""
+        """Return an observer of the steps of an answer; it is created before the first step."""
         if answer.watcher is None and self.evicts:
             answer.watcher = self.policy.watch(answer.seed, answer.pace)
         return answer.watcher
 
     def hold(self, state: CacheState, k: int, *, given_up: bool = False) -> CacheState:
-        """The state held at K, if the policy acts while decoding. given_up: as `Policy.hold` means it."""
+        """Return the state held at K, if the policy acts while decoding. given_up: as in `Policy.hold`."""
         if not (self.evicts and self.policy.acts_each_step):
             return state
         return self.policy.hold(state, k) if given_up else self.policy.compress(state, k)
@@ -61,7 +61,7 @@ class Setting:
 
 @dataclass
 class Answer:
-    """Generated tokens with the anatomy of the cache and the seconds of each step."""
+    """Generated tokens, the size of the cache and the seconds of each step."""
 
     seed: int
     max_new_tokens: int
@@ -111,7 +111,7 @@ class Answer:
 def begin(
     engine: LocalEngine, prefill: Prefill, question_ids: Sequence[int], setting: Setting, answer: Answer
 ) -> CacheState:
-    """Forget down to the budget and let the question in; the state from which the first token is drawn."""
+    """Compress to the budget and read the question; return the state that the first token is drawn from."""
     before_question = setting.mode == "before_question"
     state = prefill.context if before_question else prefill.prompt
     answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
@@ -142,7 +142,7 @@ def let_in(
     answer: Answer,
     before_attention: BeforeAttention | None = None,
 ) -> CacheState:
-    """The last tokens of the prompt, read against the compressed cache."""
+    """Return the state after the last tokens of the prompt were read against the compressed cache."""
     # Room for the answer is of use only to a cache that grows.
     room = 0 if setting.while_decoding else answer.max_new_tokens
     started = engine.clock()
@@ -153,7 +153,7 @@ def let_in(
 
 
 class Stacked:
-    """Sequences decoded by the engine's own reading, as one batch; `CompiledDecoder` is used in the same way."""
+    """Sequences that the engine decodes as one batch; `CompiledDecoder` has the same interface."""
 
     def __init__(
         self,
@@ -194,10 +194,10 @@ class Stacked:
 def decode(
     engine: LocalEngine, states: Sequence[CacheState], setting: Setting, answers: Sequence[Answer]
 ) -> list[CacheState]:
-    """Continue each sequence until the model stops or has said its ``max_new_tokens``; their caches as they are then.
+    """Decode each sequence until the model stops or has ``max_new_tokens``; return the final caches.
 
-    All are decoded as one batch. Those of a policy that acts each step hold equally many entries. Raises ValueError for
-    a batch under a policy that goes one by one.
+    All are decoded as one batch. Under a policy that acts at each step all must hold equally many entries. Raises
+    ValueError for a batch under a policy that cannot be batched.
     """
     if setting.evicts and setting.policy.one_at_a_time and len(answers) > 1:
         raise ValueError(f"{type(setting.policy).__name__} decodes one answer at a time")
@@ -247,7 +247,7 @@ def _loaded(
 def finish(
     engine: LocalEngine, states: Sequence[CacheState], setting: Setting, answers: Sequence[Answer]
 ) -> Sequence[Answer]:
-    """Decode the answers that `begin` began, more than one as a batch, and measure what is left of their caches."""
+    """Decode the answers that `begin` began (several as a batch) and record the sizes of their caches."""
     for answer, state in zip(answers, decode(engine, states, setting, answers), strict=True):
         answer.batch_size = len(answers)
         answer.ends(state)
@@ -275,5 +275,5 @@ def answer(
     max_new_tokens: int,
     seed: int,
 ) -> Answer:
-    """The answer to one prompt."""
+    """Return the answer to one prompt."""
     return answer_all(engine, [prefill], [question_ids], setting, [Answer(seed, max_new_tokens)])[0]

@@ -1,4 +1,4 @@
-"""What the jobs that run a model have in common: beside what all jobs have, their engine and the store of prefills."""
+"""Engine, prefill store and metadata of the jobs that run a model."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ cell asks for changes no result either"""
 
 
 def store_settings() -> tuple[str, str, float]:
-    """Root, mode and size in GB of the prefill store."""
+    """Return root, mode and size in GB of the prefill store."""
     root, mode, max_gb = os.environ.get(STORE_VARIABLE, "results/prefill:auto:50").rsplit(":", 2)
     return root, mode, float(max_gb)
 
 
 def statistics() -> frozenset[str]:
-    """Statistics that some cell of the experiment reads."""
+    """Return the statistics that some cell of the experiment reads."""
     return frozenset(filter(None, os.environ.get(STATISTICS_VARIABLE, "").split(",")))
 
 
 def model_facts(model: dict[str, Any], engine: LocalEngine) -> dict[str, str]:
-    """What a file says of the model that it was made with, and of how its seconds were counted."""
+    """Return metadata about the model of a results file and about the clock of its timings."""
     return {
         "model": model["name"],
         "model_revision": model["revision"],
@@ -63,17 +63,17 @@ _held: dict[str, LocalEngine] = {}
 
 
 def hold(model: dict[str, Any]) -> None:
-    """Load a model for all jobs that this process, or a copy of it, will carry out."""
+    """Load a model for all jobs that this process, or a fork of it, will run."""
     _held[digest(model)] = _load(model)
 
 
 def let_go() -> None:
-    """Hold no model any more."""
+    """Release the held model."""
     _held.clear()
 
 
 def load_engine(model: dict[str, Any], threads: int) -> LocalEngine:
-    """The engine of a model, loaded unless this process holds it. Raises UserError where that fails."""
+    """Return the engine of a model, loaded unless this process holds it. Raises UserError if that fails."""
     import torch
 
     torch.set_num_threads(threads)

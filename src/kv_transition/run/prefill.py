@@ -1,8 +1,9 @@
-"""The prefill job: the model reads each prompt of a bin once and what it then remembers is stored.
+"""The prefill job: read each prompt of a bin once with the full cache and store the result.
 
     python -m kv_transition.run.prefill --spec JSON --bin BIN.parquet --index INDEX.json
 
-The index says which prompts were read, and nothing that differs from run to run; the tensors beside it are a cache.
+The index lists the prompts that were read and contains nothing that changes from run to run. The tensors beside it are
+a cache that may be deleted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kv_transition.run import job
 
 
 def store_of(model: dict[str, Any], code: str, bin_path: str) -> PrefillStore:
-    """The store of this model under this version of the reading code, for the prompts of a bin."""
+    """Return the prefill store of this model and this version of the code, for the prompts of a bin."""
     root, mode, max_gb = job.store_settings()
     facts = {
         "model": model["fingerprint"],
@@ -32,10 +33,10 @@ def store_of(model: dict[str, Any], code: str, bin_path: str) -> PrefillStore:
 def read_once(
     engine: LocalEngine, store: PrefillStore, example: dict[str, Any], statistics: frozenset[str]
 ) -> tuple[Prefill, float]:
-    """The prefill of an example and the seconds that loading it took: from the store, else by reading the prompt.
+    """Return the prefill of an example, from the store or by reading the prompt, and the seconds of loading it.
 
-    statistics: those that the prefill must have. One that is read now also gets those that the experiment's other cells
-    read and those of the stored prefill that it takes the place of.
+    statistics: those that the prefill must have. A prefill that is computed now also gets the statistics that other
+    cells of the experiment read, and those of the stored prefill that it replaces.
     """
     started = engine.clock()
     prefill = store.load(example["prompt_sha256"], engine.layer_devices, statistics)
@@ -50,7 +51,7 @@ def read_once(
 def missing(
     store: PrefillStore, examples: list[dict[str, Any]], statistics: frozenset[str]
 ) -> Iterator[dict[str, Any]]:
-    """The examples that have no stored prefill with these statistics; none where nothing is stored."""
+    """Yield the examples that have no stored prefill with these statistics; none if nothing is stored."""
     for example in examples if store.mode != "never" else []:
         there = store.statistics(example["prompt_sha256"])
         if there is None or not statistics <= there:
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read(engine: LocalEngine, store: PrefillStore, examples: list[dict[str, Any]]) -> None:
-    """Read and store, as long as the store takes what is read."""
+    """Read and store prompts until the store is full."""
     import torch
 
     for number, example in enumerate(examples, 1):

@@ -1,4 +1,4 @@
-"""Answers under a press of kvpress, which reads the prompt itself."""
+"""Answers under a press of kvpress, which prefills the prompt itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kv_transition.run.decode import Answer, Setting, let_in
 
 @dataclass(frozen=True)
 class Press(Policy):
-    """Stands for a press in a `Setting`: it has compressed the cache before there is a state."""
+    """Takes the place of a policy in a `Setting`: the press has already compressed the cache."""
 
     kind: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -27,9 +27,9 @@ class Press(Policy):
 def begin(
     engine: LocalEngine, context_ids: Sequence[int], question_ids: Sequence[int], setting: Setting, answer: Answer
 ) -> CacheState:
-    """Read with the press and let the question in; the state from which the first token is drawn.
+    """Prefill with the press and read the question; return the state that the first token is drawn from.
 
-    The press acts while it reads, so what it takes is part of ``prefill_s``.
+    The press acts during the prefill, so its time is part of ``prefill_s``.
     """
     before_question = setting.mode == "before_question"
     prompt = [*context_ids] if before_question else [*context_ids, *question_ids]

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over the local engine, whose requests name what is done to the cache."""
+"""An OpenAI-compatible server over the local engine, whose requests name policy and budget."""

@@ -175,7 +175,7 @@ async def _respond(
 
 
 async def _next(job: Job[Reply], request: Request) -> Any:
-    """What the job tells next, unless the client goes away before; then RefusalError, which nobody reads."""
+    """Return the next message of the job; raise RefusalError if the client disconnects first."""
     gone = asyncio.ensure_future(_disconnected(request))
     told = asyncio.ensure_future(job.next())
     try:

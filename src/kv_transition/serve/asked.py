@@ -1,4 +1,4 @@
-"""What a request asks for, checked before it waits for the model."""
+"""Check the options of a request before it waits for the model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """How the cache is thinned out and the answer decoded."""
+    """How the cache is compressed and the answer decoded."""
 
     kind: str
     hyper_parameters: dict[str, Any]
@@ -62,9 +62,9 @@ class Asked:
 
 
 def asked(request: Request, files: Sequence[str] = ()) -> Asked:
-    """Check a request. files: of policies, beside the kinds that have a name.
+    """Return the checked options of a request. files: of policies, beside the kinds with a name.
 
-    Raises RefusalError where it asks for what is not there.
+    Raises RefusalError if an option does not exist.
     """
     _refuse_unsupported(request.model_extra or {})
     kind, hyper_parameters = _kind(request.kv_policy, files)

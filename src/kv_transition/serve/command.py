@@ -1,4 +1,4 @@
-"""`python -m kv_transition serve`: load a model, listen, answer until stopped."""
+"""The command `python -m kv_transition serve`: load a model, listen, answer until stopped."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def _statistics(names: str) -> frozenset[str]:
-    """Those that every prefill is read with."""
+    """Return the statistics that every prefill is read with."""
     if names in ("all", "none"):
         return STATISTICS if names == "all" else frozenset()
     given = frozenset(names.split(","))
@@ -117,7 +117,7 @@ def _statistics(names: str) -> frozenset[str]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, taken before the model is loaded."""
+    """Return a listening socket, opened before the model is loaded."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)

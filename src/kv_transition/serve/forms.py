@@ -1,4 +1,4 @@
-"""The two forms in which an answer is written: of chat completions and of completions."""
+"""The two response forms: chat completions and completions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """An answer that has ended."""
+    """A finished answer."""
 
     text: str
     finish_reason: str
@@ -37,7 +37,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """What all chunks of one answer have in common."""
+    """The common fields of all chunks of one answer."""
 
     model: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -48,19 +48,19 @@ class Form(ABC):
 
     @abstractmethod
     def whole(self, result: Result) -> Json:
-        """The answer as one object."""
+        """Return the answer as one object."""
 
     def first(self) -> list[Json]:
-        """Chunks before the text."""
+        """Return the chunks before the text."""
         return []
 
     @abstractmethod
     def piece(self, text: str) -> Json:
-        """A chunk of text."""
+        """Return a chunk of text."""
 
     @abstractmethod
     def last(self, result: Result) -> Json:
-        """The chunk with the reason why the text ends, and what became of the cache."""
+        """Return the chunk with the finish reason and the facts about the cache."""
 
     def usage(self, result: Result) -> Json:
         return self._chunk([]) | {"usage": result.usage.model_dump()}
@@ -129,5 +129,5 @@ class CompletionForm(Form):
 
 
 def event(data: Json | str) -> str:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return f"data: {data if isinstance(data, str) else json.dumps(data, separators=(',', ':'))}\n\n"

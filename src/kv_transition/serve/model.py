@@ -1,4 +1,4 @@
-"""Answering requests with the very code that a cell runs, several at once."""
+"""Answer requests with the code of the cells, several at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Served:
-    """A model, and the prompts that it remembers."""
+    """A model, and the prompts whose prefills it holds."""
 
     name: str
     engine: LocalEngine
@@ -105,7 +105,7 @@ class Served:
         )
 
     def kv(self, reply: Reply) -> KV:
-        """What became of the cache of an answer that has ended."""
+        """Return the facts about the cache of a finished answer."""
         asked, got = reply.asked, reply.going.answer
         return KV(
             policy=asked.kind,

@@ -1,4 +1,4 @@
-"""Prompts that the model has read, kept in memory while there is room, so that it reads each of them once."""
+"""Prefills that are held in memory while there is space, so that each prompt is read once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Held:
-    """A prompt's reading, with the statistics that it was read with."""
+    """A stored prefill, with the statistics that it was read with."""
 
     prefill: Prefill
     """both of its states are the one after the last segment"""
@@ -26,10 +26,10 @@ class Held:
 
 
 class Prefills:
-    """States after a context and after a whole prompt, the least recently used of which go first.
+    """States after a context and after a whole prompt; the least recently used ones are dropped first.
 
-    Two prompts with the same context share its reading; the segments are read one after the other, exactly as
-    `LocalEngine.prefill` does. Not for several threads at a time.
+    Two prompts with the same context share its prefill; the segments are read one after the other, exactly as in
+    `LocalEngine.prefill`. Not thread-safe.
     """
 
     def __init__(self, engine: LocalEngine, max_bytes: int, statistics: frozenset[str] = frozenset()):
@@ -43,7 +43,9 @@ class Prefills:
         return len(self._held)
 
     def after_context(self, context: Sequence[int], statistics: frozenset[str], room: int = 0) -> tuple[Prefill, int]:
-        """The context alone, and how many of its tokens had been read already. room: for the question's tokens."""
+        """Return the state after the context, and how many of its tokens had been read already. room: for the
+        question.
+        """
         key = (tuple(context),)
         there = len(context) if self._has(key, statistics) else 0
         return self._get(key, None, statistics, room).prefill, there
@@ -51,7 +53,7 @@ class Prefills:
     def after_prompt(
         self, context: Sequence[int], question: Sequence[int], statistics: frozenset[str]
     ) -> tuple[Prefill, int]:
-        """The whole prompt, and how many of its tokens had been read already. The context may be empty."""
+        """Return the state after the prompt, and how many of its tokens had been read. The context may be empty."""
         key = (tuple(context), tuple(question))
         if self._has(key, statistics):
             return self._get(key, None, statistics).prefill, len(context) + len(question)
@@ -62,7 +64,7 @@ class Prefills:
         return self._get(key, before, statistics).prefill, there
 
     def clear(self) -> bool:
-        """Forget all; whether there was anything."""
+        """Drop everything; return whether there was anything."""
         had = bool(self._held)
         self._held.clear()
         self.nbytes = 0

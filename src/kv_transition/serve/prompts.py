@@ -1,4 +1,4 @@
-"""The token ids of a request's prompt, in two segments as the rest of the project has them."""
+"""The token ids of a request's prompt, in two segments as in the rest of the project."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BOUNDARY = "\ue000\ue0fe\ue000"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Context and question, each tokenized by itself; without a place named, the question is the last token."""
+    """Context and question, each tokenized separately; without a named boundary, the question is the last token."""
 
     context: list[int]
     question: list[int]
@@ -66,7 +66,7 @@ def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest, max
 
 
 def _of_chat(tokenizer: Any, request: ChatRequest, max_length: int) -> Prompt:
-    """The messages in the tokenizer's chat template, followed by the start of an answer."""
+    """Return the messages in the tokenizer's chat template, followed by the start of an answer."""
     if not tokenizer.chat_template:
         raise _bad("messages", "the model's tokenizer has no chat template; use /v1/completions")
     texts = [message.text for message in request.messages]

@@ -1,4 +1,4 @@
-"""What a request is told when it gets no answer, in the form of OpenAI's API."""
+"""Error responses in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ErrorBody(BaseModel):
 
 
 class RefusalError(Exception):
-    """A request that is not answered. param: the field that is wrong. code: what a program can tell it by."""
+    """A refused request. param: the field that is wrong. code: an identifier for programs."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
@@ -52,7 +52,7 @@ class RefusalError(Exception):
 
 
 def refusal_of(error: Exception) -> RefusalError:
-    """What an exception means to the client; a bug's traceback goes to the log and not over the wire."""
+    """Return the error response for an exception; the traceback of a bug goes to the log, not to the client."""
     if isinstance(error, RefusalError):
         return error
     if isinstance(error, UserError):
@@ -62,7 +62,7 @@ def refusal_of(error: Exception) -> RefusalError:
 
 
 def install(app: FastAPI) -> None:
-    """Let every failure of an app have this form."""
+    """Give every failure of an app this form."""
 
     @app.exception_handler(RefusalError)
     @app.exception_handler(UserError)
@@ -81,7 +81,7 @@ def install(app: FastAPI) -> None:
 
 
 def _first(error: RequestValidationError) -> RefusalError:
-    """The first thing that is wrong with a body, and where."""
+    """Return the first error in a body, and its place."""
     errors = error.errors()
     if errors[0]["type"] == "json_invalid":
         return RefusalError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {errors[0]['ctx']['error']}")

@@ -1,4 +1,4 @@
-"""Requests and answers of the API as typed models; what they say is what /openapi.json says."""
+"""Requests and answers of the API as typed models, which define /openapi.json."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Usage(BaseModel):
 
 
 class KV(BaseModel):
-    """What became of the cache. Entries per KV head (mean over evictable layers), bytes, seconds."""
+    """Facts about the cache: entries per KV head (mean over evictable layers), bytes, seconds."""
 
     policy: str
     hyper_parameters: dict[str, Any]

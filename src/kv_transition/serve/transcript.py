@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens come."""
+"""The text of an answer while its tokens arrive."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _UNFINISHED = "\ufffd"
 
 
 class Transcript:
-    """Turns tokens into text, says what can be said of it so far, and sees where a stop sequence ends it.
+    """Turns tokens into text as they arrive, and detects stop sequences.
 
-    What may still become part of a character or of a stop sequence is held back. The text up to the end is the
+    Text that may become part of a character or of a stop sequence is held back. The text up to the end is the
     tokenizer's text of all tokens, cut before the first stop sequence.
     """
 
@@ -23,7 +23,7 @@ class Transcript:
         self.text = ""
 
     def hear(self, tokens: Sequence[int]) -> str:
-        """What can be said now, after all these ``tokens``."""
+        """Return the text that can be sent now, after all these ``tokens``."""
         self.text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         found = [at for stop in self._stops if (at := self.text.find(stop)) >= 0]
         if found:
@@ -33,7 +33,7 @@ class Transcript:
         return self._say(sayable)
 
     def rest(self) -> str:
-        """What was held back, at the end."""
+        """Return the text that was held back, at the end."""
         return self._say(self.text)
 
     def _without_open_end(self) -> str:

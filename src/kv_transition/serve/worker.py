@@ -1,4 +1,4 @@
-"""The one thread that uses the model: requests wait for it in a short line, and answers are decoded together."""
+"""The one thread that uses the model: requests wait for it in a short queue, and answers are decoded together."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Worker(Generic[T]):
 
     @property
     def ended(self) -> bool:
-        """Whether the model is at rest, after `stop`."""
+        """Whether the thread has ended, after `stop`."""
         return not self._thread.is_alive()
 
     def interrupted(self) -> bool:
@@ -112,7 +112,7 @@ class Worker(Generic[T]):
             self._changed.notify()
 
     def withdraw(self, job: Job[T]) -> None:
-        """Nobody waits for this job any more, wherever it stands."""
+        """Cancel this job, whatever its state."""
         job.cancelled = True
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(job)

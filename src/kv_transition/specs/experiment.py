@@ -1,4 +1,4 @@
-"""The experiment as a whole: what is refused before any job runs, which statistics are read, the resolved file."""
+"""Checks of the whole experiment, the statistics that it reads, and the resolved configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def check(settings: Settings) -> None:
-    """Check what no single key shows. Raises UserError where keys contradict each other or name what is not there."""
+    """Check combinations of keys. Raises UserError if keys contradict each other or name something that does not
+    exist.
+    """
     for name in settings.kv.policies:
         kind, _ = resolve(settings, name)
         if (name == FULL) != (kind == FULL):
@@ -32,7 +34,7 @@ def check(settings: Settings) -> None:
 
 
 def statistics(settings: Settings) -> list[str]:
-    """The attention statistics that some cell of the experiment reads, sorted."""
+    """Return the attention statistics that some cell of the experiment reads, sorted."""
     if settings.engine.kind == "openai":
         return []
     policies = [catalog.resolve(name, options) for name, options in settings.kv.policies.items()]
@@ -43,7 +45,7 @@ def statistics(settings: Settings) -> list[str]:
 
 
 def resolved(settings: Settings) -> dict[str, Any]:
-    """The whole experiment with every default filled in, as the report and the exports show it."""
+    """Return the whole experiment with every default filled in, as report and exports show it."""
     return settings.model_dump(mode="json")
 
 
@@ -75,7 +77,7 @@ def _check_output(folder: str) -> None:
 
 
 def _check_recall(settings: Settings, name: str) -> None:
-    """What decides an entropy_recall's moments is given once, and a control names what it is held against."""
+    """Check that the moments of an entropy_recall are defined once, and that a control names its reference."""
     own = recall_of(settings, name)
     given = [key for key in ("tau", "tau_quantile") if own[key] is not None]
     if own["moments"] == "entropy" and len(given) != 1:

@@ -1,4 +1,4 @@
-"""The model as the jobs are told of it, and the content of what it and the data are read from."""
+"""The spec of the model, and digests of the files of model and data."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def model(settings: Settings) -> dict[str, Any]:
 
 @cache
 def content(path: str) -> str:
-    """Digest of a local file or folder."""
+    """Return the digest of a local file or folder."""
     return content_digest(path)
 
 
 @cache
 def tokenizer_content(name: str) -> str | None:
-    """Of a local model's folder without its weights; None for a hub id, whose revision says it."""
+    """Return the digest of a local model's folder without its weights; None for a hub id, which has a revision."""
     if gguf.is_gguf(name):
         return gguf.content_sha256(name)
     return content_digest(name, (".json", ".model", ".jinja")) if Path(name).is_dir() else None
@@ -41,7 +41,7 @@ def tokenizer_content(name: str) -> str | None:
 
 @cache
 def _fingerprint(name: str, revision: str | None) -> str:
-    """What tells one model from another: a hub id and its revision, or the contents of a folder or GGUF file."""
+    """Return what identifies a model: a hub id and its revision, or the content of a folder or GGUF file."""
     if gguf.is_gguf(name):
         return gguf.content_sha256(name)[:16]
     if not Path(name).is_dir():

@@ -1,4 +1,4 @@
-"""The policies of an experiment: what each one is, which budgets it has, which statistics it reads."""
+"""The policies of an experiment: kind, hyper-parameters, budgets and endpoints of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECALL = "entropy_recall"
 
 
 def resolve(settings: Settings, policy: str) -> tuple[str, dict[str, Any]]:
-    """Kind and hyper-parameters of a policy; those of a kind that only its endpoint knows as they are given."""
+    """Return kind and hyper-parameters of a policy; those of a kind of the endpoint's own are returned as given."""
     options = settings.kv.policies[policy]
     if endpoints_own(settings, policy):
         return options.get("kind", policy), {key: value for key, value in options.items() if key != "kind"}
@@ -24,17 +24,17 @@ def resolve(settings: Settings, policy: str) -> tuple[str, dict[str, Any]]:
 
 
 def endpoints_own(settings: Settings, policy: str) -> bool:
-    """Whether a policy is one of the endpoint's, which this project knows by name only."""
+    """Return whether a policy is one of the endpoint's, which this project knows by name only."""
     declared = settings.engine.kind == "openai" and not settings.engine.serves
     kind = settings.kv.policies[policy].get("kind", policy)
     return declared and isinstance(kind, str) and kind not in catalog.kinds()
 
 
 def endpoint(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
-    """``base_url``, ``model`` and ``extra_body`` of what stands for a (policy, budget).
+    """Return ``base_url``, ``model`` and ``extra_body`` of the endpoint for a (policy, budget).
 
-    Raises UserError if nothing does: the full cache, and a server that takes the policy with the request, stand at the
-    engine's own address; every other needs an entry.
+    The full cache, and a server that takes the policy with the request, use the engine's own address; every other pair
+    needs an entry. Raises UserError if it has none.
     """
     engine = settings.engine
     key = next((key for key in (f"{policy}@{budget}", policy) if key in engine.endpoints), None)
@@ -52,7 +52,7 @@ def endpoint(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
 
 
 def recall_of(settings: Settings, policy: str | None) -> dict[str, Any] | None:
-    """The hyper-parameters of an entropy_recall; None of any other policy."""
+    """Return the hyper-parameters of an entropy_recall; None for any other policy."""
     if policy not in settings.kv.policies:
         return None
     kind, hyper_parameters = resolve(settings, policy)

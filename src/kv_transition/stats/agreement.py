@@ -1,4 +1,4 @@
-"""Do two raters agree? Cohen's kappa of yes-or-no verdicts, with conversations as clusters."""
+"""Agreement of two raters: Cohen's kappa of yes-or-no verdicts, with conversations as clusters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ UNDEFINED = "not defined: one of the two never changes its verdict"
 
 
 def counts(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """How often both said yes, the first alone, the second alone, neither: [clusters, 4] from verdicts [n] 0 or 1."""
+    """Return how often both said yes, only the first, only the second, neither: [clusters, 4] from verdicts [n] 0 or
+    1.
+    """
     _, codes = np.unique(clusters, return_inverse=True)
     kind = 2 * (1 - first.astype(int)) + (1 - second.astype(int))
     size = int(codes.max(initial=-1)) + 1
@@ -23,7 +25,7 @@ def counts(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> np.nd
 
 
 def kappa(first: np.ndarray, second: np.ndarray, clusters: np.ndarray, confidence: float) -> dict[str, Any]:
-    """Cohen's kappa (1960) as the columns of a table; null where a rater always says the same.
+    """Return Cohen's kappa (1960) as the columns of a table; null if a rater always says the same.
 
     The bounds are kappa -+ t standard errors after one verdict of each of the four kinds, each a cluster of its own, is
     added: without them perfect agreement would be certain. The standard error is that of the linearised kappa (Fleiss,
@@ -42,7 +44,7 @@ def kappa(first: np.ndarray, second: np.ndarray, clusters: np.ndarray, confidenc
 
 
 def linearised(table: np.ndarray) -> tuple[float, float]:
-    """Kappa and its standard error from the counts of each cluster [clusters, 4]."""
+    """Return kappa and its standard error from the counts of each cluster [clusters, 4]."""
     n, clusters = table.sum(), len(table)
     p = table.sum(axis=0).reshape(2, 2) / n
     rows, columns = p.sum(axis=1), p.sum(axis=0)

@@ -1,7 +1,7 @@
-"""Examples that share a document say less than as many independent ones: cluster sums, and bootstraps of clusters.
+"""Estimates from clusters (examples that share a document): cluster sums, and the cluster bootstrap.
 
-Everything that is estimated from clusters is estimated from sums over each cluster: they are independent where the
-examples within one are not (Liang and Zeger 1986). With one example a cluster all of it is the usual formula.
+Every estimate uses sums over clusters, which are independent where the examples within a cluster are not (Liang and
+Zeger 1986). With one example per cluster these are the usual formulas.
 """
 
 from __future__ import annotations
@@ -33,30 +33,31 @@ class Moments:
 
     @property
     def spread(self) -> np.ndarray:
-        """sum (S_c - n_c mean)^2: with one example a cluster, the sum of squared deviations."""
+        """Return sum (S_c - n_c mean)^2: with one example per cluster, the sum of squared deviations."""
         mean = self.mean
         return np.maximum(self.squares - 2 * mean * self.cross + mean**2 * self.sizes, 0)
 
     @property
     def effective(self) -> np.ndarray:
-        """How many clusters of equal size are worth as much as these (Kish 1965): n^2 / sum n_c^2."""
+        """Return the effective number of clusters (Kish 1965): n^2 / sum n_c^2."""
         return divide(np.square(self.n, dtype=float), self.sizes)
 
     @property
     def single(self) -> np.ndarray:
-        """Whether every example stands alone."""
+        """Whether every example is a cluster of its own."""
         return np.asarray(self.sizes) <= np.asarray(self.n)
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b, NaN where b is 0."""
+    """Return a / b, NaN where b is 0."""
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=np.asarray(b) != 0)
 
 
 def sums(values: np.ndarray, clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Examples and sum of the values ``[cells, n]`` in each cluster: two arrays [cells, clusters], 0 where empty.
+    """Return the number of examples and the sum of ``values [cells, n]`` in each cluster: two arrays [cells, clusters].
 
-    ``clusters``: codes 0, 1, ... of the same shape, or None where every example stands alone. NaN values are left out.
+    ``clusters``: codes 0, 1, ... of the same shape, or None if every example is a cluster of its own. NaN values are
+    left out.
     """
     present = ~np.isnan(values)
     if clusters is None:
@@ -71,7 +72,7 @@ def sums(values: np.ndarray, clusters: np.ndarray | None) -> tuple[np.ndarray, n
 
 
 def moments(values: np.ndarray, clusters: np.ndarray | None = None) -> Moments:
-    """Moments [cells] of values [cells, n]; NaN is left out."""
+    """Return the moments [cells] of values [cells, n]; NaN is left out."""
     count, total = sums(values, clusters)
     return Moments(
         count.sum(axis=1).astype(int),
@@ -83,15 +84,15 @@ def moments(values: np.ndarray, clusters: np.ndarray | None = None) -> Moments:
 
 
 def number(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
-    """How many clusters [cells] have a value at all."""
+    """Return the number of clusters [cells] with a value."""
     return (sums(values, clusters)[0] > 0).sum(axis=1)
 
 
 def resample_sums(columns: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Column sums ``[samples + 1, k]`` of the rows ``[clusters, k]`` drawn with replacement; the first: of all rows.
+    """Return column sums ``[samples + 1, k]`` of rows ``[clusters, k]`` drawn with replacement; the first: of all rows.
 
     The cluster bootstrap (Davison and Hinkley 1997, 3.8): a drawn cluster brings all of its examples. The draws depend
-    on seed and number of rows alone, so that columns of one call are resampled together and calls can be compared.
+    only on seed and number of rows, so that columns of one call are resampled together and calls can be compared.
     """
     rows, k = columns.shape
     rng = np.random.Generator(np.random.SFC64(seed))

@@ -1,4 +1,4 @@
-"""From scored answers to one row per example: the unit of every estimate, test and resample."""
+"""From scored answers to one row per example, the unit of every estimate, test and resample."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Statistics:
 
 
 def is_full() -> pl.Expr:
-    """Rows of the full cache itself."""
+    """Return an expression for rows of the full cache itself."""
     return pl.col("policy").eq(FULL["policy"]) & pl.col("budget").eq(FULL["budget"])
 
 
 def example_values(scores: pa.Table) -> pl.DataFrame:
-    """One row per cell and example: columns of the scores as means over the repeats.
+    """Return one row per cell and example: columns of the scores as means over the repeats.
 
-    Beside them ``failed`` (share of the repeats that failed), ``footprint`` (bytes of the cache over those of the full
-    one), ``alone`` (timings mean something), ``score_var`` and ``repeats`` (variance of the score over repeats), and
-    ``cluster``: the document that examples share, from the optional column of the scores, else the example itself.
+    Further columns: ``failed`` (share of the repeats that failed), ``footprint`` (bytes of the cache over those of the
+    full one), ``alone`` (timings are meaningful), ``score_var`` and ``repeats`` (variance of the score over repeats),
+    and ``cluster``: the document that examples share, from the optional column of the scores, else the example itself.
 
     Raises UserError if there is no row, a cell has one example twice in the same repeat, or a score is not in [0, 1].
     """
@@ -103,13 +103,13 @@ def on_both(frame: pl.DataFrame, reference: pl.DataFrame, on: list[str], suffix:
 
 
 def by_cell(frame: pl.DataFrame, key: list[str]) -> pl.DataFrame:
-    """One row per ``key`` with every other column as a list; clusters as codes 0, 1, ... within the cell."""
+    """Return one row per ``key`` with every other column as a list; clusters as codes 0, 1, ... within the cell."""
     codes = pl.col("cluster").rank("dense").over(key).cast(pl.Float64) - 1
     return frame.with_columns(cluster=codes).group_by(key, maintain_order=True).agg(pl.all().exclude(key))
 
 
 def padded(lists: pl.Series) -> np.ndarray:
-    """A column of lists as ``[rows, longest]`` with NaN for nulls and behind the end of shorter lists."""
+    """Return a column of lists as ``[rows, longest]`` with NaN for nulls and behind the end of shorter lists."""
     lengths = lists.list.len().to_numpy()
     out = np.full((len(lists), int(lengths.max()) if len(lengths) else 0), np.nan)
     filled = np.arange(out.shape[1]) < lengths[:, None]
@@ -118,6 +118,6 @@ def padded(lists: pl.Series) -> np.ndarray:
 
 
 def inherited(path: str) -> dict[str, str]:
-    """The metadata of an input file that its results carry on: all but what is written anew."""
+    """Return the metadata of an input file that its results keep: all except what is written anew."""
     anew = {"git_commit", "package_versions", "timestamp"}
     return {k: v for k, v in read_metadata(path).items() if k not in anew}

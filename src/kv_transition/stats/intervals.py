@@ -1,4 +1,4 @@
-"""Confidence intervals that stay honest at n = 5 to 20, vectorised over cells.
+"""Confidence intervals with good coverage at n = 5 to 20, vectorised over cells.
 
 Every function takes ``values [cells, n]`` with NaN where an example is missing, optionally the codes ``clusters`` of
 the same shape where examples share documents, and returns an `Interval` with one entry a cell. A bound that the data
@@ -47,7 +47,7 @@ class Interval:
     clusters: np.ndarray | None = None
 
     def row(self, i: int) -> dict[str, float | int | str | None]:
-        """One cell as the columns of a table; NaN becomes None."""
+        """Return one cell as the columns of a table; NaN becomes None."""
         return {
             "estimate": finite(self.estimate[i]),
             "ci_low": finite(self.low[i]),
@@ -59,12 +59,12 @@ class Interval:
 
 
 def finite(value: float) -> float | None:
-    """NaN and infinity as None."""
+    """Return None for NaN and infinity."""
     return float(value) if np.isfinite(value) else None
 
 
 def _named(name: str | np.ndarray, of: Moments) -> np.ndarray:
-    """The method's name [cells], which says where clusters were taken into account."""
+    """Return the method's name [cells], which says if clusters were used."""
     named = np.broadcast_to(np.asarray(name, dtype=object), of.single.shape)
     return np.where(of.single, named, named + CLUSTERED)
 
@@ -75,13 +75,13 @@ def bounded_mean(
     bounds: tuple[float, float] = (0.0, 1.0),
     clusters: np.ndarray | None = None,
 ) -> Interval:
-    """The mean of scores in ``bounds``: rates, F1, and paired differences (``bounds=(-1, 1)``).
+    """Return the mean of scores in ``bounds``: rates, F1, and paired differences (``bounds=(-1, 1)``).
 
     A score in [0, 1] with mean m has at most the variance m(1 - m) of a coin. phi is the share of it that the sample
-    shows (mixed with `PRIOR_OBSERVATIONS` at the maximum), so n / phi is the number of coin flips that would tell as
-    much; Wilson's interval is taken at that n, shrunk by (z / t)^2 because phi is estimated (Korn and Graubard 1998;
-    Franco et al. 2019, who do so for surveys). Data of only 0 and 1 have phi = 1: plain Wilson. With clusters, phi is
-    the variance between them over that of a coin, above 1 where examples of one document are alike.
+    shows (mixed with `PRIOR_OBSERVATIONS` at the maximum), so n / phi is the equivalent number of coin flips; Wilson's
+    interval is taken at that n, shrunk by (z / t)^2 because phi is estimated (Korn and Graubard 1998; Franco et al.
+    2019, who do so for surveys). Data of only 0 and 1 have phi = 1: plain Wilson. With clusters, phi is the variance
+    between them over that of a coin, above 1 if examples of one document are alike.
 
     Raises ValueError for a value outside of ``bounds``.
     """
@@ -95,7 +95,7 @@ def bounded_mean(
 
 
 def _unit(values: np.ndarray, bounds: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """The values moved to [0, 1], and which cells [cells] hold nothing but 0 and 1."""
+    """Return the values moved to [0, 1], and which cells [cells] have only 0 and 1."""
     low, high = bounds
     unit = (values - low) / (high - low)
     if np.nanmin(unit, initial=0) < -1e-12 or np.nanmax(unit, initial=1) > 1 + 1e-12:
@@ -140,10 +140,10 @@ def bounded_mean_from_moments(of: Moments, coin: np.ndarray, confidence: float) 
 def bounded_std(
     values: np.ndarray, confidence: float, clusters: np.ndarray | None = None, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """The standard deviation (divisor n - 1) of scores in [0, 1].
+    """Return the standard deviation (divisor n - 1) of scores in [0, 1].
 
     For 0/1 data it is a function of the rate, and its bounds follow from Wilson's. Otherwise the Bayesian bootstrap
-    (Rubin 1981) with half an observation at 0 and half at 1, which stand for the rare zero that a small sample does
+    (Rubin 1981) with half an observation at 0 and half at 1, which represent the rare values that a small sample does
     not show; weights are drawn for whole clusters. No such standard deviation exceeds 1/2.
     """
     rate = bounded_mean(values, confidence, clusters=clusters)
@@ -183,10 +183,10 @@ def _bayesian_std(
 
 
 def mean(values: np.ndarray, confidence: float, clusters: np.ndarray | None = None) -> Interval:
-    """The mean of an unbounded measurement (bytes, entries): Student's t; no bounds from one value alone.
+    """Return the mean of an unbounded measurement (bytes, entries): Student's t; no bounds from one value.
 
-    With clusters: the cluster-robust variance with C - 1 degrees of freedom, as statsmodels has it for a regression on
-    a constant.
+    With clusters: the cluster-robust variance with C - 1 degrees of freedom, as in statsmodels' regression on a
+    constant.
     """
     of, count = moments(values, clusters), number(values, clusters)
     # Around the mean, not around 0: bytes are large, and their differences small.
@@ -199,7 +199,9 @@ def mean(values: np.ndarray, confidence: float, clusters: np.ndarray | None = No
 
 
 def geometric_mean(logs: np.ndarray, confidence: float, clusters: np.ndarray | None = None) -> Interval:
-    """The geometric mean of positive ratios from their logarithms ``[cells, n]``: Student's t on the logarithms."""
+    """Return the geometric mean of positive ratios from their logarithms ``[cells, n]``: Student's t on the
+    logarithms.
+    """
     found = mean(logs, confidence, clusters)
     method = np.array([str(m).replace(STUDENT, f"{STUDENT} of the log ratio") for m in found.method], dtype=object)
     return Interval(np.exp(found.estimate), np.exp(found.low), np.exp(found.high), found.n, method, found.clusters)
@@ -207,7 +209,7 @@ def geometric_mean(logs: np.ndarray, confidence: float, clusters: np.ndarray | N
 
 @lru_cache(maxsize=4096)
 def _ranks(n: int, q: float, confidence: float) -> tuple[int | None, int | None]:
-    """Ranks (from 0) of the order statistics that enclose the ``q`` quantile; None where n is too small for one."""
+    """Return the ranks (from 0) of the order statistics around the ``q`` quantile; None if n is too small for one."""
     interval = stats.quantile_test(np.arange(n), p=q).confidence_interval(confidence)
     return tuple(None if np.isnan(end) else int(end) for end in (interval.low, interval.high))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 
 def holm(p: np.ndarray, tests: np.ndarray) -> np.ndarray:
-    """Adjusted p-values of ``p [families, tests]``; only the ``tests`` [families] smallest of each row are counted."""
+    """Return adjusted p-values of ``p [families, tests]``; only the ``tests`` [families] smallest of each row count."""
     order = np.argsort(p, axis=1)
     factors = np.maximum(tests[:, None] - np.arange(p.shape[1]), 1)
     stepped = np.maximum.accumulate(np.take_along_axis(p, order, axis=1) * factors, axis=1)

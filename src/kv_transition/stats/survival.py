@@ -1,4 +1,4 @@
-"""Survival curves of conversations: how many have not failed by a turn, where some end before they fail."""
+"""Survival curves of conversations: the share without a failure by a turn, with censoring."""
 
 from __future__ import annotations
 

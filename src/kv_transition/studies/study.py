@@ -1,4 +1,4 @@
-"""What the rest of the project knows of a study without knowing which one: its commands, checks, rules and jobs."""
+"""The interface of a study: what the command line, the checks, the plan and the rules need from it."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Work:
 
 
 def rows_in(path: str) -> int | None:
-    """Return how many rows a Parquet file has; None if it is not there."""
+    """Return how many rows a Parquet file has; None if it does not exist."""
     if not Path(path).is_file():
         return None
     import pyarrow.parquet as pq

@@ -1,6 +1,6 @@
-"""A process that holds a model (or imports) and carries out jobs for those that would else load it themselves.
+"""The warm worker: a process that holds a model (or imported modules) and runs jobs that need it.
 
-`client` hands a job over, `server` takes it, `frames` is what passes between them, `place` where they meet, `key` which
-worker serves a job. A job needs none of it: without a worker it is carried out where it was started. Everything that a
-client imports is of the standard library, since starting up is all that it costs.
+`client` sends a job, `server` receives it, `frames` is the protocol, `place` the folder where they meet, and `key` says
+which worker serves a job. No job needs a worker: without one it runs in its own process. The client imports only the
+standard library, because its start-up time is its whole cost.
 """

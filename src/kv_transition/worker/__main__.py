@@ -1,4 +1,4 @@
-"""Carry out a job: by a warm worker, else here, as `python -m MODULE ARGUMENTS` would.
+"""Run a job in a warm worker, or else in this process, as `python -m MODULE ARGUMENTS` would.
 
 python -m kv_transition.worker MODULE ARGUMENTS
 """
@@ -13,7 +13,7 @@ from kv_transition.worker import client, key
 
 
 def main() -> None:
-    """Run the job that the command line names; the exit status is the job's."""
+    """Run the job of the command line and return its exit status."""
     if len(sys.argv) < 2:
         sys.exit("name the module of a job and its arguments: python -m kv_transition.worker MODULE ARGUMENTS")
     module, *arguments = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""The light half of a job: find its worker or start one, hand the job over, wait, take over its exit status."""
+"""The client: find or start the worker of a job, send the job, wait, and return its exit status."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _GRACE_S = 10.0
 
 
 class _EndedError(Exception):
-    """The worker is gone. begun: the job had begun."""
+    """The worker has ended. begun: it had started the job."""
 
     def __init__(self, begun: bool):
         self.begun = begun
 
 
 def call(function: str, arguments: dict[str, Any], imports: Sequence[str]) -> int | None:
-    """Call ``module:function`` with keywords (JSON values) in a worker that has ``imports`` imported, else here.
+    """Call ``module:function`` with keywords (JSON values) in a worker that has ``imports`` imported, or else here.
 
-    What it prints comes out here. Returns the exit status, None if this process has no memory left for it. Raises
-    UserError if KVT_WORKER is neither auto nor never.
+    Its output appears here. Returns the exit status; None if this process has no memory left for it. Raises UserError
+    if KVT_WORKER is neither auto nor never.
     """
     job = {"call": function, "arguments": arguments}
     status = carry_out(job, of_imports(imports))
@@ -46,7 +46,7 @@ def call(function: str, arguments: dict[str, Any], imports: Sequence[str]) -> in
 
 
 def workers_wanted() -> bool:
-    """Return whether jobs are to be handed over. Raises UserError if KVT_WORKER is neither auto nor never."""
+    """Return whether jobs are sent to workers. Raises UserError if KVT_WORKER is neither auto nor never."""
     wanted = os.environ.get(VARIABLE) or "auto"
     if wanted not in ("auto", "never"):
         raise UserError(f"{VARIABLE}: {wanted!r} is not allowed; set it to auto or never")
@@ -54,7 +54,7 @@ def workers_wanted() -> bool:
 
 
 def carry_out(job: dict[str, Any], worker: Worker | None) -> int | None:
-    """Return the exit status of a job that a worker has carried out; None: it is to be carried out here.
+    """Return the exit status of a job that a worker has run; None: the job must run in this process.
 
     Raises UserError if KVT_WORKER is neither auto nor never.
     """
@@ -99,7 +99,7 @@ def _handed_over(message: dict[str, Any], place: Place, worker: Worker) -> int |
 
 
 def _status(answer: dict[str, Any]) -> int | None:
-    """The exit status that a worker's last word on a job means; None: carry it out here."""
+    """Return the exit status that the last message of a worker means; None: run the job in this process."""
     if answer["state"] == frames.DONE:
         print(answer["report"], file=sys.stderr)
         return int(answer["status"])
@@ -110,7 +110,7 @@ def _status(answer: dict[str, Any]) -> int | None:
 
 
 def _wait_for_the_end(connection: socket.socket) -> None:
-    """Let the worker know that nobody waits any more, and wait until the job has ended."""
+    """Tell the worker that the job is no longer wanted, and wait until it has ended."""
     with suppress(OSError, ValueError, KeyboardInterrupt):
         connection.shutdown(socket.SHUT_WR)
         connection.settimeout(_GRACE_S)
@@ -119,7 +119,7 @@ def _wait_for_the_end(connection: socket.socket) -> None:
 
 
 class _Interruptible:
-    """SIGTERM is as good as Ctrl-C."""
+    """Treats SIGTERM like Ctrl-C."""
 
     def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -129,7 +129,7 @@ class _Interruptible:
 
 
 def _connection(place: Place, worker: Worker) -> socket.socket:
-    """Connected to the worker, which is started if it is not there. Raises OSError where that fails."""
+    """Return a connection to the worker, which is started if needed. Raises OSError if that fails."""
     with suppress(FileNotFoundError, ConnectionRefusedError):
         return _connected(place)
     with place.locked():
@@ -158,7 +158,7 @@ def _connected(place: Place) -> socket.socket:
 
 
 def _start(place: Place, worker: Worker) -> None:
-    """Start the worker's process. It is given a socket that listens already, so that nobody has to wait for it."""
+    """Start the worker's process with a socket that already listens, so that clients need not wait for it."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(place.socket))
         os.chmod(place.socket, 0o600)

@@ -1,8 +1,8 @@
-"""Jobs as forked copies of this process: what it holds is theirs at once, and what becomes of them is theirs alone.
+"""Jobs as forked copies of the worker: each copy starts with the loaded model and fails alone.
 
-A copy begins with what the worker held before any job, so each finds what a process of its own would have loaded, the
-state of every random generator included. Its processor time and its memory are its own, and the weights stand in memory
-once for all of them. It cannot be done with CUDA, which does not survive a fork.
+A copy starts in the worker's state before its first job, including the state of every random generator, as a process of
+its own would. It has its own processor time and memory, while the weights are in memory once. CUDA does not survive a
+fork, so this works on a CPU only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Job:
 
 
 class Forked:
-    """Any number of jobs at a time: how many, is for those who start them to say."""
+    """Runs any number of jobs at a time; the callers decide how many."""
 
     def __init__(self) -> None:
         self._jobs: dict[int, _Job] = {}
@@ -48,7 +48,7 @@ class Forked:
 
     @property
     def waiting(self) -> dict[int, Any]:
-        """The descriptors of all jobs, those of clients that have gone left out."""
+        """The descriptors of all jobs, except those whose client has gone."""
         fds: dict[int, Any] = {}
         for job in self._jobs.values():
             fds[job.ending] = job
@@ -57,7 +57,7 @@ class Forked:
         return fds
 
     def begin(self, connection: socket.socket, job: dict[str, Any], files: list[int]) -> None:
-        """Fork a process that carries the job out."""
+        """Fork a process that runs the job."""
         ending, end = os.pipe()
         try:
             frames.send(connection, {"state": frames.TAKEN, "pid": os.getpid()})
@@ -74,7 +74,7 @@ class Forked:
         self._jobs[pid] = _Job(pid, connection, ending, job.get("run"))
 
     def _carry_out(self, job: dict[str, Any], files: list[int], end: int, close: list[int]) -> None:
-        """What the forked process does; it never returns."""
+        """Run the job in the forked process; never returns."""
         status: int | None = 1
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -93,7 +93,7 @@ class Forked:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def attend(self, ready: list[int]) -> None:
-        """Answer for jobs that are over; end those that nobody waits for."""
+        """Report the jobs that have ended, and end those that nobody waits for."""
         for job in list(self._jobs.values()):
             if job.ending in ready:
                 self._over(job)
@@ -126,7 +126,7 @@ class Forked:
             frames.send(job.connection, answer)
 
     def stop(self) -> None:
-        """Kill every job. Files appear whole or not at all, so nothing is left of it."""
+        """Kill every job. Files are written atomically, so no partial file remains."""
         for job in list(self._jobs.values()):
             os.kill(job.pid, signal.SIGKILL)
             self._over(job)

@@ -1,4 +1,4 @@
-"""What client and worker say to each other: JSON values with their length in front. Nothing is ever unpickled."""
+"""The protocol of client and worker: JSON values with their length in front. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ client or its run is gone; never begun, nor will any other be"""
 
 
 def send(connection: socket.socket, value: dict[str, Any], files: Sequence[int] = ()) -> None:
-    """Send a value, with open files. Raises OSError if the other side is gone."""
+    """Send a value and open files. Raises OSError if the other side has closed the connection."""
     body = json.dumps(value).encode()
     head = _LENGTH.pack(len(body))
     if files:
@@ -29,9 +29,9 @@ def send(connection: socket.socket, value: dict[str, Any], files: Sequence[int] 
 
 
 def receive(connection: socket.socket, files: int = 0) -> tuple[dict[str, Any], list[int]] | None:
-    """Return the next value and up to ``files`` open files with it; None if the other side is gone.
+    """Return the next value and up to ``files`` open files with it; None if the connection is closed.
 
-    Raises ValueError if it is no value of this protocol.
+    Raises ValueError if the data are no value of this protocol.
     """
     head, fds = b"", []
     while len(head) < _LENGTH.size:

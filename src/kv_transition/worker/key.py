@@ -1,4 +1,4 @@
-"""Which worker serves a job: one whose code, interpreter, environment and model are those the job would load itself."""
+"""The key of a worker: a job is served by the worker with the same code, interpreter, environment and model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SUBMISSION = ("SLURM_JOB_ID", "SLURM_STEP_GPUS", "PBS_JOBID", "LSB_JOBID", "JOB
 
 @dataclass(frozen=True)
 class Worker:
-    """What a worker is to hold; ``name`` tells it from all others of this user on this machine."""
+    """What a worker holds; ``name`` is unique among the workers of this user on this machine."""
 
     name: str
     code: str
@@ -37,7 +37,7 @@ class Worker:
 
 
 def code_digest() -> str:
-    """Return a digest of every source file of the package: a worker holds modules that jobs did not ask for."""
+    """Return a digest of every source file of the package, since a worker may hold modules that a job does not name."""
     files = sorted(path for path in PACKAGE.rglob("*.py"))
     found = hashlib.sha256(str(PACKAGE).encode())
     for file in files:
@@ -83,7 +83,7 @@ def _worker(what: Mapping[str, Any], model: dict[str, Any] | None, imports: tupl
 
 
 def _namespace() -> str | None:
-    """What tells containers on one machine apart, whose numbers of processes mean different ones."""
+    """Return what distinguishes containers on one machine, which number their processes independently."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,4 +1,4 @@
-"""One job in this process, with the output, arguments, folder and environment of the process that asked for it."""
+"""Run one job in this process with the output, folder and environment of the client."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ INTERRUPTED = 130
 
 
 class SpentError(BaseException):
-    """The worker can carry out no further job; nothing that a job catches."""
+    """The worker cannot run another job. Jobs cannot catch it."""
 
 
 def perform(job: dict[str, Any]) -> int | None:
-    """Carry a job out and return its exit status, as the interpreter would have ended; None: it ran out of memory.
+    """Run a job and return its exit status as the interpreter would set it; None: it ran out of memory.
 
     job: ``module`` and ``arguments`` (a list: what follows ``python -m MODULE``), or ``call`` ("module:function") and
     ``arguments`` (keywords of the function).
@@ -52,7 +52,7 @@ def perform(job: dict[str, Any]) -> int | None:
 
 @contextmanager
 def as_of(client: dict[str, Any], output: int, error: int) -> Iterator[None]:
-    """This process's standard output and error, folder and environment are the client's, and then its own again."""
+    """Within the block, this process has the client's standard output and error, folder and environment."""
     kept = os.dup(1), os.dup(2)
     environment, folder, argv = dict(os.environ), os.getcwd(), sys.argv
     try:

@@ -1,4 +1,4 @@
-"""Where clients and workers meet: a folder on this machine that only its user can open."""
+"""The meeting place of clients and workers: a folder that only its user can open."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Place:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone in starting or ending this worker. The lock of a killed process is free again."""
+        """Hold the lock for starting or ending this worker. The lock of a killed process is released."""
         # never deleted: who waits for the lock of a deleted file would hold it beside someone else
         handle = os.open(self.folder / f"{self.name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
@@ -49,7 +49,7 @@ class Place:
 
 
 def place_of(name: str) -> Place | None:
-    """Return where a worker of this name is met; None where no folder is safe enough or its path is too long."""
+    """Return the place of the worker of this name; None if no folder is private enough or its path is too long."""
     for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
         if not parent:
             continue
@@ -60,7 +60,7 @@ def place_of(name: str) -> Place | None:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether the folder, made if need be, is this user's and nobody else can enter it."""
+    """Return whether the folder (created if needed) belongs to this user and nobody else can open it."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()  # a link that someone else has laid there is no folder

@@ -1,4 +1,4 @@
-"""Which run of the workflow a job belongs to, so that nothing outlives it: the process that Snakemake is."""
+"""The workflow run that a job belongs to, identified by Snakemake's process, so that workers end with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VARIABLE = "KVT_RUN"
 
 
 def current() -> str:
-    """Return the run that this process was started by; where there is none on this machine, it begins one."""
+    """Return the run that this process belongs to; without one on this machine, this process begins one."""
     given = os.environ.get(VARIABLE, "")
     return given if given and is_alive(given) else own()
 
@@ -22,7 +22,7 @@ def own() -> str:
 
 
 def is_alive(run: str) -> bool:
-    """Return whether the process of a run is still there; one of another machine counts as gone."""
+    """Return whether the process of a run still exists; a run of another machine counts as ended."""
     host, _, process = run.partition(":")
     pid, _, start = process.partition(":")
     if host != platform.node() or not pid.isdecimal():
@@ -41,8 +41,9 @@ def _exists(pid: int) -> bool:
 
 
 def _started(pid: int) -> str:
-    """Clock ticks from boot to the start of a process, which tell it from a later one of the same number; empty where
-    the system does not say, and ``gone`` for one that has ended."""
+    """Return the start time of a process in clock ticks since boot, which distinguishes it from a later process with
+    the same number; empty if the system does not report it, ``gone`` for a process that has ended.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Jobs one after the other in this very process: on a GPU, whose memory and context no copy of a process can have."""
+"""Jobs one after the other in the worker's own process: on a GPU, whose context cannot be forked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GROWTH = 2 * 2**30
 
 
 class Serial:
-    """One job at a time; the others wait in the socket's queue."""
+    """Runs one job at a time; the others wait in the socket's queue."""
 
     def __init__(self) -> None:
         self._modules = set(sys.modules)
@@ -33,7 +33,7 @@ class Serial:
         self.waiting: dict[int, Any] = {}
 
     def begin(self, connection: socket.socket, job: dict[str, Any], files: list[int]) -> None:
-        """Carry the job out. Raises SpentError where no other can follow it: out of memory, or grown too large."""
+        """Run the job. Raises SpentError if no other job can follow: memory ran out, or the process grew too large."""
         torch = sys.modules["torch"]
         refused = _refusals(torch)
         started = time.process_time()
@@ -68,13 +68,13 @@ class Serial:
         self._tidy(torch)
 
     def attend(self, ready: list[int]) -> None:
-        """Nothing is under way between two jobs."""
+        """Do nothing: no job is running between two jobs."""
 
     def stop(self) -> None:
-        """Nothing is under way between two jobs."""
+        """Do nothing: no job is running between two jobs."""
 
     def _tidy(self, torch: Any) -> None:
-        """Leave to the next job what the first one found."""
+        """Restore the state that the first job found."""
         importlib.import_module("kv_transition.engines.compiled").decoder_of.cache_clear()
         own = "kv_transition."
         for name in [name for name in sys.modules if name.startswith(own) and name not in self._modules]:
@@ -90,12 +90,12 @@ class Serial:
 
 
 def _refusals(torch: Any) -> int:
-    """How often the GPU had no memory left, also where the job has made a row of it."""
+    """Return how often the GPU had no memory left, including the cases that a job turned into a row."""
     return torch.cuda.memory_stats().get("num_ooms", 0) if torch.cuda.is_available() else 0
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not say."""
+    """Return the resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -105,7 +105,7 @@ def _resident() -> int:
 
 @contextmanager
 def _watched(connection: socket.socket, run: str | None) -> Iterator[None]:
-    """Interrupt the job if its client or its run goes; end the whole worker if that does not help."""
+    """Interrupt the job if its client or its run ends; end the whole worker if the job does not stop."""
     over = threading.Event()
 
     def gone() -> bool:

@@ -1,9 +1,9 @@
-"""The worker: loads once what its jobs have in common, then carries them out until none has come for a while.
+"""The worker process: load what its jobs share, then run them until none has come for a while.
 
     python -m kv_transition.worker.server LISTENING_SOCKET FOLDER WORKER
 
 It ends when no job has come for ``KVT_WORKER_IDLE_S`` seconds (30), when every run that it worked for is over, or on
-SIGTERM. Clients whose jobs it can no longer carry out carry them out themselves.
+SIGTERM. Clients whose jobs it cannot run any more run them themselves.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ _JOBS = (
 
 
 class Carrier(Protocol):
-    """How jobs are carried out."""
+    """The way in which jobs are run."""
 
     def begin(self, connection: socket.socket, job: dict[str, Any], files: list[int]) -> None:
-        """Begin a job, or carry it out; it says `frames.TAKEN` first."""
+        """Start or run a job, after sending `frames.TAKEN`."""
 
     @property
     def waiting(self) -> dict[int, Any]:
-        """File descriptors that tell of jobs under way."""
+        """File descriptors that signal events of running jobs."""
 
     def attend(self, ready: list[int]) -> None:
-        """See to the jobs whose descriptors have something to tell, and to those whose run is over."""
+        """Handle the jobs whose descriptors are ready, and those whose run is over."""
 
     def stop(self) -> None:
-        """End every job; its client carries it out again."""
+        """End every job; its client runs it again."""
 
 
 def main() -> None:
-    """Serve until there is nothing left to do."""
+    """Serve until the worker has no reason to stay."""
     number, folder, what = sys.argv[1:]
     known = json.loads(what)
     worker = Worker(**known | {"imports": tuple(known["imports"])})
@@ -87,7 +87,7 @@ def _terminated(*_: object) -> None:
 
 
 def _loaded(worker: Worker) -> Carrier:
-    """What carries out the jobs of a worker, with everything imported and loaded that they have in common."""
+    """Return the `Carrier` of a worker, after everything that its jobs share is imported and loaded."""
     from kv_transition.worker.forked import Forked
 
     if worker.model is None:
@@ -116,7 +116,7 @@ def _loaded(worker: Worker) -> Carrier:
 
 
 def _require_unchanged(worker: Worker) -> None:
-    """Nothing may have been edited between a client's look at the code and its import here."""
+    """Refuse to work if the code was edited after the client computed its digest."""
     if code_digest() != worker.code:
         raise RuntimeError("the code was edited meanwhile")
 
@@ -143,12 +143,12 @@ def _serve(listener: socket.socket, carrier: Carrier) -> None:
 
 
 def _are_over(for_runs: set[str]) -> bool:
-    """Whether nobody can come any more; a job that was started by hand belongs to no run that could be over."""
+    """Return whether all runs are over; a job that was started by hand belongs to no run and never counts as over."""
     return bool(for_runs) and "" not in for_runs and not any(map(runs.is_alive, for_runs))
 
 
 def _accept(listener: socket.socket, carrier: Carrier) -> str | None:
-    """Take a client's job on; the run that it belongs to ("" if to none), None if nothing came of it."""
+    """Accept a client's job. Return the run that it belongs to ("" without one), or None if the job was not started."""
     try:
         connection, _ = listener.accept()
     except BlockingIOError:
@@ -168,7 +168,7 @@ def _accept(listener: socket.socket, carrier: Carrier) -> str | None:
 
 
 def _refuse(listener: socket.socket, reason: str) -> None:
-    """Tell everyone who waits that there is nothing to be had."""
+    """Tell every waiting client that this worker cannot serve it."""
     listener.settimeout(_TICK_S)
     with suppress(OSError):
         while True:
@@ -178,7 +178,7 @@ def _refuse(listener: socket.socket, reason: str) -> None:
 
 
 def _leave(place: Place, listener: socket.socket) -> None:
-    """Nobody finds the worker any more; who has found it and was not heard looks for another."""
+    """Remove the meeting place; clients that were not answered look for another worker."""
     with place.locked():
         place.clear()
         listener.close()

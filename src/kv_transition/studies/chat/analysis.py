@@ -1,7 +1,7 @@
-"""Do conversations keep to their instructions? Retention per turn, survival, conflicts, rule against judge.
+"""Retention of instructions per turn, survival, conflicts, and agreement of rule and judge.
 
-An instruction counts where it is standing (meant for more than the turn it was given in), in force at the turn, and not
-overridden. The share of them that an answer follows is its retention; conversations are the clusters of all intervals.
+An instruction counts if it is standing (meant for more than the turn it was given in), in force at the turn and not
+overridden. Retention is the share of these that an answer follows. Conversations are the clusters of all intervals.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Row = dict[str, Any]
 
 
 def read_verdicts(path: str) -> pl.DataFrame:
-    """The verdicts (tables.CHAT_VERDICTS), sorted; ``cluster`` is the conversation."""
+    """Return the verdicts (tables.CHAT_VERDICTS), sorted; ``cluster`` is the conversation."""
     frame = frames.read_parquet(path).sort(*CELL, "conversation_id", "turn", "since", "check_id")
     return frame.with_columns(cluster="conversation_id")
 
 
 def counted() -> pl.Expr:
-    """Verdicts that retention is made of."""
+    """Return the verdicts that count for retention."""
     return pl.col("standing") & pl.col("overridden_by").is_null()
 
 
 def retention(verdicts: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """Every row of ``tables.RETENTION`` that follows from the verdicts."""
+    """Return every row of ``tables.RETENTION`` that follows from the verdicts."""
     if not verdicts.height:
         return []
     rows: list[Row] = []
@@ -59,7 +59,7 @@ def retention(verdicts: pl.DataFrame, statistics: Statistics) -> list[Row]:
 
 
 def raters(verdicts: pl.DataFrame) -> list[str]:
-    """``rule``, and ``judge`` where one was asked."""
+    """Return ``rule``, and ``judge`` if one was asked."""
     asked = verdicts["judge"].is_not_null().any() or verdicts["judge_error"].is_not_null().any()
     return [*RATERS] if asked else ["rule"]
 
@@ -70,7 +70,7 @@ def _rows(keys: Sequence[Row], statistic: str, by: str | None, found: Interval) 
 
 
 def _shares(frame: pl.DataFrame, column: str, statistic: str, key: list[str], statistics: Statistics) -> list[Row]:
-    """The share of the verdicts that are true, of each key."""
+    """Return the share of positive verdicts for each key."""
     if not frame.height:
         return []
     lists = by_cell(frame.sort(key, maintain_order=True).select(*key, column, "cluster"), key)
@@ -80,7 +80,9 @@ def _shares(frame: pl.DataFrame, column: str, statistic: str, key: list[str], st
 
 
 def _chance(frame: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """How often answers follow instructions that they were never given; of conversations under the full cache."""
+    """Return how often answers follow instructions that they were never given, for conversations with the full
+    cache.
+    """
     own = frame.drop_nulls("chance")
     return [row | {"by": "rule"} for row in _shares(own, "chance", "chance", [*CELL, "turn"], statistics)]
 
@@ -90,10 +92,11 @@ def _chance(frame: pl.DataFrame, statistics: Statistics) -> list[Row]:
 
 
 def first_failures(verdicts: pl.DataFrame, by: str) -> pl.DataFrame:
-    """A row a conversation of each cell: ``time`` of its first turn with an instruction not followed (``failed``).
+    """Return a row for each conversation of a cell: ``time`` of its first turn with an instruction not followed.
 
-    Where none is, the last turn that was answered; a turn without a verdict ends what is known of a conversation.
-    Conversations without a standing instruction, or of which not even the first turn is known, are left out.
+    ``failed`` is false if there is none; ``time`` is then the last answered turn. A turn without a verdict ends what is
+    known of a conversation. Conversations without a standing instruction, or with nothing known of the first turn, are
+    left out.
     """
     key = [*CELL, "conversation_id"]
     turns = pl.col("turn")
@@ -134,7 +137,7 @@ def _median(cell: Row, name: str, by: str, curve: Interval, n: int, first: int =
 
 
 def _last_turn(own: pl.DataFrame, by: str, statistics: Statistics) -> list[Row]:
-    """Retention at each conversation's last turn, and its paired difference from the full cache's."""
+    """Return retention at each conversation's last turn, and its paired difference from the full cache."""
     if not own.height:
         return []
     last = pl.col("turn") == pl.col("turn").max().over("chat_set", "conversation_id")
@@ -172,7 +175,7 @@ def _last_turn(own: pl.DataFrame, by: str, statistics: Statistics) -> list[Row]:
 
 
 def pairs(verdicts: pl.DataFrame, by: str) -> pl.DataFrame:
-    """A row for each answer at which an instruction and the one that overrides it are both in force.
+    """Return a row for each answer at which an instruction and the one that overrides it are both in force.
 
     ``old`` and ``new``: whether it follows each; ``since``: the turn of the conflict; ``age``: turns since then.
     """
@@ -183,7 +186,7 @@ def pairs(verdicts: pl.DataFrame, by: str) -> pl.DataFrame:
 
 
 def winner() -> pl.Expr:
-    """One of ``WINNERS``."""
+    """Return one of ``WINNERS``."""
     old, new = pl.col("old"), pl.col("new")
     said = pl.when(old & new).then(pl.lit("both")).when(new).then(pl.lit("new")).when(old).then(pl.lit("old"))
     return said.otherwise(pl.lit("neither"))
@@ -202,11 +205,11 @@ def _conflicts(verdicts: pl.DataFrame, by: str, statistics: Statistics) -> list[
 
 
 def _forgotten(found: pl.DataFrame, by: str, statistics: Statistics) -> list[Row]:
-    """From how many turns after the conflict on the first instruction is never followed again: one after the last
-    answer that did.
+    """Return after how many turns since the conflict the first instruction is never followed again.
 
-    The share that is still followed at or behind each age, and the median age, of the first conflict of each
-    conversation. Where the last answer follows it, it is not forgotten by then.
+    This is one turn after the last answer that follows it. Rows: the share that is still followed at or after each age,
+    and the median age, of the first conflict of each conversation. If the last answer follows it, it is not forgotten
+    by then.
     """
     last = pl.col("age").filter(pl.col("old")).max()
     pair = (
@@ -234,7 +237,7 @@ def _forgotten(found: pl.DataFrame, by: str, statistics: Statistics) -> list[Row
 
 
 def _agreement(verdicts: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """Cohen's kappa, the share of equal verdicts and of questions without a verdict; of each cell, and of each set."""
+    """Return Cohen's kappa, the share of equal verdicts and of questions without a verdict, by cell and by set."""
     asked = verdicts.filter(pl.col("judge").is_not_null() | pl.col("judge_error").is_not_null())
     asked = asked.with_columns(failed=pl.col("judge").is_null(), same=pl.col("rule") == pl.col("judge"))
     rows = []
@@ -256,7 +259,7 @@ SIZES = ("entries_before", "entries_after", "bytes_after", "total_bytes_after")
 
 
 def sizes(answers: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """Mean entries per KV head and bytes of the cache at each turn, over the conversations."""
+    """Return mean entries per KV head and bytes of the cache at each turn, over the conversations."""
     rows, key = [], [*CELL, "turn"]
     lists = by_cell(answers.sort(*key, "conversation_id").select(*key, *SIZES, cluster="conversation_id"), key)
     for name in SIZES:
@@ -266,7 +269,7 @@ def sizes(answers: pl.DataFrame, statistics: Statistics) -> list[Row]:
 
 
 def write_retention(verdicts: str, chat: Sequence[str], output: str, statistics: Mapping[str, Any]) -> None:
-    """The `retention` rule: from verdicts (tables.CHAT_VERDICTS) and answers (tables.CHAT) to ``tables.RETENTION``."""
+    """Write ``tables.RETENTION`` from verdicts (tables.CHAT_VERDICTS) and answers (tables.CHAT)."""
     how = Statistics(**statistics)
     columns = [*CELL, "conversation_id", "turn", *SIZES]
     answers = pl.concat([frames.read_parquet(path, columns=columns) for path in chat], how="vertical_relaxed")

@@ -1,11 +1,11 @@
-"""Instructions of a conversation that a rule can check: what they may be, and at which turns they are in force.
+"""Checks: instructions of a conversation that a rule can test, and the turns at which they are in force.
 
 A check is a JSON object::
 
     {"kind": "contains", "value": "please", "id": "c2", "since": 3, "until": 5, "overrides": "c1"}
 
-Only ``kind`` and, but for ``json``, ``value`` are required. What each kind means:
-`kv_transition.studies.chat.rules.passes`.
+``kind`` is required, and ``value`` for every kind but ``json``. `kv_transition.studies.chat.rules.passes` lists the
+kinds.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ _WRITTEN: dict[str, tuple[TypeAdapter[Any], str]] = {
 class Check(BaseModel):
     """A check with every default filled in.
 
-    ``since``: first of the user's turns (from 1) that it is in force at; ``until``: the last one, None: to the end;
-    ``due``: of these the turns that it has something to say about ("when asked about a pet"), None: all of them;
-    ``overrides``: id of an earlier check that it replaces from ``since`` on.
+    ``since``: first of the user's turns (from 1) at which it is in force; ``until``: the last one, None: to the end;
+    ``due``: the turns among these to which it applies ("when asked about a pet"), None: all of them; ``overrides``: id
+    of an earlier check that it replaces from ``since`` on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -112,7 +112,7 @@ class Check(BaseModel):
 
     @property
     def standing(self) -> bool:
-        """Whether it is meant for more than the turn at which it is given."""
+        """Whether the check is meant for more than the turn at which it is given."""
         return self.until is None or self.until > self.since
 
     @property
@@ -123,7 +123,7 @@ class Check(BaseModel):
         return list(self.value) if isinstance(self.value, list) else [self.value]
 
     def in_force(self, turn: int) -> bool:
-        """Whether the answer to the user's turn ``turn`` is to be as it says; being overridden does not count."""
+        """Return whether the check is in force at the user's turn ``turn``, overridden or not."""
         lasts = self.since <= turn and (self.until is None or turn <= self.until)
         return lasts and (self.due is None or turn in self.due)
 
@@ -147,11 +147,10 @@ def _check_expression(expression: str) -> None:
 
 
 def validate(check: Any, where: str, turn: int = 1, id: str = "c1") -> Check:
-    """A check as read, with defaults: ``since`` the ``turn`` it stands in, ``until`` the end of the conversation.
+    """Return a check with its defaults: ``since`` the ``turn`` it is given in, ``until`` the end of the conversation.
 
-    A check of kind ``answer`` ends with the turn it begins at, unless it says otherwise: it answers that turn.
-
-    Raises UserError, which begins with ``where`` (file, conversation and turn).
+    By default a check of kind ``answer`` ends with the turn it begins at. Raises UserError, which begins with ``where``
+    (file, conversation and turn).
     """
     if not isinstance(check, Mapping):
         raise UserError(f"{where}: a check is an object such as {{'kind': 'max_words', 'value': 20}}, not {check!r}")
@@ -180,12 +179,12 @@ def _sentence(error: ValidationError) -> str:
 
 
 def of_conversation(conversation: Mapping[str, Any], where: str) -> list[Check]:
-    """All checks of a conversation ``{"turns": [{"role", "content", "checks"?}], "checks"?}``, in the order given.
+    """Return all checks of ``{"turns": [{"role", "content", "checks"?}], "checks"?}`` in the given order.
 
-    Turns are counted by what the user says; a check in a system message begins at turn 1, one in an assistant's turn
-    is refused. Checks without an id are called c1, c2, ... by their place.
+    Turns count the user's messages. A check in a system message begins at turn 1; one in an assistant's message is
+    refused. Checks without an id are called c1, c2, ... by their place.
 
-    Raises UserError where a check is not one, two have the same id, or one overrides what is not there before it.
+    Raises UserError if a check is malformed, two have the same id, or one overrides a check that does not precede it.
     """
     placed: list[tuple[Any, str, int]] = [(c, where, 1) for c in _checks(conversation, where)]
     turn = 0
@@ -221,9 +220,9 @@ def _checks(holder: Mapping[str, Any], where: str) -> Sequence[Any]:
 
 
 def at_turn(checks: Sequence[Check], turn: int) -> list[tuple[Check, str | None]]:
-    """The checks in force at one of the user's turns, each with the id of what overrides it by then, or None.
+    """Return the checks in force at a turn, each with the id of the check that overrides it by then, or None.
 
-    An overridden check stays in the list: whether it is still followed tells who wins.
+    An overridden check stays in the list: whether it is still followed tells which of the two wins.
     """
     newer = {check.overrides: check.id for check in checks if check.overrides is not None and check.since <= turn}
     return [(check, newer.get(check.id)) for check in checks if check.in_force(turn)]
@@ -237,7 +236,7 @@ _CASES = {
 
 
 def describe(check: Check) -> str:
-    """What a check asks for, in words: ``has at most 20 words``."""
+    """Return the check as words: ``has at most 20 words``."""
     given = ", ".join(f'"{value}"' for value in check.values)
     match check.kind:
         case "max_words":

@@ -1,17 +1,14 @@
-"""Conversations whose first turn sets rules that a later turn changes, in a small closed world.
+"""Generated conversations whose first turn sets rules that a later turn changes, in a small closed world.
 
-The user says once what to do when asked about a pet, a town or a job ("When asked about a pet , end with lantern .")
-and then talks of other things: tells facts about persons and asks for one of them in each turn. Which rule is due
-follows from what is asked for, so that its word was often needed many turns ago, or never yet: it has to be read from
-the cache and cannot be copied from the answer before. Words and facts are drawn anew for each conversation, so that
-they cannot be guessed. In one of the later turns a rule is replaced ("When asked about a pet now end with harbor .") or
-repeated ("still end with ...").
+The user states once what to do when asked about a pet, a town or a job ("When asked about a pet , end with lantern .").
+In each following turn the user tells facts about persons and asks for one of them. The question decides which rule
+applies, so the rule's word was often given many turns ago: it must be read from the cache and cannot be copied from the
+previous answer. Words and facts are drawn anew for each conversation and cannot be guessed. A later turn replaces a
+rule ("When asked about a pet now end with harbor .") or repeats it ("still end with ...").
 
-Every word comes from `VOCABULARY`; white space separates words. ``resources/tiny-follower`` is a model that was
-trained on conversations of the split ``train``; `generate` serves ``test``. The splits are told apart by a hash of the
-text, whatever the seeds.
-
-This module imports the standard library and `synthetic` only.
+Every word comes from `VOCABULARY`; white space separates words. ``resources/tiny-follower`` is a model trained on
+conversations of the split ``train``; `generate` serves ``test``. A hash of the text decides the split, whatever the
+seeds. This module imports only the standard library and `synthetic`.
 """
 
 # ruff: noqa: SIM905 - lists of words read better as text
@@ -102,13 +99,13 @@ class Rule:
         return ("When", "asked", "about", "a", self.topic, self.manner, *PLACES[self.place], self.word, ".")
 
     def answer(self, value: str) -> Words:
-        """The answer that obeys."""
+        """Return the answer that follows the rule."""
         return {"start": (self.word, value), "end": (value, self.word), "only": (self.word,)}[self.place]
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What is said of a person."""
+    """A fact about a person."""
 
     person: str
     topic: str
@@ -125,7 +122,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says, in this order, and the rule in force for what is asked."""
+    """The user's words in their order, and the rule in force for the question."""
 
     rules: tuple[Rule, ...]
     facts: tuple[Fact, ...]
@@ -152,7 +149,7 @@ class Conversation:
 
     @property
     def split(self) -> str:
-        """``test`` for the tenth of all conversations that the SHA-256 of the words selects, else ``train``."""
+        """Return ``test`` for the tenth of all conversations that the SHA-256 of the words selects, else ``train``."""
         words = chain((word for rule in self.system for word in rule.sentence), *(turn.user for turn in self.turns))
         digest = hashlib.sha256(" ".join(words).encode()).digest()
         return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
@@ -160,7 +157,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Shape:
-    """How conversations are drawn."""
+    """The parameters of drawing conversations."""
 
     turns: int = 8
     rules: tuple[int, int] = (4, 6)  # fewest and most at the start
@@ -174,7 +171,7 @@ class Shape:
 
 
 def draw(rng: random.Random, shape: Shape) -> Conversation:
-    """Draw a conversation."""
+    """Return a drawn conversation."""
     n = shape.turns
     topics = rng.sample(tuple(TOPICS), rng.randint(*shape.rules))
     words = iter(rng.sample(RULE_WORDS, len(topics) + 1))
@@ -232,10 +229,9 @@ def draw(rng: random.Random, shape: Shape) -> Conversation:
 
 
 def draw_from(rng: random.Random, shape: Shape, split: str) -> Conversation:
-    """Draw conversations until one belongs to ``split`` (``train`` or ``test``) and return it.
+    """Return the first drawn conversation that belongs to ``split`` (``train`` or ``test``).
 
-    Raises:
-        ValueError: there is no such split.
+    Raises ValueError if there is no such split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is train or test, not {split!r}")

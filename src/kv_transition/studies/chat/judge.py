@@ -1,11 +1,11 @@
-"""A language model as judge: whether an answer follows an instruction, asked at an OpenAI-compatible endpoint.
+"""A language model as judge: does an answer follow an instruction? Asked at an OpenAI-compatible endpoint.
 
     python -m kv_transition.studies.chat.judge --spec JSON --store STORE.sqlite --output JUDGE.parquet CHAT.parquet ...
 
-Each answer and instruction is one question by a fixed rubric, at temperature 0, that wants one JSON object back. What
-gives no such object (no answer in time, an error, half an answer, other JSON) is no verdict: it is written down with
-its reason and counts neither for nor against. Verdicts are kept beside the results as they come, so that a rerun asks
-only for those that are missing.
+Each pair of answer and instruction is one question by a fixed rubric, at temperature 0; the reply must be one JSON
+object. Any other reply (none in time, an error, an incomplete one, other JSON) is no verdict: its reason is recorded,
+and it counts neither for nor against. Verdicts are stored as they arrive, so that a rerun asks only for the missing
+ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SHOWN = 80
 
 
 class Verdict(BaseModel):
-    """What the rubric asks for."""
+    """The JSON object that the rubric asks for."""
 
     model_config = ConfigDict(strict=True)
 
@@ -47,14 +47,14 @@ class Verdict(BaseModel):
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, or why there is none."""
+    """A verdict, or the reason why there is none."""
 
     verdict: Verdict | None = None
     error: str | None = None
 
 
 def question(check: Check, message: str, answer: str) -> list[dict[str, str]]:
-    """The messages that ask whether ``answer``, given to the user's ``message``, is as the check has it."""
+    """Return the messages that ask whether ``answer``, given to the user's ``message``, follows the check."""
     asked = {"instruction": f"The answer {describe(check)}.", "message": message, "answer": answer}
     return [
         {"role": "system", "content": RUBRIC},
@@ -63,7 +63,7 @@ def question(check: Check, message: str, answer: str) -> list[dict[str, str]]:
 
 
 def judged(reply: Reply) -> Judged:
-    """The verdict in a reply: one JSON object, alone, in one Markdown fence, or after the model's thoughts."""
+    """Return the verdict in a reply: one JSON object, alone, in one Markdown fence, or after the model's reasoning."""
     if reply.error is not None or reply.text is None:
         return Judged(error=reply.error or "ENGINE_ERROR: no answer")
     text = reply.text.rpartition(_THOUGHT)[2].strip()
@@ -86,7 +86,7 @@ def judged(reply: Reply) -> Judged:
 
 
 class Store:
-    """Verdicts by the digest of what was asked, in one SQLite file; each is there for good once `put` returns."""
+    """Verdicts in an SQLite file, by the digest of the question; each is durable once `put` returns."""
 
     def __init__(self, path: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -105,11 +105,11 @@ class Store:
 
 
 def ask(found: Iterable[Case], judge: Mapping[str, Any], store: Store) -> dict[tuple[Any, ...], Judged]:
-    """What the judge says of each case that has an answer, by `Case.key`; ``judge``: the settings' ``chat.judge``.
+    """Return the judge's verdict on each case that has an answer, by `Case.key`; ``judge``: the settings'
+    ``chat.judge``.
 
-    Equal questions are asked once. Only what is not in the store is asked, and every verdict goes there at once.
-
-    Raises UserError if no question could be answered: no server there, no such model, the key refused.
+    Equal questions are asked once. Only questions that are not in the store are asked, and each verdict is stored at
+    once. Raises UserError if no question could be answered: no server, no such model, or the key refused.
     """
     answered = [case for case in found if case.row["text"] is not None]
     asked = {case.key: question(case.check, case.row["user"], case.row["text"]) for case in answered}
@@ -133,7 +133,7 @@ def ask(found: Iterable[Case], judge: Mapping[str, Any], store: Store) -> dict[t
 
 
 def write_judge(chat: Sequence[str], output: str, store: str, judge: Mapping[str, Any]) -> None:
-    """Ask the judge about all answers in the files ``chat`` and write what it said (``tables.JUDGE``)."""
+    """Ask the judge about all answers in the files ``chat`` and write its verdicts (``tables.JUDGE``)."""
     found = cases(read_chat(chat))
     with closing(Store(store)) as kept:
         said = ask(found, judge, kept)

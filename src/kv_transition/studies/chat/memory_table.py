@@ -1,6 +1,6 @@
-"""Table 1 of the memory study, and the anatomy of the cache: what is retained, and what is held for it.
+"""Table 1 of the memory study (retention and cost) and the anatomy of the cache.
 
-Means over all turns of all conversations; conversations are the clusters.
+Means are over all turns of all conversations; conversations are the clusters.
 """
 
 from __future__ import annotations
@@ -28,12 +28,10 @@ Row = dict[str, Any]
 
 
 def memory_table(verdicts: pl.DataFrame, answers: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """Rows of ``tables.MEMORY_TABLE``.
+    """Return the rows of ``tables.MEMORY_TABLE``.
 
-    Args:
-        verdicts: as `read_verdicts` gives them.
-        answers: the columns ``CELL``, conversation_id, turn, error, answer_nll and those of ``MEASURES``
-            (tables.CHAT).
+    verdicts: as `read_verdicts` returns them. answers: the columns ``CELL``, conversation_id, turn, error, answer_nll
+    and those of ``MEASURES`` (tables.CHAT).
 
     ``retention_rule``, ``retention_judge``: share of the standing, not overridden instructions that answers follow;
     ``repetition``: share of repeated 4-grams; ``answer_perplexity``: geometric mean over the answers of their
@@ -63,7 +61,7 @@ def memory_table(verdicts: pl.DataFrame, answers: pl.DataFrame, statistics: Stat
 
 
 def anatomy(layers: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """Rows of ``tables.CACHE_ANATOMY`` from ``tables.CHAT_LAYERS``: mean entries and bytes of a layer of each shape."""
+    """Return the rows of ``tables.CACHE_ANATOMY``: mean entries and bytes of the layers of each shape."""
     if not layers.height:
         return []
     conversations = (
@@ -85,7 +83,7 @@ def anatomy(layers: pl.DataFrame, statistics: Statistics) -> list[Row]:
 def write_memory_table(
     verdicts: str, chat: Sequence[str], layers: Sequence[str], table: str, cache: str, statistics: Mapping[str, Any]
 ) -> None:
-    """The `memory_table` rule: from verdicts, answers and layers to ``tables.MEMORY_TABLE`` and ``CACHE_ANATOMY``."""
+    """Write ``tables.MEMORY_TABLE`` and ``CACHE_ANATOMY`` from verdicts, answers and layers."""
     how, fields = Statistics(**statistics), inherited(verdicts) | {"statistics": dict(statistics)}
     columns = [*CELL, "conversation_id", "turn", "error", "answer_nll", *MEASURES.values()]
     answers = pl.concat([frames.read_parquet(path, columns=columns) for path in chat], how="vertical_relaxed")

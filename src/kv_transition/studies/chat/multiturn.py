@@ -1,15 +1,15 @@
-"""Conversations from a file, or generated, in one form: what the system says first, then the user's turns.
+"""Read or generate conversations: the system message, then the user's turns.
 
     python -m kv_transition.studies.chat.multiturn --spec JSON --output CONVERSATIONS.parquet
 
 The model gives its own answers, so those of the source are dropped and counted. Formats:
 
 - ``turns``: JSON or JSON lines of ``{"id", "turns": [{"role", "content", "checks"?}], "checks"?, "meta"?}``, the role
-  one of system, user, assistant; `data.checks` says what a check is.
+  one of system, user, assistant; `checks` describes a check.
 - ``mt_bench``: ``{"question_id", "category", "turns": [text, ...]}`` (Zheng et al. 2023, arXiv 2306.05685).
 - ``mt_eval``: a list of ``{"user", "sys", "id"}`` a line, where ``sys`` is a recorded answer (Kwan et al. 2024, arXiv
   2401.16745).
-- ``generated``: `data.conversations`, for the embedded follower.
+- ``generated``: `conversations`, for the embedded follower.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _id(value: Any, where: str) -> str:
 
 
 def from_turns(record: Any, where: str) -> dict[str, Any]:
-    """The project's own form; a conversation without an id is named after its content."""
+    """Return a conversation in the project's own form; without an id it is named after its content."""
     record = _object(record, where, "turns")
     id = _id(record.get("id", digest(record["turns"])), where)
     meta = record.get("meta") or {}
@@ -101,7 +101,7 @@ def from_turns(record: Any, where: str) -> dict[str, Any]:
 
 
 def from_mt_bench(record: Any, where: str) -> dict[str, Any]:
-    """A question of MT-bench: its turns are what the user says."""
+    """Return a question of MT-bench, whose turns are the user's messages."""
     record = _object(record, where, "question_id", "turns")
     turns = _list(record["turns"], where, "turns")
     return {
@@ -112,7 +112,7 @@ def from_mt_bench(record: Any, where: str) -> dict[str, Any]:
 
 
 def from_mt_eval(record: Any, where: str) -> dict[str, Any]:
-    """A dialogue of MT-Eval's refinement task, named after its turns' ids without their numbers."""
+    """Return a dialogue of MT-Eval's refinement task, named after its turns' ids without their numbers."""
     turns, ids = [], []
     for number, turn in enumerate(_list(record, where, "a dialogue"), 1):
         turn = _object(turn, f"{where}, turn {number}", "user", "id")
@@ -135,7 +135,7 @@ def read(path: str, source: str) -> list[dict[str, Any]]:
 
 
 def normalised(records: Iterator[Record], name: str) -> list[dict[str, Any]]:
-    """Conversations ``{"id", "turns", "checks"?, "meta"?}`` as rows; ``name`` is what an error calls the whole."""
+    """Return conversations ``{"id", "turns", "checks"?, "meta"?}`` as rows; errors call the whole ``name``."""
     seen: dict[str, str] = {}
     rows = []
     for place, conversation in records:
@@ -181,7 +181,7 @@ def _row(conversation: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def generated(n: int, turns: int, seed: int) -> list[dict[str, Any]]:
-    """Conversations for the embedded follower, as rows like those of `read`."""
+    """Return conversations for the embedded follower, as rows like those of `read`."""
     # By name, so that the hash of code of conversations from files does not cover the generator.
     module = importlib.import_module("kv_transition.studies.chat.conversations")
     made = module.generate(n, turns, seed)
@@ -189,14 +189,14 @@ def generated(n: int, turns: int, seed: int) -> list[dict[str, Any]]:
 
 
 def chosen(rows: list[dict[str, Any]], n: int | None, seed: int, max_turns: int | None) -> list[dict[str, Any]]:
-    """``n`` of the conversations, drawn with ``seed`` and in their own order, each with at most ``max_turns`` turns."""
+    """Return ``n`` conversations, drawn with ``seed`` and in their own order, each with at most ``max_turns`` turns."""
     if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n))]
     return [row | {"turns": row["turns"][:max_turns]} for row in rows]
 
 
 def write(spec: dict[str, Any], output: str) -> None:
-    """The job: the conversations that a spec asks for, in one form. Raises UserError as `read` does."""
+    """Write the conversations of a spec in one form. Raises UserError as `read` does."""
     chat = spec["chat"]
     if chat["source"] == "generated":
         rows = generated(chat["n"], chat["max_turns"] or GENERATED_TURNS, chat["seed"])

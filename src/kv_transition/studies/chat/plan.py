@@ -1,4 +1,4 @@
-"""The jobs of conversations, counted from the configuration and from the files."""
+"""The jobs of the chat study, for `plan`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
-    """Return the cells of conversations; none without the section ``chat``."""
+    """Return the jobs of conversations; none without the section ``chat``."""
     if not settings.chat:
         return Work()
     notes = []

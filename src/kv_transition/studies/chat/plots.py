@@ -1,50 +1,32 @@
-"""Figures of conversations: retention and survival along the turns, the size of the cache, who wins a conflict."""
+"""Figures of conversations: retention, survival, size of the cache, and conflicts of instructions, turn by turn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import altair as alt
 import polars as pl
 
 from kv_transition import labels
-from kv_transition.plotting.drawing import (
-    NEUTRAL,
-    PALETTE,
-    SHAPES,
-    Datasets,
-    Spec,
-    as_wide_as_its_place,
-    choices,
-    color,
-    compose,
-    filtered,
-    inner,
-    note,
-    rows_of,
-    save_figures,
-    shape,
-    view,
-)
+from kv_transition.plotting import marks, panels, save, theme
+from kv_transition.plotting.panels import Datasets, Row, Spec
 from kv_transition.stats.examples import FULL
 from kv_transition.stats.frames import read_table
 from kv_transition.studies.chat.analysis import WINNERS
 
 WIDTH, HEIGHT, COLUMNS = 330, 220, 2
-TOP = 1.02
 BY = {"rule": "by rule", "judge": "by judge"}
 FOLLOWS = {"new": "the new one alone", "old": "the old one alone", "both": "both", "neither": "neither"}
-Row = dict[str, Any]
 
 
 def policies(table: pl.DataFrame) -> list[str]:
-    """All but the full cache, in the order of the names."""
+    """Return the policies without the full cache, sorted."""
     return sorted(set(table["policy"].drop_nulls()) - {FULL["policy"]})
 
 
-def panels(table: pl.DataFrame, statistic: str, by: str | None = "rule") -> list[tuple[str, str]]:
-    """(set, budget) of each panel: a policy's own budget is drawn beside the full cache."""
+def places(table: pl.DataFrame, statistic: str, by: str | None = "rule") -> list[tuple[str, str]]:
+    """Return (set, budget) of each panel; the full cache is drawn in each."""
     own = table.filter(statistic=statistic).filter(pl.col("by").eq_missing(by) & (pl.col("policy") != FULL["policy"]))
     keys = own.select("chat_set", "budget").unique().rows()
     if not keys:
@@ -55,7 +37,7 @@ def panels(table: pl.DataFrame, statistic: str, by: str | None = "rule") -> list
 def turn_rows(
     table: pl.DataFrame, statistic: str, panel: tuple[str, str], by: str | None = "rule", along: str = "turn"
 ) -> list[Row]:
-    """A statistic along the turns of one panel, of its policies and the full cache."""
+    """Return a statistic along the turns of one panel, for its policies and the full cache."""
     chat_set, budget = panel
     own = table.filter(pl.col("chat_set").eq(chat_set) & pl.col("statistic").eq(statistic))
     own = own.filter(pl.col("by").eq_missing(by) & pl.col(along).is_not_null() & pl.col("estimate").is_not_null())
@@ -75,42 +57,30 @@ def _layers(
     rows: Sequence[Row],
     names: Sequence[str],
     data: Datasets,
-    y_title: str,
-    y_scale: alt.Scale,
+    y: alt.Y,
     chance: Sequence[Row] = (),
-    step: bool = False,
-    by: Sequence[alt.Parameter] = (),
+    interpolate: str | None = None,
 ) -> list[alt.Chart]:
-    """A line per policy with its band; the full cache grey and dashed, chance dotted."""
+    """Return a line with a band for each policy; the full cache is grey and dashed, chance dotted."""
     turns = sorted({row["turn"] for row in rows}) or [1]
-    ends = alt.Scale(domain=[turns[0] - 0.3, turns[-1] + 0.3], nice=False, zero=False)
     ticks = [t for t in turns if len(turns) <= 16 or t % 5 == 0]
-    x = alt.X("turn:Q", scale=ends, axis=alt.Axis(values=ticks, format="d", grid=False, title="turn"))
-    y = alt.Y("estimate:Q", scale=y_scale, axis=alt.Axis(title=y_title, tickCount=5))
-    y_low = alt.Y("low:Q", scale=y_scale)
-    how = {"interpolate": "step-after"} if step else {}
+    axis = alt.Axis(values=ticks, format="d", grid=False, title="turn")
+    x = alt.X("turn:Q", scale=marks.index_scale(turns, 0.3), axis=axis)
     full = [row for row in rows if row["policy"] == FULL["policy"]]
     own = [row for row in rows if row["policy"] != FULL["policy"]]
-    bounded = [row for row in own if row["low"] is not None and row["high"] is not None]
     fields = {"policy": "policy", "turn": "turn", "interval": "estimate [interval]", "n": "n",
               "clusters": "conversations", "method": "method"}  # fmt: skip
-    tip = [alt.Tooltip(f"{field}:N", title=title) for field, title in fields.items()]
-    layers = []
-    if chance:
-        drawn = filtered(data.add(list(chance)), by)
-        layers.append(drawn.mark_line(color=NEUTRAL, strokeDash=[2, 4], strokeWidth=1.3).encode(x=x, y=y))
-    layers += [
-        filtered(data.add([r for r in full if r["low"] is not None and r["high"] is not None]), by)
-        .mark_area(color=NEUTRAL, opacity=0.16, **how).encode(x=x, y=y_low, y2="high:Q"),
-        filtered(data.add(bounded), by).mark_area(opacity=0.16, **how)
-        .encode(x=x, y=y_low, y2="high:Q", color=color(names)),
-        filtered(data.add(full), by).mark_line(strokeDash=[5, 3], strokeWidth=1.6, **how)
-        .encode(x=x, y=y, color=color(names), tooltip=tip),
-        filtered(data.add(own), by).mark_line(strokeWidth=2, **how).encode(x=x, y=y, color=color(names)),
-        filtered(data.add(own), by).mark_point(filled=True, size=48, opacity=1, stroke="white", strokeWidth=0.6)
-        .encode(x=x, y=y, color=color(names), shape=shape(names), tooltip=tip),
-    ]  # fmt: skip
-    return layers
+    tip, scales = panels.tooltip(fields), theme.policy_scales(names)
+    dotted = data.chart(chance).mark_line(color=theme.NEUTRAL, strokeDash=[2, 4], strokeWidth=1.3)
+    return [
+        *([dotted.encode(x=x, y=y)] if chance else []),
+        *marks.reference(data, full, x, y, scales[0], tip, interpolate),
+        *marks.curves(data, own, x, y, scales, "bands", tip, interpolate),
+    ]
+
+
+def _share_axis(title: str) -> alt.Y:
+    return alt.Y("estimate:Q", scale=marks.unit_scale(), axis=alt.Axis(title=title, tickCount=5))
 
 
 def _heading(panel: tuple[str, str], several: bool) -> Spec:
@@ -118,44 +88,46 @@ def _heading(panel: tuple[str, str], several: bool) -> Spec:
     kept = f"{labels.budget(budget)} of the cache kept" if budget.startswith("r") else f"{labels.budget(budget)} kept"
     if budget == FULL["budget"]:
         kept = "footprints of their own"
-    return {"text": f"{chat_set}: {kept}" if several else kept, "fontSize": 13, "offset": 8}
+    return panels.title(f"{chat_set}: {kept}" if several else kept)
 
 
 def _count(rows: Sequence[Row]) -> str:
-    counts = [row["clusters"] for row in rows] or [0]
-    span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return f"n = {span} conversations"
+    return f"n = {panels.span([row['clusters'] for row in rows])} conversations"
 
 
 def _shares(
-    table: pl.DataFrame, statistic: str, title: str, y_title: str, about: str, confidence: float, step: bool = False
+    table: pl.DataFrame,
+    statistic: str,
+    title: str,
+    y_title: str,
+    about: str,
+    confidence: float,
+    interpolate: str | None = None,
 ) -> Spec:
     names, data, drawn, every = policies(table), Datasets(), [], []
     several = table["chat_set"].n_unique() > 1
-    for panel in panels(table, statistic):
+    for panel in places(table, statistic):
         rows = turn_rows(table, statistic, panel)
         chance = turn_rows(table, "chance", panel) if statistic == "retention" else []
-        scale = alt.Scale(domain=[0, TOP], nice=False, clamp=True)
-        drawn.append(
-            view(_layers(rows, names, data, y_title, scale, chance, step), WIDTH, HEIGHT, _heading(panel, several))
-        )
+        layers = _layers(rows, names, data, _share_axis(y_title), chance, interpolate)
+        drawn.append(panels.panel(layers, WIDTH, HEIGHT, _heading(panel, several)))
         every += rows
     if not every:
-        return note("No instruction was in force at any answer.", title, about)
-    how = f"{about}, by rule; {100 * confidence:g} % intervals, {_count(every)}"
+        return panels.note("No instruction was in force at any answer.", title, about)
+    how = f"{about}, by rule; {panels.share(confidence)}, {_count(every)}"
     key = "grey, dashed: the full cache" + (
         "; dotted: answers of conversations without the instruction"
         if statistic == "retention" and table.filter(statistic="chance").height
         else ""
     )
-    return compose({"vconcat": rows_of(drawn, COLUMNS), "spacing": 26}, data, title, how, key)
+    return panels.figure(drawn, COLUMNS, data, title, how, key)
 
 
 _RETENTION = "How long instructions are kept"
 
 
 def retention_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """Figure 1 of the memory study: retention against the turn, one line per policy with its band."""
+    """Return figure 1 of the memory study: retention against the turn, one line with a band per policy."""
     return _shares(
         table,
         "retention",
@@ -167,38 +139,36 @@ def retention_figure(table: pl.DataFrame, confidence: float) -> Spec:
 
 
 def survival_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """The share of conversations in which no instruction has been broken by the turn."""
+    """Return the share of conversations in which every instruction was followed up to the turn."""
     return _shares(
         table, "survival", "Conversations without a failure so far", "not yet failed",
-        "share in which every instruction was followed up to the turn", confidence, step=True,
+        "share in which every instruction was followed up to the turn", confidence, "step-after",
     )  # fmt: skip
 
 
 def size_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """Entries per KV head after each turn's compression."""
+    """Return the entries per KV head after each turn's compression."""
     title, about = "What is left of the cache after each turn", "entries per KV head, mean over the conversations"
     names, data, drawn, every = policies(table), Datasets(), [], []
     several = table["chat_set"].n_unique() > 1
     found = table.filter(statistic="entries_after")
-    for panel in panels(table, "entries_after", None):
+    for panel in places(table, "entries_after", None):
         rows = turn_rows(found, "entries_after", panel, None)
         top = max((row["high"] or row["estimate"] for row in rows), default=1)
-        scale = alt.Scale(domain=[0, top * 1.03], nice=False)
-        drawn.append(view(_layers(rows, names, data, "entries", scale), WIDTH, HEIGHT, _heading(panel, several)))
+        y = alt.Y("estimate:Q", scale=marks.unit_scale(top * 1.03, clamp=False), axis=alt.Axis(title="entries"))
+        drawn.append(panels.panel(_layers(rows, names, data, y), WIDTH, HEIGHT, _heading(panel, several)))
         every += rows
     if not every:
-        return note("No answer says what its cache held.", title, about)
-    how = f"{about}; {100 * confidence:g} % intervals, {_count(every)}"
-    return compose(
-        {"vconcat": rows_of(drawn, COLUMNS), "spacing": 26}, data, title, how, "grey, dashed: the full cache"
-    )
+        return panels.note("No answer says what its cache held.", title, about)
+    how = f"{about}; {panels.share(confidence)}, {_count(every)}"
+    return panels.figure(drawn, COLUMNS, data, title, how, "grey, dashed: the full cache")
 
 
 _CONFLICT = "Which of two conflicting instructions is followed"
 
 
 def conflict_rows(table: pl.DataFrame) -> list[Row]:
-    """Shares of answers that follow the new instruction, the old one, both or neither, by turns since the conflict."""
+    """Return the shares of answers that follow the new, the old, both or neither, by turns since the conflict."""
     rows = []
     for name in WINNERS:
         own = table.filter(statistic=f"conflict_{name}", by="rule").drop_nulls("age")
@@ -215,59 +185,42 @@ def conflict_rows(table: pl.DataFrame) -> list[Row]:
 
 
 def conflict_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """Who wins, by turns since the conflict: a panel per policy and budget."""
+    """Return which of two conflicting instructions is followed: a panel per policy and budget."""
     rows, about = conflict_rows(table), "share of the answers after the second instruction, by rule"
     if not rows:
-        return note("No instruction overrides another one.", _CONFLICT, about)
+        return panels.note("No instruction overrides another one.", _CONFLICT, about)
     data, drawn = Datasets(), []
     several = len({row["set"] for row in rows}) > 1
     keys = {(row["set"], row["policy"], row["budget"]) for row in rows}
     for key in sorted(keys, key=lambda k: (k[0], k[1] != FULL["policy"], k[1], labels.budget_order(k[2]))):
         own = [row for row in rows if (row["set"], row["policy"], row["budget"]) == key]
         name = key[1] if key[1] == FULL["policy"] else f"{key[1]}, {labels.budget(key[2])} kept"
-        head = {"text": f"{key[0]}: {name}" if several else name, "fontSize": 13, "offset": 8}
-        drawn.append(view(_conflict_layers(own, data), 240, 170, head))
-    how = f"{about}; {100 * confidence:g} % intervals, {_count(rows)}"
-    return compose({"vconcat": rows_of(drawn, 3), "spacing": 26}, data, _CONFLICT, how)
+        head = panels.title(f"{key[0]}: {name}" if several else name)
+        drawn.append(panels.panel(_conflict_layers(own, data), 240, 170, head))
+    return panels.figure(drawn, 3, data, _CONFLICT, f"{about}; {panels.share(confidence)}, {_count(rows)}")
 
 
 def _conflict_layers(rows: Sequence[Row], data: Datasets) -> list[alt.Chart]:
-    ages, names = sorted({row["age"] for row in rows}), list(FOLLOWS.values())
-    x = alt.X(
-        "age:Q", scale=alt.Scale(domain=[ages[0] - 0.3, ages[-1] + 0.3], nice=False, zero=False),
-        axis=alt.Axis(values=ages, format="d", grid=False, title="turns since the conflict"),
-    )  # fmt: skip
-    scale = alt.Scale(domain=[0, TOP], nice=False, clamp=True)
-    y = alt.Y("estimate:Q", scale=scale, axis=alt.Axis(title="answers", tickCount=5))
-    legend = alt.Legend(title="follows", orient="top", symbolSize=90, symbolOpacity=1, symbolStrokeWidth=2)
-    colors = alt.Color("follows:N", legend=legend, scale=alt.Scale(domain=names, range=list(PALETTE[: len(names)])))
-    shapes = alt.Shape("follows:N", legend=legend, scale=alt.Scale(domain=names, range=list(SHAPES[: len(names)])))
-    fields = {"follows": "follows", "age": "turns since", "interval": "share [interval]", "n": "n"}
-    own = alt.Chart(data.add(list(rows)))
-    return [
-        own.mark_rule(strokeWidth=1.2, opacity=0.5)
-        .encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q", color=colors),
-        own.mark_line(strokeWidth=1.8).encode(x=x, y=y, color=colors),
-        own.mark_point(filled=True, size=48, opacity=1, stroke="white", strokeWidth=0.6)
-        .encode(x=x, y=y, color=colors, shape=shapes,
-                tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in fields.items()]),
-    ]  # fmt: skip
+    ages = sorted({row["age"] for row in rows})
+    axis = alt.Axis(values=ages, format="d", grid=False, title="turns since the conflict")
+    x = alt.X("age:Q", scale=marks.index_scale(ages, 0.3), axis=axis)
+    scales = theme.category_scales("follows", list(FOLLOWS.values()), "follows")
+    tip = panels.tooltip({"follows": "follows", "age": "turns since", "interval": "share [interval]", "n": "n"})
+    return marks.curves(data, rows, x, _share_axis("answers"), scales, tip=tip)
 
 
 def explorer(table: pl.DataFrame, confidence: float) -> Spec | None:
-    """Figure 1 to ask: one budget, rater and set at a time, as wide as its place; None without any verdict."""
+    """Return figure 1 as an interactive chart: one budget, rater and set at a time; None without any verdict."""
     rows: list[Row] = []
-    for panel in panels(table, "retention"):
+    for panel in places(table, "retention"):
         for by in BY:
             rows += [row | {"chat_set": panel[0]} for row in turn_rows(table, "retention", panel, by)]
     if not rows:
         return None
-    by = choices(rows, {"by": "Judged", "budget": "Kept", "chat_set": "Conversations"})
-    data, names = Datasets(), policies(table)
-    scale = alt.Scale(domain=[0, TOP], nice=False, clamp=True)
-    layers = alt.layer(*_layers(rows, names, data, "instructions followed", scale, by=by)).add_params(*by)
-    about = f"share of the instructions that answers follow; {100 * confidence:g} % intervals, {_count(rows)}"
-    return compose(as_wide_as_its_place(inner(layers), 340), data, _RETENTION, about)
+    data = Datasets(panels.choices(rows, {"by": "Judged", "budget": "Kept", "chat_set": "Conversations"}))
+    layers = _layers(rows, policies(table), data, _share_axis("instructions followed"))
+    about = f"share of the instructions that answers follow; {panels.share(confidence)}, {_count(rows)}"
+    return panels.explorer(layers, 340, data, _RETENTION, about)
 
 
 FIGURES = {
@@ -279,9 +232,10 @@ FIGURES = {
 
 
 def write_retention_plots(table: str, confidence: float, outputs: Mapping[str, str]) -> None:
-    """The `retention_plots` rule; ``outputs``: path by ``{name of FIGURES}_{svg|png}``.
+    """Write the figures of the `retention_plots` rule; ``outputs``: path by ``{name of FIGURES}_{svg|png}``.
 
     Raises UserError for an output of another name.
     """
     found = read_table(table)
-    save_figures({name: draw(found, confidence) for name, draw in FIGURES.items()}, outputs)
+    figures = {name: partial(draw, found, confidence) for name, draw in FIGURES.items()}
+    save.save_figures(figures, outputs)

@@ -1,4 +1,4 @@
-"""The report's section on conversations: how long instructions outlive a cache that forgets."""
+"""The report section on conversations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Cell = tuple[str, str, str]
 
 
 def build(source: Source) -> Row | None:
-    """What the templates show; None where no conversation was played.
+    """Return the content of the section; None if no conversation was played.
 
     ``source.extra``: ``retention`` (tables.RETENTION), ``memory_table`` (tables.MEMORY_TABLE) and ``cache_anatomy``
     (tables.CACHE_ANATOMY).
@@ -82,7 +82,7 @@ def _kinds(policies: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _ordered(table: pl.DataFrame, kinds: Mapping[str, str]) -> list[Cell]:
-    """(set, policy, budget) in the order of table 1."""
+    """Return (set, policy, budget) in the order of table 1."""
 
     def place(cell: Cell) -> tuple[Any, ...]:
         chat_set, policy, budget = cell
@@ -100,7 +100,7 @@ def _name(cell: Cell) -> Row:
 
 
 def _source(row: Mapping[str, Any]) -> str:
-    """The table and the key of the row in it that a number comes from."""
+    """Return the table and the key of the row that a number comes from."""
     table = "retention" if "by" in row else "cache_anatomy" if "when" in row else "memory_table"
     turn = row.get("turn")
     key = [row["chat_set"], row["policy"] or "all", row["budget"] or "all", row.get("when"), row.get("kind"),
@@ -121,7 +121,7 @@ def _by_cell(table: pl.DataFrame, *more: str) -> dict[tuple[Any, ...], Row]:
 
 
 def _table(table: pl.DataFrame, cells: Iterable[Cell]) -> Row:
-    """Table 1: a row per policy and budget, a column per measure that was taken."""
+    """Return table 1: a row per policy and budget, a column per measure."""
     found = _by_cell(table, "statistic")
     there = [name for name in COLUMNS if table.filter(statistic=name).drop_nulls("estimate").height]
     # nothing failed, or every layer can be evicted: no column of its own
@@ -155,7 +155,7 @@ def _byte_scale(values: Iterable[float | None]) -> tuple[float, str]:
 
 
 def _sentences(stats: pl.DataFrame, cells: Iterable[Cell], alpha: float) -> list[str]:
-    """Retention at the last turn, against the full cache, a sentence per policy and budget."""
+    """Return a sentence per policy and budget: retention at the last turn, against the full cache."""
     last = _by_cell(stats.filter(statistic="last_turn", by="rule"))
     difference = _by_cell(stats.filter(statistic="last_turn_difference", by="rule"))
     said = []
@@ -201,7 +201,7 @@ def _last_turn(stats: pl.DataFrame, cells: Iterable[Cell]) -> list[Row]:
 
 
 def _half(row: Row | None) -> Number:
-    """The median turn of the first failure; most conversations may end before they fail."""
+    """Return the median turn of the first failure; most conversations may end before they fail."""
     if row is None:
         return MISSING
     if row["estimate"] is None:
@@ -247,7 +247,7 @@ def _agreement(stats: pl.DataFrame, cells: Iterable[Cell]) -> list[Row]:
 
 
 def _anatomy(cache: pl.DataFrame, cells: Iterable[Cell]) -> list[Row]:
-    """The cache before and after the last turn's compression: a row per shape of layer."""
+    """Return the cache before and after the last turn's compression: a row per shape of layer."""
     rows = []
     for cell in cells:
         own = cache.filter(chat_set=cell[0], policy=cell[1], budget=cell[2])

@@ -1,7 +1,7 @@
-"""Whether an answer follows an instruction, by rule.
+"""Rules that decide whether an answer follows an instruction.
 
-`kv_transition.studies.chat.checks` says what a check is and when it is in force.
-An answer of white space alone follows no instruction, also not to be short.
+`kv_transition.studies.chat.checks` describes checks and when they are in force. An answer of white space alone follows
+no instruction, not even to be short.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _matches(expression: str, text: str, case_sensitive: bool) -> bool | None:
 
 
 def _phrase(phrase: str, check: Check, behind: str = "") -> re.Pattern[str]:
-    """Finds the phrase where no word goes on at either of its ends."""
+    """Return a pattern that finds the phrase as whole words."""
     words = r"\s+".join(map(re.escape, phrase.split()))
     start = r"(?<!\w)" if re.match(r"\s*\w", phrase) else ""
     end = r"(?!\w)" if re.search(r"\w\s*$", phrase) else ""
@@ -141,5 +141,5 @@ def _identifier() -> Any:
 
 
 def detect_language(text: str) -> str:
-    """The ISO 639-1 code of the most likely language among ``LANGUAGES``, or ``und`` where none is likely enough."""
+    """Return the ISO 639-1 code of the most likely language of ``LANGUAGES``, or ``und`` if none is likely enough."""
     return _identifier().classify(text)[0]

@@ -1,13 +1,13 @@
-"""Conversations under one policy and budget, each played turn by turn on one growing cache.
+"""The chat job: play conversations under one policy and budget, turn by turn, on one growing cache.
 
     python -m kv_transition.studies.chat.run --spec JSON --conversations X.parquet --output Y.parquet --layers Z.parquet
 
-A turn: read what is new of it on top of what is left of the turns before, answer greedily, read the tokens that close
-the answer, then compress to the budget. The budget is relative to the tokens of the conversation so far, whatever was
-forgotten (or a number of tokens). Nothing is read twice and positions stay those of the text.
+In each turn the model reads the new messages on top of what is left of the earlier turns, answers greedily and reads
+the tokens that close the answer; then the cache is compressed to the budget. A relative budget refers to all tokens of
+the conversation so far, evicted or not. Nothing is read twice, and positions stay those of the text.
 
-With ``hold`` a policy that acts each step holds the cache at that budget within the turns as well, once it has
-compressed for the first time, so from the second turn on. The statistics that policies read are kept up over all turns.
+With ``hold``, a policy that acts at each step also holds the cache at the budget within a turn, from the second turn
+on. The statistics that policies read are maintained over all turns.
 """
 
 from __future__ import annotations
@@ -42,33 +42,35 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class TurnSetting(Setting):
-    """What is done to the cache in one turn; ``holding``: a policy that acts each step does so."""
+    """How the cache is compressed in one turn; ``holding``: a policy that acts at each step does so."""
 
     holding: bool = False
 
     @property
     def while_decoding(self) -> frozenset[str]:
-        """Statistics that are read now or after a later turn."""
+        """Return the statistics that are read now or after a later turn."""
         return self.policy.statistics if self.evicts else frozenset()
 
     def hold(self, state: CacheState, k: int = 0, *, given_up: bool = False) -> CacheState:
-        """The state held at what the budget leaves of all tokens so far, not at a ``k`` that stays."""
+        """Return the state held at the budget of all tokens so far, instead of at a constant ``k``."""
         return super().hold(state, self.entries(state.length), given_up=given_up) if self.holding else state
 
 
 class Memory(Protocol):
-    """What is remembered from one turn to the next."""
+    """The memory of a conversation from one turn to the next."""
 
     def setting(self, number: int) -> TurnSetting:
-        """How turn ``number`` (from 1) is read and answered."""
+        """Return how turn ``number`` (from 1) is read and answered."""
 
     def opening(self, number: int) -> list[int]:
-        """Tokens to read in turn ``number`` before the answer."""
+        """Return the tokens to read in turn ``number`` before the answer."""
 
     def forget(self, state: CacheState, number: int, answer: Answer, seen: int) -> CacheState | None:
-        """What is left of the state at the end of a turn; None: nothing. seen: tokens of the conversation so far.
+        """Return what is left of the state at the end of a turn; None: nothing. seen: tokens of the conversation so
+        far.
 
-        Notes the entries that the budget leaves, and what else is worth recording, in the answer."""
+        Records in the answer the entries that the budget keeps, and other facts.
+        """
 
 
 @dataclass
@@ -95,7 +97,7 @@ class CacheMemory:
 
 @dataclass
 class Played:
-    """A turn as it went. Seconds; states before and after the forgetting that ended it."""
+    """A turn that was played: its seconds, and the states before and after its compression."""
 
     turn: Turn
     answer: Answer
@@ -108,7 +110,7 @@ class Played:
 
 
 def play(engine: LocalEngine, turns: Sequence[Turn], memory: Memory, answers: Sequence[Answer]) -> Iterator[Played]:
-    """Play a conversation, giving each turn when it is over. answers: one for each turn, filled in."""
+    """Play a conversation and yield each turn when it is over. answers: one for each turn, filled in."""
     state, seen = None, 0
     engine.peak_memory_mb()  # each turn has its own peak, from here on
     for number, (turn, answer) in enumerate(zip(turns, answers, strict=True), 1):
@@ -131,7 +133,7 @@ def _turn(
     setting: TurnSetting,
     answer: Answer,
 ) -> tuple[CacheState, float]:
-    """Read, answer, close: the state then, and the seconds that closing took."""
+    """Read, answer and close a turn; return the state and the seconds of closing."""
     statistics = setting.while_decoding
     room = 0 if setting.holding and setting.policy.acts_each_step else answer.max_new_tokens + len(closing)
     started = engine.clock()
@@ -165,13 +167,13 @@ def _turn(
 
 
 def repetition(tokens: Sequence[int], n: int = NGRAM) -> float | None:
-    """Share of the n-grams that stood in the text before; None where there are none."""
+    """Return the share of the n-grams that occurred earlier in the text; None if there are no n-grams."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else None
 
 
 def answer_nll(engine: LocalEngine, played: Sequence[Played]) -> list[float | None]:
-    """Mean nats a token of each answer, the whole conversation read with the full cache; None of an empty answer."""
+    """Return the mean nats per token of each answer under the full cache; None for an empty answer."""
     ids: list[int] = []
     spans = []
     for one in played:
@@ -186,7 +188,7 @@ def answer_nll(engine: LocalEngine, played: Sequence[Played]) -> list[float | No
 
 
 def anatomy(state: CacheState | None) -> list[Row]:
-    """What each layer holds: kv_heads, entries per head (mean), head_dim, dtype, bytes, bytes_per_token."""
+    """Return for each layer: kv_heads, entries per head (mean), head_dim, dtype, bytes, bytes_per_token."""
     rows = []
     for number, layer in enumerate(state.layers if state else ()):
         keys = layer.parts[0].keys
@@ -206,7 +208,7 @@ def anatomy(state: CacheState | None) -> list[Row]:
 
 
 def memory_of(spec: Row, tokenizer: Any, conversation: Row, turns: Sequence[Turn], chat: bool, engine: Any) -> Memory:
-    """What a conversation is remembered in, under the policy or control of the spec."""
+    """Return the memory for the policy or control of the spec."""
     budget = Budget.parse(spec["budget"])
     if spec["kind"] == TEXT_DROP:
         # by name, so that no policy's hash of code covers the control
@@ -219,7 +221,7 @@ def memory_of(spec: Row, tokenizer: Any, conversation: Row, turns: Sequence[Turn
 
 
 def turns_of(tokenizer: Any, conversation: Row, chat: bool) -> list[Turn]:
-    """The turns of a row of `tables.CONVERSATIONS`. Raises UserError that names the conversation."""
+    """Return the turns of a row of `tables.CONVERSATIONS`. Raises UserError that names the conversation."""
     users = [turn["content"] for turn in json.loads(conversation["turns"])]
     try:
         return render(tokenizer, conversation["system"], users, chat=chat)
@@ -229,7 +231,7 @@ def turns_of(tokenizer: Any, conversation: Row, chat: bool) -> list[Turn]:
 
 @dataclass
 class Conversation:
-    """A conversation's rows of `tables.CHAT` and of `tables.CHAT_LAYERS`."""
+    """The rows of a conversation for `tables.CHAT` and `tables.CHAT_LAYERS`."""
 
     rows: list[Row] = field(default_factory=list)
     layers: list[Row] = field(default_factory=list)
@@ -238,7 +240,7 @@ class Conversation:
 def conversation_rows(
     engine: LocalEngine, conversation: Row, turns: Sequence[Turn], spec: Row, chat: bool
 ) -> Conversation:
-    """Play a conversation. A turn that does not fit the memory is a row with an error, and so are those after it."""
+    """Play a conversation. A turn that runs out of memory is a row with an error, as are the turns after it."""
     memory = memory_of(spec, engine.tokenizer, conversation, turns, chat, engine)
     key = {name: spec[name] for name in ("chat_set", "policy", "budget")}
     key["conversation_id"] = conversation["conversation_id"]

@@ -1,4 +1,4 @@
-"""What an experiment file says of conversations."""
+"""The configuration keys of the chat study."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEXT_DROP = "text_drop"
 
 
 class Judge(EngineRequest):
-    """A language model that is asked whether an answer follows an instruction, beside the rules."""
+    """A language model that judges, beside the rules, whether answers follow instructions."""
 
     base_url: str = Field(description="address of an OpenAI-compatible endpoint, up to and including /v1")
     model: str = Field(min_length=1, description="what the endpoint calls the model")

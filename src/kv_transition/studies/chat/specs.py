@@ -1,4 +1,4 @@
-"""What the jobs of conversations are told."""
+"""The specs of the chat jobs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ RUBRIC = Path(__file__).with_name("rubric.txt")
 
 
 def cells(settings: Settings) -> list[tuple[str, str]]:
-    """Every (policy, budget) that conversations are played under.
+    """Return every (policy, budget) under which conversations are played.
 
-    The full cache, and policies whose footprint is their own, once, as budget r1; all others and the controls at each
-    budget below 1.
+    The full cache, and policies with a footprint of their own, run once, as budget r1. All others and the controls run
+    at each budget below 1.
     """
     if settings.chat is None:
         return []
@@ -33,7 +33,7 @@ def cells(settings: Settings) -> list[tuple[str, str]]:
 
 
 def conversations(settings: Settings) -> dict[str, Any]:
-    """The spec of the job that brings conversations into one form."""
+    """Return the spec of the job that writes conversations in one form."""
     section = settings.chat
     modules = ["kv_transition.studies.chat.multiturn"]
     if section.source == "generated":
@@ -46,7 +46,7 @@ def conversations(settings: Settings) -> dict[str, Any]:
 
 
 def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
-    """The spec of the conversations of a (policy, budget); its digest is the ``chat_hash`` of their rows."""
+    """Return the spec of a (policy, budget); its digest is the ``chat_hash`` of the rows."""
     if policy in settings.chat.controls:
         kind, hyper_parameters, modules, policy_content = policy, {}, [f"kv_transition.studies.chat.{policy}"], None
     else:
@@ -71,7 +71,7 @@ def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
 
 
 def judge(settings: Settings) -> dict[str, Any]:
-    """The spec of the job that asks the judge; the answers that it judges are its input."""
+    """Return the spec of the judge's job, whose input are the answers."""
     return {
         "judge": settings.chat.judge.model_dump(),
         "rubric": content(str(RUBRIC)),
@@ -80,7 +80,7 @@ def judge(settings: Settings) -> dict[str, Any]:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError where the keys of ``chat`` contradict others or name what is not there."""
+    """Raise UserError if the keys of ``chat`` contradict others or name something that does not exist."""
     if settings.chat is None:
         return
     needs_the_model(settings, "chat")

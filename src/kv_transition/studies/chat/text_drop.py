@@ -1,9 +1,9 @@
-"""The control that is no compression of a cache: old text is deleted, and what is left of it is read again.
+"""The control `text_drop`: delete old text and read the rest again, instead of compressing a cache.
 
-After each answer the conversation's text is cut to the budget, word by word: first the words of the middle turns, from
-the oldest on, then those of the first turn from its end (the system's come last), then those of the latest from its
-start. A turn of which nothing is left is gone with its frame. What is left is read anew from position 0, so that the
-model never knew what was deleted, while a model whose cache was compressed has read it all.
+After each answer the text of the conversation is cut to the budget, word by word: first the words of the middle turns,
+oldest first, then those of the first turn from its end (the system message last), then those of the latest turn from
+its start. A turn without words is removed with its template. The rest is read from position 0. This model has never
+read the deleted text, while a model with a compressed cache has read all of it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Words = tuple[tuple[str, ...], tuple[Exchange, ...]]
 
 @dataclass
 class TextMemory:
-    """A conversation's text, cut to a budget of tokens after each turn."""
+    """The text of a conversation, cut to a budget of tokens after each turn."""
 
     engine: LocalEngine
     tokenizer: Any
@@ -61,7 +61,7 @@ class TextMemory:
         return self.own
 
     def opening(self, number: int) -> list[int]:
-        """Of the text that is left with the new turn behind it: what of it is new."""
+        """Return the tokens that the new turn adds to the remaining text."""
         system, exchanges = self.left
         texts = [*("".join(exchange.user) for exchange in exchanges), self.users[number - 1]]
         return self._rendered(system, texts)[-1].opening
@@ -95,7 +95,7 @@ class TextMemory:
 
 
 def cut(words: Words, fits: Any) -> Words:
-    """The words without as few as need be, in the order of the module's docstring, so that ``fits`` holds of them."""
+    """Return the words without as few as possible, in the order given above, such that ``fits`` holds."""
     versions = list(_shorter(words))
     low, high = 0, len(versions) - 1
     # a word less may be a token more at the seam, so what is found is looked at again
@@ -108,7 +108,7 @@ def cut(words: Words, fits: Any) -> Words:
 
 
 def _shorter(words: Words) -> Iterator[Words]:
-    """The words, then one less each time, down to none."""
+    """Yield the words, then one less each time, down to none."""
     system, exchanges = words
     now = list(exchanges)
 

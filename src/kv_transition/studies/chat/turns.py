@@ -1,12 +1,12 @@
-"""A conversation as the tokens that are fed in each turn, whatever the model answers.
+"""The tokens of each turn of a conversation, whatever the model answers.
 
-A chat template writes a whole conversation; a growing cache takes only what is new. So the template is rendered with a
-placeholder for each answer, and cut there: what stands before an answer and has not been fed yet is its *opening*, what
-stands behind it is its *closing*. Between the two the model's own token ids stay as they were said. This is right only
-if the template writes the earlier turns in the same way whatever follows them, which is checked.
+A chat template renders a whole conversation; a growing cache reads only what is new. The template is therefore rendered
+with a placeholder for each answer and cut there. The *opening* is the text before an answer that has not been read yet,
+the *closing* the text behind it. Between them the model's own token ids stay unchanged. This is valid only if the
+template renders earlier turns the same way whatever follows them, which is checked.
 
-A tokenizer without a chat template gets a plain one: the system's text, then ``User: ...`` and ``Assistant:``, turns
-apart by a blank line.
+A tokenizer without a chat template gets a plain one: the system message, then ``User: ...`` and ``Assistant:``, with a
+blank line between turns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Turn:
-    """One of the user's turns: token ids that are read before the model answers, and behind its answer."""
+    """One of the user's turns: token ids to read before and behind the model's answer."""
 
     user: str
     opening: list[int]
@@ -38,12 +38,12 @@ class Turn:
 
 
 def render(tokenizer: PreTrainedTokenizerFast, system: str | None, users: Sequence[str], *, chat: bool) -> list[Turn]:
-    """The turns of a conversation in which the system says ``system`` first (None: nothing) and the user ``users``.
+    """Return the turns of a conversation with a ``system`` message (or None) and the messages ``users``.
 
     chat: whether to use the tokenizer's chat template. Special tokens that a tokenizer puts before a text belong to the
-    first opening; a chat template holds them itself.
+    first opening; a chat template contains them.
 
-    Raises UserError if the template fails, or renders earlier turns in another way once there are later ones.
+    Raises UserError if the template fails, or renders earlier turns differently when later ones follow.
     """
     pieces = _pieces(tokenizer, system, users) if chat else _plain(system, users)
 
@@ -62,7 +62,7 @@ def _plain(system: str | None, users: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast, system: str | None, users: Sequence[str]) -> list[tuple[str, str]]:
-    """Text before and behind each answer."""
+    """Return the text before and behind each answer."""
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     pieces = []
     before = ""
@@ -98,7 +98,7 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, pr
 
 
 def _difference(expected: str, got: str) -> str:
-    """The first place where two texts differ, in a few words of each."""
+    """Return the first place where two texts differ, as a few words of each."""
     at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
     return f"{_readable(expected[at : at + 30])!r} became {_readable(got[at : at + 30])!r}"
 

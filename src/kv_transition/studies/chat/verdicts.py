@@ -1,7 +1,6 @@
-"""Whether the answers of conversations follow the instructions in force: a verdict for each, by rule and by judge.
+"""Verdicts on whether answers follow the instructions in force, by rule and by judge.
 
-An instruction that a later one overrides is asked after as well: whether it is still followed tells which of the two
-wins.
+An instruction that a later one overrides is also checked, to tell which of the two wins.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ class Case:
 
 
 def read_chat(paths: Iterable[str]) -> list[Row]:
-    """The answers of all files (``tables.CHAT``), in order.
-
-    Raises UserError if a file cannot be read.
-    """
+    """Return the answers of all files (``tables.CHAT``), in order. Raises UserError if a file cannot be read."""
     rows: list[Row] = []
     for path in paths:
         try:
@@ -59,7 +55,7 @@ def read_chat(paths: Iterable[str]) -> list[Row]:
 
 
 def cases(rows: Sequence[Row]) -> list[Case]:
-    """Every instruction in force at every answer, in the order of the rows."""
+    """Return every instruction in force at every answer, in the order of the rows."""
     own = [[Check.model_validate(check) for check in json.loads(row["checks"] or "[]")] for row in rows]
     # A row has the checks in force at its turn; one that is replaced by a check which is not due there is known from
     # the conversation's other turns.
@@ -74,7 +70,7 @@ def cases(rows: Sequence[Row]) -> list[Case]:
 
 
 def verdicts(rows: Sequence[Row], judged: Iterable[Row] = ()) -> list[Row]:
-    """A row of ``tables.CHAT_VERDICTS`` for each of the `cases`; ``judged``: rows of ``tables.JUDGE``."""
+    """Return a row of ``tables.CHAT_VERDICTS`` for each of the `cases`; ``judged``: rows of ``tables.JUDGE``."""
     said = {tuple(row[name] for name in (*KEY, "check_id")): row for row in judged}
     found = cases(rows)
     chance = _chance([case for case in found if case.row["policy"] == FULL], rows)
@@ -98,7 +94,7 @@ def verdicts(rows: Sequence[Row], judged: Iterable[Row] = ()) -> list[Row]:
 
 
 def _chance(found: Sequence[Case], rows: Sequence[Row]) -> dict[Key, float]:
-    """How often answers under the full cache, at the same turn of conversations without the check, pass it."""
+    """Return how often answers of the full cache pass a check of another conversation at the same turn."""
     answers: dict[Key, list[tuple[str, str]]] = {}
     for row in rows:
         if row["policy"] == FULL and row["text"] is not None:
@@ -128,12 +124,8 @@ def _chance(found: Sequence[Case], rows: Sequence[Row]) -> dict[Key, float]:
 
 
 def write_verdicts(chat: Sequence[str], output: str, judge: str | None = None) -> None:
-    """The `chat_verdicts` rule.
-
-    Args:
-        chat: paths of answers (``tables.CHAT``).
-        output: path of the verdicts (``tables.CHAT_VERDICTS``).
-        judge: path of what the judge said (``tables.JUDGE``), if there is one.
+    """Write ``tables.CHAT_VERDICTS`` to ``output``. ``chat``: paths of ``tables.CHAT``; ``judge``: of
+    ``tables.JUDGE``.
     """
     judged = parsing.read_parquet(judge, columns=JUDGE.names).to_pylist() if judge else []
     rows = read_chat(chat)

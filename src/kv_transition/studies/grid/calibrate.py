@@ -1,10 +1,10 @@
-"""The calibration job: how uncertain the model is while it answers examples that no cell sees.
+"""The calibration job: token entropies of held-out examples, answered by the full cache.
 
     python -m kv_transition.studies.grid.calibrate --spec JSON --task NAME --examples EXAMPLES.parquet
         --manifest MANIFEST.json --output CALIBRATION.json
 
-A `tau_quantile` of the policy entropy_recall is a quantile of these entropies. The full cache answers, so that one file
-a task serves every budget and mode.
+A `tau_quantile` of the policy entropy_recall is a quantile of these entropies. One file per task serves every budget
+and mode.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Row = dict[str, Any]
 
 
 def held_out(examples: Sequence[Row], manifest: Row, n: int) -> list[Row]:
-    """At most ``n`` examples that are in no bin but as long as some bin's, as many from each length as there are.
+    """Return at most ``n`` examples that are in no bin but as long as some bin's, equally many of each length.
 
-    An example with the very document of one in a bin is left out too. Raises UserError if nothing is left.
+    Examples that share a document with one in a bin are left out. Raises UserError if nothing is left.
     """
     edges = manifest["edges"]
     used = {name for b in manifest["bins"] for name in b["example_ids"]}
@@ -56,7 +56,7 @@ def held_out(examples: Sequence[Row], manifest: Row, n: int) -> list[Row]:
 def step_entropies(
     engine: LocalEngine, context_ids: Sequence[int], question_ids: Sequence[int], max_new_tokens: int
 ) -> list[float]:
-    """Of each token that the model says and reads, greedily with the full cache: nats of what it was drawn from."""
+    """Return the entropy in nats of the distribution of each token of a greedy answer with the full cache."""
     state = engine.prefill(context_ids, question_ids, frozenset()).prompt
     entropies = []
     # the last token is said and not read, so it is no step

@@ -1,5 +1,4 @@
-"""What an entropy_recall cell takes from other files: its calibrated tau, and how often the cell it is held against
-recalled."""
+"""Inputs of an entropy_recall cell from other files: its calibrated tau, and the recalls of its reference cell."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ Paces = Mapping[tuple[str, int], tuple[int, int]]
 
 
 def calibrated(policy: Policy, calibration: str | None) -> Policy:
-    """The policy with the tau that its ``tau_quantile`` stands for on the held-out steps of a calibration file."""
+    """Return the policy with the tau of its ``tau_quantile``, from the held-out steps of a calibration file."""
     wanted = getattr(policy, "tau_quantile", None)
     if wanted is None or calibration is None:
         return policy
@@ -26,7 +25,7 @@ def calibrated(policy: Policy, calibration: str | None) -> Policy:
 
 
 def quantile(values: list[float], share: float, where: str = "the calibration") -> float:
-    """The quantile of rising ``values``, linear between two of them; UserError if there is none."""
+    """Return the quantile of rising ``values``, linearly interpolated; UserError if there are none."""
     if not values:
         raise UserError(f"{where} holds no step; give tau itself, or examples whose answers have several tokens")
     place = share * (len(values) - 1)
@@ -35,7 +34,7 @@ def quantile(values: list[float], share: float, where: str = "the calibration") 
 
 
 def paces(treated: str | None) -> Paces:
-    """Of the answers of a cell's file; empty without one. An answer that failed has no moments."""
+    """Return the paces of the answers of a cell's file; empty without one. A failed answer has none."""
     if treated is None:
         return {}
 

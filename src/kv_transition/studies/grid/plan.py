@@ -1,4 +1,4 @@
-"""The jobs of the grid, counted from the configuration and from the files."""
+"""The jobs of the grid, for `plan`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""One cell of the grid, answered by an OpenAI-compatible endpoint: every example of a bin, sent once.
+"""A cell of the grid answered by an OpenAI-compatible endpoint: every example of a bin, sent once.
 
     python -m kv_transition.studies.grid.remote --spec JSON --bin BIN.parquet --output CELL.parquet
 
-Each row is put into a journal beside the output as soon as it is there. A job that was interrupted finds it, sends only
-what is missing and gives the same file; a half-written last line is dropped. What the endpoint does with its cache is
-what the experiment declares: columns that only the engine can know are null, unless the server tells them
-(kv_transition's own does).
+Each row is written to a journal beside the output as soon as it arrives. After an interruption the job reads the
+journal, sends only the missing requests and gives the same file; an incomplete last line is dropped. The experiment
+declares what the endpoint does with its cache. Columns that only the engine can know are null, unless the server
+reports them, as kv_transition's own does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Key = tuple[str, int]
 
 
 class Journal:
-    """The rows of a cell that are there already, in a file that survives the job."""
+    """The finished rows of a cell, in a file that survives the job."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -70,7 +70,7 @@ class Journal:
 
 @contextmanager
 def journal_of(output: str) -> Iterator[Journal]:
-    """The journal of a cell. It is deleted when the block ends well.
+    """Within the block: the journal of a cell. It is deleted when the block ends without an error.
 
     Raises UserError if another process is writing it.
     """
@@ -96,7 +96,7 @@ def journal_of(output: str) -> Iterator[Journal]:
 
 
 def request_of(spec: Row, example: Row, repeat: int) -> Request:
-    """What is sent for an answer. Raises UserError if the prompt cannot be sent in the form that is asked for."""
+    """Return the request for an answer. Raises UserError if the prompt cannot be sent in the required form."""
     endpoint, decoding = spec["endpoint"], spec["decoding"]
     seed = command.answer_seed(decoding["seed"], example["example_id"], repeat)
     given: Row = {}
@@ -130,7 +130,7 @@ def sends_tokens(endpoint: Row) -> bool:
 
 
 def _content(example: Row) -> tuple[str, int]:
-    """The user's message and where the context ends in it; the endpoint wraps it in the chat template itself."""
+    """Return the user's message and where the context ends in it; the endpoint adds the chat template."""
     start, end = example["content_start"], example["content_end"]
     if start is None or end is None:
         raise UserError(
@@ -158,7 +158,7 @@ def _asked_of_kv_transition(spec: Row, place: Any, seed: int) -> Row:
 
 
 def _tiny(example: Row) -> Row:
-    """An example that costs nothing and asks for all that the cell asks for."""
+    """Return an example of one token that uses every option of the cell."""
     return example | {
         "context_text": "Hello,",
         "question_text": " world",
@@ -209,7 +209,7 @@ def _key(row: Row) -> Key:
 
 
 def _check_served(reply: Reply, spec: Row) -> None:
-    """A server of kv_transition says what it did; it must be what it was asked for."""
+    """Check that a kv_transition server did what was requested."""
     if not spec["endpoint"]["serves"]:
         return
     did = {key: (reply.kv or {}).get(key) for key in ("policy", "hyper_parameters", "budget", "mode")}

@@ -1,4 +1,4 @@
-"""The experiment's tables as figures and report read them: without aliases, NaN as null, everything in its order."""
+"""The experiment's tables for figures and report: without aliases, with null in place of NaN, in a fixed order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Results:
 
     @cached_property
     def policies(self) -> list[str]:
-        """All but the full cache, always in the same order, so that a policy keeps its colour."""
+        """All policies but the full cache, always in the same order, so that a policy keeps its colour."""
         return sorted(set(self.stats["policy"]) - {FULL["policy"]})
 
     @cached_property
@@ -48,13 +48,13 @@ class Results:
 
     @cached_property
     def groups(self) -> list[tuple[str, str]]:
-        """(task, mode), the modes never mixed."""
+        """(task, mode) of each group; modes are never mixed."""
         found = self.stats.select("task", "mode").unique().rows()
         return sorted(found, key=lambda k: (k[0], list(labels.MODES).index(k[1])))
 
     @cached_property
     def panels(self) -> list[tuple[str, str, str]]:
-        """(task, mode, budget) with anything but the full cache in it, or the full cache alone."""
+        """(task, mode, budget) of each panel with a policy, or of the full cache alone."""
         frame = self.stats.filter(pl.col("policy") != FULL["policy"])
         if not frame.height:
             frame = self.stats
@@ -69,12 +69,12 @@ class Results:
 
     @cached_property
     def keeping_all(self) -> list[str]:
-        """Policies that keep what they evict in other memory, and say how many bytes that makes in all."""
+        """Policies that keep evicted entries in other memory and report the total bytes."""
         return sorted(set(self.scores.filter(BYTES_IN_ALL.is_not_null())["policy"]))
 
     @cached_property
     def contenders(self) -> list[str]:
-        """Policies that can answer how little memory is enough: those that keep everything only among themselves."""
+        """Policies that can answer how little memory is enough."""
         return [policy for policy in self.policies if policy not in self.keeping_all] or self.policies
 
     def curve(self, statistic: str, task: str, mode: str) -> pl.DataFrame:
@@ -93,11 +93,11 @@ class Results:
         return self._stats.get((task, mode, policy, budget, bin, statistic))
 
     def compared(self, task: str, mode: str, policy: str, budget: str, bin: int | None, statistic: str) -> Row | None:
-        """The paired comparison with the full cache; ``bin`` None: over all bins."""
+        """Return the paired comparison with the full cache; ``bin`` None: over all bins."""
         return self._compared.get((task, mode, policy, budget, bin, statistic))
 
     def bins(self, task: str) -> list[Row]:
-        """bin, token_min, token_max, token_mean of the task's bins, in order."""
+        """Return bin, token_min, token_max, token_mean of the task's bins, in order."""
         columns = ["bin", "token_min", "token_max", "token_mean"]
         return self.stats.filter(task=task).select(columns).unique("bin").sort("bin").to_dicts()
 
@@ -106,12 +106,14 @@ class Results:
         return len({task for task, _ in self.groups}) > 1
 
     def heading(self, task: str, mode: str) -> str:
-        """``Compressed after the prompt``, with the task where there are several."""
+        """Return ``Compressed after the prompt``, with the task if there are several."""
         return (f"{task}: compressed " if self.several_tasks else "Compressed ") + labels.mode(mode)
 
 
 def read_results(scores: str, bin_stats: str, comparisons: str, transition: str) -> Results:
-    """The tables from their files, without the aliases of the full cache. Raises UserError if nothing is left."""
+    """Return the tables from their files, without the aliases of the full cache. Raises UserError if nothing is
+    left.
+    """
     confidence = json.loads(read_metadata(bin_stats).get("statistics", "{}")).get("confidence", 0.95)
     answers = read_table(scores)
     aliases = answers.filter("alias").select("policy", "budget").unique()

@@ -1,8 +1,8 @@
-"""One cell of the grid: every example of a bin under one policy, budget and mode.
+"""A cell of the grid: every example of a bin under one policy, budget and mode.
 
     python -m kv_transition.studies.grid.run --spec JSON --bin BIN.parquet --output CELL.parquet
 
-Each example: take its prefill, compress it to the budget, let the question in, decode (see `run.decode`).
+For each example: load or compute its prefill, compress it to the budget, read the question, decode (see `run.decode`).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def _policy(kind: str, hyper_parameters: dict[str, Any]) -> Policy:
 
 
 def _presses() -> ModuleType:
-    """By name, so that other cells' hash of code does not cover it."""
+    """Import by name, so that the code hash of other cells does not cover it."""
     return importlib.import_module("kv_transition.run.press")
 
 
 def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool) -> Iterator[list[Unit]]:
-    """Runs of at most ``size`` answers to decode together: those whose caches will hold equally many entries.
+    """Yield runs of at most ``size`` answers to decode together: those whose caches will hold equally many entries.
 
-    ragged: also others, where padding costs less than it gains. A policy that acts each step never is padded, and one
+    ragged: also others, if padding costs less than it gains. A policy that acts at each step is never padded, and one
     that acts before a step's attention decodes one answer at a time.
     """
     if setting.policy.one_at_a_time:
@@ -92,9 +92,9 @@ def rows(
     calibration: str | None = None,
     treated: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The cell's rows, an answer each, in the order of the bin.
+    """Yield the cell's rows, one per answer, in the order of the bin.
 
-    calibration, treated: the files that a cell of entropy_recall takes beside its bin (see `run.recall`).
+    calibration, treated: the files that a cell of entropy_recall takes beside its bin (see `moments`).
     """
     setting = setting_of(spec)
     setting = replace(setting, policy=calibrated(setting.policy, calibration))
@@ -111,7 +111,9 @@ def rows(
 def _answered(
     engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any, paced: Paces
 ) -> list[dict[str, Any]]:
-    """A row each. A batch that is too large for the memory is halved; what is too large alone is a failure."""
+    """Return a row for each answer. A batch that runs out of memory is halved; a single answer that does is a
+    failure.
+    """
     try:
         return _answer(engine, units, setting, spec, store, paced)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""All answers of an experiment, scored: cells and the examples they answer, joined into one table."""
+"""Score all answers of an experiment: cells and their examples, joined into one table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Example = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """The answers of one cell as read, and what its path says they are."""
+    """The answers of one cell, and the key that its path names."""
 
     path: str
     key: Mapping[str, str]  # task, mode, policy, budget, bin
@@ -104,7 +104,7 @@ def score_cells(
 
 
 class _UnfitError(Exception):
-    """Why a cell cannot be scored."""
+    """The reason why a cell cannot be scored."""
 
 
 def _bin_key(path: str) -> tuple[str, str]:
@@ -115,7 +115,7 @@ def _bin_key(path: str) -> tuple[str, str]:
 
 
 def _read_examples(path: str) -> dict[str, Example]:
-    """The examples of a bin by their id."""
+    """Return the examples of a bin by their id."""
     try:
         rows = pq.read_table(path, columns=_EXAMPLE_COLUMNS, partitioning=None).to_pylist()
     except (OSError, pa.ArrowException) as error:
@@ -124,7 +124,7 @@ def _read_examples(path: str) -> dict[str, Example]:
 
 
 def _read_task(path: str) -> tuple[str, Task]:
-    """The task's name and definition, from its manifest."""
+    """Return the task's name and definition, from its manifest."""
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
@@ -153,7 +153,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check(cell: Cell, examples: Mapping[str, Example], expected_hash: str | None) -> None:
-    """Raise _UnfitError unless the cell is what its path says, of the expected hash, and answers its bin exactly."""
+    """Raise _UnfitError unless the cell matches its path and expected hash and answers its bin exactly."""
     if expected_hash is None:
         raise _UnfitError("not a cell of this experiment")
     columns = cell.answers.select([*cell.key, "example_id", "repeat", "prompt_sha256", "cell_hash"]).to_pydict()
@@ -220,7 +220,7 @@ def grade(
 
 
 def _score(cell: Cell, examples: Mapping[str, Example], task: Task) -> pa.Table:
-    """The cell's rows of ``tables.SCORES``."""
+    """Return the cell's rows of ``tables.SCORES``."""
     columns = cell.answers.select(["example_id", "text", "finish_reason", "error"]).to_pydict()
     rows = []
     for example_id, *answer in zip(*columns.values(), strict=True):
@@ -236,13 +236,13 @@ def _score(cell: Cell, examples: Mapping[str, Example], task: Task) -> pa.Table:
 
 
 def _cluster(example: Example) -> str | None:
-    """Examples that ask about one document are one cluster: they are not independent."""
+    """Return the cluster of an example: examples about one document are not independent."""
     context = example["context_text"]
     return provenance.text_sha256(context)[:16] if context else None
 
 
 def _alias(full: pa.Table, policy: str, budget: str) -> pa.Table:
-    """The full cache's rows under another policy's name."""
+    """Return the full cache's rows under another policy's name."""
     columns = {"policy": policy, "budget": budget, "alias": True}
     for name, value in columns.items():
         field = full.schema.field(name)
@@ -253,7 +253,7 @@ def _alias(full: pa.Table, policy: str, budget: str) -> pa.Table:
 
 
 def _common_metadata(cells: Sequence[Cell]) -> dict[str, str]:
-    """What all cells say of themselves alike. Commit and versions are the cells', beside those of this file."""
+    """Return the metadata that all cells share; commit and versions of the cells beside those of this file."""
     if not cells:
         return {}
     common = dict(set.intersection(*(set(cell.metadata.items()) for cell in cells)))

@@ -1,4 +1,4 @@
-"""What an experiment file says of the grid: documents, length bins, adaptive allocation."""
+"""The configuration keys of the grid: documents, length bins, adaptive allocation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kv_transition.sections import Section, Seed, Task
 
 
 class Dataset(Section):
-    """Where the examples come from."""
+    """The source of the examples."""
 
     name: Literal["synthetic", "ruler", "longbench", "jsonl"] = Field("synthetic", description="loader of the examples")
     tasks: list[Task] = Field(["reader_qa"], min_length=1, description="tasks of the data set")
@@ -97,7 +97,7 @@ class Fields(Section):
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks that are answered; none in an experiment that is all perplexity or conversations."""
+        """The tasks that are answered; none in an experiment of perplexity or conversations only."""
         return self.dataset.tasks if self.dataset else []
 
     @field_validator("adaptive")

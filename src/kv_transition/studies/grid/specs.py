@@ -1,4 +1,4 @@
-"""What the jobs of the grid are told: exactly what their results depend on, and a hash of the code that makes them."""
+"""The specs of the grid's jobs."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def cells(settings: Settings) -> list[tuple[str, str, str]]:
 
 
 def aliases(settings: Settings) -> list[tuple[str, str]]:
-    """(policy, budget) pairs that keep everything: the full cache's rows stand for them."""
+    """Return the (policy, budget) pairs that keep everything: the full cache's rows are used for them."""
     full_asked = any(budget.is_full for budget in settings.kv.all_budgets())
     policies = [policy for policy in settings.kv.policies if policy != FULL and not once(settings, policy)]
     return [(policy, FULL_BUDGET) for policy in policies] if full_asked else []
 
 
 def calibrated(settings: Settings, policy: str) -> bool:
-    """Whether a policy's cells take the calibration of their task."""
+    """Return whether a policy's cells need the calibration of their task."""
     own = recall_of(settings, policy)
     return own is not None and own["tau_quantile"] is not None
 
 
 def treated(settings: Settings, policy: str) -> str | None:
-    """The policy whose cell a control's cell takes, in the same task, mode, budget and bin; None for all others."""
+    """Return the policy whose cell a control's cell reads, in the same task, mode, budget and bin; None for others."""
     own = recall_of(settings, policy)
     return None if own is None else own["like"]
 
@@ -76,7 +76,7 @@ def calibrate(settings: Settings) -> dict[str, Any]:
 
 
 def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:
-    """The spec of every cell of a (mode, policy, budget); its digest is the ``cell_hash`` of their rows."""
+    """Return the spec of every cell of a (mode, policy, budget); its digest is the ``cell_hash`` of the rows."""
     if settings.engine.kind == "openai":
         return _remote_cell(settings, mode, policy, budget)
     kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
@@ -97,7 +97,7 @@ def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, A
 
 
 def _remote_cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:
-    """It depends on what the endpoint was declared to be; whether it is that cannot be known here."""
+    """Return the spec of a cell of an endpoint. It contains what the endpoint is declared to be, unverified."""
     kind, hyper_parameters = resolve(settings, policy)
     engine = settings.engine
     return {
@@ -117,14 +117,14 @@ def _remote_cell(settings: Settings, mode: str, policy: str, budget: str) -> dic
 
 
 def _dataset(settings: Settings, *files: str) -> dict[str, Any]:
-    """The data set's keys, with the content of local ``files``: it may change while its name does not."""
+    """Return the data set's keys, with the content of local ``files``, which may change under the same name."""
     dataset = settings.dataset.model_dump(exclude={"tasks", "path", "prompts", "max_lengths"} - set(files))
     contents = {key: content(dataset[key]) for key in files if dataset[key] and Path(dataset[key]).exists()}
     return dataset | {"content": contents}
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError where the keys of the grid contradict each other or name what is not there."""
+    """Raise UserError if the keys of the grid contradict each other or name something that does not exist."""
     if settings.adaptive.enabled and not settings.dataset:
         raise UserError("adaptive.enabled: true needs a dataset; add one, or leave it out")
     _check_pace(settings)

@@ -1,4 +1,4 @@
-"""The grid of answers: every task, mode, policy, budget and length bin."""
+"""The grid study: every task, mode, policy, budget and length bin."""
 
 from kv_transition.studies.grid import plan, specs
 from kv_transition.studies.study import Study

@@ -1,4 +1,4 @@
-"""What a policy gives up and what it saves: paired differences from the full cache, score against bytes."""
+"""Figures of cost and benefit: paired differences from the full cache, and score against bytes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,8 @@ import altair as alt
 import polars as pl
 
 from kv_transition import labels
-from kv_transition.plotting.drawing import (  # fmt: skip
-    INK,
-    NEUTRAL,
-    Datasets,
-    Spec,
-    as_wide_as_its_place,
-    choices,
-    color,
-    compose,
-    filtered,
-    inner,
-    note,
-    rows_of,
-    shape,
-    view,
-)
+from kv_transition.plotting import marks, panels, theme
+from kv_transition.plotting.panels import Datasets, Spec
 from kv_transition.stats import intervals
 from kv_transition.stats.examples import FULL, padded
 from kv_transition.studies.grid.results import BYTES_IN_ALL, Results, Row
@@ -33,8 +19,9 @@ DIFFERENCES = {"score": "Score", "failure_rate": "Failure rate"}
 
 
 def footprints(results: Results) -> dict[tuple[str, str, str, str], Row]:
-    """Bytes kept, in whatever memory, over bytes of the full cache, over all lengths, by (task, mode, policy, budget);
-    the example is the unit. Rows have estimate, ci_low, ci_high, n, method.
+    """Return bytes kept (in any memory) over bytes of the full cache, by (task, mode, policy, budget).
+
+    The mean is over all lengths; the example is the unit. Rows have estimate, ci_low, ci_high, n, method.
     """
     key = ["task", "mode", "policy", "budget"]
     share = pl.when(pl.col("full_bytes") > 0).then(pl.coalesce(BYTES_IN_ALL, "cache_bytes") / pl.col("full_bytes"))
@@ -49,10 +36,10 @@ def footprints(results: Results) -> dict[tuple[str, str, str, str], Row]:
 
 
 def front(results: Results) -> list[Row]:
-    """Every policy and budget as a point: share of the bytes kept, share of the full cache's score kept.
+    """Return every policy and budget as a point: share of the bytes kept, share of the full cache's score kept.
 
     ``best`` marks the Pareto front of its task and mode: no other point has at most the bytes and at least the score,
-    and one of the two better. Points whose bytes were not measured are left out.
+    with one of the two better. Points without measured bytes are left out.
     """
     bytes_kept, points = footprints(results), []
     for task, mode in results.groups:
@@ -100,38 +87,28 @@ def _front_rows(results: Results) -> list[Row]:
     return rows
 
 
-def _front_layers(rows: list[Row], policies: Sequence[str], data: Datasets, filters: Sequence[alt.Parameter] = ()):
+def _front_layers(rows: list[Row], policies: Sequence[str], data: Datasets) -> list[alt.Chart]:
     top = max([1.0, *(r["high"] for r in rows if r["high"] is not None)])
     widest = max([1.0, *(r["bytes"] for r in rows)])
-    x_scale, y_scale = alt.Scale(domain=[0, widest * 1.04], nice=False), alt.Scale(domain=[0, top * 1.03], nice=False)
-    x = alt.X("bytes:Q", scale=x_scale, axis=alt.Axis(format=".0%", title="bytes kept, of the full cache's",
-              grid=False, tickCount=5))  # fmt: skip
-    y_axis = alt.Axis(format=".0%", title="score kept, of the full cache's", tickCount=5)
-    y = alt.Y("estimate:Q", scale=y_scale, axis=y_axis)
-    tip = [
-        alt.Tooltip(f"{field}:N", title=title)
-        for field, title in (
-            ("policy", "policy"), ("budget", "budget"), ("mode", "compressed"), ("score", "score kept"),
-            ("size", "bytes kept"), ("n", "n"), ("front", "Pareto"),
-        )
-    ]  # fmt: skip
-
-    def of(values: list[Row]) -> alt.Chart:
-        return filtered(data.add(values), filters)
-
+    x = alt.X("bytes:Q", scale=marks.unit_scale(widest * 1.04, clamp=False), axis=alt.Axis(format=".0%",
+              title="bytes kept, of the full cache's", grid=False, tickCount=5))  # fmt: skip
+    y = alt.Y("estimate:Q", scale=marks.unit_scale(top * 1.03, clamp=False),
+              axis=alt.Axis(format=".0%", title="score kept, of the full cache's", tickCount=5))  # fmt: skip
+    tip = panels.tooltip({
+        "policy": "policy", "budget": "budget", "mode": "compressed", "score": "score kept", "size": "bytes kept",
+        "n": "n", "front": "Pareto",
+    })  # fmt: skip
+    color, shape = theme.policy_scales(policies)
     full = [r for r in rows if r["policy"] == FULL["policy"]]
     best = sorted((r for r in rows if r["best"]), key=lambda r: r["bytes"])
-    ends = [r for r in rows if r["low"] is not None and r["high"] is not None]
     return [
-        of(best).mark_line(interpolate="step-after", color=NEUTRAL, strokeWidth=1.4, strokeDash=[2, 3])
+        data.chart(best).mark_line(interpolate="step-after", color=theme.NEUTRAL, strokeWidth=1.4, strokeDash=[2, 3])
         .encode(x=x, y=y),
-        of(ends).mark_rule(strokeWidth=1.3, opacity=0.6)
-        .encode(x=x, y=alt.Y("low:Q", scale=y_scale, axis=y_axis), y2="high:Q", color=color(policies)),
-        of(rows).mark_point(filled=True, size=95, opacity=1, stroke="white", strokeWidth=0.6)
-        .encode(x=x, y=y, color=color(policies), shape=shape(policies), tooltip=tip),
-        of(full).mark_point(filled=True, size=80, opacity=1, color=NEUTRAL, shape="circle")
+        *marks.points(data, rows, x, y, (color, shape), tip),
+        data.chart(full).mark_point(filled=True, size=80, opacity=1, color=theme.NEUTRAL, shape="circle")
         .encode(x=x, y=y, tooltip=tip),
-        of(best).mark_point(filled=False, size=230, color=INK, strokeWidth=1.2, shape="circle").encode(x=x, y=y),
+        data.chart(best).mark_point(filled=False, size=230, color=theme.INK, strokeWidth=1.2, shape="circle")
+        .encode(x=x, y=y),
     ]  # fmt: skip
 
 
@@ -139,41 +116,39 @@ _FRONT_TITLE = "What is kept against what it costs"
 
 
 def _front_note(results: Results) -> str:
-    return f"over all lengths; {100 * results.confidence:g} % intervals of the score kept; ringed: on the Pareto front"
+    return f"over all lengths; {panels.share(results.confidence)} of the score kept; ringed: on the Pareto front"
 
 
 def _nothing_measured(title: str, results: Results) -> Spec:
-    return note("Nothing to draw: bytes of the cache were not measured, or nothing was compared.", title,
-                f"{100 * results.confidence:g} % intervals")  # fmt: skip
+    why = "Nothing to draw: bytes of the cache were not measured, or nothing was compared."
+    return panels.note(why, title, panels.share(results.confidence))
 
 
 def front_figure(results: Results) -> Spec:
-    """Score kept against bytes kept, a panel per task and mode, the Pareto front ringed."""
+    """Return score kept against bytes kept, a panel per task and mode, with the Pareto front ringed."""
     rows = _front_rows(results)
     if not rows:
         return _nothing_measured(_FRONT_TITLE, results)
-    data, panels = Datasets(), []
+    data, drawn = Datasets(), []
     for task, mode in results.groups:
         own = [r for r in rows if (r["task"], r["mode_key"]) == (task, mode)]
-        title = {"text": results.heading(task, mode), "fontSize": 13}
         if own:
-            panels.append(view(_front_layers(own, results.policies, data), 380, 250, title))
-    return compose({"vconcat": rows_of(panels, 2), "spacing": 24}, data, _FRONT_TITLE, _front_note(results))
+            title = panels.title(results.heading(task, mode))
+            drawn.append(panels.panel(_front_layers(own, results.policies, data), 380, 250, title))
+    return panels.figure(drawn, 2, data, _FRONT_TITLE, _front_note(results))
 
 
 def front_explorer(results: Results) -> Spec | None:
-    """The same to point at: one mode at a time, as wide as its place."""
+    """Return the same as an interactive chart, for one mode at a time; None without measured bytes."""
     rows = _front_rows(results)
     if not rows:
         return None
-    by = choices(rows, {"mode": "Compressed", "task": "Task"})
-    data = Datasets()
-    layers = alt.layer(*_front_layers(rows, results.policies, data, by)).add_params(*by)
-    return compose(as_wide_as_its_place(inner(layers), 340), data, _FRONT_TITLE, _front_note(results))
+    data = Datasets(panels.choices(rows, {"mode": "Compressed", "task": "Task"}))
+    return panels.explorer(_front_layers(rows, results.policies, data), 340, data, _FRONT_TITLE, _front_note(results))
 
 
 def difference_rows(results: Results) -> list[Row]:
-    """Paired differences from the full cache, per bin and over all of them, as they are written and drawn."""
+    """Return the paired differences from the full cache, per bin and over all bins."""
     tokens = {(task, b["bin"]): labels.token_range(b["token_min"], b["token_max"])
               for task, _ in results.groups for b in results.bins(task)}  # fmt: skip
     rows = []
@@ -200,40 +175,25 @@ def forest(
     rows: Sequence[Row],
     policies: Sequence[str],
     data: Datasets,
-    filters: Sequence[alt.Parameter] = (),
     what: str = "policy minus full cache, same examples",
 ) -> list[alt.Chart]:
-    """Layers of a forest plot of differences: rows as those of `difference_rows`, one line a ``name``."""
+    """Return the layers of a forest plot of differences: rows as those of `difference_rows`, one line per ``name``."""
     ends = [r[k] for r in rows for k in ("estimate", "low", "high") if r[k] is not None]
     domain = [max(-1.0, 1.05 * min([-0.1, *ends])), min(1.0, 1.05 * max([0.1, *ends]))]
-    x_scale = alt.Scale(domain=domain, nice=False, clamp=True)
     signs = "datum.value == 0 ? '0' : format(datum.value, '+.2~f')"
     axis = alt.Axis(title=what, labelExpr=signs, tickCount=6)
     names = list(dict.fromkeys(r["name"] for r in rows))
     y = alt.Y("name:N", sort=names, title=None, axis=alt.Axis(labelLimit=200, domain=False, ticks=False, grid=True))
-    tip = [
-        alt.Tooltip(f"{field}:N", title=title)
-        for field, title in (
-            ("name", "policy, cache kept"), ("lengths", "lengths"), ("interval", "difference [interval]"),
-            ("p", "p after Holm"), ("n", "n"), ("method", "method"),
-        )
-    ]  # fmt: skip
-
-    def of(values: list[Row]) -> alt.Chart:
-        return filtered(data.add(values), filters)
-
+    tip = panels.tooltip({
+        "name": "policy, cache kept", "lengths": "lengths", "interval": "difference [interval]", "p": "p after Holm",
+        "n": "n", "method": "method",
+    })  # fmt: skip
     drawn = [r for r in rows if r["estimate"] is not None]
     full = [r for r in drawn if r["policy"] == FULL["policy"]]
-    bounded = [r for r in drawn if r["low"] is not None and r["high"] is not None]
-    x = alt.X("estimate:Q", scale=x_scale, axis=axis)
+    x = alt.X("estimate:Q", scale=alt.Scale(domain=domain, nice=False, clamp=True), axis=axis)
     return [
-        alt.Chart(data.add([{"zero": 0}])).mark_rule(color=NEUTRAL, strokeDash=[4, 3])
-        .encode(x=alt.X("zero:Q", scale=x_scale, axis=axis)),
-        of(bounded).mark_rule(strokeWidth=1.6)
-        .encode(y=y, x=alt.X("low:Q", scale=x_scale, axis=axis), x2="high:Q", color=color(policies)),
-        of(drawn).mark_point(filled=True, size=80, opacity=1)
-        .encode(y=y, x=x, color=color(policies), shape=shape(policies), tooltip=tip),
-        of(full).mark_point(filled=True, size=70, opacity=1, color=NEUTRAL, shape="circle")
+        *marks.forest(data, drawn, x, y, theme.policy_scales(policies), tip),
+        data.chart(full).mark_point(filled=True, size=70, opacity=1, color=theme.NEUTRAL, shape="circle")
         .encode(y=y, x=x, tooltip=tip),
     ]  # fmt: skip
 
@@ -242,29 +202,27 @@ _DIFFERENCE_TITLE = "Paired differences from the full cache"
 
 
 def difference_figure(results: Results) -> Spec:
-    """Differences in score over all lengths with their intervals: a panel per task and mode."""
-    share = f"score, over all lengths; {100 * results.confidence:g} % intervals; left of the line: worse than full"
+    """Return the differences in score over all lengths with their intervals: a panel per task and mode."""
+    share = f"score, over all lengths; {panels.share(results.confidence)}; left of the line: worse than full"
     pooled = [r for r in difference_rows(results) if r["bin"] is None and r["statistic"] == "score"]
     if not pooled:
-        return note("Nothing was compared with the full cache.", _DIFFERENCE_TITLE, share)
-    data, panels = Datasets(), []
+        return panels.note("Nothing was compared with the full cache.", _DIFFERENCE_TITLE, share)
+    data, drawn = Datasets(), []
     for task, mode in results.groups:
         own = [r for r in pooled if (r["task"], r["mode_key"]) == (task, mode)]
         if own:
-            title = {"text": results.heading(task, mode), "fontSize": 13}
-            panels.append(view(forest(own, results.policies, data), 300, {"step": 21}, title))
-    return compose({"vconcat": rows_of(panels, 2), "spacing": 24}, data, _DIFFERENCE_TITLE, share)
+            title = panels.title(results.heading(task, mode))
+            drawn.append(panels.panel(forest(own, results.policies, data), 300, {"step": 21}, title))
+    return panels.figure(drawn, 2, data, _DIFFERENCE_TITLE, share)
 
 
 def difference_explorer(results: Results) -> Spec | None:
-    """The same to ask: score or failures, one bin or all, one mode at a time."""
+    """Return the same as an interactive chart: score or failures, one bin or all, one mode at a time."""
     rows = difference_rows(results)
     if not rows:
         return None
     controls = {"lengths": "Lengths", "mode": "Compressed", "task": "Task", "measure": "Measure"}
-    by = choices(rows, controls)
-    data = Datasets()
-    layers = alt.layer(*forest(rows, results.policies, data, by)).add_params(*by)
-    share = f"{100 * results.confidence:g} % intervals; for the score, left of the line is worse than the full cache"
-    content = as_wide_as_its_place(inner(layers), 24 * len({row["name"] for row in rows}) + 120)
-    return compose(content, data, _DIFFERENCE_TITLE, share)
+    data = Datasets(panels.choices(rows, controls))
+    share = f"{panels.share(results.confidence)}; for the score, left of the line is worse than the full cache"
+    height = 24 * len({row["name"] for row in rows}) + 120
+    return panels.explorer(forest(rows, results.policies, data), height, data, _DIFFERENCE_TITLE, share)

@@ -1,8 +1,8 @@
-"""Perplexity under eviction, from the scored windows: of each policy and budget, and beside the full cache's.
+"""Perplexity of each policy and budget, and its ratio to the full cache's, from the scored windows.
 
-Perplexity is exp(sum of nll / number of tokens). Windows of one book are alike, so books are drawn whole: intervals are
-estimate -+ t standard errors of the cluster bootstrap, of perplexities and ratios on the logarithm. Policies are
-compared on the windows that both scored (docs/perplexity.md).
+Perplexity is exp(sum of nll / number of tokens). Windows of one book depend on each other, so whole books are
+resampled: intervals are estimate -+ t standard errors of the cluster bootstrap, for perplexities and ratios on the
+logarithm. Policies are compared on the windows that both scored (docs/perplexity.md).
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Share:
         return Share(*(float(np.exp(end)) for end in (self.value, self.low, self.high)), self.p)
 
     def rest(self) -> Share:
-        """1 minus it."""
+        """1 minus the share."""
         return Share(1 - self.value, 1 - self.high, 1 - self.low)
 
 
 def share(top: np.ndarray, bottom: np.ndarray, book: np.ndarray, statistics: Statistics) -> Share:
-    """sum(top) / sum(bottom) over windows [n], whose books are drawn with replacement; ``book`` [n]: codes 0, 1, ...
+    """Return sum(top) / sum(bottom) over windows [n], with books resampled; ``book`` [n]: codes 0, 1, ...
 
     Windows without either number are left out.
     """
@@ -116,7 +116,7 @@ def read_windows(paths: Sequence[str], expected: Mapping[str, str] | None = None
 
 
 def _levels(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """Each length bin, and all of them as one, whose bin is null."""
+    """Yield each length bin, and all of them as one with bin null."""
     yield frame
     yield frame.with_columns(bin=pl.lit(None, dtype=frame.schema["bin"]))
 
@@ -134,7 +134,7 @@ def _method(books: int) -> str:
 
 
 def perplexity(windows: pl.DataFrame, statistics: Statistics) -> pa.Table:
-    """A row per corpus, policy, budget and length bin, and over all lengths (tables.PERPLEXITY_STATS).
+    """Return a row per corpus, policy, budget and length bin, and over all lengths (tables.PERPLEXITY_STATS).
 
     The full cache's own ratio is 1 by definition and has no interval. p-values are of the same inference as the
     interval of the ratio, Holm-adjusted over the policies and bins of a corpus and budget (all lengths apart).
@@ -185,7 +185,7 @@ def _cell(own: pl.DataFrame, statistics: Statistics) -> Row:
 
 
 def pairs_of(policies: Options) -> list[tuple[str, str]]:
-    """(merging, dropping): policies of a configuration's ``kv.policies`` that choose the same spans."""
+    """Return (merging, dropping): policies of ``kv.policies`` that choose the same spans."""
     found: dict[str, dict[str, Row]] = {MERGE: {}, DROP: {}}
     for name, options in policies.items():
         kind, chosen = catalog.resolve(name, options or {})
@@ -201,7 +201,7 @@ def pairs_of(policies: Options) -> list[tuple[str, str]]:
 
 
 def merge_against_drop(windows: pl.DataFrame, policies: Options, statistics: Statistics) -> pa.Table:
-    """Each merging policy against the one that drops the same spans, on the same windows (tables.PERPLEXITY_PAIRS).
+    """Return each merging policy against the one that drops the same spans (tables.PERPLEXITY_PAIRS).
 
     p-values are of the same inference as the ratio's interval; Holm-adjusted over all pairs, budgets and bins of a
     corpus (those over all lengths apart).

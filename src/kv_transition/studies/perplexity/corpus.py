@@ -1,6 +1,6 @@
-"""Books to measure perplexity on: long texts with names, from files, from a hub repository, or made up.
+"""The books that perplexity is measured on: from files, from a hub repository, or synthetic.
 
-A book is a cluster: what is measured on several windows of one is not independent.
+A book is a cluster: measurements on several windows of one book are not independent.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ def books(section: Mapping[str, Any], tokens: int) -> Books:
 
 
 def hub_repository(section: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The repository and commit that the books are fetched from; None where they are here, or made up.
+    """Return the repository and commit of the books; None if they are local or synthetic.
 
-    Raises:
-        UserError: the path is neither here nor the name of a repository, or the revision is not a commit.
+    Raises UserError if the path is neither local nor the name of a repository, or the revision is not a commit.
     """
     path, revision = section["path"], section["revision"]
     if section["corpus"] == "synthetic" or Path(path).exists():
@@ -114,12 +113,12 @@ def _from_hub(repository: str, revision: str, section: Mapping[str, Any]) -> Ite
 
 
 def _of_split(file: PurePosixPath, split: str) -> bool:
-    """``test/0000.parquet``, ``data/test-00000-of-00001.parquet``, ``test.jsonl``: all of the split test."""
+    """Return whether a file belongs to the split: ``test/0000.parquet``, ``data/test-00000-of-00001.parquet``."""
     return split in file.parent.parts or re.fullmatch(rf"{re.escape(split)}([-_.].*)?", file.name) is not None
 
 
 def _file(path: Path, name: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], str]]]:
-    """The one book of a text file, or all those of a table; ``name`` is what the file is called."""
+    """Yield the book of a text file, or the books of a table; ``name``: of the file."""
     if name.endswith(TEXTS):
         yield name.removesuffix(".gz").removesuffix(".txt"), lambda: _text(path, name)
     elif name.endswith(TABLES):

@@ -1,7 +1,7 @@
-"""PG-19's books without the words that are not the book's: who produced the file, what the transcriber changed.
+"""Remove from PG-19's books the notes of producers and transcribers.
 
-PG-19 (Rae et al. 2019, arXiv 1911.05507) is made of Project Gutenberg's files without their licence; what volunteers
-wrote into them has stayed. docs/data.md says what is dropped and what is kept.
+PG-19 (Rae et al. 2019, arXiv 1911.05507) consists of Project Gutenberg's files without their licence but with
+volunteers' notes. docs/data.md lists what is removed and what is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _END = re.compile(r"^[ \t*]*end of (?:the |this )?project gutenberg\b", re.IGNOR
 
 
 def clean(text: str) -> str:
-    """The text of a book, with ``\\n`` at the end of its lines, from its first to its last own line."""
+    r"""Return the text of a book from its first to its last own line, with ``\n`` at the end of lines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if end := _END.search(text, len(text) // 2):
         text = text[: end.start()]

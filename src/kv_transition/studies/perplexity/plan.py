@@ -1,4 +1,4 @@
-"""The jobs of scored text, counted from the configuration and from the files."""
+"""The jobs of the perplexity study, for `plan`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
-    """Return the cells of scored text; none without the section ``perplexity``."""
+    """Return the jobs of scored text; none without the section ``perplexity``."""
     if not settings.perplexity:
         return Work()
     files, section = Paths(settings.output.dir, settings.experiment), settings.perplexity

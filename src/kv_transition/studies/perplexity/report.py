@@ -1,4 +1,4 @@
-"""The report's section on perplexity: what eviction costs on running text, and whether merging beats dropping."""
+"""The report section on perplexity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Expected:
-    """What the study of entropy-guided merging expects of Llama-2-7B on PG-19 (its table, in its own words)."""
+    """An expectation of the study of entropy-guided merging for Llama-2-7B on PG-19, from its table."""
 
     name: str
     kind: str
@@ -51,7 +51,7 @@ STUDY_MODEL, STUDY_CORPUS = re.compile(r"llama-2-7b(-hf)?$", re.IGNORECASE), "pg
 
 
 def build(source: Source) -> Row | None:
-    """What the templates show; None where no text was scored.
+    """Return the content of the section; None if no text was scored.
 
     ``source.extra``: ``perplexity`` (tables.PERPLEXITY_STATS) and ``perplexity_pairs`` (tables.PERPLEXITY_PAIRS).
     """
@@ -83,7 +83,7 @@ def _how(section: Mapping[str, Any]) -> str:
 
 
 def _number(row: Mapping[str, Any], name: str, digits: int = 2, scale: float = 1.0, unit: str = "") -> Number:
-    """An estimate of a row with its interval; a dash for what was not measured."""
+    """Return an estimate of a row with its interval; a dash if it was not measured."""
     values = [None if row[k] is None else scale * row[k] for k in (name, f"{name}_low", f"{name}_high")]
     if values[0] is None:
         return MISSING
@@ -100,7 +100,7 @@ def _table(row: Mapping[str, Any]) -> str:
 
 
 def _whole(table: pl.DataFrame, corpus: str) -> tuple[str, pl.DataFrame]:
-    """The longest view of a corpus: all lengths, or its only one; with what it is called."""
+    """Return the longest view of a corpus (all lengths, or its only one) and its name."""
     names = {bin: name for (of, bin), name in spans(table).items() if of == corpus}
     bin, name = list(names.items())[-1]
     own = table.filter(pl.col("bin").is_null() if bin is None else pl.col("bin") == bin, corpus=corpus)
@@ -133,7 +133,7 @@ def _counted(row: Mapping[str, Any]) -> str:
 
 
 def _groups(table: pl.DataFrame) -> list[Row]:
-    """A table per corpus and length, all lengths first."""
+    """Return a table per corpus and length, all lengths first."""
     found, several = [], table["corpus"].n_unique() > 1
     places = sorted(spans(table).items(), key=lambda item: (item[0][0], item[0][1] is not None, item[0][1] or 0))
     for (corpus, bin), name in places:
@@ -170,7 +170,7 @@ def _memory(size: float | None) -> str:
 
 
 def _merging(pairs: pl.DataFrame, alpha: float) -> Row:
-    """Merging against dropping: a sentence for each corpus, a row for each pair, budget and length."""
+    """Return a sentence on merging against dropping for each corpus, and a row for each pair, budget and length."""
     several = pairs["corpus"].n_unique() > 1
     names, rows = spans(pairs), []
     for row in pairs.sort("corpus", "policy", "bin", nulls_last=False).to_dicts():
@@ -203,7 +203,7 @@ def _percent(share: float | None) -> str:
 
 
 def _study(table: pl.DataFrame, corpus: str, policies: Mapping[str, Any], settings: Mapping[str, Any]) -> Row:
-    """The study's expectations, each beside the measured cell of its kind whose compression is nearest."""
+    """Return the study's expectations, each beside the measured cell of its kind with the nearest compression."""
     name, own = _whole(table, corpus)
     kinds = {policy: catalog.resolve(policy, options or {})[0] for policy, options in policies.items()}
     rows = []

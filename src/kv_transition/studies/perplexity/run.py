@@ -1,12 +1,13 @@
-"""One cell of the perplexity grid: every window of a length bin under one policy and budget.
+"""The perplexity job: every window of a length bin under one policy and budget.
 
     python -m kv_transition.studies.perplexity.run --spec JSON --windows WINDOWS.parquet --output SCORES.parquet
 
-Each window: read its context, compress it to the budget, then feed the tokens that follow it, whatever the model would
-have said, and take down how little it expected each next one. The first of them is fed and not scored, since the full
-cache foretold it; so every score is from what the policy left. A policy that acts each step acts after each of them.
+For each window the model reads the context, the cache is compressed to the budget, and the following tokens are fed
+(teacher forcing); the negative log-likelihood of each next token is recorded. The first of them is fed and not scored,
+because the full cache has predicted it: every score comes from the compressed cache. A policy that acts at each step
+acts after each token.
 
-With ``streaming`` the policy acts while the context is read as well, as in the evaluation of StreamingLLM (Xiao et al.,
+With ``streaming`` the policy also acts while the context is read, as in the evaluation of StreamingLLM (Xiao et al.,
 arXiv 2309.17453); otherwise the context is read with the full cache.
 """
 
@@ -38,7 +39,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Read:
-    """A context as the policy left it."""
+    """A context with the cache that the policy left."""
 
     state: CacheState
     token_bytes: float
@@ -52,7 +53,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Scored:
-    """What became of the tokens after a context."""
+    """The scores of the tokens after a context."""
 
     state: CacheState
     """the cache after the last fed token"""
@@ -70,7 +71,7 @@ def setting_of(spec: Row) -> Setting:
 
 
 def read(engine: LocalEngine, window: Row, setting: Setting, k: int, seed: int, store: PrefillStore) -> Read:
-    """The context of a window, read with the full cache (or taken from the store) and then compressed to ``k``."""
+    """Return the context of a window, read with the full cache (or loaded from the store) and compressed to ``k``."""
     prefill, _ = read_once(engine, store, window | {"question_ids": []}, setting.policy.statistics)
     full = prefill.context
     started = engine.clock()
@@ -81,7 +82,9 @@ def read(engine: LocalEngine, window: Row, setting: Setting, k: int, seed: int, 
 
 
 def stream(engine: LocalEngine, tokens: Sequence[int], setting: Setting, k: int, chunk: int) -> Read:
-    """``tokens`` read ``chunk`` by ``chunk``, with no more than ``k`` entries held from one to the next."""
+    """Return the state after reading ``tokens`` in pieces of ``chunk``, with at most ``k`` entries held between
+    them.
+    """
     started = engine.clock()
     state, token_bytes = None, 0.0
     for start in range(0, len(tokens), chunk):
@@ -94,10 +97,10 @@ def stream(engine: LocalEngine, tokens: Sequence[int], setting: Setting, k: int,
 def score(
     engine: LocalEngine, state: CacheState, tokens: Sequence[int], setting: Setting, k: int, seed: int = 0
 ) -> Scored:
-    """Feed all ``tokens`` [n + 1] but the last against ``state``, and score all but the first.
+    """Feed all ``tokens`` [n + 1] but the last against ``state``, and return the scores of all but the first.
 
-    A policy that acts each step does so after each of them, and before it where it watches. The tokens of all other
-    policies are read as one block, with the same result.
+    A policy that acts at each step does so after each of them, and before it if it watches. For other policies the
+    tokens are read as one block, with the same result.
     """
     fed, targets = tokens[:-1], tokens[1:]
     if not (setting.evicts and setting.policy.acts_each_step):
@@ -116,7 +119,7 @@ def score(
 
 
 def measured(engine: LocalEngine, window: Row, setting: Setting, spec: Row, store: PrefillStore) -> Row:
-    """What a window came to: the columns of PERPLEXITY that do not say which window it is."""
+    """Return the columns of PERPLEXITY that hold measurements of a window."""
     context = window["context_ids"]
     seed = job.answer_seed(spec["seed"], f"{window['book_id']}/{window['window']}/{len(context)}", 0)
     k = setting.entries(len(context))
@@ -151,7 +154,7 @@ def measured(engine: LocalEngine, window: Row, setting: Setting, spec: Row, stor
 
 
 def rows(engine: LocalEngine, windows: Sequence[Row], spec: Row, store: PrefillStore) -> list[Row]:
-    """A row of PERPLEXITY for each window; one that is too large for the memory says so in its error."""
+    """Yield a row of PERPLEXITY for each window; a window that runs out of memory is a row with its error."""
     setting = setting_of(spec)
     made: list[Row] = []
     for number, window in enumerate(windows, 1):

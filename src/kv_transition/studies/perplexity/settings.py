@@ -1,4 +1,4 @@
-"""What an experiment file says of text that is scored from a compressed cache."""
+"""The configuration keys of the perplexity study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the jobs of scored text are told."""
+"""The specs of the perplexity jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def scored(settings: Settings) -> list[str]:
-    """Names of the policies that texts are scored under."""
+    """Return the names of the policies under which texts are scored."""
     chosen = settings.perplexity.policies
     return [name for name in settings.kv.policies if chosen is None or name in chosen or name == FULL]
 
@@ -29,7 +29,7 @@ def cells(settings: Settings) -> list[tuple[str, str]]:
 
 
 def windows(settings: Settings) -> dict[str, Any]:
-    """The spec of the windows of a corpus."""
+    """Return the spec of the windows of a corpus."""
     section = settings.perplexity.model_dump(exclude={"policies", "streaming", "streaming_chunk"})
     path = section["path"]
     named = settings.model.model_dump(include={"name", "revision"})
@@ -42,7 +42,9 @@ def windows(settings: Settings) -> dict[str, Any]:
 
 
 def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
-    """The spec of every length bin of a (policy, budget); its digest is the ``perplexity_hash`` of their rows."""
+    """Return the spec of a (policy, budget), for every length bin; its digest is the ``perplexity_hash`` of the
+    rows.
+    """
     kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
     if kind == "streaming_llm" and "positions" not in settings.kv.policies[policy]:
         # the paper's way, and the only one for texts that are longer than the model was trained for
@@ -62,7 +64,7 @@ def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError where the keys of ``perplexity`` contradict others or name what is not there."""
+    """Raise UserError if the keys of ``perplexity`` contradict others or name something that does not exist."""
     section = settings.perplexity
     if section is None:
         return

@@ -2,8 +2,8 @@
 
     python -m kv_transition.studies.perplexity.windows --spec JSON --output BIN0.parquet BIN1.parquet ...
 
-The scored tokens of a book lie in rows of ``stride``, one behind the other. Each length bin puts its own number of
-tokens before the same scored ones, so that bins differ in what the model has read and in nothing else.
+The scored tokens of a book are consecutive runs of ``stride`` tokens. Each length bin puts its own number of tokens
+before the same scored ones, so that bins differ only in the context.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Row = dict[str, Any]
 
 
 def starts(tokens: int, contexts: Sequence[int], stride: int) -> range:
-    """Where the scored tokens of each window begin in a book of so many ``tokens``.
+    """Return where the scored tokens of each window begin in a book of so many ``tokens``.
 
-    Before the first there is room for the longest of ``contexts`` (in the book's tokens) and for one more, which is fed
-    without being scored; behind each there are ``stride`` tokens.
+    Before the first there must be space for the longest of ``contexts`` (in the book's tokens) and one more token,
+    which is fed without being scored; behind each there are ``stride`` tokens.
     """
     return range(max(contexts) + 1, tokens - stride + 1, stride)
 
 
 def windows_of(ids: Sequence[int], start: int, contexts: Sequence[int], stride: int, bos: Sequence[int]) -> list[Row]:
-    """The window of each length bin whose scored tokens begin at ``start`` of a book's ``ids``.
+    """Return the window of each length bin whose scored tokens begin at ``start`` of a book's ``ids``.
 
-    contexts: tokens of the book in each bin's context. bos: what stands before each context.
+    contexts: number of the book's tokens in each bin's context. bos: tokens before each context.
     """
     made = []
     for own in contexts:
@@ -60,7 +60,7 @@ def windows_of(ids: Sequence[int], start: int, contexts: Sequence[int], stride: 
 
 
 def bos_of(tokenizer: PreTrainedTokenizerFast, bos: str) -> list[int]:
-    """The token that the tokenizer itself puts before a text, if ``bos`` is auto and it does."""
+    """Return the token that the tokenizer itself puts before a text, if ``bos`` is auto and it does so."""
     own = tokenizer.bos_token_id
     begins = tokenizer("a")["input_ids"][:1] == [own]
     return [own] if bos == "auto" and own is not None and begins else []

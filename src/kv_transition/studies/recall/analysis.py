@@ -1,8 +1,8 @@
-"""Entropy against recall: whether the model's uncertainty tells when a policy has evicted what is needed.
+"""The analysis of entropy against recall: does uncertainty tell when a policy has evicted what is needed?
 
-For every task, policy, budget, granularity and memory of the observation: means by entropy bin, correlations as they
-are, within examples and after controls, the trend over the bins, AUROC of entropy for a failed recall, and a verdict.
-The example is the unit: its steps are alike, so intervals are of examples drawn as a whole (docs/entropy_recall.md).
+For every task, policy, budget, granularity and memory: means by entropy bin, correlations (raw, within examples, and
+after controls), the trend over the bins, AUROC of entropy for a failed recall, and a verdict. The example is the unit:
+its steps are dependent, so intervals resample whole examples (docs/entropy_recall.md).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """What was found in one cell, as such and as ``rows`` of the table."""
+    """The estimates of one cell, as attributes and as ``rows`` of the table."""
 
     steps: Steps
     bins: dict[str, Bin]
@@ -63,7 +63,7 @@ class Cell:
 
 
 def analyse(steps: Steps, statistics: Statistics) -> Cell:
-    """Everything about one cell's steps."""
+    """Return all estimates of one cell's steps."""
     confidence = statistics.confidence
     bins, mean_rows = _means(steps, confidence)
     if len(steps):
@@ -88,7 +88,7 @@ def _row(name: str, found: Estimate) -> Row:
 
 
 def _mean_row(name: str, found: Interval, i: int) -> Row:
-    """The i-th mean over steps, whose clusters are the examples."""
+    """Return the i-th mean over steps, with examples as clusters."""
     row = found.row(i)
     steps, n = row["n"], row.pop("clusters")
     method = row["method"] if steps else "no step has such an entropy"
@@ -96,7 +96,9 @@ def _mean_row(name: str, found: Interval, i: int) -> Row:
 
 
 def _means(steps: Steps, confidence: float) -> tuple[dict[str, Bin], list[Row]]:
-    """Mean recall by entropy bin; the same as rows, with that of all steps and the share of failed recalls."""
+    """Return mean recall by entropy bin, as values and as rows with the overall mean and the share of failed
+    recalls.
+    """
     names = [*(f"recall_{level}" for level in LEVELS), "recall", "failed_recall"]
     if not len(steps):
         empty = {"n": 0, "steps": 0, "method": NO_STEPS}
@@ -114,14 +116,14 @@ def _means(steps: Steps, confidence: float) -> tuple[dict[str, Bin], list[Row]]:
 
 
 def _varying(steps: Steps) -> str:
-    """The confounders that vary at all: ``step, length and kind of prompt``."""
+    """Return the names of the confounders that vary: ``step, length and kind of prompt``."""
     named = {"step": steps.step, "length": steps.length, "kind of prompt": steps.kind}
     names = [name for name, values in named.items() if len(values) and np.ptp(values) > 0]
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _controls(steps: Steps) -> dict[str, np.ndarray]:
-    """What may drive both entropy and recall, as regressors [steps, k]: bent lines of step and length, kinds."""
+    """Return the regressors [steps, k] of possible confounders: piecewise linear in step and length, and kinds."""
     examples = len(steps.examples)
     kinds = (steps.kind[:, None] == np.arange(1, len(steps.kinds))).astype(float)
     found = {"step": bent(steps.step, examples), "length": bent(steps.length, examples), "kind": kinds}
@@ -158,7 +160,7 @@ def _estimates(steps: Steps, statistics: Statistics) -> dict[str, Estimate]:
 
 
 def _kinds(steps: Steps, confidence: float) -> list[Row]:
-    """Mean entropy and recall of each kind of prompt, where there are several."""
+    """Return mean entropy and recall of each kind of prompt, if there are several."""
     if len(steps.kinds) < 2:
         return []
     inside = steps.kind == np.arange(len(steps.kinds))[:, None]
@@ -173,11 +175,11 @@ def _kinds(steps: Steps, confidence: float) -> list[Row]:
 
 
 def _sensitivity(found: Mapping[str, Cell], confidence: float) -> Iterator[Row]:
-    """How the slope of recall on entropy changes with the budget, for budgets that are shares.
+    """Return how the slope of recall on entropy changes with the budget, for budgets that are shares.
 
-    ``sensitivity``: change of the slope for a budget larger by 1; above 0: entropy matters more at small budgets.
-    Chance alone gives a recall of r, which flattens slopes at large budgets by itself: ``sensitivity_corrected`` is of
-    the slope of (recall - r) / (1 - r).
+    ``sensitivity``: change of the slope for a budget larger by 1; above 0, entropy matters more at small budgets.
+    Chance alone gives a recall of r, which flattens slopes at large budgets; ``sensitivity_corrected`` uses the slope
+    of (recall - r) / (1 - r).
     """
     shares = {float(budget[1:]): cell for budget, cell in found.items() if budget.startswith("r") and budget != "r1"}
     size = next(iter(found.values())).size
@@ -201,9 +203,9 @@ def _sensitivity(found: Mapping[str, Cell], confidence: float) -> Iterator[Row]:
 
 
 def entropy_recall(observations: Sequence[str], statistics: Statistics) -> pa.Table:
-    """A row per statistic of every cell of the observation files (tables.ENTROPY_RECALL).
+    """Return a row per statistic of every cell of the observation files (tables.ENTROPY_RECALL).
 
-    Raises UserError where there is no observed step or a row makes no sense.
+    Raises UserError if there is no observed step or a row is invalid.
     """
     rows: list[Row] = []
     curves: dict[tuple[str, ...], dict[str, Cell]] = {}
@@ -223,6 +225,6 @@ def entropy_recall(observations: Sequence[str], statistics: Statistics) -> pa.Ta
 
 
 def write_entropy_recall(observations: Sequence[str], output: str, statistics: Mapping[str, Any]) -> None:
-    """The `entropy_recall` rule. Raises UserError where the observations cannot be analysed."""
+    """Write tables.ENTROPY_RECALL. Raises UserError if the observations cannot be analysed."""
     table = entropy_recall(observations, Statistics(**statistics))
     write_table(output, table, inherited(observations[0]) | {"statistics": dict(statistics)})

@@ -1,4 +1,4 @@
-"""What a reviewer would look for in observations before believing them."""
+"""Plausibility checks of the observations."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _EXPECTED = {"oracle": {"recall_always_1"}}
 def check(
     observations: pl.DataFrame, vocabulary: int, sequences: Mapping[tuple[str, str], tuple[int, str]]
 ) -> pl.DataFrame:
-    """A row of OBSERVATION_CHECKS for each policy, budget, granularity and memory.
+    """Return a row of OBSERVATION_CHECKS for each policy, budget, granularity and memory.
 
-    sequences: steps and finish reason by (example_id, prompt_kind), as the job recorded them. One without a step is
-    missing unless the model ended it at once. A sequence of one step says nothing of what is always so.
+    sequences: steps and finish reason by (example_id, prompt_kind), as the job recorded them. A sequence without steps
+    is missing unless the model ended it at once. A sequence of one step cannot show what is constant.
     """
     recorded = pl.DataFrame(
         [(*key, steps, reason) for key, (steps, reason) in sequences.items()],
@@ -72,7 +72,7 @@ def check(
 
 
 def _concern(row: Mapping[str, Any]) -> str | None:
-    """In words; null where there is none."""
+    """Return the concern as a sentence; None if there is none."""
     expected = _EXPECTED.get(row["policy"], set())
     said = [
         words.format(row[flag], row["sequences"])

@@ -1,7 +1,7 @@
-"""Does entropy choose better moments to recall than chance? The policy entropy_recall against its controls.
+"""entropy_recall against its controls: does entropy choose better moments to recall than chance?
 
-A control recalls as often in the same example, at random or evenly spread moments; the paired difference of the scores
-is what the choice of moments is worth. `never` and `always` bound what recalling can give at all.
+A control recalls as often in the same example, at random or evenly spread moments. The paired difference of the scores
+is the value of the choice of moments. `never` and `always` are the bounds.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 def moments_of(policies: Options) -> dict[str, str]:
-    """How each policy of this kind chooses its moments, by its name in ``kv.policies``."""
+    """Return how each policy of this kind chooses its moments, by its name in ``kv.policies``."""
     own = {name: options or {} for name, options in policies.items() if (options or {}).get("kind", name) == KIND}
     return {name: options.get("moments", "entropy") for name, options in own.items()}
 
 
 def pairs_of(policies: Options) -> list[tuple[str, str]]:
-    """(treated, other): each policy that goes by entropy, and what it is compared with.
+    """Return (treated, other): each policy that uses entropy, and each policy that it is compared with.
 
-    A control is its own if it names it (``like``) or names none; bounds are those with the same inner policy.
+    A control belongs to the policy that it names (``like``), or to each if it names none; bounds have the same inner
+    policy.
     """
     moments = moments_of(policies)
     inner = {name: (policies[name] or {}).get("inner", "h2o") for name in moments}
@@ -50,7 +51,7 @@ def pairs_of(policies: Options) -> list[tuple[str, str]]:
 
 
 def answers(scores: pa.Table, policies: Options) -> pl.DataFrame:
-    """A row per cell of these policies, bin and example: score, cluster and `COUNTED`, means over the repeats."""
+    """Return a row per cell of these policies, bin and example: score, cluster and `COUNTED`, means over repeats."""
     frame = pl.from_arrow(scores.select([*CELL, "example_id", "bin", "score", "raw", "alias", "cluster"]))
     frame = frame.filter(pl.col("policy").is_in(list(moments_of(policies))) & ~pl.col("alias").fill_null(False))
     counts = [pl.col("raw").str.json_path_match(f"$.{name}").cast(pl.Float64).alias(name) for name in COUNTED]
@@ -63,7 +64,7 @@ def answers(scores: pa.Table, policies: Options) -> pl.DataFrame:
 
 
 def points(scores: pa.Table, policies: Options, confidence: float) -> list[dict[str, Any]]:
-    """Each policy and budget with its mean score and the means of `COUNTED`, each as estimate, ci_low, ci_high, n."""
+    """Return each policy and budget with mean score and means of `COUNTED`, as estimate, ci_low, ci_high, n."""
     lists = by_cell(answers(scores, policies), CELL)
     if not lists.height:
         return []
@@ -77,7 +78,7 @@ def points(scores: pa.Table, policies: Options, confidence: float) -> list[dict[
 
 
 def recall_moments(scores: pa.Table, policies: Options, statistics: Statistics) -> pa.Table:
-    """Entropy's moments minus the others' on the same examples, over all lengths (tables.COMPARISONS, bin null).
+    """Return entropy's moments minus the others' on the same examples, over all lengths (tables.COMPARISONS).
 
     ``score`` with the p-value of the same inference as its interval, Holm-adjusted within a task and mode over all
     policies and budgets whose control recalls at moments of chance; ``triggers`` and ``moved_bytes`` show whether it
@@ -114,7 +115,7 @@ def _differences(lists: pl.DataFrame, treated: str, other: str, how: str, statis
 
 
 def answer(row: Mapping[str, Any], how: str, alpha: float) -> str:
-    """What a difference in score from a control says, in a sentence."""
+    """Return a sentence on the difference in score from a control."""
     if row["estimate"] is None:
         return f"Not known: no example was answered both at entropy's and at {how} moments."
     shown = labels.interval(row["estimate"], row["ci_low"], row["ci_high"], 3).replace("-", "−")
@@ -127,7 +128,7 @@ def answer(row: Mapping[str, Any], how: str, alpha: float) -> str:
 
 
 def write_recall_moments(scores: str, output: str, statistics: Mapping[str, Any], policies: Options) -> None:
-    """The `recall_moments` rule; ``policies``: the configuration's ``kv.policies``."""
+    """Write the table of the `recall_moments` rule; ``policies``: the configuration's ``kv.policies``."""
     columns = [*CELL, "example_id", "bin", "score", "raw", "alias", "cluster"]
     table = recall_moments(parsing.read_parquet(scores, columns=columns), policies, Statistics(**statistics))
     fields = inherited(scores) | {"statistics": dict(statistics), "policies": {k: dict(v) for k, v in policies.items()}}

@@ -1,4 +1,4 @@
-"""The observed steps as arrays: what entropy the model had and what recall a policy would have had, step by step."""
+"""The observed steps as arrays: entropy and recall of each decode step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LEVELS = ("low", "medium", "high")
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one task, policy, budget, granularity and memory, those of an example side by side.
+    """The steps of one task, policy, budget, granularity and memory, grouped by example.
 
     ``example`` [steps] int codes 0, 1, ... of ``examples``; ``entropy`` (nats), ``recall``, ``step``, ``length``
-    (entries in the cache) [steps] float; ``kind`` [steps] int codes of ``kinds``, kinds of prompt; ``left_out``: how
-    many steps had no entropy or no recall.
+    (entries in the cache) [steps] float; ``kind`` [steps] int codes of ``kinds``, kinds of prompt; ``left_out``: number
+    of steps without entropy or recall.
     """
 
     examples: list[str]
@@ -41,7 +41,7 @@ class Steps:
 
     @cached_property
     def level(self) -> np.ndarray:
-        """0 low, 1 medium, 2 high."""
+        """The entropy bin of each step: 0 low, 1 medium, 2 high."""
         return levels(self.entropy)
 
     def __len__(self) -> int:
@@ -49,14 +49,14 @@ class Steps:
 
 
 def levels(entropy: np.ndarray) -> np.ndarray:
-    """The bin of each entropy: 0 low, 1 medium, 2 high."""
+    """Return the bin of each entropy: 0 low, 1 medium, 2 high."""
     return (entropy >= LOW_BELOW).astype(int) + (entropy > HIGH_ABOVE)
 
 
 def read_observations(paths: Sequence[str], columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
-    """The rows of all files (tables.OBSERVATIONS), NaN as null.
+    """Return the rows of all files (tables.OBSERVATIONS), with null in place of NaN.
 
-    Raises UserError where there is no row, a step stands twice, or a recall is outside of [0, 1] or an entropy below 0.
+    Raises UserError if there is no row, a step occurs twice, a recall is outside [0, 1] or an entropy is below 0.
     """
     parts = [frames.read_parquet(path, columns=list(columns)) for path in paths]
     parts = [part for part in parts if part.height]
@@ -86,13 +86,13 @@ def _check(frame: pl.DataFrame) -> None:
 
 
 def cells(frame: pl.DataFrame) -> Iterator[tuple[dict[str, str], Steps]]:
-    """Each task, policy, budget, granularity and memory with its steps, in the order of the names."""
+    """Yield each task, policy, budget, granularity and memory with its steps, sorted by name."""
     for key, rows in frame.sort(*CELL, "example_id", "prompt_kind", "step").group_by(CELL, maintain_order=True):
         yield dict(zip(CELL, key, strict=True)), steps_of(rows)
 
 
 def steps_of(rows: pl.DataFrame) -> Steps:
-    """The steps of one cell from its rows, sorted by example and step; rows without entropy or recall are left out."""
+    """Return the steps of one cell, sorted by example and step, without rows that lack entropy or recall."""
     whole = rows.drop_nulls(["entropy", "recall"])
     example, kind = (whole[name].fill_null("").rank("dense").to_numpy() for name in ("example_id", "prompt_kind"))
     return Steps(

@@ -1,4 +1,4 @@
-"""The observation jobs, counted from the configuration and from the files."""
+"""The observation jobs, for `plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of entropy against recall: by bin, step by step, and what recalling gives against what it costs."""
+"""Figures of entropy and recall: by entropy bin, step by step, and the score of recalling against its cost."""
 
 from __future__ import annotations
 
@@ -9,24 +9,8 @@ import altair as alt
 import polars as pl
 
 from kv_transition import labels, parsing
-from kv_transition.plotting.drawing import (  # fmt: skip
-    INK,
-    NEUTRAL,
-    PALETTE,
-    SHAPES,
-    Datasets,
-    Spec,
-    choices,
-    color,
-    compose,
-    filtered,
-    inner,
-    note,
-    rows_of,
-    save_figures,
-    shape,
-    view,
-)
+from kv_transition.plotting import marks, panels, save, theme
+from kv_transition.plotting.panels import Datasets, Row, Spec
 from kv_transition.stats import intervals
 from kv_transition.stats.examples import FULL, example_values, is_full
 from kv_transition.stats.frames import read_table
@@ -42,11 +26,10 @@ POINTS = 150  # of a policy and budget in the scatter
 SEED = 0
 WIDTH, HEIGHT, COLUMNS = 260, 190, 3
 GRANULARITY = {"global": "one set for all heads", "per_head": "a set for each head"}
-Row = dict[str, Any]
 
 
 def chosen(table: pl.DataFrame) -> list[tuple[str, str, str, str]]:
-    """(task, policy, granularity, memory) of each policy, one each, in the order of the names."""
+    """Return (task, policy, granularity, memory), one for each policy, sorted by name."""
     found: dict[tuple[str, str], tuple[str, str]] = {}
     for task, policy, granularity, memory in table.select(KEY).unique().sort(KEY).iter_rows():
         best = found.get((task, policy), (granularity, memory))
@@ -59,7 +42,7 @@ def _budgets(table: pl.DataFrame) -> list[str]:
 
 
 def bin_rows(table: pl.DataFrame) -> list[Row]:
-    """Mean recall of each entropy bin with its interval, as drawn; budgets a little apart."""
+    """Return mean recall of each entropy bin with its interval; budgets are drawn a little apart."""
     budgets, rows = _budgets(table), []
     names = {f"recall_{level}": i for i, level in enumerate(LEVELS)}
     own = table.filter(pl.col("statistic").is_in(list(names))).drop_nulls("estimate")
@@ -76,45 +59,35 @@ def bin_rows(table: pl.DataFrame) -> list[Row]:
 
 
 def _chance(rows: list[Row]) -> list[Row]:
-    """What a random set of each drawn share would recall."""
+    """Return the recall of a random set for each budget."""
     shares = {(*(r[k] for k in KEY), r["budget"]): r for r in rows if r["budget"].endswith("%")}
     return [r | {"chance": float(r["budget"].removesuffix("%")) / 100} for r in shares.values()]
 
 
 def _budget_scales(table: pl.DataFrame) -> tuple[alt.Color, alt.Shape]:
-    names = [labels.budget(budget) for budget in _budgets(table)]
-    legend = alt.Legend(title="cache kept", orient="top", symbolSize=90, symbolOpacity=1, symbolStrokeWidth=2)
-    colors = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
-    shapes = alt.Scale(domain=names, range=[SHAPES[i % len(SHAPES)] for i in range(len(names))])
-    return alt.Color("budget:N", scale=colors, legend=legend), alt.Shape("budget:N", scale=shapes, legend=legend)
+    return theme.category_scales("budget", [labels.budget(budget) for budget in _budgets(table)], "cache kept")
 
 
-_Y = alt.Scale(domain=[0, 1.02], nice=False, clamp=True)
 _CRITERIA = [{"x": -0.4, "x2": 0.4, "y": HOLDS}, {"x": 1.6, "x2": 2.4, "y": FAILS}]
 
 
-def _bin_layers(table: pl.DataFrame, rows: list[Row], data: Datasets, by: Sequence[alt.Parameter] = ()) -> list:
+def _bin_layers(table: pl.DataFrame, rows: list[Row], data: Datasets) -> list[alt.Chart]:
     expression = "[" + ",".join(repr(name.split("\n")) for name in BINS) + "][datum.value]"
     x = alt.X(
         "x:Q",
-        scale=alt.Scale(domain=[-0.45, 2.45], nice=False, zero=False),
+        scale=marks.index_scale((0, 2), 0.45),
         axis=alt.Axis(values=[0, 1, 2], labelExpr=expression, grid=False, title="entropy of the token"),
     )
-    y = alt.Y("estimate:Q", scale=_Y, axis=alt.Axis(title="recall, mean", tickCount=5))
-    colors, shapes = _budget_scales(table)
+    y_scale, scales = marks.unit_scale(), _budget_scales(table)
+    y = alt.Y("estimate:Q", scale=y_scale, axis=alt.Axis(title="recall, mean", tickCount=5))
     fields = {"budget": "cache kept", "bin": "entropy", "interval": "recall [interval]", "n": "examples",
               "steps": "steps", "method": "method"}  # fmt: skip
-    own = filtered(data.add(rows), by)
     return [
-        filtered(data.add(_chance(rows)), by).mark_rule(strokeDash=[2, 4], strokeWidth=1.2, opacity=0.8)
-        .encode(y=alt.Y("chance:Q", scale=_Y), color=colors),
-        alt.Chart(data.add(_CRITERIA)).mark_rule(strokeWidth=1.4, color=INK)
-        .encode(x=x, x2="x2:Q", y=alt.Y("y:Q", scale=_Y)),
-        own.mark_rule(strokeWidth=1.3, opacity=0.6).encode(x=x, y=alt.Y("low:Q", scale=_Y), y2="high:Q", color=colors),
-        own.mark_line(strokeWidth=1.9).encode(x=x, y=y, color=colors),
-        own.mark_point(filled=True, size=52, opacity=1, stroke="white", strokeWidth=0.6)
-        .encode(x=x, y=y, color=colors, shape=shapes,
-                tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in fields.items()]),
+        data.chart(_chance(rows)).mark_rule(strokeDash=[2, 4], strokeWidth=1.2, opacity=0.8)
+        .encode(y=alt.Y("chance:Q", scale=y_scale), color=scales[0]),
+        data.chart(_CRITERIA, filtered=False).mark_rule(strokeWidth=1.4, color=theme.INK)
+        .encode(x=x, x2="x2:Q", y=alt.Y("y:Q", scale=y_scale)),
+        *marks.curves(data, rows, x, y, scales, tip=panels.tooltip(fields)),
     ]  # fmt: skip
 
 
@@ -122,39 +95,35 @@ _BINS_TITLE = "What the cache would have held, by the model's uncertainty"
 
 
 def _bins_note(rows: list[Row], confidence: float) -> tuple[str, str]:
-    counts = [row["n"] for row in rows]
-    span = f"n = {min(counts)} to {max(counts)} examples a point" if len(set(counts)) > 1 else f"n = {counts[0]}"
+    n = f"n = {panels.span([row['n'] for row in rows])} examples a point"
     return (
-        f"share of the needed entries that the policy holds; {100 * confidence:g} % intervals, {span}",
+        f"share of the needed entries that the policy holds; {panels.share(confidence)}, {n}",
         f"dotted: chance level; black: the criteria, at least {HOLDS:g} at low and below {FAILS:g} at high entropy",
     )
 
 
 def bins_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """Mean recall against the entropy bin: a panel per policy, a line per budget."""
+    """Return mean recall against the entropy bin: a panel per policy, a line per budget."""
     rows = bin_rows(table)
     if not rows:
-        return note("No step has entropy and recall.", _BINS_TITLE, f"{100 * confidence:g} % intervals")
-    data, panels = Datasets(), []
+        return panels.note("No step has entropy and recall.", _BINS_TITLE, panels.share(confidence))
+    data, drawn = Datasets(), []
     several = table["task"].n_unique() > 1
     for key in chosen(table):
         own = [row for row in rows if tuple(row[k] for k in KEY) == key]
         if own:
-            panels.append(view(_bin_layers(table, own, data), WIDTH, HEIGHT, _panel_title(key, several)))
-    return compose(
-        {"vconcat": rows_of(panels, COLUMNS), "spacing": 26}, data, _BINS_TITLE, *_bins_note(rows, confidence)
-    )
+            drawn.append(panels.panel(_bin_layers(table, own, data), WIDTH, HEIGHT, _panel_title(key, several)))
+    return panels.figure(drawn, COLUMNS, data, _BINS_TITLE, *_bins_note(rows, confidence))
 
 
 def _panel_title(key: tuple[str, str, str, str], several: bool, more: str = "") -> Spec:
     task, policy, granularity, memory = key
-    subtitle = [f"{GRANULARITY[granularity]}, {memory} memory", *([more] if more else [])]
-    head = f"{task}: {policy}" if several else policy
-    return {"text": head, "subtitle": subtitle, "fontSize": 13, "subtitleFontSize": 11, "offset": 8}
+    subtitle = (f"{GRANULARITY[granularity]}, {memory} memory", *([more] if more else []))
+    return panels.title(f"{task}: {policy}" if several else policy, *subtitle)
 
 
 def bins_explorer(table: pl.DataFrame, confidence: float) -> Spec | None:
-    """The same to ask: one policy, granularity and memory at a time, as wide as its place; None without any mean."""
+    """Return the same as an interactive chart, for one policy, granularity and memory at a time; None without data."""
     rows = bin_rows(table)
     if not rows:
         return None
@@ -162,31 +131,29 @@ def bins_explorer(table: pl.DataFrame, confidence: float) -> Spec | None:
         row["granularity"] = GRANULARITY[row["granularity"]]
     order = {name: i for i, name in enumerate(GRANULARITY.values())}
     rows.sort(key=lambda r: (r["task"], r["policy"], order[r["granularity"]], r["memory"], r["x"]))
-    by = choices(rows, {"memory": "Memory", "granularity": "Kept", "policy": "Policy", "task": "Task"})
-    data = Datasets()
-    layers = alt.layer(*_bin_layers(table, rows, data, by)).add_params(*by)
-    size = {"width": "container", "height": 340, "autosize": {"type": "fit", "contains": "padding"}}
-    return compose(inner(layers) | size, data, _BINS_TITLE, *_bins_note(rows, confidence))
+    controls = {"memory": "Memory", "granularity": "Kept", "policy": "Policy", "task": "Task"}
+    data = Datasets(panels.choices(rows, controls))
+    return panels.explorer(_bin_layers(table, rows, data), 340, data, _BINS_TITLE, *_bins_note(rows, confidence))
 
 
 _SCATTER_TITLE = "Entropy and recall, step by step"
 
 
 def scatter_figure(table: pl.DataFrame, observations: pl.DataFrame, confidence: float) -> Spec:
-    """Steps as points (a seeded sample) with the least-squares line of all steps: a panel per policy."""
+    """Return steps as points (a seeded sample) with the least-squares line of all steps: a panel per policy."""
     steps = observations.drop_nulls(["entropy", "recall"])
     share = f"at most {POINTS} steps of each budget are drawn; lines: least squares over all steps"
     if not steps.height:
-        return note("No step has entropy and recall.", _SCATTER_TITLE, share)
-    data, panels = Datasets(), []
+        return panels.note("No step has entropy and recall.", _SCATTER_TITLE, share)
+    data, drawn = Datasets(), []
     several = table["task"].n_unique() > 1
     for key in chosen(table):
         own = steps.filter(**dict(zip(KEY, key, strict=True)))
         if own.height:
             layers, more = _scatter_layers(table, own, data, dict(zip(KEY, key, strict=True)))
-            panels.append(view(layers, WIDTH, HEIGHT, _panel_title(key, several, more)))
-    content = {"vconcat": rows_of(panels, COLUMNS), "spacing": 26}
-    return compose(content, data, _SCATTER_TITLE, share, f"r: Pearson with its {100 * confidence:g} % interval")
+            drawn.append(panels.panel(layers, WIDTH, HEIGHT, _panel_title(key, several, more)))
+    r = f"r: Pearson with its {100 * confidence:g} % interval"
+    return panels.figure(drawn, COLUMNS, data, _SCATTER_TITLE, share, r)
 
 
 def _scatter_layers(table: pl.DataFrame, steps: pl.DataFrame, data: Datasets, key: Row) -> tuple[list, str]:
@@ -208,11 +175,11 @@ def _scatter_layers(table: pl.DataFrame, steps: pl.DataFrame, data: Datasets, ke
             said = f"r = {interval} at {name}, n = {r['n']}"
     x = alt.X("x:Q", axis=alt.Axis(title="entropy of the token, nats", grid=False, tickCount=6))
     # not clamped: a line that leaves the panel must keep its slope
-    y = alt.Y("y:Q", scale=alt.Scale(domain=[0, 1.02], nice=False), axis=alt.Axis(title="recall", tickCount=5))
+    y = alt.Y("y:Q", scale=marks.unit_scale(clamp=False), axis=alt.Axis(title="recall", tickCount=5))
     colors, _ = _budget_scales(table)
     return [
-        alt.Chart(data.add(points)).mark_point(filled=True, size=9, opacity=0.35).encode(x=x, y=y, color=colors),
-        alt.Chart(data.add(lines)).mark_line(strokeWidth=2.2, clip=True).encode(x=x, y=y, color=colors),
+        data.chart(points).mark_point(filled=True, size=9, opacity=0.35).encode(x=x, y=y, color=colors),
+        data.chart(lines).mark_line(strokeWidth=2.2, clip=True).encode(x=x, y=y, color=colors),
     ], said
 
 
@@ -222,9 +189,12 @@ _MOMENTS_TITLE = "What recalling evicted entries gives, and what it costs"
 
 
 def moments_figure(scores: Any, policies: recall_moments.Options, confidence: float) -> Spec:
-    """Mean score of entropy_recall and its controls against bytes moved, hot and total; a row per task and mode."""
+    """Return the mean score of entropy_recall and its controls against bytes moved, hot and total.
+
+    There is a row of panels per task and mode.
+    """
     points = recall_moments.points(scores, policies, confidence)
-    share = f"means of an answer, over all lengths; {100 * confidence:g} % intervals"
+    share = f"means of an answer, over all lengths; {panels.share(confidence)}"
     rows = []
     for point in points:
         for column in MOVED:
@@ -235,22 +205,18 @@ def moments_figure(scores: Any, policies: recall_moments.Options, confidence: fl
                     "low": point["score"]["ci_low"], "high": point["score"]["ci_high"], "n": point["score"]["n"],
                 })  # fmt: skip
     if not rows:
-        return note("No answer records the bytes that the policy entropy_recall moved.", _MOMENTS_TITLE, share)
-    counts = sorted({row["n"] for row in rows})
-    span = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    names, data, panels = sorted({row["policy"] for row in rows}), Datasets(), []
+        return panels.note("No answer records the bytes that the policy entropy_recall moved.", _MOMENTS_TITLE, share)
+    names, data, drawn = sorted({row["policy"] for row in rows}), Datasets(), []
     full = _full_scores(scores, confidence)
-    top = 1.02
     for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in rows):
-        line = []
         for column, title in MOVED.items():
             own = [r for r in rows if (r["task"], r["mode"], r["cost"]) == (task, mode, column)]
             whole = [r for r in full if (r["task"], r["mode"]) == (task, mode)]
-            head = {"text": f"{task}, {labels.mode(mode)}", "fontSize": 12} if column == "moved_bytes" else {"text": ""}
-            line.append(view(_moments_layers(own, whole, names, title, top, data), 250, 210, head))
-        panels.append({"hconcat": line, "spacing": 24})
+            head = panels.title(f"{task}, {labels.mode(mode)}" if column == "moved_bytes" else "")
+            drawn.append(panels.panel(_moments_layers(own, whole, names, title, data), 250, 210, head))
     key = "lines join the budgets of a policy; grey: the full cache"
-    return compose({"vconcat": panels, "spacing": 24}, data, _MOMENTS_TITLE, f"{share}, {span}", key)
+    n = panels.span([row["n"] for row in rows])
+    return panels.figure(drawn, len(MOVED), data, _MOMENTS_TITLE, f"{share}, n = {n}", key)
 
 
 def _full_scores(scores: Any, confidence: float) -> list[Row]:
@@ -262,42 +228,36 @@ def _full_scores(scores: Any, confidence: float) -> list[Row]:
     return found
 
 
-def _moments_layers(rows: list[Row], full: list[Row], names: list[str], title: str, top: float, data: Datasets) -> list:
-    y_scale = alt.Scale(domain=[0, top], nice=False, clamp=True)
+def _moments_layers(rows: list[Row], full: list[Row], names: list[str], title: str, data: Datasets) -> list[alt.Chart]:
     x = alt.X("x:Q", scale=alt.Scale(zero=True), axis=alt.Axis(title=title, grid=False, tickCount=5))
-    y = alt.Y("estimate:Q", scale=y_scale, axis=alt.Axis(title="score, mean", tickCount=5))
-    own = alt.Chart(data.add(rows))
-    return [
-        alt.Chart(data.add(full)).mark_rule(color=NEUTRAL, strokeDash=[5, 3]).encode(y=y),
-        own.mark_rule(strokeWidth=1.2, opacity=0.6)
-        .encode(x=x, y=alt.Y("low:Q", scale=y_scale), y2="high:Q", color=color(names)),
-        own.mark_line(strokeWidth=1.4).encode(x=x, y=y, color=color(names)),
-        own.mark_point(filled=True, size=70, opacity=1, stroke="white", strokeWidth=0.6)
-        .encode(x=x, y=y, color=color(names), shape=shape(names)),
-    ]  # fmt: skip
+    y = alt.Y("estimate:Q", scale=marks.unit_scale(), axis=alt.Axis(title="score, mean", tickCount=5))
+    return [marks.level(data, full, y), *marks.curves(data, rows, x, y, theme.policy_scales(names))]
 
 
 def write_entropy_recall_plots(
     table: str, observations: Sequence[str], confidence: float, outputs: Mapping[str, str]
 ) -> None:
-    """The `entropy_recall_plots` rule. ``outputs``: path by ``{entropy_bins|entropy_scatter}_{svg|png}``.
+    """Write the figures; ``outputs``: path by ``{entropy_bins|entropy_scatter}_{svg|png}``.
 
     Raises UserError for an output of another name.
     """
     found = read_table(table)
-    drawn = {"entropy_bins": bins_figure(found, confidence)}
-    drawn["entropy_scatter"] = scatter_figure(found, read_observations(observations), confidence)
-    save_figures(drawn, outputs)
+    figures = {
+        "entropy_bins": lambda: bins_figure(found, confidence),
+        "entropy_scatter": lambda: scatter_figure(found, read_observations(observations), confidence),
+    }
+    save.save_figures(figures, outputs)
 
 
 def write_moments_plots(
     scores: str, policies: recall_moments.Options, confidence: float, outputs: Mapping[str, str]
 ) -> None:
-    """Part of the `recall_moments` rule. ``outputs``: path by ``recall_moments_{svg|png}``.
+    """Write the figure of the moments; ``outputs``: path by ``recall_moments_{svg|png}``.
 
     Raises UserError for an output of another name.
     """
-    save_figures({"recall_moments": moments_figure(parsing.read_parquet(scores), policies, confidence)}, outputs)
+    figures = {"recall_moments": lambda: moments_figure(parsing.read_parquet(scores), policies, confidence)}
+    save.save_figures(figures, outputs)
 
 
 def write_recalling(
@@ -307,6 +267,6 @@ def write_recalling(
     policies: recall_moments.Options,
     outputs: Mapping[str, str],
 ) -> None:
-    """Write the comparison of entropy's moments to recall with chance's, and the figure of what recalling costs."""
+    """Write the comparison of entropy's moments with those of chance, and the figure of score against cost."""
     recall_moments.write_recall_moments(scores, table, statistics, policies)
     write_moments_plots(scores, policies, statistics["confidence"], outputs)

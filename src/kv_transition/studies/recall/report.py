@@ -1,4 +1,4 @@
-"""The report's section on entropy and recall: does uncertainty tell when a cache fails, and does recalling help?"""
+"""The report section on entropy and recall."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 
 def build(source: Source) -> dict[str, Any] | None:
-    """What the templates show; None where neither entropy and recall were observed nor a policy recalled.
+    """Return the content of the section; None if nothing was observed and no policy recalled.
 
     ``source.extra``: ``entropy_recall`` (tables.ENTROPY_RECALL) and ``recall_moments`` (tables.COMPARISONS).
     """
@@ -63,7 +63,7 @@ def _source(row: Row) -> str:
 
 
 def _number(row: Row | None, digits: int = 2, signed: bool = False) -> Number:
-    """An estimate with its interval; a dash where it has none."""
+    """Return an estimate with its interval; a dash without an interval."""
     if row is None or (row["ci_low"] is None and row["ci_high"] is None):
         return Number(DASH)
     found = number(row, "", digits, signed=signed, source=_source(row))
@@ -71,7 +71,7 @@ def _number(row: Row | None, digits: int = 2, signed: bool = False) -> Number:
 
 
 def _lead(table: pl.DataFrame) -> str:
-    """The answer in one or two sentences, over all cells but the oracle's."""
+    """Return the overall answer in one or two sentences, over all cells but the oracle's."""
     verdicts = table.filter(pl.col("policy") != ORACLE, statistic="verdict_controlled")
     counts = Counter(verdicts["outcome"].to_list())
     whole = verdicts.height
@@ -91,7 +91,7 @@ def _lead(table: pl.DataFrame) -> str:
 
 
 def _groups(table: pl.DataFrame) -> list[Row]:
-    """A table per task, granularity and memory, the study's own form first."""
+    """Return a table per task, granularity and memory, the study's own form first."""
     keys = table.select("task", "granularity", "memory").unique().rows()
     several, groups = len({key[0] for key in keys}) > 1, []
     for task, granularity, memory in sorted(keys, key=lambda k: (k[0], PREFERRED.index(k[1:]))):
@@ -118,7 +118,7 @@ def _by_statistic(rows: pl.DataFrame) -> dict[str, Row]:
 
 
 def _confounders(table: pl.DataFrame) -> list[Row]:
-    """What else entropy goes together with, per task: the same in every cell, so taken from the first."""
+    """Return what else correlates with entropy, per task. It is the same in every cell, so the first one is used."""
     found = []
     for task in table["task"].unique().sort():
         own = table.filter(task=task).drop_nulls("budget")
@@ -159,7 +159,7 @@ def _steeper(row: Row) -> str:
 
 
 def _moments(table: pl.DataFrame, policies: Mapping[str, Any], alpha: float) -> Row:
-    """Entropy's moments against the others: a sentence for each control of chance, a row for each comparison."""
+    """Return a sentence for each control of chance, and a row for each comparison."""
     how = recall_moments.moments_of(policies)
     key = ["task", "mode", "policy", "reference_policy", "budget"]
     answers, rows = [], []

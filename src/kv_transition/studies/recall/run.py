@@ -1,11 +1,11 @@
-"""The observation job: what each policy would hold while the full cache decodes, and how uncertain the model is.
+"""The observation job: what each policy would hold at each decode step of the full cache, and the token entropy.
 
     python -m kv_transition.studies.recall.run --spec JSON --bin BIN.parquet --output STEPS.parquet
         --layers LAYERS.parquet
 
-Nothing is evicted: the answer is the full cache's own, decoded greedily from the prefill after the prompt. Before each
-of its tokens is read, every policy says under every budget what it would hold (see `run.shadow`); then the token's
-attention says what it needed.
+Nothing is evicted: the full cache decodes greedily from the prefill after the prompt. Before each token is read, every
+policy states under every budget which entries it would hold (see `shadow`). The token's attention then shows which
+entries the step needed.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Trace:
 def follow(
     engine: LocalEngine, state: CacheState, shadows: Sequence[Shadow], max_tokens: int, entropy_gap_every: int = 0
 ) -> Trace:
-    """Decode greedily from a full state, with its logits, and compare what is needed with what is held.
+    """Decode greedily from a full state and compare, at each step, the needed entries with the held ones.
 
-    Step t reads the token that the logits before it produced, whose entropy is the step's; gold are the K entries that
-    this token's attention weighs most, of the n before it. The end token is not read. shadows: fresh ones.
+    Step t reads the token that the previous logits produced; the entropy of these logits is that of the step. Gold are
+    the K entries, of the n before the token, with the highest attention. The end token is not read. shadows: new ones.
     entropy_gap_every: measure both entropy gaps at every such step; 0: never.
     """
     for each in shadows:
@@ -108,13 +108,13 @@ def _due(step: int, every: int) -> bool:
 
 
 def entropy(logits: Tensor) -> float:
-    """-sum p log p in nats of the softmax of logits [V], temperature 1, fp32."""
+    """Return -sum p log p in nats of the softmax of logits [V], temperature 1, fp32."""
     return float(torch.special.entr(logits.float().softmax(-1)).sum())
 
 
 @dataclass
 class _Altered:
-    """How a step's next-token distribution changes when it sees fewer entries."""
+    """The change of a step's next-token distribution when it sees fewer entries."""
 
     engine: LocalEngine
     state: CacheState
@@ -125,14 +125,14 @@ class _Altered:
     _known: dict[int, float] = field(default_factory=dict)
 
     def divergence(self, mask: Tensor) -> float:
-        """KL, in nats, of the distribution by the entries of a mask [R, n] alone from that by all entries."""
+        """Return the KL divergence, in nats, of the distribution with the entries of a mask [R, n] only."""
         # both memories may hold one and the same set
         if id(mask) not in self._known:
             self._known[id(mask)] = self._divergence(mask)
         return self._known[id(mask)]
 
     def without(self, mask: Tensor) -> float:
-        """The same by all entries but those of a mask."""
+        """Return the same with all entries except those of a mask."""
         return self._divergence(~mask)
 
     def _divergence(self, mask: Tensor) -> float:
@@ -149,7 +149,7 @@ def _compare(
     before: dict[tuple[str, str], Tensor],
     altered: _Altered | None,
 ) -> dict[tuple[str, str], Tensor]:
-    """Add a step to the trace; the step's gold sets by granularity and budget."""
+    """Add a step to the trace; return the gold sets of the step by granularity and budget."""
     golds: dict[tuple[str, str], Tensor] = {}
     new: dict[tuple[str, str], float | None] = {}
     gaps: dict[tuple[str, str], float | None] = {}
@@ -191,7 +191,7 @@ def _compare(
 
 
 def _share_new(gold: Tensor, before: Tensor | None, k: int) -> float | None:
-    """Share of the gold entries that were not gold a step before."""
+    """Return the share of the gold entries that were not gold at the step before."""
     if before is None:
         return None
     again = (gold[:, : before.shape[-1]] & before).sum(-1)
@@ -207,7 +207,7 @@ def _add_layers(trace: Trace, keys: list[Key], attention: list[Tensor], recall: 
 
 
 def shadows_of(spec: dict[str, Any], seed: int) -> list[Shadow]:
-    """A fresh shadow of each policy and budget of a spec."""
+    """Return a new shadow of each policy and budget of a spec."""
     found = []
     for name, options in spec["policies"].items():
         kind = options["kind"]
@@ -222,7 +222,7 @@ def shadows_of(spec: dict[str, Any], seed: int) -> list[Shadow]:
 def observed(
     engine: LocalEngine, examples: Sequence[dict[str, Any]], spec: dict[str, Any], store: Any
 ) -> Iterator[tuple[dict[str, Any], str, Trace]]:
-    """Each example, the kind of its prompt and what was seen; with continuations a second time without its question."""
+    """Yield each example, the kind of its prompt and its trace; with continuations also without its question."""
     statistics = frozenset({"attn_sum"}).union(*(s.policy.statistics for s in shadows_of(spec, 0)))
     for number, example in enumerate(examples, 1):
         prefill, _ = read_once(engine, store, example, statistics)
@@ -242,7 +242,7 @@ def observed(
 
 
 def steps_table(example: dict[str, Any], prompt_kind: str, trace: Trace) -> pa.Table:
-    """T x B rows of OBSERVATIONS."""
+    """Return T x B rows of OBSERVATIONS."""
     import numpy as np
     import pyarrow as pa
 
@@ -274,7 +274,7 @@ _OF_SETS = {"k", "recall", "gold_mass_kept", "gold_new", "entropy_gap", "entropy
 
 
 def layers_table(example: dict[str, Any], prompt_kind: str, trace: Trace) -> pa.Table:
-    """A row of OBSERVATION_LAYERS for each policy, budget, memory and evictable layer."""
+    """Return a row of OBSERVATION_LAYERS for each policy, budget, memory and evictable layer."""
     import pyarrow as pa
 
     rows = []

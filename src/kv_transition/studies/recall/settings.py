@@ -1,4 +1,4 @@
-"""What an experiment file says of observing policies beside a full cache."""
+"""The configuration keys of the recall study."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kv_transition.sections import Name, Section
 
 
 class Observe(Section):
-    """What policies would hold beside a full cache, step by step."""
+    """The entries that policies would hold beside a full cache, step by step."""
 
     enabled: bool = Field(False, description="true: observe each task and bin")
     policies: list[Name] | None = Field(

@@ -1,7 +1,7 @@
-"""What a policy would hold, followed beside a cache from which nothing is evicted.
+"""Shadows: the entries that a policy would hold, followed beside a cache from which nothing is evicted.
 
-Sets of entries are masks [R, n] over the n entries before a step: one row under granularity ``global``, a row for each
-KV head under ``per_head``, layer by layer. Sliding-window layers, which are never evicted, are in none.
+Sets are masks [R, n] over the n entries before a step: one row with granularity ``global``, a row for each KV head of
+each layer with ``per_head``. Sliding-window layers, which are never evicted, are not included.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ Sets = dict[tuple[str, str], Tensor]
 
 
 def has_global_score(policy: Policy, kind: str) -> bool:
-    """Whether a score of the policy says something of a position whatever the layer and the head."""
+    """Return whether the policy's scores can be averaged over layers and heads."""
     return policy.by_score and policy.uniform and kind not in _NOT_OF_A_POSITION
 
 
 def as_rows(layers: Sequence[Tensor], granularity: str) -> Tensor:
-    """[Hkv, n] of each evictable layer -> [R, n]; global: the mean over all layers and KV heads, fp64."""
+    """Return [R, n] from [Hkv, n] of each evictable layer; global: the mean over all layers and KV heads, fp64."""
     device = layers[0].device
     rows = torch.cat([layer.to(device) for layer in layers])
     return rows.mean(0, keepdim=True, dtype=torch.float64) if granularity == "global" else rows
 
 
 def best(score: Tensor, k: int) -> Tensor:
-    """Mask of the ``k`` highest of each row [R, n], ties to the lower index: what `policies.base.top` keeps."""
+    """Return the mask of the ``k`` highest of each row [R, n], ties to the lower index, as `policies.base.top` does."""
     n = score.shape[-1]
     if k >= n or k <= 0:
         return torch.full_like(score, k > 0, dtype=torch.bool)
@@ -52,20 +52,20 @@ def best(score: Tensor, k: int) -> Tensor:
 
 
 def without_lowest(score: Tensor, held: Tensor) -> Tensor:
-    """Mask of what is held [R, n] but the lowest of each row, the higher index among equals."""
+    """Return the mask of the held entries [R, n] without the lowest of each row, the higher index among equals."""
     of_held = score.masked_fill(~held, torch.inf)
     return held.scatter(-1, score.shape[-1] - 1 - of_held.flip(-1).argmin(-1, keepdim=True), False)
 
 
 def ranks(score: Tensor) -> Tensor:
-    """[R, n] -> [R, n] int64: 0 for the highest of a row, ties to the lower index."""
+    """Return the rank of each entry, [R, n] int64: 0 for the highest of a row, ties to the lower index."""
     order = score.sort(dim=-1, descending=True, stable=True).indices
     places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def held_by(state: CacheState, n: int) -> Tensor:
-    """Mask [R, n] of the entries that the KV heads of a compressed state hold."""
+    """Return the mask [R, n] of the entries that the KV heads of a compressed state hold."""
     rows = []
     for layer in state.evictable:
         for part in layer.parts:
@@ -75,7 +75,7 @@ def held_by(state: CacheState, n: int) -> Tensor:
 
 
 def thinned(state: CacheState, mask: Tensor) -> CacheState:
-    """A full state with the entries of a mask [R, n] alone; R is 1, or the KV heads of all evictable layers."""
+    """Return a full state with the entries of a mask [R, n] only; R is 1, or the KV heads of all evictable layers."""
     layers, first = [], 0
     for layer in state.layers:
         if layer.window is not None:
@@ -98,7 +98,7 @@ def _chosen(layer: LayerCache, mask: Tensor) -> Layer:
 
 @dataclass
 class Shadow:
-    """One policy under one budget. `begin` at the prompt's end, then `predict` before each token is read."""
+    """One policy under one budget. Call `begin` at the end of the prompt, then `predict` before each token is read."""
 
     name: str
     policy: Policy
@@ -108,12 +108,12 @@ class Shadow:
     seed: int = 0
 
     def begin(self, prompt: CacheState) -> None:
-        """``prompt``: the full state after the prompt. Raises UserError if it lacks a statistic the policy reads."""
+        """prompt: the full state after the prompt. Raises UserError if it lacks a statistic that the policy reads."""
         for layer in prompt.evictable:
             self.policy._require_statistics(layer)
 
     def predict(self, state: CacheState) -> Sets:
-        """What is held when the next token comes to be read on top of the full ``state``."""
+        """Return the sets held when the next token is about to be read on top of the full ``state``."""
         raise NotImplementedError
 
     def _k(self, n: int) -> int:
@@ -123,7 +123,7 @@ class Shadow:
         return [self.policy.layer_budget(k, rank, layers, n) for rank in range(layers)]
 
     def _scores(self, state: CacheState, budgets: Sequence[int]) -> list[Tensor]:
-        """The policy's own scores of each evictable layer, [Hkv, n]."""
+        """Return the policy's scores of each evictable layer, [Hkv, n]."""
         numbers = [i for i, layer in enumerate(state.layers) if layer.window is None]
         scores = []
         for number, k in zip(numbers, budgets, strict=True):
@@ -133,15 +133,17 @@ class Shadow:
         return scores
 
     def _in_all(self, masks: dict[str, Tensor]) -> Sets:
-        """The same sets in every memory."""
+        """Return the same sets for every memory."""
         return {(granularity, memory): mask for granularity, mask in masks.items() for memory in self.memories}
 
 
 @dataclass
 class Once(Shadow):
-    """A policy that acts once, on the prompt: its scores are those of that moment. What is generated later is held, and
-    where more is held than the budget allows the prompt's lowest-scored entries go first. It never wants anything back,
-    so both memories agree."""
+    """A policy that acts once, on the prompt, with the scores of that moment.
+
+    Generated entries are held. If more is held than the budget allows, the prompt's entries with the lowest scores are
+    dropped first. The policy never recalls an entry, so both memories agree.
+    """
 
     _ranks: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -158,7 +160,7 @@ class Once(Shadow):
         return self._in_all({g: _with_generated(mask, k, generated) for g, mask in held.items()})
 
     def _limit(self, m: int, rank: Tensor) -> int | Tensor:
-        """How many of the prompt's entries each row keeps when it is ``m`` on average."""
+        """Return how many of the prompt's entries each row keeps when it is ``m`` on average."""
         if m <= 0 or len(rank) == 1:
             return m
         budgets = self._budgets(m, self._n, self._layers)
@@ -170,8 +172,9 @@ class Once(Shadow):
 
 @dataclass
 class Reduced(Shadow):
-    """A policy that acts once and chooses by more than a score: as `Once`, but it is asked anew for each number of the
-    prompt's entries that is left to it."""
+    """A policy that acts once and chooses by more than a score: as `Once`, but it chooses anew for each remaining
+    number of the prompt's entries.
+    """
 
     _last: tuple[int, Tensor] | None = field(default=None, repr=False)
 
@@ -196,8 +199,11 @@ class Reduced(Shadow):
 
 @dataclass
 class EachStep(Shadow):
-    """A policy that acts at each step, by scores of the full cache. ``ideal`` keeps the best of all; ``irreversible``
-    the best of what it kept at the step before and the entry that has come since: what is evicted has no score."""
+    """A policy that acts at each step, by scores of the full cache.
+
+    ``ideal`` keeps the best of all entries. ``irreversible`` keeps the best of those it kept at the step before and the
+    new entry: an evicted entry has no score.
+    """
 
     _held: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _k_held: int = 0
@@ -212,7 +218,7 @@ class EachStep(Shadow):
         return self._kept(self._scores(state, budgets), budgets)
 
     def _kept(self, scores: list[Tensor], budgets: list[int]) -> Sets:
-        """The sets by scores [Hkv, n] of each layer."""
+        """Return the sets by scores [Hkv, n] of each layer."""
         sets: Sets = {}
         for granularity in self.granularities:
             rows = as_rows(scores, granularity)
@@ -226,7 +232,7 @@ class EachStep(Shadow):
         return sets
 
     def _cut(self, rows: Tensor, held: Tensor, budgets: list[int], scores: list[Tensor]) -> Tensor:
-        """What stays of what was held and of the entries that have come since."""
+        """Return what stays of the held entries and of the entries that were added since."""
         new = rows.shape[-1] - held.shape[-1]
         grown = functional.pad(held, (0, new), value=True)
         k = budgets[0]
@@ -244,18 +250,18 @@ class EachStep(Shadow):
 
 @dataclass
 class Oracle(EachStep):
-    """The upper bound: scores are the attention of the step itself, so it predicts in hindsight."""
+    """The upper bound: its scores are the attention of the step itself."""
 
     def predict(self, state: CacheState) -> Sets:
         return {}
 
     def hindsight(self, attention: list[Tensor]) -> Sets:
-        """``attention`` [Hkv, n] that the step paid in each evictable layer."""
+        """Return the sets by ``attention`` [Hkv, n] of the step in each evictable layer."""
         return self._kept(attention, [self._k(attention[0].shape[-1])] * len(attention))
 
 
 def _with_generated(prompt: Tensor, k: int, generated: int) -> Tensor:
-    """Held of the prompt [R, N] and the newest, at most ``k``, of what was generated: [R, N + generated]."""
+    """Return [R, N + generated]: held entries of the prompt [R, N] and the newest generated ones, at most ``k``."""
     mask = functional.pad(prompt, (0, generated), value=True)
     if generated > k:
         mask[:, : mask.shape[-1] - k] = False
@@ -271,7 +277,7 @@ def shadow(
     memories: Sequence[str],
     seed: int = 0,
 ) -> Shadow | None:
-    """The shadow of a policy (None: of the oracle), at those of the granularities that it has; None if at none."""
+    """Return the shadow of a policy (None: of the oracle) at the granularities that it has; None if it has none."""
     if policy is None:
         return Oracle(name, Policy(), budget, tuple(granularities), tuple(memories), seed)
     fitting = tuple(g for g in granularities if g == "per_head" or has_global_score(policy, kind))

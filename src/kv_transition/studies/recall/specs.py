@@ -1,4 +1,4 @@
-"""What the observation job is told, and which policies can be observed."""
+"""The spec of the observation job, and the policies that can be observed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNOBSERVED = {
 
 
 def why_not_observed(kind: str, hyper_parameters: Mapping[str, Any]) -> str | None:
-    """Why what a policy holds cannot be compared with what a step needs; None if it can."""
+    """Return why a policy cannot be observed; None if it can."""
     if catalog.is_press(kind):
         return "reads the prompt itself"
     if catalog.ignores_budget(kind, hyper_parameters):
@@ -32,9 +32,9 @@ def why_not_observed(kind: str, hyper_parameters: Mapping[str, Any]) -> str | No
 
 
 def observed(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Kind and hyper-parameters of each policy that is observed, by its name.
+    """Return kind and hyper-parameters of each policy that is observed, by its name.
 
-    Raises UserError if one is asked for that is not there or cannot be observed.
+    Raises UserError if a requested policy does not exist or cannot be observed.
     """
     if ORACLE in settings.kv.policies:
         raise UserError("kv.policies.oracle: this name is that of observation's upper bound; choose another one")
@@ -52,7 +52,7 @@ def observed(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def observe(settings: Settings) -> dict[str, Any]:
-    """The spec of every observation; its digest is the ``observe_hash`` of their files."""
+    """Return the spec of every observation; its digest is the ``observe_hash`` of the files."""
     reading = prefill(settings)
     policies = observed(settings)
     kinds = [options["kind"] for options in policies.values() if options["kind"] != ORACLE]
@@ -69,7 +69,7 @@ def observe(settings: Settings) -> dict[str, Any]:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError where there is nothing to observe, or something that cannot be observed."""
+    """Raise UserError if there is nothing to observe, or if a requested policy cannot be observed."""
     if not settings.observe.enabled:
         return
     if not settings.dataset:
@@ -79,5 +79,5 @@ def check(settings: Settings) -> None:
 
 
 def statistics(settings: Settings) -> frozenset[str]:
-    """Return what an observation follows whatever the policies read: the attention received."""
+    """Return the statistic that every observation needs: the attention received."""
     return frozenset({"attn_sum"} if settings.observe.enabled else ())

@@ -1,11 +1,11 @@
-"""Observations in the recall study's own layout: a log of steps for each budget, with a plot of its own.
+"""Observations in the recall study's own layout: a log of steps and a plot for each budget.
 
     {task}_budget_{ratio}_{timestamp}.jsonl   metadata in the first line, then a step a line
     {task}_budget_{ratio}/logs.json           the same as {"metadata", "steps"}
     {task}_budget_{ratio}/plots/entropy_recall.svg, .png
 
-As in the study they follow accumulated attention (h2o_heavy, else h2o, else the first policy observed) with scores over
-the full cache (memory ideal) and sets averaged over layers and heads (granularity global), where these were observed.
+As in the study, they follow accumulated attention (h2o_heavy, else h2o, else the first observed policy), with scores of
+the full cache (memory ideal) and sets averaged over layers and heads (granularity global), if these were observed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any
 
 import altair as alt
 import polars as pl
-import vl_convert
 
-from kv_transition.plotting import drawing
-from kv_transition.provenance import atomic_path, read_metadata, write_json, write_text
+from kv_transition.plotting import panels, save, theme
+from kv_transition.provenance import read_metadata, write_json, write_text
 from kv_transition.stats import frames
 
 _PREFERRED = {"policy": ("h2o_heavy", "h2o"), "memory": ("ideal",), "granularity": ("global",)}
@@ -65,12 +64,12 @@ def write_logs(observations: Sequence[str], folder: str) -> None:
 
 
 def _column(budget: str) -> str:
-    """r0.1 -> recall_10"""
+    """Return ``recall_10`` for ``r0.1``."""
     return f"recall_{float(budget[1:]) * 100:g}"
 
 
 def _in_columns(steps: pl.DataFrame, budgets: Sequence[str]) -> pl.DataFrame:
-    """A row a step: recall_10, recall_20, ... beside its entropy."""
+    """Return a row per step: recall_10, recall_20, ... beside its entropy."""
     logs = steps.select(_COLUMNS).unique(maintain_order=True)
     for budget in budgets:
         own = steps.filter(pl.col("budget") == budget).select(
@@ -81,24 +80,23 @@ def _in_columns(steps: pl.DataFrame, budgets: Sequence[str]) -> pl.DataFrame:
 
 
 def _draw(rows: list[dict[str, Any]], metadata: dict[str, Any], path: Path) -> None:
-    """Every step as a point with the least-squares line, and the budget as the level of chance."""
-    data = drawing.Datasets()
-    points = alt.Chart(data.add([{"entropy": row["entropy"], "recall": row["recall"]} for row in rows]))
-    chance = alt.Chart(data.add([{"recall": metadata["budget"]}]))
+    """Draw every step as a point with the least-squares line, and the chance level."""
+    data = panels.Datasets()
+    points = data.chart([{"entropy": row["entropy"], "recall": row["recall"]} for row in rows])
+    chance = data.chart([{"recall": metadata["budget"]}])
     at = {"x": alt.X("entropy:Q", title="token entropy (nats)"), "y": alt.Y("recall:Q", title="recall")}
     layers = [
-        chance.mark_rule(strokeDash=[4, 4], color=drawing.NEUTRAL).encode(y="recall:Q"),
-        points.mark_circle(size=14, opacity=0.35, color=drawing.PALETTE[0]).encode(**at),
-        points.transform_regression("entropy", "recall").mark_line(color=drawing.PALETTE[1]).encode(**at),
+        chance.mark_rule(strokeDash=[4, 4], color=theme.NEUTRAL).encode(y="recall:Q"),
+        points.mark_circle(size=14, opacity=0.35, color=theme.PALETTE[0]).encode(**at),
+        points.transform_regression("entropy", "recall").mark_line(color=theme.PALETTE[1]).encode(**at),
     ]
     budget, policy = metadata["budget"], metadata.get("policy")
-    spec = drawing.compose(
-        {"layer": [drawing.inner(layer) for layer in layers], "width": 460, "height": 300},
+    spec = panels.compose(
+        {"layer": [panels.inner(layer) for layer in layers], "width": 460, "height": 300},
         data,
         f"Entropy and recall, budget {budget:g}",
         f"{policy}, {len(rows)} steps; dashed: chance",
     )
-    svg = vl_convert.vegalite_to_svg(spec)
-    write_text(path.with_suffix(".svg"), svg)
-    with atomic_path(path.with_suffix(".png")) as temporary:
-        temporary.write_bytes(drawing.png(svg))
+    drawing = save.svg(spec)
+    for ext in ("svg", "png"):
+        save.save_drawing(drawing, path.with_suffix(f".{ext}"), ext)

@@ -1,4 +1,4 @@
-"""Entropy and recall: what policies would hold beside a full cache, against what each step attended to."""
+"""The recall study: entries that policies would hold, against entries that each step attends to."""
 
 from kv_transition.studies.recall import plan, specs
 from kv_transition.studies.study import Study

@@ -1,4 +1,4 @@
-"""The columns of the tables of observed steps, and of what is estimated from them."""
+"""The columns of the tables of the recall study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does high entropy tell when a cache fails? The success criteria as one rule, and its outcome in words."""
+"""The verdict: does high entropy tell when a cache fails? The success criteria as one rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAILS = 0.5  # recall at high entropy is to be below this
 
 @dataclass(frozen=True)
 class Bin:
-    """Mean recall of an entropy bin and its interval, from ``steps`` steps of ``n`` examples; NaN where it is empty."""
+    """Mean recall of an entropy bin and its interval, from ``steps`` steps of ``n`` examples; NaN if it is empty."""
 
     estimate: float
     low: float
@@ -50,11 +50,11 @@ def counted(n: int, steps: int) -> str:
 
 
 def judge(trend: Estimate, low: Bin, high: Bin, what: str = "the trend over the bins") -> Verdict:
-    """The rule, for a trend that should be downward (recall against entropy).
+    """Return the verdict for a trend that should be downward (recall against entropy).
 
-    Confirmed: the trend's interval lies below 0, recall at low entropy is at least `HOLDS` and at high entropy below
-    `FAILS`, bounds included. Not confirmed: the trend's interval includes or exceeds 0, or a bin's interval excludes
-    its criterion. Else undecided, which more examples would settle.
+    Confirmed: the trend's interval lies below 0, recall is at least `HOLDS` at low entropy and below `FAILS` at high
+    entropy, bounds included. Not confirmed: the trend's interval includes or exceeds 0, or a bin's interval excludes
+    its criterion. Otherwise undecided; more examples would decide.
     """
     against, open_, found = [], [], shown(trend)
     if not trend.bounded:
@@ -82,11 +82,11 @@ def judge(trend: Estimate, low: Bin, high: Bin, what: str = "the trend over the 
 
 
 def controlled(raw: Verdict, plain: Estimate, partial: Estimate, low: Bin, high: Bin, controls: str) -> Verdict:
-    """The same rule with the partial correlation, ``controls`` held constant, in the place of the trend.
+    """Return the verdict with the partial correlation, ``controls`` held constant, instead of the trend.
 
-    Controls cost precision: where the interval of the partial correlation includes both 0 and the ``plain``
-    correlation, the data do not say whether anything is left, and the verdict is open. What is not confirmed without
-    controls stays so; the reason says if controlling would find a downward relation.
+    Controls cost precision. If the interval of the partial correlation includes both 0 and the ``plain`` correlation,
+    the data do not show whether a relation remains, and the verdict is undecided. A verdict that is not confirmed
+    without controls stays so; the reason says if controlling would find a downward relation.
     """
     if not controls:  # none of them varies
         return raw

@@ -1,9 +1,9 @@
-"""Adaptive allocation: in which bins more examples are needed, and how confident each look may claim to be.
+"""Adaptive allocation: the bins that need more examples, and the confidence level of each look.
 
-Looking again and again at growing data finds something sooner or later. So alpha is spent over the looks (Lan and
-DeMets 1983) by the function of O'Brien-Fleming type: little at first, nearly all at the last look. The looks are fixed
-beforehand by start, step and cap; where examples go then depends on the data without harm, since every look's level
-holds whatever the looks before it showed.
+Repeated looks at growing data find false effects sooner or later. Alpha is therefore spent over the looks (Lan and
+DeMets 1983) by the function of O'Brien-Fleming type: little at first, nearly all at the last look. start, step and cap
+fix the looks beforehand. Which bins get examples may depend on the data, because every look's level holds whatever
+earlier looks showed.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Adaptive:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Examples in a bin that was added to at every look: start, start + step, ..., cap."""
+        """Return the examples in a bin that was extended at every look: start, start + step, ..., cap."""
         return (*range(self.start, self.cap, self.step), self.cap)
 
 
 def spent(fraction: float, alpha: float) -> float:
-    """Alpha spent when ``fraction`` of the data is in: 4 - 4 Phi(z_(alpha/4) / sqrt(fraction)).
+    """Return alpha spent when ``fraction`` of the data is in: 4 - 4 Phi(z_(alpha/4) / sqrt(fraction)).
 
     The function of O'Brien-Fleming type (Lan and DeMets 1983), for each side at alpha / 2.
     """
@@ -87,7 +87,7 @@ def levels(sizes: tuple[int, ...], alpha: float) -> tuple[float, ...]:
 
 
 def confidence(adaptive: Adaptive, look: int, base: float = 0.95) -> float:
-    """Of every interval and test at ``look`` (from 0): all looks together then keep ``base``."""
+    """Return the confidence of intervals and tests at ``look`` (from 0), such that all looks together keep ``base``."""
     return 1 - levels(adaptive.sizes, round(1 - base, 12))[look]
 
 
@@ -155,7 +155,7 @@ def _several(why: Sequence[str]) -> str:
 
 
 def open_bins(row: Mapping[str, Any], base: float) -> dict[int, str]:
-    """The bins in which one row of tables.TRANSITION is not decided, and why.
+    """Return the bins in which one row of tables.TRANSITION is not decided, with the reasons.
 
     Onset and collapse each have an interval: the fewest bins (or none at all) that hold the share ``base`` of their
     bootstrap distribution. It is to be one bin wide. Where nothing was found, bins that are open count as well; and
@@ -176,7 +176,7 @@ def open_bins(row: Mapping[str, Any], base: float) -> dict[int, str]:
 
 
 def interval(shares: Mapping[Any, float], base: float) -> list[Any]:
-    """The fewest places that together hold the share ``base``, the likeliest first."""
+    """Return the fewest places that together hold the share ``base``, the likeliest first."""
     held, total = [], 0.0
     for place, share in sorted(shares.items(), key=lambda item: -item[1]):
         held.append(place)

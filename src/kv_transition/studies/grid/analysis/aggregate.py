@@ -1,4 +1,4 @@
-"""From scored answers to statistics of every cell; and the `aggregate` rule."""
+"""Statistics of every cell from scored answers; the `aggregate` rule."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TIMED = {
 
 
 def bin_stats(scores: pa.Table, statistics: Statistics) -> pa.Table:
-    """Every statistic of every cell with interval, n and method (tables.BIN_STATS); the example is the unit."""
+    """Return every statistic of every cell with interval, n and method (tables.BIN_STATS); the example is the unit."""
     frame = example_values(scores)
     cells = by_cell(frame, CELL)
     ranges = frame.group_by("task", "bin").agg(

@@ -1,4 +1,4 @@
-"""Paired differences on the same examples: of every policy from the full cache, and of the policies from each other."""
+"""Paired differences on the same examples: of policies from the full cache, and between policies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POWER = 0.8  # of the minimum detectable difference
 
 
 def comparisons(scores: pa.Table, statistics: Statistics) -> pa.Table:
-    """Every policy and budget minus the full cache on the same examples (tables.COMPARISONS).
+    """Return every policy and budget minus the full cache on the same examples (tables.COMPARISONS).
 
     ``score`` and ``failure_rate`` per bin, and over all bins together (``bin`` null), where two ratios stand beside
     them: ``score_ratio`` (mean score over the full cache's) and ``speedup`` (how many times faster an answer is,
@@ -42,9 +42,9 @@ def comparisons(scores: pa.Table, statistics: Statistics) -> pa.Table:
 
 
 def pairs(scores: pa.Table, statistics: Statistics) -> pa.Table:
-    """Every policy minus every other at the same budget, per bin and over all bins (tables.COMPARISONS).
+    """Return every policy minus every other at the same budget, per bin and over all bins (tables.COMPARISONS).
 
-    Each pair stands once, in the order of the names. Families for Holm: one task, mode, budget and statistic, over all
+    Each pair occurs once, in the order of the names. Families for Holm: one task, mode, budget and statistic, over all
     its pairs and bins. Alias rows and the full cache are left out.
     """
     frame = example_values(scores).filter(~pl.col("alias") & ~is_full())
@@ -105,7 +105,7 @@ def _ratios(lists: pl.DataFrame, confidence: float) -> list[dict[str, Any]]:
 
 
 def why_missing(interval: Interval, alone: np.ndarray) -> Interval:
-    """The interval of a time, whose method says why where there is none."""
+    """Return the interval of a time; if there is none, its method gives the reason."""
     reason = np.where(alone, "not measured on this machine", "no answer ran alone at batch size 1")
     method = np.where(interval.n > 0, interval.method.astype(object), reason)
     return Interval(interval.estimate, interval.low, interval.high, interval.n, method, interval.clusters)

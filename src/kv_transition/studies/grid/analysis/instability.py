@@ -1,8 +1,9 @@
-"""How unstable, and how far fallen, a policy is at one point: its evidence, in the sample and in its bootstrap samples.
+"""The evidence that a policy is unstable or has collapsed at one point, for the sample and its bootstrap samples.
 
-A point is a length bin at one budget, or a budget in one length bin. Its instability is any of (a) more failures than
-the full cache on the same examples, (b) more variance over repeats of one example than the full cache, (c) more
-dispersion between examples than the mean implies. docs/statistics.md gives the tests and their false alarm rates.
+A point is a length bin at one budget, or a budget in one length bin. It is unstable if (a) it has more failures than
+the full cache on the same examples, (b) it has more variance over repeats of one example than the full cache, or (c)
+its dispersion between examples exceeds what the mean implies. docs/statistics.md describes the tests and their false
+alarm rates.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ INFORMATIVE = (0.1, 0.9)
 
 @dataclass(frozen=True)
 class Point:
-    """One policy at one budget in one bin: arrays [examples], policy and full cache on the same examples.
+    """One policy at one budget in one bin: arrays [examples] of policy and full cache on the same examples.
 
-    ``bin`` its length bin, ``tokens`` the bin's range, ``budget`` as in the paths. The variances over repeats are NaN
-    where there is one answer alone. ``clusters``: codes of the shared documents, or None where each has its own.
+    ``bin``: its length bin, ``tokens``: the bin's range, ``budget``: as in paths. The variances over repeats are NaN
+    for a single answer. ``clusters``: codes of the shared documents, or None if each example has its own.
     """
 
     bin: int
@@ -50,7 +51,9 @@ class Point:
 
     @cached_property
     def sums(self) -> np.ndarray:
-        """What is resampled ``[clusters, columns]``: sums over the examples of each cluster (see `_COLUMNS`)."""
+        """Return the sums over the examples of each cluster, ``[clusters, columns]`` (see `_COLUMNS`), which are
+        resampled.
+        """
         codes = np.arange(self.n) if self.clusters is None else np.unique(self.clusters, return_inverse=True)[1]
         count = int(codes.max(initial=-1)) + 1
 
@@ -81,12 +84,12 @@ class Point:
 
     @property
     def count(self) -> int:
-        """How many clusters there are."""
+        """Number of clusters."""
         return len(self.sums)
 
     @property
     def label(self) -> str:
-        """``n = 20``, with the documents where examples share them."""
+        """``n = 20``, with the number of documents if examples share them."""
         return labels.count(self.n, self.count)
 
 
@@ -97,10 +100,10 @@ _COLUMNS = (
 
 
 def resampled(points: Sequence[Point], samples: int, seed: int) -> list[np.ndarray]:
-    """The column sums of every point ``[samples + 1, columns]``, the sample itself first.
+    """Return the column sums of every point ``[samples + 1, columns]``, the sample itself first.
 
-    Clusters are drawn with replacement within each bin. Points of one bin that have the same number of clusters are
-    drawn together: policies and budgets stay paired, and the draws are made once.
+    Clusters are drawn with replacement within each bin. Points of one bin with the same number of clusters are drawn
+    together: policies and budgets stay paired, and the draws are made once.
     """
     out: list[np.ndarray | None] = [None] * len(points)
     together: dict[tuple[int, int], list[int]] = {}
@@ -115,7 +118,7 @@ def resampled(points: Sequence[Point], samples: int, seed: int) -> list[np.ndarr
 
 @dataclass(frozen=True)
 class Evidence:
-    """What points show, for the sample (arrays [points]) or for bootstrap samples of it ([samples, points])."""
+    """The evidence of points, for the sample (arrays [points]) or its bootstrap samples ([samples, points])."""
 
     low: np.ndarray
     high: np.ndarray
@@ -128,9 +131,9 @@ class Evidence:
 
 
 def evidence(sums: Sequence[np.ndarray], confidence: float, one_full: bool) -> tuple[Evidence, Evidence]:
-    """Of the sample itself and of its bootstrap samples, from `resampled`.
+    """Return the evidence of the sample and of its bootstrap samples, from `resampled`.
 
-    ``one_full``: all points have the same examples of the full cache (budgets within a bin), which count once.
+    ``one_full``: all points share the full cache's examples (budgets within a bin), which count once.
     """
     column = {name: np.stack([s[:, i] for s in sums], axis=1) for i, name in enumerate(_COLUMNS)}
     of = Moments(*(column[name] for name in ("n", "total", "squares", "cross", "sizes")))
@@ -159,12 +162,12 @@ def _clusters(sums: np.ndarray) -> float:
 
 
 def sign_test_p(more: np.ndarray, less: np.ndarray) -> np.ndarray:
-    """One-sided exact sign test: how likely is ``more`` or yet more, if either sign is as likely (McNemar 1947)."""
+    """Return the p-value of a one-sided exact sign test of ``more`` or more (McNemar 1947)."""
     return special.bdtrc(np.asarray(more) - 1, np.asarray(more + less, dtype=np.int64), 0.5)
 
 
 def _phi(total: np.ndarray, squares: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """The share of the largest variance that the mean allows."""
+    """Return the share of the largest variance that the mean allows."""
     mean = total / n
     most = mean * (1 - mean)
     return divide(squares / n - mean**2, np.where(most > 1e-12, most, 0))
@@ -185,7 +188,7 @@ def _dispersion_p(phi: np.ndarray, full_spread: np.ndarray, full_n: np.ndarray, 
 
 
 def unstable(p: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which points are significantly unstable [samples, points], and the Holm-adjusted p-values behind it."""
+    """Return which points are significantly unstable [samples, points], and the Holm-adjusted p-values."""
     applies = ~np.isnan(p)
     flat = np.where(applies, p, 1.0).reshape(len(p), -1)
     adjusted = holm(flat, applies.reshape(len(p), -1).sum(axis=1)).reshape(p.shape)

@@ -1,4 +1,4 @@
-"""Looks at a growing experiment: what each decides, and what is published after the last one (adaptive.py)."""
+"""The looks at a growing experiment: the decision of each, and the published tables after the last one."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def write_published(
 
 
 def joined(paths: Sequence[str], schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
-    """The rows of all files, and the metadata that all have in common."""
+    """Return the rows of all files, and the metadata that all have in common."""
     tables = [parsing.read_parquet(path, partitioning=None).cast(schema) for path in paths]
     return pa.concat_tables(tables), dict(set.intersection(*(set(inherited(path).items()) for path in paths)))
 
 
 def _chosen(path: str) -> dict[tuple[str, int], int]:
-    """Examples of each (task, bin) that a manifest names."""
+    """Return the examples of each (task, bin) that a manifest names."""
     try:
         manifest = parsing.read_json(path)
         return {(manifest["task"], b["bin"]): b["n"] for b in manifest["bins"]}

@@ -1,7 +1,7 @@
-"""Does a policy keep 95 % of the full cache's score at a budget, and which is the smallest budget that does?
+"""Non-inferiority: does a policy keep 95 % of the full cache's score, and what is the smallest budget that does?
 
-That no loss was seen proves nothing; non-inferiority is the test that does. H0: mean score <= 0.95 times the full
-cache's, on the same examples, that is mean(d) <= 0 for d = score - 0.95 score_full.
+Finding no loss proves nothing; non-inferiority is a test. H0: mean score <= 0.95 times the full cache's, on the same
+examples, that is mean(d) <= 0 for d = score - 0.95 score_full.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SEQUENCE = f"ratio: {paired.FIELLER}; budget: fixed sequence of tests of non-inf
 
 
 def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT) -> pa.Table:
-    """The test for every policy and budget, per bin and over all bins (``bin`` null): tables.NONINFERIORITY.
+    """Return the test for every policy and budget, per bin and over all bins (``bin`` null): tables.NONINFERIORITY.
 
     ``estimate`` is the mean of d with its interval; ``ratio`` the share of the full cache's score that was kept.
-    One-sided p-values, Holm-adjusted over the policies and bins of one task, mode and budget; non-inferior where
-    p_holm < (1 - confidence) / 2, which for a single test is where the interval lies above 0.
+    One-sided p-values, Holm-adjusted over the policies and bins of one task, mode and budget; non-inferior if p_holm <
+    (1 - confidence) / 2, which for a single test means that the interval lies above 0.
     """
     frame = example_values(scores).filter(~pl.col("alias"))
     both = on_both(frame.filter(~is_full()), frame.filter(is_full()), ["task", "mode"], "_full")
@@ -89,12 +89,12 @@ def examples_needed(level: float, kept: float = KEPT) -> int | None:
 
 
 def smallest_budgets(tested: pa.Table, statistics: Statistics) -> pa.Table:
-    """Per policy, bin and over all bins, the smallest budget down to which the policy is non-inferior.
+    """Return, per policy, bin and over all bins, the smallest budget down to which the policy is non-inferior.
 
-    A fixed sequence (Maurer et al. 1995): budgets are tested from the largest to the smallest, and the first that
-    fails ends it, so that the budgets of one policy need no further adjustment. Shares and numbers of tokens are
-    sequences of their own. ``budget`` goes by the Holm-adjusted p-values, ``budget_unadjusted`` by those of a reader
-    who had asked about this policy and bin alone; null where not even the largest budget passes.
+    A fixed sequence (Maurer et al. 1995): budgets are tested from the largest to the smallest, and the first that fails
+    ends it, so that the budgets of one policy need no further adjustment. Shares and numbers of tokens are sequences of
+    their own. ``budget`` uses the Holm-adjusted p-values, ``budget_unadjusted`` those of a reader who asks about this
+    policy and bin only; null if not even the largest budget passes.
     """
     frame = pl.from_arrow(tested).with_columns(kind=pl.col("budget").str.slice(0, 1))
     rows = []

@@ -1,4 +1,4 @@
-"""What was found along an axis, in words: the outcome, the reason for it, and the one sentence for a reader."""
+"""The outcome of a transition in words: its name, the reason, and one sentence for readers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPEN_WORDS = "whether it is unstable or collapsed is open"
 
 @dataclass
 class Verdict:
-    """``onset`` and ``collapse`` are positions along the axis, None where there is none."""
+    """``onset`` and ``collapse`` are positions along the axis, None if there is none."""
 
     pattern: str
     reason: str
@@ -36,7 +36,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Axis:
-    """How the points along an axis are spoken of."""
+    """The names of the points along an axis."""
 
     singular: str
     plural: str
@@ -72,7 +72,7 @@ def key(point: Point, axis: Axis) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Finding:
-    """Everything that the words are made of; ``onset`` and ``collapse`` are positions, -1 for none."""
+    """Everything that the words need; ``onset`` and ``collapse`` are positions, -1 for none."""
 
     points: Sequence[Point]
     seen: Evidence
@@ -93,14 +93,16 @@ class Finding:
 
     @property
     def sound(self) -> int:
-        """How many points from the first on are neither unstable nor possibly below half of the full cache's mean."""
+        """Return how many points from the first on are neither unstable nor possibly below half of the full cache's
+        mean.
+        """
         good = self.seen.low >= COLLAPSED * self.seen.full_mean
         stop = next((i for i in (self.onset, self.collapse) if i >= 0), len(self.points))
         return next((i for i in range(stop) if not good[i]), stop)
 
     @property
     def blind(self) -> list[int]:
-        """Points at which even failures of all examples would not be significant after Holm."""
+        """Return the points at which even failures of all examples would not be significant after Holm."""
         tests = max(1, int((~np.isnan(self.seen.p)).sum()))
         return [i for i, b in enumerate(self.points) if 0.5**b.count * tests >= self.alpha]
 
@@ -114,7 +116,7 @@ class Finding:
         return self.axis.end(self.points[i])
 
     def sign(self, i: int) -> str:
-        """What is unstable at a point, by its smallest p-value."""
+        """Return what is unstable at a point, by its smallest p-value."""
         b, which = self.points[i], int(np.nanargmin(self.p_holm[i]))
         p = f"p = {self.p_holm[i, which]:.2g} after Holm"
         if which == 0:
@@ -217,14 +219,14 @@ def sentence(f: Finding, found: str, why: str) -> str:
 
 
 def _span(f: Finding, start: int, stop: int) -> str:
-    """``from 2.0k to 4.1k tokens``: a bin begins where the one before it ends."""
+    """Return ``from 2.0k to 4.1k tokens``: a bin begins where the one before it ends."""
     if f.axis.along_length and start > 0:
         return f"from {f.end(start - 1).removesuffix(' tokens')} to {f.end(stop)}"
     return f"at {f.name(start)}" if start == stop else f"from {f.name(start)} to {f.end(stop)}"
 
 
 def _rise(f: Finding) -> str:
-    """The sign of the onset: failures from the point before it to it, or what else is unstable."""
+    """Return the sign of the onset: failures from the point before it to it, or what else is unstable."""
     b, which = f.points[f.onset], int(np.nanargmin(f.p_holm[f.onset]))
     if which != 0:
         return f"{('', 'repeats disagree', 'examples differ more than the mean implies')[which]}, {b.label}"

@@ -1,7 +1,7 @@
-"""Where, along the length bins or along the budgets of a bin, a policy stops being reliable: the transition zone.
+"""The transition zone along the length bins, or along the budgets of a bin.
 
 *Onset* is the first significantly unstable point (Holm over points and criteria; instability.py) before *collapse*, the
-first point whose mean lies below half of the full cache's, upper bound included.
+first point whose mean is below half of the full cache's, upper bound included.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def detect(
     sums: Sequence[np.ndarray] | None = None,
     note: str = "",
 ) -> Verdict:
-    """The transition along the points in order; ``name`` opens the sentences, ``note`` ends them.
+    """Return the transition along the points in order; ``name`` opens the sentences, ``note`` ends them.
 
-    ``sums``: of `instability.resampled` where the caller has them already.
+    ``sums``: of `instability.resampled` if the caller has them already.
     """
     if not points:
         return Verdict(OPEN, f"{name}: {NOTHING}{note}.", f"{name}: {NOTHING}{note}.")
@@ -95,7 +95,9 @@ def detect(
 
 
 def first(unstable: np.ndarray, collapsed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of onset and collapse per sample [samples, points], -1 for none; onset only before collapse."""
+    """Return the positions of onset and collapse per sample [samples, points], -1 for none; onset only before
+    collapse.
+    """
     count = unstable.shape[1]
     collapse = np.where(collapsed.any(axis=1), collapsed.argmax(axis=1), count)
     early = unstable & (np.arange(count) < collapse[:, None])
@@ -121,17 +123,17 @@ def _details(point: Point, axis: Axis, seen: Evidence, p_holm: np.ndarray, i: in
 
 
 def transitions(scores: pa.Table, statistics: Statistics) -> pa.Table:
-    """Along the length bins, by both detectors, for every task, mode, policy and budget (tables.TRANSITION)."""
+    """Return the transitions along the length bins, by both detectors (tables.TRANSITION)."""
     return tables_of(scores, statistics)[0]
 
 
 def budget_transitions(scores: pa.Table, statistics: Statistics) -> pa.Table:
-    """Along the budgets of each kind in every bin, by both detectors (tables.BUDGET_TRANSITION)."""
+    """Return the transitions along the budgets of each kind in every bin, by both detectors."""
     return tables_of(scores, statistics)[1]
 
 
 def tables_of(scores: pa.Table, statistics: Statistics) -> tuple[pa.Table, pa.Table]:
-    """`transitions` and `budget_transitions` together, from the same bootstrap samples."""
+    """Return `transitions` and `budget_transitions`, from the same bootstrap samples."""
     joined, ranges = _joined(scores)
     compared, kept = (of(scores, statistics).to_pylist() for of in (comparisons, noninferiority))
     evidence = scale.shown(compared, kept, statistics.alpha)
@@ -159,7 +161,7 @@ def tables_of(scores: pa.Table, statistics: Statistics) -> tuple[pa.Table, pa.Ta
 
 
 def _joined(scores: pa.Table) -> tuple[pl.DataFrame, dict[tuple[str, int], tuple[int, int]]]:
-    """Examples of the policies beside the full cache's where it has them, and the tokens of (task, bin)."""
+    """Return the examples of policies joined with the full cache's, and the tokens of (task, bin)."""
     frame = example_values(scores).filter(~pl.col("alias"))
     ends = frame.group_by("task", "bin").agg(pl.col("token_len").min(), pl.col("token_len").max().alias("last"))
     ranges = {(task, b): (int(low), int(high)) for task, b, low, high in ends.iter_rows()}
@@ -173,7 +175,7 @@ def _joined(scores: pa.Table) -> tuple[pl.DataFrame, dict[tuple[str, int], tuple
 
 
 def _points(part: pl.DataFrame, ranges: Mapping[int, tuple[int, int]]) -> dict[tuple[str, str, int], Point]:
-    """The points of one task and mode with examples scored here and with the full cache, by policy, budget, bin."""
+    """Return the points of one task and mode, by policy, budget, bin."""
     both = part.filter(pl.col("score").is_not_null() & pl.col("score_full").is_not_null())
     return {
         (policy, budget, b): _point(b, ranges[b], budget, cell)

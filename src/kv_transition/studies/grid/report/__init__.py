@@ -1,4 +1,4 @@
-"""The grid's part of the report: the answers to the tasks, and the section on adaptive allocation."""
+"""The grid's part of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's section on adaptive allocation: which looks were taken, at which level, and what each decided."""
+"""The report section on adaptive allocation: the looks, their levels, and their decisions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def build(source: Source) -> dict[str, Any] | None:
-    """What the templates show; None where examples were not allocated adaptively.
+    """Return the content of the section; None if examples were not allocated adaptively.
 
     ``source.extra``: ``allocation`` (tables.ALLOCATION of all looks).
     """

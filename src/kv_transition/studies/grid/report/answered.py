@@ -1,4 +1,4 @@
-"""What the page shows of the answers to the tasks."""
+"""The content of the report on the answers to tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The drill-down: every example's question, gold answers and each policy's answer, small enough for a page."""
+"""Single answers: every example's question, gold answers and each policy's answer, within a size limit."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _cut(text: pl.Expr) -> pl.Expr:
 
 
 def _fitting(answers: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """As many examples of each bin as fit, in the order of their ids, and how many were left out."""
+    """Return as many examples of each bin as fit, in the order of their ids, and how many were left out."""
     size = answers.select((pl.col("text").str.len_chars() + 20).sum()).item() or 0
     unit = ["task", "bin", "example_id"]
     every = answers.select(*unit).unique().sort(unit)

@@ -1,6 +1,6 @@
-"""The matched-budget card: every policy at the same shares of the cache, with what it costs, to compare with others.
+"""The matched-budget card: score and cost of every policy at the same shares of the cache.
 
-The ladder is 0.5, 0.25, 0.125 and 0.0625 of the footprint. Rungs that were not run are named as missing.
+The ladder is 0.5, 0.25, 0.125 and 0.0625 of the footprint. Steps that were not run are named as missing.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _plain(row: Row | None) -> dict[str, Any] | None:
 
 
 def table(card: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The card as the report shows it; None if no rung of the ladder was run."""
+    """Return the card as the report shows it; None if no step of the ladder was run."""
     rows = card["rows"]
     if all(row["policy"] == FULL["policy"] for row in rows):
         return None

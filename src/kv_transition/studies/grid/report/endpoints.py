@@ -1,4 +1,4 @@
-"""What the endpoints of an experiment were declared to do, none of which could be verified."""
+"""What the experiment declares about its endpoints, unverified."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_remote(experiment: Config) -> bool:
 
 
 def setup(experiment: Config) -> list[tuple[str, str]]:
-    """What was declared, as pairs of name and value."""
+    """Return the declarations as pairs of name and value."""
     if not is_remote(experiment):
         return []
     engine = experiment["engine"]
@@ -37,7 +37,7 @@ def _words(endpoint: Config) -> str:
 
 
 def limits(experiment: Config, scores: pl.DataFrame) -> list[str]:
-    """What answers of an endpoint cannot say."""
+    """Return sentences on what answers of an endpoint cannot show."""
     urls = scores["base_url"].drop_nulls().unique().sort().to_list()
     if not urls:
         return []

@@ -1,4 +1,4 @@
-"""What the tables say, in sentences: everything here is computed, nothing is canned."""
+"""The findings of the tables in sentences; every number is computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMED = 3
 
 
 def findings(results: Results) -> list[dict[str, Any]]:
-    """The key findings, a sentence each, by task and mode."""
+    """Return the key findings, one sentence each, by task and mode."""
     return [
         {"heading": results.heading(task, mode), "sentences": [sentence(s) for s in _of_group(results, task, mode)]}
         for task, mode in results.groups
@@ -77,7 +77,7 @@ def _kept(row: Mapping[str, Any]) -> str:
 
 
 def exploratory(results: Results) -> list[str]:
-    """Sentences about what is too small to conclude from."""
+    """Return sentences about samples that are too small to conclude from."""
     means = results.stats.filter(statistic="score_mean")
     small = means.filter(pl.col("n") < EXPLORATORY)
     if not small.height:
@@ -89,7 +89,7 @@ def exploratory(results: Results) -> list[str]:
 
 
 def oddities(results: Results) -> list[str]:
-    """What is peculiar about these data, and what it means for the numbers: a sentence each."""
+    """Return sentences about conditions of these data that distort numbers."""
     return [sentence(text) for text in _oddities(results)]
 
 
@@ -135,7 +135,7 @@ def _named(cells: pl.DataFrame) -> str:
 
 
 def _identical(results: Results) -> Iterable[tuple[str, str, str, str, int]]:
-    """(task, mode, policy, budget, n) whose scores are the full cache's, example by example."""
+    """Return (task, mode, policy, budget, n) whose scores equal the full cache's, example by example."""
     unit = ["task", "mode", "bin", "example_id", "repeat"]
     full = results.scores.filter(**FULL).select(*unit, reference="score")
     pairs = results.scores.filter(pl.col("policy") != FULL["policy"]).join(full, on=unit)

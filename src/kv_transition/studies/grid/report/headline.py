@@ -46,7 +46,7 @@ def verdicts(results: Results) -> list[dict[str, Any]]:
 
 
 def _common(counts: set[int]) -> int | None:
-    """The n of every cell of the table, where they all have the same."""
+    """Return the n of every cell of the table, if all have the same."""
     return counts.pop() if len(counts) == 1 else None
 
 
@@ -72,7 +72,7 @@ def _verdict(
 
 
 def _saved(footprint: dict[str, Any] | None, source: str):
-    """What is not kept: the footprint's complement, with its bounds turned."""
+    """Return the complement of the footprint, with its bounds exchanged."""
     if footprint is None or footprint["estimate"] is None:
         return MISSING
     turned = {"estimate": "estimate", "ci_low": "ci_high", "ci_high": "ci_low"}

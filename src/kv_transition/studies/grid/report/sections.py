@@ -1,4 +1,4 @@
-"""The tables of the report's sections, as templates show them."""
+"""The tables of the report on the grid, as templates show them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def states() -> dict[str, tuple[str, str]]:
 
 
 def transitions(results: Results) -> list[dict[str, Any]]:
-    """The transition table, both detectors side by side."""
+    """Return the transition table, both detectors side by side."""
     tokens = {(task, b["bin"]): tokens_of(b) for task, _ in results.groups for b in results.bins(task)}
     found = []
     for row in results.transition.filter(detector="definition").iter_rows(named=True):
@@ -57,7 +57,7 @@ def transitions(results: Results) -> list[dict[str, Any]]:
 
 
 def _after_name(text: str) -> str:
-    """A table's sentence without the policy it begins with, which stands beside it."""
+    """Return a sentence without the policy that it begins with."""
     return sentence(text.partition(": ")[2] or text)
 
 
@@ -88,7 +88,7 @@ COSTS = (
 
 
 def costs(results: Results) -> list[dict[str, Any]]:
-    """Cost in the longest bin of each task and mode, where a cache matters most."""
+    """Return the cost in the longest bin of each task and mode."""
     found = []
     for task, mode in results.groups:
         longest = results.bins(task)[-1]
@@ -125,7 +125,7 @@ def costs(results: Results) -> list[dict[str, Any]]:
 
 
 def _untimed(results: Results, task: str, mode: str) -> list[str]:
-    """What was not measured, and why, in words."""
+    """Return what was not measured, and the reason."""
     names = {name: label for name, label, *_ in COSTS}
     own = results.stats.filter(pl.col("statistic").is_in(list(names)), task=task, mode=mode, n=0)
     reasons = own.group_by("method", maintain_order=True).agg(pl.col("statistic").unique(maintain_order=True))
@@ -136,7 +136,7 @@ def _untimed(results: Results, task: str, mode: str) -> list[str]:
 
 
 def bin_tables(results: Results) -> list[dict[str, Any]]:
-    """Every mean score with its interval and n: policy and budget by bin."""
+    """Return every mean score with its interval and n: policy and budget by bin."""
     found = []
     for task, mode in results.groups:
         bins = results.bins(task)
@@ -158,7 +158,7 @@ def bin_tables(results: Results) -> list[dict[str, Any]]:
 
 
 def differences(results: Results) -> list[dict[str, Any]]:
-    """Paired differences from the full cache over all lengths, in score and in failures, with p after Holm."""
+    """Return paired differences from the full cache over all lengths, in score and failures, with p after Holm."""
     found = []
     for task, mode in results.groups:
         rows = []
@@ -180,7 +180,7 @@ def differences(results: Results) -> list[dict[str, Any]]:
 
 
 def between(results: Results, pairs: pl.DataFrame | None) -> list[dict[str, Any]]:
-    """Paired differences in score between policies at the same budget, over all lengths (pairs.parquet)."""
+    """Return paired differences in score between policies at the same budget, over all lengths (pairs.parquet)."""
     found = []
     for task, mode in results.groups if pairs is not None else []:
         own = pairs.filter(pl.col("bin").is_null(), task=task, mode=mode, statistic="score").to_dicts()
@@ -200,7 +200,7 @@ def between(results: Results, pairs: pl.DataFrame | None) -> list[dict[str, Any]
 
 
 def smallest(results: Results, budgets: pl.DataFrame | None) -> list[dict[str, Any]]:
-    """The smallest budget that is shown to keep enough of the score, over all lengths (smallest_budgets.parquet)."""
+    """Return the smallest budget that is shown to keep enough of the score, over all lengths."""
     found = []
     for task, mode in results.groups if budgets is not None else []:
         rows = []
@@ -218,7 +218,7 @@ def smallest(results: Results, budgets: pl.DataFrame | None) -> list[dict[str, A
 
 
 def along_budgets(results: Results, transition: pl.DataFrame | None) -> list[dict[str, Any]]:
-    """Where each policy becomes unreliable as its budget shrinks, bin by bin (budget_transition.parquet)."""
+    """Return where each policy becomes unreliable as its budget shrinks, bin by bin (budget_transition.parquet)."""
     found = []
     for task, mode in results.groups if transition is not None else []:
         tokens = {b["bin"]: tokens_of(b) for b in results.bins(task)}
@@ -237,7 +237,7 @@ def along_budgets(results: Results, transition: pl.DataFrame | None) -> list[dic
 
 
 def failures(results: Results) -> list[dict[str, Any]]:
-    """How many answers failed, and as what: the whole rate over all lengths with its interval, the kinds as shares."""
+    """Return the failure rate over all lengths with its interval, and the kinds as shares."""
     parts, totals = failure_rows(results)
     kinds = list(dict.fromkeys(p["failure"] for p in sorted(parts, key=lambda p: p["order"])))
     share = {(p["task"], p["mode"], p["policy"], p["budget"], p["failure"]): p["share"] for p in parts}
@@ -264,7 +264,7 @@ def _share(value: float | None) -> str:
 
 
 def front(results: Results) -> list[dict[str, Any]]:
-    """Score kept against bytes kept, the smallest first, with who is on the Pareto front."""
+    """Return score kept against bytes kept, the smallest first, with membership of the Pareto front."""
     points, found = tradeoff.front(results), []
     for task, mode in results.groups:
         rows = []

@@ -1,0 +1,84 @@
+"""Write figures as SVG, PNG and HTML, without a browser and without the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import altair as alt
+import vl_convert
+
+from kv_transition.errors import UserError
+from kv_transition.plotting.panels import Spec
+from kv_transition.plotting.theme import EMBED, PAGE_STYLE
+from kv_transition.provenance import atomic_path, write_text
+
+_VEGA_LITE = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
+PIXELS = 2  # of a PNG for each pixel of the drawing
+
+
+def svg(spec: Spec) -> str:
+    """Return the figure as an SVG drawing."""
+    return vl_convert.vegalite_to_svg(spec, vl_version=_VEGA_LITE)
+
+
+def png(drawing: str) -> bytes:
+    """Return an SVG drawing as PNG."""
+    return vl_convert.svg_to_png(drawing, scale=PIXELS)
+
+
+def scripts() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script for a page that works offline."""
+    # a page's parser ends a script at the first closing tag, also inside of a string
+    return vl_convert.javascript_bundle(vl_version=_VEGA_LITE).replace("</script", "<\\/script")
+
+
+def save_html(spec: Spec, path: str | Path) -> None:
+    """Write the figure as a page that needs no other file and no network."""
+    from altair.utils.html import spec_to_html
+
+    page = spec_to_html(
+        spec,
+        mode="vega-lite",
+        vega_version=alt.VEGA_VERSION,
+        vegaembed_version=alt.VEGAEMBED_VERSION,
+        vegalite_version=alt.VEGALITE_VERSION,
+        template="inline",
+        output_div="chart",
+        embed_options=EMBED,
+    )
+    write_text(path, page.replace("<head>", f"<head><style>{PAGE_STYLE}</style>", 1))
+
+
+def save_figures(
+    figures: Mapping[str, Callable[[], Spec]],
+    outputs: Mapping[str, str],
+    pages: Mapping[str, Callable[[], Spec]] | None = None,
+) -> None:
+    """Write each output; a figure is drawn once, and only if an output asks for it.
+
+    figures, pages: what draws a figure or an interactive page, by name. outputs: path by ``{figure}_svg``,
+    ``{figure}_png`` or the name of a page. Raises UserError for another name.
+    """
+    pages = pages or {}
+    drawn: dict[str, str] = {}
+    for name, path in outputs.items():
+        if name in pages:
+            save_html(pages[name](), path)
+            continue
+        figure, _, ext = name.rpartition("_")
+        if figure not in figures or ext not in ("svg", "png"):
+            known = ", ".join((f"{', '.join(figures)} (with _svg or _png)", *pages))
+            raise UserError(f"plots: no figure is called {name!r}; known are {known}")
+        if figure not in drawn:
+            drawn[figure] = svg(figures[figure]())
+        save_drawing(drawn[figure], path, ext)
+
+
+def save_drawing(drawing: str, path: str | Path, ext: str) -> None:
+    """Write an SVG drawing as it is (``ext`` svg) or as pixels (png)."""
+    if ext == "png":
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(png(drawing))
+    else:
+        write_text(path, drawing)

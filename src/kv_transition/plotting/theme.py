@@ -1,0 +1,81 @@
+"""Colours, shapes and fonts of every figure, and the scales that give a policy its colour and its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import altair as alt
+
+from kv_transition.stats.examples import FULL
+
+# Okabe and Ito (2008): distinguishable with the common colour-vision deficiencies. Shapes repeat what colours say.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D1F")
+# One shape fewer than colours: a pair of colour and shape comes again only after 56 policies.
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
+NEUTRAL, INK, FAINT, MUTED = "#6B7280", "#1F2937", "#E5E7EB", "#4B5563"
+FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
+
+CONFIG = {
+    "font": FONT,
+    "background": "#FFFFFF",
+    "padding": 14,
+    "view": {"stroke": None},
+    "mark": {"aria": False},
+    "axis": {
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "labelColor": INK,
+        "titleColor": INK,
+        "gridColor": FAINT,
+        "domainColor": "#9CA3AF",
+        "tickColor": "#9CA3AF",
+        "titlePadding": 8,
+    },
+    "title": {"color": INK, "subtitleColor": MUTED, "anchor": "start"},
+    "legend": {"labelFontSize": 12, "labelColor": INK, "columnPadding": 16},
+}
+
+PAGE_STYLE = (
+    f"body{{margin:1rem;font:15px {FONT};color:{INK};background:#fff}}"
+    ".chart-wrapper{display:flex;flex-direction:column-reverse}"
+    ".vega-bindings{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem;padding:0 14px}.vega-bindings select{font:inherit}"
+)
+
+# SVG prints sharply. Log level 1 shows errors only: a choice that leaves a layer without rows is no error.
+ACTIONS = {"export": True, "source": False, "compiled": False, "editor": False}
+EMBED = {"renderer": "svg", "logLevel": 1, "actions": ACTIONS}
+
+
+def legend(title: str | None = None) -> alt.Legend:
+    """Return the legend of every figure: above the panels, with symbols large enough to tell apart."""
+    return alt.Legend(title=title, orient="top", symbolSize=90, symbolOpacity=1, symbolStrokeWidth=2)
+
+
+def policy_scales(policies: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
+    """Return colour and shape of the column ``policy``; the full cache comes first, grey and without a point.
+
+    policies: names without the full cache, in the order of the legend.
+    """
+    domain = [FULL["policy"], *policies]
+    colors = [NEUTRAL, *(PALETTE[i % len(PALETTE)] for i in range(len(policies)))]
+    shapes = ["stroke", *(SHAPES[i % len(SHAPES)] for i in range(len(policies)))]
+    return (
+        alt.Color("policy:N", scale=alt.Scale(domain=domain, range=colors), legend=legend()),
+        alt.Shape("policy:N", scale=alt.Scale(domain=domain, range=shapes), legend=legend()),
+    )
+
+
+def category_scales(
+    field: str, names: Sequence[str], title: str, colors: Mapping[str, str] | None = None
+) -> tuple[alt.Color, alt.Shape]:
+    """Return colour and shape of the column ``field``, whose values are ``names``.
+
+    title: of the legend. colors: the colour of a name, where it is not the next one of the palette.
+    """
+    hues = [(colors or {}).get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(names)]
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(names))]
+    return (
+        alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=hues), legend=legend(title)),
+        alt.Shape(f"{field}:N", scale=alt.Scale(domain=names, range=shapes), legend=legend(title)),
+    )
