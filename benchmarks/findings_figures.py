@@ -8,7 +8,8 @@ from typing import Any
 
 import altair as alt
 
-from kv_transition.plotting.drawing import CONFIG, INK, NEUTRAL, PALETTE, SHAPES, svg
+from kv_transition.plotting.save import svg
+from kv_transition.plotting.theme import CONFIG, INK, NEUTRAL, PALETTE, SHAPES
 from kv_transition.provenance import write_text
 
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ import polars as pl
 
 from kv_transition.api.context import Compressed
 from kv_transition.errors import UserError
-from kv_transition.plotting.drawing import color, shape
+from kv_transition.plotting.theme import policy_scales
 
 
 def heat_map(compressed: Compressed, columns: int = 64) -> alt.Chart:
@@ -58,14 +58,14 @@ def plot(table: pl.DataFrame) -> alt.LayerChart:
     means = table.group_by("policy", "budget").agg(pl.col("score").mean(), held.mean().alias("held")).sort("held")
     full = means.filter(pl.col("policy") == "full")
     rest = means.filter(pl.col("policy") != "full")
-    policies = sorted(rest["policy"].unique().to_list())
+    color, shape = policy_scales(sorted(rest["policy"].unique().to_list()))
     drawn = alt.Chart(rest).encode(
         x=alt.X("held:Q", title="bytes held at the end, share of the full cache's", scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("score:Q", title="mean score", scale=alt.Scale(domain=[0, 1])),
-        color=color(policies),
+        color=color,
         tooltip=["policy", "budget", alt.Tooltip("held", format=".2f"), alt.Tooltip("score", format=".2f")],
     )
-    points = drawn.mark_point(filled=True, size=70).encode(shape=shape(policies))
+    points = drawn.mark_point(filled=True, size=70).encode(shape=shape)
     whole = alt.Chart(full).mark_rule(strokeDash=[4, 4]).encode(y="score:Q", tooltip=["policy", "score"])
     noun = "question" if n == 1 else "questions"
     subtitle = f"{n} {noun} about one context, full cache dashed; an example, not an estimate"
