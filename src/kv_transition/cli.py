@@ -102,6 +102,20 @@ def compare(
 
 
 @app.command()
+def leaderboard(
+    sources: Annotated[list[Path], typer.Argument(help="Results folders, or leaderboard.json files.")],
+    output: Annotated[Path, typer.Option(help="Folder for leaderboard.json and leaderboard.html.")] = Path("."),
+) -> None:
+    """Show several experiments as one table whose columns sort."""
+    from kv_transition.outputs.leaderboard import PAGE
+    from kv_transition.outputs.leaderboard import leaderboard as write_leaderboard
+
+    with _refusing():
+        write_leaderboard([str(source) for source in sources], str(output))
+    typer.echo(output / PAGE)
+
+
+@app.command()
 def where(
     file: Annotated[str, typer.Argument(help="A file of the experiment, such as report.html.")],
     config: Config = DEFAULT,
