@@ -176,33 +176,37 @@ def _listed(names: Sequence[str]) -> str:
 
 def entropy() -> list[str]:
     """Entropy and recall."""
-    found = kept("entropy", "entropy_recall").filter(granularity="global", memory="ideal")
+    found = kept("entropy", "entropy_recall").filter(pl.col("policy") != "oracle", granularity="global", memory="ideal")
     r = {key: {row["statistic"]: row for row in rows.to_dicts()} for key, rows in found.group_by("policy", "budget")}
     verdicts = found.filter(statistic="verdict_controlled")["outcome"].value_counts().sort("count", descending=True)
     n = int(found.filter(statistic="pearson")["n"].max())
     steps = int(found.filter(statistic="pearson")["steps"].max())
-    keys = sorted((key for key in r if key[1] == "r0.2" and key[0] != "oracle"), key=lambda key: key[0])
+    keys = sorted((key for key in r if key[1] == "r0.2"), key=lambda key: key[0])
     points = []
     for policy, budget in keys:
-        for place, part in enumerate(("recall_low", "recall_medium", "recall_high")):
-            row = r[policy, budget].get(part)
+        for part in ("low", "medium", "high"):
+            row = r[policy, budget].get(f"recall_{part}")
             if row and row["estimate"] is not None:
-                points.append({"policy": policy, "bin": place, "recall": row["estimate"], "low": row["ci_low"],
-                               "high": row["ci_high"]})  # fmt: skip
-    figures.lines(
-        points, "bin", "recall", "policy", titles=("entropy: 0 low, 1 medium, 2 high", "mean recall, 95 % interval"),
+                points.append({"policy": policy, "entropy": f"{part} entropy", "recall": row["estimate"],
+                               "low": row["ci_low"], "high": row["ci_high"]})  # fmt: skip
+    figures.dots(
+        points, "policy", "recall", group="entropy", title="mean recall, 95 % interval",
         head=("Recall of what a step needs, by the entropy of its token", f"20 % held, n = {n} texts, {steps} steps"),
         output=IMAGES / "real_entropy.svg", reference=0.2,
     )  # fmt: skip
     down = [key[0] for key in keys if (t := r[key].get("trend")) and t["ci_high"] is not None and t["ci_high"] < 0]
     counts = ", ".join(f"{row['count']} {row['outcome']}" for row in verdicts.to_dicts())
+    confirmed = verdicts.filter(outcome="confirmed")["count"].sum()
+    refused = verdicts.filter(outcome="not confirmed")["count"].sum()
+    answer = (
+        "No" if refused == verdicts["count"].sum() else "Yes" if confirmed == verdicts["count"].sum() else "In part"
+    )
     lines = [
         "## Does entropy tell that a needed entry is missing?",
         "",
-        f"Verdicts over all policies and budgets, with step, length and kind of prompt controlled: {counts}. At "
-        f"20 % held "
-        f"recall falls from one entropy bin to the next, its interval below 0, for {len(down)} of {len(keys)} "
-        f"policies.",
+        f"{answer}: that recall is at least 0.8 at low entropy and below 0.5 at high is, over all policies and budgets: "
+        f"{counts} (step, length and kind of prompt controlled). At 20 % held recall falls from one entropy bin to the "
+        f"next, the interval of the trend below 0, for {len(down)} of {len(keys)} policies.",
         *picture("real_entropy", "mean recall by entropy bin and policy"),
         table(
             ["policy", "recall, low entropy", "medium", "high", "Pearson r", "verdict"],
