@@ -6,6 +6,7 @@ python benchmarks/findings.py
 from __future__ import annotations
 
 import findings_sections as sections
+from document import put
 
 PAGE = sections.ROOT / "docs" / "findings.md"
 STUDIES = {
@@ -37,6 +38,22 @@ larger ones. Brackets are 95 % intervals. Written by `python benchmarks/findings
 how the whole of it is run."""
 
 
+EXCERPTS = {
+    ("docs/perplexity.md", "real-sinks"): "sinks",
+    ("docs/perplexity.md", "real-merging"): "ablation",
+    ("docs/benchmarks.md", "real-sinks"): "sinks",
+}
+"""places in other pages that quote a section: its answer, its first table and what n is"""
+
+
+def excerpt(name: str) -> str:
+    """Return the answer of a section, its first table and the line on n."""
+    lines = STUDIES[name]()
+    tables = [line for line in lines if line.startswith("| ")]
+    counted = [line for line in lines[3:] if line.startswith("n = ")]
+    return "\n\n".join([lines[2], tables[0], *counted])
+
+
 def page() -> str:
     """Return the whole page, and write the figures."""
     there = [name for name in STUDIES if STUDIES[name] and (sections.KEPT / name).is_dir()]
@@ -48,3 +65,6 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    for (path, place), name in EXCERPTS.items():
+        if (sections.KEPT / name).is_dir():
+            put(sections.ROOT / path, place, excerpt(name))

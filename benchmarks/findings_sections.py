@@ -204,9 +204,9 @@ def entropy() -> list[str]:
     lines = [
         "## Does entropy tell that a needed entry is missing?",
         "",
-        f"{answer}: that recall is at least 0.8 at low entropy and below 0.5 at high is, over all policies and budgets: "
-        f"{counts} (step, length and kind of prompt controlled). At 20 % held recall falls from one entropy bin to the "
-        f"next, the interval of the trend below 0, for {len(down)} of {len(keys)} policies.",
+        f"{answer}: that recall is at least 0.8 at low entropy and below 0.5 at high is, over all policies and "
+        f"budgets: {counts} (step, length and kind of prompt controlled). At 20 % held recall falls from one entropy "
+        f"bin to the next, the interval of the trend below 0, for {len(down)} of {len(keys)} policies.",
         *picture("real_entropy", "mean recall by entropy bin and policy"),
         table(
             ["policy", "recall, low entropy", "medium", "high", "Pearson r", "verdict"],

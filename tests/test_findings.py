@@ -32,6 +32,13 @@ def test_the_page_is_what_the_tables_say(findings):
     assert findings.PAGE.read_text(encoding="utf-8") == findings.page()
 
 
+def test_other_pages_quote_the_sections(findings):
+    for (path, place), name in findings.EXCERPTS.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert f"<!-- {place} -->" in text
+        assert not (KEPT / name).is_dir() or findings.excerpt(name) in text
+
+
 def test_every_picture_is_there():
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     pictures = re.findall(r"\]\((images/[^)]+)\)", page)

