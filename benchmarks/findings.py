@@ -10,7 +10,7 @@ from document import put
 
 PAGE = sections.ROOT / "docs" / "findings.md"
 STUDIES = {
-    "lengths": sections.full_cache,
+    "one_hop": sections.full_cache,
     "transition": sections.transition,
     "entropy": sections.entropy,
     "merging": sections.merging,
@@ -20,8 +20,10 @@ STUDIES = {
 }
 """folder below benchmarks/results/real: its section, None where no run was kept"""
 NOT_RUN = {
-    "lengths": "What the model can do with its full cache: `config/experiments/real_lengths.yaml`.",
-    "transition": "The transition: `make real`.",
+    "one_hop": "What the model can do with its full cache: `config/experiments/real_one_hop.yaml` and, for the ruler "
+    "tasks, `config/experiments/real_lengths.yaml`.",
+    "transition": "The transition: `make real` for a needle, two lengths and four policies; ten policies, four lengths "
+    "and 60 examples a bin: `config/experiments/real_transition.yaml`.",
     "entropy": "Entropy and recall: `config/experiments/real_entropy.yaml`.",
     "merging": "Merging: `config/experiments/real_merging.yaml`.",
     "ablation": "Where merging loses: `config/experiments/real_merging_ablation.yaml`.",

@@ -101,10 +101,11 @@ def full_cache() -> list[str]:
         "`key_value`: copying a number from a list (F1); the others are this project's ruler tasks.",
     ]  # fmt: skip
     return lines + ending(
-        "lengths",
-        "lengths beyond 1,024 tokens, LongBench's tasks (almost all of the texts at hand are longer than 2,000 "
-        "tokens), "
-        "and with so few examples any difference between tasks that the intervals do not show.",
+        "one_hop",
+        "lengths beyond 1,024 tokens, this project's ruler tasks (`real_lengths.yaml`), LongBench's tasks (almost all of "
+        "the texts at hand are longer than 2,000 tokens); with so few examples, any difference that the intervals do "
+        "not show.",
+        "records",
     )
 
 
