@@ -24,11 +24,13 @@ EXAMPLES = pa.schema([*SOURCE, pa.field("token_len", INT), pa.field("prompt_len"
 
 # A chosen example, ready to run: the prompt in its two segments, as text and as token ids. Without its chat template it
 # is context_text from content_start on and question_text up to content_end; null: the two cannot be told apart.
+# context_sha256: of the context as its source has it, which examples may share; truncation depends on the question.
 BIN = pa.schema(
     [
         *EXAMPLES.remove(EXAMPLES.get_field_index("context")),
         pa.field("bin", INT),
         pa.field("prompt_sha256", TEXT),
+        pa.field("context_sha256", TEXT),
         pa.field("context_text", TEXT),
         pa.field("question_text", TEXT),
         pa.field("content_start", INT),

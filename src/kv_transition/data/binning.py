@@ -51,7 +51,9 @@ def bin_of(length: float, edges: Sequence[float]) -> int | None:
     return bisect_right(edges, length, 1, len(edges) - 1) - 1
 
 
-def choose(ids: Sequence[str], kinds: Sequence[str], n: int, seed: int) -> list[int]:
+def choose(
+    ids: Sequence[str], kinds: Sequence[str], n: int, seed: int, together: Sequence[str] | None = None
+) -> list[int]:
     """Choose ``n`` examples of a bin at random, each kind in proportion to its share of the bin.
 
     The choice is nested: a larger ``n`` extends the list. The order of the input does not matter, and whether an
@@ -62,13 +64,17 @@ def choose(ids: Sequence[str], kinds: Sequence[str], n: int, seed: int) -> list[
         kinds: what each example is stratified by; all equal for a simple random choice.
         n: how many to choose; all if there are fewer.
         seed: any integer.
+        together: examples of one name are chosen one after the other; None: each has its own id.
 
     Returns:
         Positions in ``ids``, in the order of choice.
     """
 
-    def lot(i: int) -> str:
-        return hashlib.sha256(f"{seed}/{ids[i]}".encode()).hexdigest()
+    def drawn(name: str) -> str:
+        return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
+
+    def lot(i: int) -> tuple[str, str]:
+        return drawn((together or ids)[i]), drawn(ids[i])
 
     strata: dict[str, list[int]] = defaultdict(list)
     for i in sorted(range(len(ids)), key=lot):

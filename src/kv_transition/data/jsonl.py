@@ -1,5 +1,7 @@
 """Your own examples: one JSON object per line with ``question``, ``context``, ``answers``, optional ``id``,
 ``meta``.
+
+A line may hold several ``questions`` about its ``context`` instead, each with ``question`` and ``answers``.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from kv_transition.errors import UserError, shown
 from kv_transition.provenance import digest
 
 FIELDS = ("question", "context", "answers")
+SHARED = ("context", "questions")
 
 
 def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
     """Yield the examples of ``task`` under their normalized names.
 
-    An example without an ``id`` is named after its content, so that reordering a file changes nothing.
+    An example without an ``id`` is named after its content, so that reordering a file changes nothing. Questions about
+    one context have its name as ``meta.context_id``, by which they stay together.
 
     Raises:
         UserError: the file cannot be read, or a line is malformed or lacks a field.
@@ -25,7 +29,7 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
     path = local_source(dataset, task)
     if path is None:
         raise UserError("dataset.path: a jsonl data set needs the file, or the folder that holds {task}.jsonl")
-    for where, record in read_file(path):
+    for where, record in (single for line in read_file(path) for single in _questions(*line)):
         require(record, FIELDS, where)
         example_id = record.get("id")
         if isinstance(example_id, int) and not isinstance(example_id, bool):
@@ -44,3 +48,32 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
                 "meta": {} if meta is None else meta,
             },
         )
+
+
+def _questions(where: str, record: dict[str, Any]) -> Iterator[Record]:
+    """Yield a record for each question of a line; the line itself where it has one ``question``."""
+    if "questions" not in record:
+        yield where, record
+        return
+    require(record, SHARED, where)
+    if both := {"question", "answers"} & record.keys():
+        raise UserError(f"{where}: {min(both)!r} stands beside 'questions'; put each question and its answers there")
+    questions, meta = record["questions"], record.get("meta") or {}
+    if not isinstance(questions, list) or not questions or not all(isinstance(own, dict) for own in questions):
+        raise UserError(f"{where}: questions must be a list of objects with 'question' and 'answers', one or more")
+    if not isinstance(meta, dict):
+        raise UserError(f"{where}: meta must be a JSON object")
+    name = str(record.get("id", digest([record["context"]])))
+    for number, own in enumerate(questions, start=1):
+        about = {**meta, **_meta(own, f"{where}, question {number}"), "context_id": name, "number": number}
+        one = {**own, "context": record["context"], "meta": about}
+        if "id" in record:
+            one.setdefault("id", f"{name}-{number}")
+        yield f"{where}, question {number}", one
+
+
+def _meta(question: Mapping[str, Any], where: str) -> dict[str, Any]:
+    meta = question.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise UserError(f"{where}: meta must be a JSON object")
+    return meta

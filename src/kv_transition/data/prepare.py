@@ -109,6 +109,9 @@ def write_to_length(rows: Sequence[Row], build: PromptBuilder) -> list[Row]:
 def divide(rows: Sequence[Row], prompts: Sequence[Prompt], binning: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
     """Divide the examples into length bins and choose those of each bin that are run.
 
+    Questions that their source gives for one context (``meta.context_id``) are in the bin of the longest of their
+    prompts and are chosen together.
+
     Args:
         rows: examples with example_id and meta (JSON text).
         prompts: their prompts.
@@ -123,7 +126,11 @@ def divide(rows: Sequence[Row], prompts: Sequence[Prompt], binning: Mapping[str,
         UserError: a bin has fewer examples than n_per_bin and ``strict`` is set.
     """
     n_bins, wanted = binning["n_bins"], binning["n_per_bin"]
-    lengths = [prompt.token_len for prompt in prompts]
+    together = [str(json.loads(row["meta"]).get("context_id", row["example_id"])) for row in rows]
+    longest: dict[str, int] = {}
+    for name, prompt in zip(together, prompts, strict=True):
+        longest[name] = max(prompt.token_len, longest.get(name, 0))
+    lengths = [longest[name] for name in together]
     edges = binning.get("edges") or quantile_edges(lengths, n_bins)
     if len(edges) != n_bins + 1:
         raise UserError(f"binning.edges: {n_bins} bins need {n_bins + 1} edges, not {len(edges)}")
@@ -147,7 +154,8 @@ def divide(rows: Sequence[Row], prompts: Sequence[Prompt], binning: Mapping[str,
                 raise UserError(f"binning.n_per_bin: {sentence} Lower it, or set binning.strict to false.")
             warnings.append(sentence)
         kinds = [str(json.loads(rows[i]["meta"]).get("kind", "")) for i in inside]
-        chosen = choose([rows[i]["example_id"] for i in inside], kinds, wanted, binning.get("seed", 0))
+        ids = [rows[i]["example_id"] for i in inside]
+        chosen = choose(ids, kinds, wanted, binning.get("seed", 0), [together[i] for i in inside])
         bins.append(
             {
                 "bin": b,
@@ -277,6 +285,7 @@ def _bin_table(b: Row, examples: Sequence[Row], prompts: Sequence[Prompt], max_n
                 **{key: value for key, value in example.items() if key != "context"},
                 "bin": b["bin"],
                 "prompt_sha256": prompt.sha256,
+                "context_sha256": provenance.text_sha256(example["context"]),
                 "context_text": prompt.context_text,
                 "question_text": prompt.question_text,
                 "content_start": prompt.content and prompt.content[0],

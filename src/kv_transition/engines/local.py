@@ -285,14 +285,24 @@ class LocalEngine:
                 raise UserError(f"{', '.join(gone)} cannot be kept up on a cache that was read without; read it again")
 
     def prefill(
-        self, context: Sequence[int], question: Sequence[int], statistics: frozenset[str] = STATISTICS
+        self,
+        context: Sequence[int],
+        question: Sequence[int],
+        statistics: frozenset[str] = STATISTICS,
+        read: tuple[CacheState, float] | None = None,
     ) -> Prefill:
-        """Return the states of a prompt read once with the full cache, for both modes."""
-        started = self.clock()
-        after_context = self.extend(None, context, statistics, room=len(question))
+        """Return the states of a prompt read once with the full cache, for both modes.
+
+        read: the context where it was read before with these statistics, and the seconds that this took.
+        """
+        if read is None:
+            started = self.clock()
+            state = self.extend(None, context, statistics, room=len(question))
+            read = state, self.clock() - started
+        after_context, seconds = read
         between = self.clock()
         after_prompt = self.extend(after_context, question, statistics) if len(question) else after_context
-        return Prefill(after_context, after_prompt, between - started, self.clock() - between)
+        return Prefill(after_context, after_prompt, seconds, self.clock() - between)
 
     def next_tokens(
         self, logits: Tensor, temperature: float, generators: Sequence[torch.Generator | None]

@@ -47,6 +47,8 @@ class Policy:
     ignores_budget: ClassVar[bool | tuple[str, str]] = False
     """the footprint follows from its hyper-parameters: always, or where one (name, value) of them is set"""
 
+    draws: ClassVar[bool] = False
+    """what it keeps depends on the seed, which is the example's: questions about one context differ in it"""
     statistics_where: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {}
     """statistics that it reads too where a hyper-parameter has a value: {(name, value): statistics}"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Random(Scored):
     depends on the global generator.
     """
 
+    draws: ClassVar[bool] = True
     per_head: bool = True
     """false: one draw for all heads and layers, as in the memory study's control"""
 

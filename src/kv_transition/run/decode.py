@@ -108,22 +108,46 @@ class Answer:
         self.full_bytes = round(state.length * self.token_bytes)
 
 
-def begin(
-    engine: LocalEngine, prefill: Prefill, question_ids: Sequence[int], setting: Setting, answer: Answer
-) -> CacheState:
-    """Compress to the budget and read the question; return the state that the first token is drawn from."""
-    before_question = setting.mode == "before_question"
-    state = prefill.context if before_question else prefill.prompt
-    answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
-    answer.budget_entries = k = setting.entries(state.length)
-    # measured before anything is evicted, merged or quantized
-    answer.token_bytes = state.nbytes / state.length
+@dataclass(frozen=True)
+class Compressed:
+    """What is left of a cache; nothing that is read on top of it changes it."""
 
+    state: CacheState
+    budget_entries: int
+    token_bytes: float
+    seconds: float
+    record: dict[str, Any]
+
+
+def compress(engine: LocalEngine, state: CacheState, setting: Setting, seed: int) -> Compressed:
+    """Return what the policy leaves of a cache within the budget."""
+    k, keep_last = setting.entries(state.length), setting.mode != "before_question"
     started = engine.clock()
-    compressed = setting.compress(state, k, answer.seed, keep_last=not before_question)
-    answer.compress_s = engine.clock() - started
-    if setting.evicts:
-        answer.record = setting.policy.record(state, k, keep_last=not before_question)
+    left = setting.compress(state, k, seed, keep_last=keep_last)
+    seconds = engine.clock() - started
+    record = setting.policy.record(state, k, keep_last=keep_last) if setting.evicts else {}
+    # bytes are those before anything is evicted, merged or quantized
+    return Compressed(left, k, state.nbytes / state.length, seconds, record)
+
+
+def begin(
+    engine: LocalEngine,
+    prefill: Prefill,
+    question_ids: Sequence[int],
+    setting: Setting,
+    answer: Answer,
+    left: Compressed | None = None,
+) -> CacheState:
+    """Compress to the budget and read the question; return the state that the first token is drawn from.
+
+    left: what compressing the prefill leaves, where that was done before.
+    """
+    before_question = setting.mode == "before_question"
+    answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
+    left = left or compress(engine, prefill.context if before_question else prefill.prompt, setting, answer.seed)
+    compressed = left.state
+    answer.budget_entries, answer.token_bytes, answer.compress_s = left.budget_entries, left.token_bytes, left.seconds
+    answer.record = dict(left.record)
     if before_question:
         return let_in(engine, compressed, question_ids, setting, answer)
     if setting.first_token == "full":

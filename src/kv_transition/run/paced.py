@@ -37,6 +37,7 @@ class Paced(Policy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "statistics", self.inner.statistics)
         object.__setattr__(self, "ignores_budget", self.inner.ignores_budget)
+        object.__setattr__(self, "draws", self.inner.draws)
         # states of other policies are of single sequences, and budgets that grow differ within a batch
         alone = self.inner.one_at_a_time or not self.inner.acts_each_step or self.budget is not None
         object.__setattr__(self, "one_at_a_time", alone)

@@ -22,9 +22,10 @@ from kv_transition.policies.base import Policy
 from kv_transition.policies.catalog import create, is_press
 from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.run import job
+from kv_transition.run.contexts import Contexts
 from kv_transition.run.decode import Answer, Setting, begin, finish
 from kv_transition.run.paced import Paced, over_time, with_pace
-from kv_transition.run.prefill import read_once, store_of
+from kv_transition.run.prefill import key_of, store_of
 from kv_transition.studies.grid.moments import Paces, calibrated, paces
 from kv_transition.studies.grid.tables import CELLS
 
@@ -71,8 +72,13 @@ def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool)
         k = setting.entries(n) if setting.evicts else n
         return k + question if before_question and not held else k
 
-    # the largest first: what does not fit is known at once, and the buffers of compiled decoding hold all that follow
-    ordered = sorted(units, key=entries, reverse=True)
+    # the largest first: what does not fit is known at once, and the buffers of compiled decoding hold all that follow;
+    # those of one context in a row
+    place: dict[tuple[int, ...], tuple[int, int]] = {}
+    for number, unit in enumerate(units):
+        most, first = place.get(key_of(unit[0]), (0, number))
+        place[key_of(unit[0])] = max(most, entries(unit)), first
+    ordered = sorted(units, key=lambda unit: (-place[key_of(unit[0])][0], place[key_of(unit[0])][1], -entries(unit)))
     run: list[Unit] = []
     for unit in ordered:
         alike = not run or entries(unit) == entries(run[0]) or (ragged and not each_step)
@@ -101,21 +107,22 @@ def rows(
     paced = paces(treated)
     decoding = spec["decoding"]
     units = [(example, repeat) for example in examples for repeat in range(decoding["repeats"])]
+    contexts = Contexts(engine, store, [example for example, _ in units])
     done: dict[tuple[str, int], dict[str, Any]] = {}
     for batch in batches(units, decoding["batch"], setting, ragged=engine.device.type == "cuda"):
-        for (example, repeat), row in zip(batch, _answered(engine, batch, setting, spec, store, paced), strict=True):
+        for (example, repeat), row in zip(batch, _answered(engine, batch, setting, spec, contexts, paced), strict=True):
             done[example["example_id"], repeat] = _identity(engine, example, repeat, spec) | row
     return [done[example["example_id"], repeat] for example, repeat in units]
 
 
 def _answered(
-    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any, paced: Paces
+    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], contexts: Contexts, paced: Paces
 ) -> list[dict[str, Any]]:
     """Return a row for each answer. A batch that runs out of memory is halved; a single answer that does is a
     failure.
     """
     try:
-        return _answer(engine, units, setting, spec, store, paced)
+        return _answer(engine, units, setting, spec, contexts, paced)
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or ["no memory left"])[0]
     if engine.device.type == "cuda":
@@ -124,11 +131,11 @@ def _answered(
         return [{"error": f"OOM: {reason}"}]
     middle = len(units) // 2
     halves = (units[:middle], units[middle:])
-    return [row for half in halves for row in _answered(engine, half, setting, spec, store, paced)]
+    return [row for half in halves for row in _answered(engine, half, setting, spec, contexts, paced)]
 
 
 def _answer(
-    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], store: Any, paced: Paces
+    engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], contexts: Contexts, paced: Paces
 ) -> list[dict[str, Any]]:
     seeds = [job.answer_seed(spec["decoding"]["seed"], e["example_id"], r) for e, r in units]
     answers = [
@@ -142,8 +149,9 @@ def _answer(
             states.append(_presses().begin(engine, context, question, setting, answer))
             load_s.append(0.0)
         else:
-            prefill, seconds = read_once(engine, store, example, setting.policy.statistics)
-            states.append(begin(engine, prefill, example["question_ids"], setting, answer))
+            prefill, seconds = contexts.prefill(example, setting.policy.statistics)
+            left = contexts.compressed(example, prefill, setting)
+            states.append(begin(engine, prefill, example["question_ids"], setting, answer, left))
             load_s.append(seconds)
     finish(engine, states, setting, answers)
     peak = engine.peak_memory_mb()

@@ -19,7 +19,7 @@ from kv_transition.eval import failures, metrics
 from kv_transition.studies.grid import tables
 
 _EXAMPLE_FIELDS = ("token_len", "question", "answers", "meta")
-_EXAMPLE_COLUMNS = ["example_id", "prompt_sha256", "context_text", "all_classes", *_EXAMPLE_FIELDS]
+_EXAMPLE_COLUMNS = ["example_id", "prompt_sha256", "context_sha256", "all_classes", *_EXAMPLE_FIELDS]
 _BIN_FILE = re.compile(rf"(?:^|/)data/(?P<task>{paths.TASK})/bin(?P<bin>{paths.BIN})\.parquet$")
 _NAMED_FILES = 3
 
@@ -237,8 +237,7 @@ def _score(cell: Cell, examples: Mapping[str, Example], task: Task) -> pa.Table:
 
 def _cluster(example: Example) -> str | None:
     """Return the cluster of an example: examples about one document are not independent."""
-    context = example["context_text"]
-    return provenance.text_sha256(context)[:16] if context else None
+    return (example["context_sha256"] or "")[:16] or None
 
 
 def _alias(full: pa.Table, policy: str, budget: str) -> pa.Table:

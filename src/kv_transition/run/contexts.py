@@ -1,0 +1,27 @@
+"""A context that several questions are asked about, compressed once per policy and budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kv_transition.cache.store import Prefill
+from kv_transition.run.decode import Compressed, Setting, compress
+from kv_transition.run.prefill import Reader, key_of
+
+
+class Contexts(Reader):
+    """Reads prompts, and holds what the policy of a cell leaves of the last context that several examples share."""
+
+    _left: tuple[tuple[int, ...], Compressed] | None = None
+
+    def compressed(self, example: dict[str, Any], prefill: Prefill, setting: Setting) -> Compressed | None:
+        """Return what the cell's policy leaves of the context that is held; None where each question has its own.
+
+        That is so after the prompt, of which the question is a part, and under a policy that draws by the example.
+        """
+        if setting.mode != "before_question" or setting.policy.draws or not self.holds(example):
+            return None
+        key = key_of(example)
+        if self._left is None or self._left[0] != key:
+            self._left = key, compress(self.engine, prefill.context, setting, seed=0)
+        return self._left[1]

@@ -1,0 +1,238 @@
+"""One context, many questions: read once, compressed once, and each answer as if it had been asked alone."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pyarrow.parquet as pq
+import pytest
+from data_helpers import example, word_tokenizer, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from models import engine, tokens
+
+from kv_transition.cache.store import PrefillStore
+from kv_transition.data.binning import choose
+from kv_transition.data.download import download, normalize
+from kv_transition.data.jsonl import load
+from kv_transition.data.prepare import prepare
+from kv_transition.data.tasks import get_task
+from kv_transition.errors import UserError
+from kv_transition.policies.catalog import hyper_parameters, kinds
+from kv_transition.run import prefill
+from kv_transition.studies.grid import run as cell
+
+DECODING = {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0}
+MEASURED = {"load_s", "prefill_s", "compress_s", "ttft_s", "decode_s", "latency_s", "peak_mem_mb", "batch_size"}
+
+
+class Words:
+    """A tokenizer whose words are its ids."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture
+def model(monkeypatch):
+    ready = engine("qwen2")
+    monkeypatch.setattr(ready, "tokenizer", Words())
+    return ready
+
+
+@pytest.fixture
+def fed(model, monkeypatch):
+    """How many tokens each reading was given."""
+    found, extend = [], model.extend
+
+    def counted(state, ids, *more, **named):
+        found.append(len(ids))
+        return extend(state, ids, *more, **named)
+
+    monkeypatch.setattr(model, "extend", counted)
+    return found
+
+
+def asked(context, number, n=5):
+    return {
+        "task": "t", "example_id": f"c{context}-{number}", "bin": 0, "prompt_sha256": f"sha{context}-{number}",
+        "prompt_len": 50 + n, "context_ids": tokens(50, seed=context),
+        "question_ids": tokens(n, seed=100 + 10 * context + number), "max_new_tokens": 4,
+    }  # fmt: skip
+
+
+# two contexts with three questions each of different lengths, in no order, and one context with a single question
+EXAMPLES = [asked(0, 0), asked(1, 0, 7), asked(0, 1, 3), asked(2, 0), asked(1, 1), asked(0, 2, 6), asked(1, 2)]
+
+
+def spec(kind, mode, **changes):
+    budget = "r1" if kind in ("full", "quantized") else "r0.3"
+    return {
+        "mode": mode, "policy": kind, "kind": kind, "budget": budget, "first_token": "compressed",
+        "hyper_parameters": hyper_parameters(kind) | ({"tau": 1.0} if kind == "entropy_recall" else {}),
+        "decoding": DECODING,
+    } | changes  # fmt: skip
+
+
+def told(rows):
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+
+
+# -- the same rows
+
+
+@pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
+@pytest.mark.parametrize("kind", kinds())
+def test_rows_are_those_of_questions_that_are_run_alone(model, tmp_path, kind, mode):
+    never = PrefillStore(tmp_path, mode="never")
+    together = cell.rows(model, EXAMPLES, spec(kind, mode), never)
+    alone = [row for one in EXAMPLES for row in cell.rows(model, [one], spec(kind, mode), never)]
+    assert told(together) == told(alone)
+
+
+@pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
+def test_batches_of_questions_about_one_context(model, tmp_path, mode):
+    never = PrefillStore(tmp_path, mode="never")
+    one_by_one = cell.rows(model, EXAMPLES, spec("h2o", mode), never)
+    together = cell.rows(model, EXAMPLES, spec("h2o", mode, decoding=DECODING | {"batch": 3}), never)
+    assert [row["text"] for row in together] == [row["text"] for row in one_by_one]
+
+
+# -- read once, compressed once
+
+
+def test_a_context_is_read_once_in_a_cell(model, tmp_path, fed):
+    cell.rows(model, EXAMPLES, spec("snapkv", "before_question"), PrefillStore(tmp_path, mode="never"))
+    assert fed.count(50) == 3
+
+
+def test_a_context_is_read_once_by_the_prefill_job(model, tmp_path, fed):
+    store = PrefillStore(tmp_path / "model", mode="always")
+    prefill.read(model, store, EXAMPLES)
+    assert fed.count(50) == 3
+    assert all(one["prompt_sha256"] in store for one in EXAMPLES)
+    cell.rows(model, EXAMPLES, spec("knorm", "before_question"), store)
+    assert fed.count(50) == 3
+
+
+@pytest.mark.parametrize(("kind", "times"), [("snapkv", 3), ("h2o", 3), ("random", 7)])
+def test_a_context_is_compressed_once_unless_the_policy_draws(model, tmp_path, monkeypatch, kind, times):
+    policy = type(cell.setting_of(spec(kind, "before_question")).policy)
+    compressed, compress = [], policy.compress
+
+    def counted(self, state, k, **named):
+        if state.length == 50:  # tokens read: the context, and nothing on top of it
+            compressed.append(k)
+        return compress(self, state, k, **named)
+
+    monkeypatch.setattr(policy, "compress", counted)
+    cell.rows(model, EXAMPLES, spec(kind, "before_question"), PrefillStore(tmp_path, mode="never"))
+    assert compressed == [15] * times
+
+
+def test_the_questions_of_a_context_are_in_a_row(model):
+    setting = cell.setting_of(spec("snapkv", "before_question"))
+    units = [(one, repeat) for one in EXAMPLES for repeat in range(2)]
+    ordered = [unit for batch in cell.batches(units, 1, setting, ragged=False) for unit in batch]
+    contexts = [one["example_id"][:2] for one, _ in ordered]
+    assert sum(a != b for a, b in pairwise(contexts)) == 2
+    assert sorted(map(str, ordered)) == sorted(map(str, units))
+
+
+# -- from the file to the bins
+
+
+def shared(i, questions=3, **fields):
+    single = example(i)
+    several = [{"question": f"w{q} ?", "answers": [f"w{q}"]} for q in range(questions)]
+    return {"context": single["context"], "questions": several, **fields}
+
+
+def rows_of(tmp_path, records):
+    path = write_jsonl(tmp_path / "mine.jsonl", records)
+    return normalize(load({"name": "jsonl", "path": str(path)}, "mine"), get_task("jsonl", "mine"))
+
+
+def test_a_line_with_questions_is_as_many_examples(tmp_path):
+    rows = rows_of(tmp_path, [shared(1, 2, id="c", meta={"from": "a"}), example(2)])
+    assert [row["example_id"] for row in rows] == ["c-1", "c-2", "e2"]
+    assert [row["question"] for row in rows] == ["w0 ?", "w1 ?", example(2)["question"]]
+    assert [row["answers"] for row in rows[:2]] == [["w0"], ["w1"]]
+    assert rows[0]["context"] == rows[1]["context"] == example(1)["context"]
+    assert json.loads(rows[1]["meta"]) == {"from": "a", "context_id": "c", "number": 2}
+
+
+def test_a_question_is_named_as_if_it_stood_alone(tmp_path):
+    """So that seeds, and with them sampled answers, are the same."""
+    together = rows_of(tmp_path, [shared(1)])
+    single = [{"context": example(1)["context"], **one} for one in shared(1)["questions"]]
+    assert [row["example_id"] for row in together] == [row["example_id"] for row in rows_of(tmp_path, single)]
+    named = shared(1, 2)
+    named["questions"][1]["id"] = "mine"
+    assert rows_of(tmp_path, [named])[1]["example_id"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questions": []}, "line 1: questions must be a list of objects"),
+        ({"questions": ["w1 ?"]}, "line 1: questions must be a list of objects"),
+        ({"questions": [{"question": "w1 ?"}]}, "line 1, question 1: the field 'answers' is missing"),
+        ({"question": "w1 ?"}, "line 1: 'question' stands beside 'questions'"),
+        ({"meta": 3}, "line 1: meta must be a JSON object"),
+        ({"questions": [{"question": "w1 ?", "answers": ["a"], "meta": 3}]}, "line 1, question 1: meta must be"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        rows_of(tmp_path, [shared(1) | changes])
+
+
+def prepared(tmp_path, records, n_per_bin, max_length=200):
+    data = {"name": "jsonl", "path": str(write_jsonl(tmp_path / "mine.jsonl", records))}
+    download({"dataset": data}, "mine", str(tmp_path / "source.parquet"))
+    about = {
+        "dataset": data, "modes": ["before_question"], "decoding": {"max_tokens": 8},
+        "model": {"name": str(word_tokenizer(tmp_path / "model")), "revision": None, "max_length": max_length},
+        "binning": {"n_bins": 2, "edges": None, "n_per_bin": n_per_bin, "strict": False, "seed": 0},
+    }  # fmt: skip
+    prepare(about, "mine", str(tmp_path / "source.parquet"), str(tmp_path / "out"))
+    return [pq.read_table(tmp_path / f"out/bin{b}.parquet").to_pylist() for b in range(2)]
+
+
+def test_the_questions_of_a_line_stay_together(tmp_path):
+    records = [shared(i, 3, context=" ".join(f"w{(i + j) % 50}" for j in range(20 + i)), id=f"c{i}") for i in range(12)]
+    for one in records:  # one of the questions is longer than all contexts differ by
+        one["questions"][1]["question"] = " ".join(f"w{j}" for j in range(30)) + " ?"
+    for rows in prepared(tmp_path, records, n_per_bin=9):
+        names = [row["example_id"].rpartition("-")[0] for row in rows]
+        assert len(rows) == 9
+        assert {names.count(name) for name in names} == {3}
+        assert all(len({tuple(r["context_ids"]) for r in rows if r["example_id"].startswith(n)}) == 1 for n in names)
+
+
+def test_a_truncated_context_is_still_one_document(tmp_path):
+    """Truncation takes more of the context where the question is longer: as run alone, and one cluster all the same."""
+    records = [shared(i, 2, context=" ".join(f"w{(i + j) % 50}" for j in range(100))) for i in range(4)]
+    for one in records:
+        one["questions"][0]["question"] = " ".join(f"w{j}" for j in range(9)) + " ?"
+    rows = [row for rows in prepared(tmp_path, records, n_per_bin=9, max_length=80) for row in rows]
+    assert len({tuple(row["context_ids"]) for row in rows}) == 8
+    assert len({row["context_sha256"] for row in rows}) == 4
+
+
+@given(
+    groups=st.lists(st.integers(1, 5), min_size=1, max_size=8),
+    n=st.integers(1, 20),
+    seed=st.integers(0, 9),
+)
+def test_at_most_one_context_is_cut_by_the_choice(groups, n, seed):
+    names = [f"c{g}" for g, size in enumerate(groups) for _ in range(size)]
+    ids = [f"e{i}" for i in range(len(names))]
+    kinds_ = [""] * len(ids)
+    chosen = choose(ids, kinds_, n, seed, names)
+    assert choose(ids, kinds_, n + 1, seed, names)[:n] == chosen  # nested
+    partly = [name for name in set(names) if 0 < sum(names[i] == name for i in chosen) < names.count(name)]
+    assert len(partly) <= 1
+    assert choose(ids, kinds_, n, seed, ids) == choose(ids, kinds_, n, seed)
