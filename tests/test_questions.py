@@ -11,6 +11,7 @@ from data_helpers import example, word_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from models import engine, tokens
+from serving import words
 
 from kv_transition.cache.store import PrefillStore
 from kv_transition.data.binning import choose
@@ -27,17 +28,10 @@ DECODING = {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0}
 MEASURED = {"load_s", "prefill_s", "compress_s", "ttft_s", "decode_s", "latency_s", "peak_mem_mb", "batch_size"}
 
 
-class Words:
-    """A tokenizer whose words are its ids."""
-
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(map(str, ids))
-
-
 @pytest.fixture
 def model(monkeypatch):
     ready = engine("qwen2")
-    monkeypatch.setattr(ready, "tokenizer", Words())
+    monkeypatch.setattr(ready, "tokenizer", words())
     return ready
 
 
