@@ -93,6 +93,9 @@ def main() -> None:
         if folder not in models:
             models[folder] = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
         model = models[folder]
+        # CriticalKVPress reads it, and not every family's config has it
+        config = model.config
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # the only press that has to see all attention weights
         model.set_attn_implementation("eager" if case["press"] == "ObservedAttentionPress" else "sdpa")
         full = read(model, tokens, None)

@@ -13,10 +13,10 @@ from hashlib import sha256
 from typing import Any
 
 from kv_transition import provenance, tables
-from kv_transition.data import jsonl, longbench, ruler
+from kv_transition.data import benchmarks, jsonl, longbench, ruler
 from kv_transition.data.hub import hub_source
 from kv_transition.data.records import Record, local_source
-from kv_transition.data.tasks import Task, get_task
+from kv_transition.data.tasks import OF_FILES, Task, get_task
 from kv_transition.errors import UserError
 from kv_transition.script import status
 
@@ -44,6 +44,7 @@ def load_synthetic(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
 
 
 LOADERS = {"synthetic": load_synthetic, "ruler": ruler.load, "longbench": longbench.load, "jsonl": jsonl.load}
+LOADERS |= dict.fromkeys(OF_FILES, benchmarks.load)
 
 
 def normalize(records: Iterable[Record], task: Task) -> list[dict[str, Any]]:
@@ -97,7 +98,7 @@ def describe_source(dataset: Mapping[str, Any], task: str) -> dict[str, str | No
     path = local_source(dataset, task)
     if path is not None:
         return {"source": path.name, "source_sha256": sha256(path.read_bytes()).hexdigest()}
-    if dataset["name"] == "longbench":
+    if dataset["name"] == "longbench" or dataset["name"] in OF_FILES:
         return {"source": "{}@{}".format(*hub_source(dataset)), "source_sha256": None}
     return {"source": "generated", "source_sha256": None}
 

@@ -37,7 +37,7 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
     records = read_file(local_source(dataset, task)) if source is None else _from_hub(*source, name)
     for where, record in records:
         require(record, FIELDS, where)
-        if record.get("dataset", name) not in (name, f"{name}_e"):
+        if record.get("dataset", name) not in (name, f"{name}_e", name.removesuffix("_e")):
             raise UserError(f"{where}: the record belongs to {record['dataset']!r}, not to {name}")
         yield (
             where,

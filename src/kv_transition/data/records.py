@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kv_transition.data.tasks import get_task
+from kv_transition.data.tasks import OF_FILES, get_task
 from kv_transition.errors import UserError
 from kv_transition.parsing import parse_json
 
@@ -52,6 +52,10 @@ def local_source(dataset: Mapping[str, Any], task: str) -> Path | None:
         return None
     if dataset["name"] == "longbench" and not Path(path).exists():
         return None  # a hub repository
+    if dataset["name"] in OF_FILES:
+        from kv_transition.data.benchmarks import file_of
+
+        return file_of(Path(path), task) if Path(path).exists() else None
     return find_file(Path(path), get_task(dataset["name"], task).source_name)
 
 

@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 from kv_transition import paths
 from kv_transition.errors import UserError
 
-METRICS = ("qa_f1", "rouge_l", "classification", "retrieval", "count", "code_sim", "string_match_all")
+METRICS = (
+    "qa_f1",
+    "rouge_l",
+    "classification",
+    "retrieval",
+    "count",
+    "code_sim",
+    "string_match_all",
+    "string_match_part",
+)
+METRICS += ("choice", "first_number", "word", "numeric", "instruction")
 PATTERNS = ("short_qa", "trec_class", "paragraph", "number", "free")
 
 
@@ -45,7 +55,7 @@ class Task:
     @property
     def source_name(self) -> str:
         """Return the task's name in LongBench's own files."""
-        return "repobench-p" if self.name == "repobench_p" else self.name
+        return self.name.replace("repobench_p", "repobench-p")
 
 
 _READ = "Read the text below. A question about it follows.\n\n{context}\n\n"
@@ -129,6 +139,9 @@ _LONGBENCH = {
     "repobench_p": _CODE,
 }
 
+# LongBench-E: the same tasks with examples that are spread evenly over three ranges of length
+_LONGBENCH_E = {f"{name}_e": _LONGBENCH[name] for name in _LONGBENCH if name not in ("narrativeqa", "musique", "qmsum")}
+
 # The prompt of `kv_transition.data.synthetic.QUESTION_TEMPLATE`, which the embedded reader is trained on.
 _READER_QA = Task(
     "",
@@ -172,11 +185,56 @@ _RULER = {
     ),
 }
 
+_REASON = Task(
+    "",
+    "numeric",
+    "free",
+    "{context}\n\nReason step by step. End with a line that holds #### and the final answer alone.\n",
+    max_new_tokens=2048,
+    has_question=False,
+)
+_BENCHMARKS = {
+    "longbench_v2": {
+        "longbench_v2": Task(
+            "",
+            "choice",
+            "free",
+            _READ + "Question: {input}\n\nReply with one letter, in this form: The correct answer is (A).\n",
+            max_new_tokens=128,
+        )
+    },
+    "infinitebench": {
+        "passkey": Task(
+            "",
+            "first_number",
+            "number",
+            "A number is hidden in the long text below. Find it and remember it.\n\n{context}\n\n{input}\nAnswer:",
+            max_new_tokens=6,
+        ),
+        "number_string": Task(
+            "",
+            "first_number",
+            "number",
+            "A sequence of digits is hidden in the long text below. Find it and remember it.\n\n{context}\n\n{input}\n"
+            "Answer:",
+            max_new_tokens=12,
+        ),
+        "kv_retrieval": Task(
+            "", "word", "free", "Take the value of a key from the JSON object below.\n\n{context}\n\n{input}\n", 50
+        ),
+    },
+    "math": {"gsm8k": replace(_REASON, max_new_tokens=1024), "math_500": _REASON},
+    "ifeval": {"ifeval": Task("", "instruction", "free", "{context}", max_new_tokens=1024, has_question=False)},
+}
+
 _TASKS = {
     "synthetic": {name: replace(_READER_QA, name=name) for name in ("reader_qa", "reader_ambiguous", "reader_mixed")},
     "ruler": {name: replace(task, name=name) for name, task in _RULER.items()},
-    "longbench": {name: replace(task, name=name) for name, task in _LONGBENCH.items()},
+    "longbench": {name: replace(task, name=name) for name, task in (_LONGBENCH | _LONGBENCH_E).items()},
+    **{data: {name: replace(task, name=name) for name, task in own.items()} for data, own in _BENCHMARKS.items()},
 }
+OF_FILES = frozenset(_BENCHMARKS)
+"""data sets that are read from the benchmark's own files, see `data.benchmarks`"""
 DATASETS = (*_TASKS, "jsonl")
 
 

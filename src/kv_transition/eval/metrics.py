@@ -17,6 +17,8 @@ from functools import lru_cache
 from statistics import fmean
 
 from kv_transition.errors import UserError
+from kv_transition.eval import ifeval
+from kv_transition.eval.answers import choice, first_number, listed_word, numeric
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
@@ -158,6 +160,12 @@ def string_match(text: str, gold: str, all_classes: Sequence[str] = ()) -> float
 
 
 METRICS: dict[str, Metric] = {
+    "choice": choice,
+    "first_number": first_number,
+    "word": listed_word,
+    "numeric": numeric,
+    "instruction": ifeval.instruction,
+    "string_match_part": string_match,
     "qa_f1": qa_f1,
     "rouge_l": rouge_l,
     "classification": classification,
@@ -167,7 +175,7 @@ METRICS: dict[str, Metric] = {
     "string_match_all": string_match,
 }
 # The metrics under which all of the gold answers are wanted: their mean counts instead of the best.
-WANTS_ALL = frozenset({"string_match_all"})
+WANTS_ALL = frozenset({"string_match_all", "instruction"})
 
 
 def score_answer(

@@ -14,7 +14,9 @@ from kv_transition.sections import Section, Seed, Task
 class Dataset(Section):
     """The source of the examples."""
 
-    name: Literal["synthetic", "ruler", "longbench", "jsonl"] = Field("synthetic", description="loader of the examples")
+    name: Literal["synthetic", "ruler", "longbench", "longbench_v2", "infinitebench", "math", "ifeval", "jsonl"] = (
+        Field("synthetic", description="loader of the examples")
+    )
     tasks: list[Task] = Field(["reader_qa"], min_length=1, description="tasks of the data set")
     revision: str | None = Field(
         None, description="commit (40 hex digits) of the hub repository; required when it is downloaded"
@@ -39,6 +41,10 @@ class Dataset(Section):
             raise ValueError(f"lengths: {shown(self.lengths)} lists a length twice; name each once")
         if self.name in ("synthetic", "ruler") and not (self.lengths and self.n_per_length):
             raise ValueError(f"lengths: {self.name} needs lengths (such as [256, 512]) and n_per_length (such as 40)")
+        if self.name in ("longbench_v2", "infinitebench", "math", "ifeval") and not self.path:
+            raise ValueError(
+                f"path: {self.name} needs the benchmark's file, its folder, or a hub repository owner/name"
+            )
         if self.name == "jsonl" and not self.path:
             raise ValueError("path: jsonl needs the .jsonl file or the folder that holds {task}.jsonl")
         return self

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kv_transition.budget import Budget
 from kv_transition.data.hub import hub_source
 from kv_transition.data.records import local_source
-from kv_transition.data.tasks import get_task
+from kv_transition.data.tasks import OF_FILES, get_task
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import code_hash, digest
@@ -157,7 +157,7 @@ def _check_pace(settings: Settings) -> None:
 
 
 def _check_dataset(settings: Settings, dataset: Dataset) -> None:
-    if dataset.name == "longbench":
+    if dataset.name == "longbench" or dataset.name in OF_FILES:
         hub_source(dataset.model_dump())  # raises where it is neither here nor a pinned repository
     if dataset.name == "ruler" and max(dataset.lengths) > settings.model.max_length:
         longest = max(dataset.lengths)
