@@ -13,21 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from kv_transition.data.hub import fetch, hub_source, list_files
-from kv_transition.data.records import SUFFIXES, Record, find_file, read_file, require
+from kv_transition.data.records import Record, find_any, read_file, require
+from kv_transition.data.tasks import FILES
 from kv_transition.errors import UserError
 from kv_transition.parsing import decode, parse_json
 from kv_transition.provenance import digest
-
-FILES = {
-    "longbench_v2": ("longbench_v2", "data"),
-    "passkey": ("passkey",),
-    "number_string": ("number_string",),
-    "kv_retrieval": ("kv_retrieval",),
-    "gsm8k": ("gsm8k", "test"),
-    "math_500": ("math_500", "test"),
-    "ifeval": ("ifeval", "input_data", "ifeval_input_data"),
-}
-"""what the files of each task may be called, in the order in which they are looked for"""
 
 
 def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
@@ -41,25 +31,12 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
         yield where, normalized(record, where)
 
 
-def file_of(path: Path, task: str) -> Path:
-    """The local file of a task: ``path`` itself, or one in that folder. Raises UserError if there is none."""
-    if path.is_file() and path.suffix == ".json":
-        return path
-    names = FILES[task]
-    if path.is_dir():
-        for name in names:
-            for suffix in (*SUFFIXES, ".json"):
-                if (path / f"{name}{suffix}").is_file():
-                    return path / f"{name}{suffix}"
-    return find_file(path, names[0])
-
-
 def _file(dataset: Mapping[str, Any], task: str) -> Path:
     if dataset.get("path") is None:
         raise UserError(f"dataset.path: {dataset['name']} needs its file or folder, or a hub repository")
     source = hub_source(dataset)
     if source is None:
-        return file_of(Path(dataset["path"]), task)
+        return find_any(Path(dataset["path"]), FILES[task])
     files = list_files(*source)
     for name in FILES[task]:
         for file in files:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kv_transition.data.tasks import OF_FILES, get_task
+from kv_transition.data.tasks import FILES, OF_FILES, get_task
 from kv_transition.errors import UserError
 from kv_transition.parsing import parse_json
 
@@ -40,6 +40,14 @@ def find_file(path: Path, name: str) -> Path:
     return found[0]
 
 
+def find_any(path: Path, names: Sequence[str]) -> Path:
+    """As `find_file` for the first of ``names`` that is there; a JSON array ``.json`` is taken too."""
+    if path.is_file() and path.suffix == ".json":
+        return path
+    there = (path / f"{name}{suffix}" for name in names for suffix in (*SUFFIXES, ".json"))
+    return next((file for file in there if path.is_dir() and file.is_file()), None) or find_file(path, names[0])
+
+
 def local_source(dataset: Mapping[str, Any], task: str) -> Path | None:
     """The local file that a task's examples are read from; None where they are generated or downloaded.
 
@@ -53,9 +61,7 @@ def local_source(dataset: Mapping[str, Any], task: str) -> Path | None:
     if dataset["name"] == "longbench" and not Path(path).exists():
         return None  # a hub repository
     if dataset["name"] in OF_FILES:
-        from kv_transition.data.benchmarks import file_of
-
-        return file_of(Path(path), task) if Path(path).exists() else None
+        return find_any(Path(path), FILES[task]) if Path(path).exists() else None
     return find_file(Path(path), get_task(dataset["name"], task).source_name)
 
 

@@ -235,6 +235,16 @@ _TASKS = {
 }
 OF_FILES = frozenset(_BENCHMARKS)
 """data sets that are read from the benchmark's own files, see `data.benchmarks`"""
+FILES = {
+    "longbench_v2": ("longbench_v2", "data"),
+    "passkey": ("passkey",),
+    "number_string": ("number_string",),
+    "kv_retrieval": ("kv_retrieval",),
+    "gsm8k": ("gsm8k", "test"),
+    "math_500": ("math_500", "test"),
+    "ifeval": ("ifeval", "input_data", "ifeval_input_data"),
+}
+"""what the files of each task may be called, in the order in which they are looked for"""
 DATASETS = (*_TASKS, "jsonl")
 
 
