@@ -14,6 +14,8 @@ from pathlib import Path
 from faults.experiment import Experiment
 
 VICTIMS = ("everything", "snakemake", "command line", "any process")
+WAIT_S = 120.0
+"""seconds in which a job may end that was under way, and the worker that has no run any more"""
 LATEST_S = 25.0
 """seconds after the lock is there, at the latest, that something is killed"""
 
@@ -36,7 +38,7 @@ def campaign(experiment: Experiment, n: int, rng: random.Random, report: Callabl
             victims[victim] += 1
             figures["tries"] += 1
             process.wait()
-            figures["orphans"] += _clear(experiment.folder)
+            figures["orphans"] += clear(experiment.folder)
             figures["half_written"] += len(experiment.half_written())
             figures["survived"] += "LockException" not in experiment.screen()
         elif process.returncode == 0:
@@ -98,15 +100,23 @@ def _command(pid: int) -> bytes:
     return b""
 
 
-def _clear(folder: Path) -> int:
-    """Wait for what is left of a killed run in its folder, as a user would; kill what stays, and count it."""
-    deadline = time.monotonic() + 90
+def clear(folder: Path) -> int:
+    """Wait for what is left of a killed run in its folder; kill what stays, and count it.
+
+    A Snakemake whose command line was killed goes on by right, so it is killed as well and not counted.
+    """
+    for each in _running(folder):
+        if b"snakemake" in _command(each):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         left = _running(folder)
         if not left:
             return 0
         time.sleep(0.2)
     for each in left:
+        print(f"left: {_command(each)[:200]!r}", flush=True)
         with suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
     return len(left)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import textwrap
 import time
 from collections.abc import Callable
 
 from faults.experiment import Experiment
+from faults.kills import clear
 
 Figures = dict[str, int]
 
@@ -30,46 +32,32 @@ def read_only(experiment: Experiment) -> Figures:
     experiment.configure("locked", "locked.yaml")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], check=True)
     try:
-        experiment.start("locked.yaml").wait(timeout=5 + _half_time(experiment))
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        subprocess.run(["mount", "-o", "remount,ro", place], check=False)
-    try:
-        _wait_for_the_end(experiment, "locked.yaml")
+        _interrupt(experiment, "locked.yaml")
+        subprocess.run(["mount", "-o", "remount,ro", place], check=True)
         done = experiment.finish("locked.yaml")
         refused = done.returncode == 2 and "cannot be written to" in done.stdout and "Traceback" not in done.stdout
         subprocess.run(["mount", "-o", "remount,rw", place], check=True)
         finished = experiment.finish("locked.yaml").returncode == 0
-        return {"tries": 1, "survived": int(refused), "finished": 1,
-                "identical": int(finished and experiment.identical("locked"))}  # fmt: skip
+        identical = int(finished and experiment.identical("locked"))
+        return {"tries": 1, "survived": int(refused), "finished": 1, "identical": identical}
     finally:
         subprocess.run(["umount", "-l", place], check=False)
 
 
-def _half_time(experiment: Experiment) -> float:
-    return 30.0
-
-
-def _wait_for_the_end(experiment: Experiment, name: str) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        listed = subprocess.run(
-            ["pgrep", "-f", f"kv_transition {experiment.step} -c {name}"], capture_output=True
-        ).stdout.split()
-        if not listed:
-            return
-        time.sleep(0.5)
+def _interrupt(experiment: Experiment, name: str = "small.yaml") -> None:
+    """Start a run and kill all of it after half a minute."""
+    process = experiment.start(name)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        clear(experiment.folder)
 
 
 def clock_goes_back(experiment: Experiment) -> Figures:
     """Half of the results are of tomorrow, as after a clock that was put right: nothing is lost or mixed up."""
-    process = experiment.start()
-    try:
-        process.wait(timeout=_half_time(experiment))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.wait()
+    _interrupt(experiment)
     tomorrow = time.time() + 86_400
     for path in experiment.results().rglob("*"):
         os.utime(path, (tomorrow, tomorrow))

@@ -186,7 +186,7 @@ def opened(path: str | Path, kind: str, expect: Mapping[str, str], advice: str) 
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not whole; {advice}") from error
 
 

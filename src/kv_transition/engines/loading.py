@@ -183,6 +183,14 @@ def layer_windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in layer_kinds(config)]
 
 
+def length_dependent_rope(config: Any) -> str | None:
+    """Return the kind of rope scaling whose frequencies follow the length read so far; None where they are fixed."""
+    said = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    each = [part for part in said.values() if isinstance(part, Mapping)] or [said]
+    kinds = {part.get("rope_type") for part in each} & {"dynamic", "longrope"}
+    return next(iter(sorted(kinds)), None)
+
+
 def layer_rotaries(model: torch.nn.Module) -> list[Rotary | None]:
     """Return the rotation of keys and queries of each layer; None where it is not certain."""
     kinds = layer_kinds(model.config)

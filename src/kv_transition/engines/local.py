@@ -51,6 +51,11 @@ class LocalEngine:
         self.tokenizer = tokenizer
         self.device = loading.input_device(model)
         self.chunk_tokens = chunk_tokens
+        if chunk_tokens is not None and (kind := loading.length_dependent_rope(model.config)):
+            raise UserError(
+                f"prefill.chunk_tokens: this model's rope scaling ({kind}) turns keys by the length read so far, so "
+                "pieces would not fit together; leave it out"
+            )
         self.windows = loading.layer_windows(model.config)
         self.rotaries = loading.layer_rotaries(model)
         eos = model.generation_config.eos_token_id
@@ -273,6 +278,11 @@ class LocalEngine:
             logits_to_keep=logits_to_keep,
             reading=reading,
         )
+        if isinstance(reading, Reading) and len(reading.read) != len(self.windows):
+            raise UserError(
+                f"model.name: of {type(self.model).__name__}, {len(reading.read)} of {len(self.windows)} layers use "
+                "transformers' attention interface, and all must to be evicted; choose another model"
+            )
         return output.logits.float()
 
     def _require(self, statistics: frozenset[str], state: CacheState) -> None:

@@ -233,9 +233,23 @@ def attention_function(
     reading: Reading,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Return [B, q, H, d] for each layer's query [B, H, q, d], key and value [B, Hkv, q, d]; transformers calls it."""
+    """Return [B, q, H, d] for each layer's query [B, H, q, d], key and value [B, Hkv, q, d]; transformers calls it.
+
+    Raises UserError for a model whose attention is another one: leaving a part of it out would answer, and wrongly.
+    """
+    extra = {
+        "learned attention sinks": s_aux is not None,
+        "a bias of positions": position_bias is not None,
+        "keys and values of different sizes": key.shape[-1] != value.shape[-1],
+    }
+    if found := [name for name, there in extra.items() if there]:
+        raise UserError(
+            f"model.name: {type(module).__name__} has {found[0]}, which attention here has not; choose another model"
+        )
     if softcap is not None:
         raise UserError(
             f"model.name: {type(module).__name__} caps its attention logits, which the attention statistics here do "

@@ -298,7 +298,9 @@ def _module_file(point: metadata.EntryPoint) -> Path:
 def _parsed(file: Path) -> ast.Module:
     try:
         return ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); a policy imports what is there") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{file} is not valid Python ({error})") from None
 
 

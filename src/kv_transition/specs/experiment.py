@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kv_transition.data import gguf
-from kv_transition.errors import UserError
+from kv_transition.errors import UserError, shown
 from kv_transition.policies import catalog
 from kv_transition.specs.policies import FULL, RECALL, recall_of, resolve
 from kv_transition.studies import registry
@@ -19,6 +19,13 @@ def check(settings: Settings) -> None:
     """Check combinations of keys. Raises UserError if keys contradict each other or name something that does not
     exist.
     """
+    try:
+        _check(settings)
+    except OSError as error:  # a name that no file system takes
+        raise UserError(f"{shown(error.filename)} can be no file ({error.strerror}); give another path") from None
+
+
+def _check(settings: Settings) -> None:
     for name in settings.kv.policies:
         kind, _ = resolve(settings, name)
         if (name == FULL) != (kind == FULL):
