@@ -323,7 +323,8 @@ def ablation() -> list[str]:
         "## Where does merging lose?",
         "",
         "Averaging is worse than dropping, the interval of the ratio above 1, with: "
-        f"{'; '.join(worse) or 'no variant'}. It is better with: {'; '.join(better) or 'no variant'}; undecided: {'; '.join(open_) or 'none'}.",
+        f"{'; '.join(worse) or 'no variant'}. "
+        f"It is better with: {'; '.join(better) or 'no variant'}; undecided: {'; '.join(open_) or 'none'}.",
         *picture("real_ablation", "perplexity of variants of merging over dropping's"),
         table(
             ["what is averaged", "kept", "over dropping's perplexity"],
@@ -331,8 +332,8 @@ def ablation() -> list[str]:
         ),
         "",
         f"n = {n} windows of {books} books, exploratory, intervals not adjusted; context of 1,024 tokens, 128 scored. "
-        "What is not averaged, and every span of the other layers, is the entry that received most attention, so that the "
-        "footprint is the same.",
+        "What is not averaged, and every span of the other layers, is the entry that received most attention, so that "
+        "the footprint is the same.",
     ]
     not_shown = "longer contexts, other spans and budgets, other models, and variants that are not in the table."
     return lines + ending("ablation", not_shown, "books")
