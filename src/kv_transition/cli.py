@@ -270,7 +270,7 @@ def _rules(step: str, settings: Settings) -> list[str]:
     rules = _UNTIL.get(step, []) + [rule for study in asked if study.there(settings) for rule in study.rules[step]]
     if asked and not rules:
         raise UserError(f"{step}: {asked[0].lacking}")
-    # Where looks decide which cells run, the first cells are not the last.
+    # If looks decide which cells run, the first cells are not all of them.
     return ["score" if rule == "cell" and settings.adaptive.enabled else rule for rule in rules]
 
 

@@ -135,7 +135,7 @@ def _memory(settings: Settings, size: ModelSize | None) -> Finding:
     return _fits("memory", found, total, settings, size)
 
 
-# what is installed beside the rest: when an experiment needs it, and how to get it
+# optional packages: when an experiment needs one, and how to install it
 def _extensions(settings: Settings) -> Iterator[Finding]:
     model = settings.model
     flash = "envs/inference.yaml has it (snakemake --sdm conda), or model.attn_implementation: sdpa"

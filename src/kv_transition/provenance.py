@@ -203,7 +203,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; results are for everyone the umask allows
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes the file private; results follow the umask
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -274,7 +274,7 @@ def write_table(path: str | os.PathLike[str], table: pa.Table, fields: Mapping[s
     """Write a Parquet file atomically with ``fields`` (see `file_metadata`) in its key-value metadata."""
     import pyarrow.parquet as pq
 
-    buffer = io.BytesIO()  # so that a full disk can be told how much is needed
+    buffer = io.BytesIO()  # so that the message about a full disk can say how much is needed
     pq.write_table(table.replace_schema_metadata(file_metadata(**fields)), buffer, compression="zstd")
     _write_bytes(Path(path), buffer.getvalue())
 

@@ -49,7 +49,7 @@ EXPERIMENT = {
         "budgets": [0.2],
     },
 }
-TOLERANCE = 1e-5  # nats a token, between two ways to compute the same thing in float32
+TOLERANCE = 1e-5  # nats per token, between two ways to compute the same value in float32
 Facts = Iterator[str]
 
 

@@ -24,7 +24,7 @@ def setting_of(policy: PolicyLike, budget: BudgetLike | None, mode: str, tempera
     if mode not in ("before_question", "after_prompt"):
         raise UserError(f"mode: {mode!r} is neither before_question nor after_prompt")
     own = policy_of(policy)
-    own.watch(0)  # raises where it lacks what decides its moments
+    own.watch(0)  # raises if the keys that determine its moments are missing
     return Setting(own, budget_of(budget, own), mode, temperature=temperature)
 
 

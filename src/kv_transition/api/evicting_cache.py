@@ -81,7 +81,7 @@ class EvictingCache(Cache):
         """Bytes of the keys and values that are held in the layers that are evicted."""
         return 0 if self._state is None else self._state.nbytes
 
-    # What follows is called by transformers.
+    # transformers calls the following methods.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read, however few of their entries are left."""
@@ -130,7 +130,7 @@ class EvictingCache(Cache):
     def activate_past_recording(self) -> None:
         self.crop(0)
 
-    # And this before and after each of the model's readings.
+    # The following run before and after each forward pass.
 
     def enter(self, model: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the forward call that reads on; reads all but the last tokens of a prompt itself."""
@@ -175,7 +175,7 @@ class EvictingCache(Cache):
         reading, self._reading = self._reading, None
         if reading is None or output is None:
             return
-        # what generate() works on in place must not be an inference tensor
+        # generate() writes to it in place, so it must not be an inference tensor
         output.logits = output.logits.clone()
         grown = CacheState(
             layers=tuple(reading.read),
@@ -220,7 +220,7 @@ class EvictingCache(Cache):
         state = self._engine.extend(None, read, statistics)
         self._k = setting.entries(state.length)
         kept = setting.compress(state, self._k, self._seed, keep_last=whole)
-        # no token of the answer may come from the full cache, so the prompt's last token is read again
+        # no answer token may come from the full cache, so the last prompt token is read again
         return replace(kept.without_last(), logits=state.logits) if whole else kept
 
     def _next(self, ids: Tensor, mask: Tensor | None) -> Tensor:

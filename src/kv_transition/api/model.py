@@ -52,7 +52,7 @@ def load(
         model = loading.load_model(
             name, revision=revision, dtype=dtype, device=device, quantization=quantization, device_map=device_map
         )
-        # so that it can be used in any other way as well
+        # so that other uses of the model keep working
         model.set_attn_implementation("sdpa")
     engine = GuestEngine(model, tokenizer, attention=attention, chunk_tokens=chunk_tokens)
     if chat is None:

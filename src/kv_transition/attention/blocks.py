@@ -77,7 +77,7 @@ def block_statistics(
             total = weights.sum(-1, keepdim=True)
             share = total.reciprocal()
             if bias is not None:
-                # a row that sees nothing at all gives nothing
+                # a row that sees no entry adds nothing
                 share.mul_(top > _NEVER / 2)
             if sums is not None:
                 sums[some, begin:end] += torch.bmm(share.mT, weights).squeeze(1)
@@ -98,7 +98,7 @@ def _block(count: int, group: int, q: int, n: int, window: int | None, device_ty
     """Return how many of ``count`` KV heads are processed together, and how many queries of each."""
     width = n if window is None else min(n, 2 * window)
     room = _BLOCK_BYTES.get(device_type, 64 << 20) // (4 * group * width)
-    # Half of the square on the diagonal is the future and computed in vain, so it is kept small beside the rest.
+    # Half of the square on the diagonal is the future, computed and discarded; small blocks keep it a small part.
     most = max(_MIN_ROWS, min(-(-q // 8), n if window is None else window))
     rows = min(q, most, max(room, -(-_MIN_ROWS // group)))
     return min(count, max(1, room // rows)), rows

@@ -35,7 +35,7 @@ def flash_statistics(
     batch, heads, q, d = queries.shape
     kv_heads, n = keys.shape[1:3]
     group = heads // kv_heads
-    # Everyone sees the old entries; among the new ones a query sees those up to its own.
+    # Every query sees the old entries, and of the new ones those up to its own.
     old, new = keys.split([n - q, q], dim=2)
     if column_sums:
         # a power of two near 1 / scale, exact in every dtype, which keeps what is carried in fp16's range

@@ -56,7 +56,7 @@ def attention_statistics(
     Raises UserError if the requested implementation cannot serve the call (q > 1).
     """
     wanted = {"column_sums": column_sums, "entropy": entropy}
-    # before all else: decoding comes here once per layer and token
+    # checked first, because decoding calls this for each layer and token
     if queries.shape[-2] == 1:
         return Statistics(*one_query_statistics(queries, keys, scale, **wanted, window=window, bias=bias))
     chosen = choose(
@@ -126,7 +126,7 @@ def _why_not_flash(
         return "needs a CPU, or a GPU of compute capability 8.0 or newer"
     if dtype not in _HALF:
         return "needs float16 or bfloat16 on a GPU"
-    # Eight channels more carry the log-sum-exp; the kernel ends at 256.
+    # Eight more channels hold the log-sum-exp; the kernel supports up to 256.
     if head_dim is not None and (head_dim % 8 or head_dim > 248):
         return f"needs a head dimension that is a multiple of 8 and at most 248 on a GPU, not {head_dim}"
     return None

@@ -56,7 +56,7 @@ def _row_step(
     below = logits - new_top[:, None]
     weights = tl.exp2(below)
     if BIAS or WINDOW:
-        # a row that has seen nothing yet has its maximum at `_NEVER`
+        # a row that has seen no entry yet has its maximum at `_NEVER`
         weights = tl.where(logits > 0.5 * _NEVER, weights, 0.0)
     shrink = tl.exp2(top - new_top)
     if ENTROPY:
@@ -109,7 +109,7 @@ def _rows(
     out = (batch * heads + head) * q + row
     sees = total > 0
     total = tl.where(sees, total, 1.0)
-    # a row that sees nothing shall weigh nothing in the columns
+    # a row that sees no entry must have no weight in the columns
     tl.store(LSE + out, tl.where(sees, top + tl.log2(total), -_NEVER), mask=row < q)
     if ENTROPY:
         tl.store(Entropy + out, tl.where(sees, tl.log2(total) - moment / total, 0.0), mask=row < q)
@@ -205,7 +205,7 @@ def triton_statistics(
     if bias is not None:
         bias = bias.expand(batch, kv_heads, n).float().mul(math.log2(math.e)).clamp(min=_NEVER.value).contiguous()
 
-    # A kernel that does not read an argument still wants a pointer for it.
+    # A kernel needs a pointer even for an argument that it does not read.
     shared = (scale * math.log2(math.e), q, n, window or 0, *queries.stride()[:3], *keys.stride()[:3])
     options = {"GROUP": heads // kv_heads, "BIAS": bias is not None, "WINDOW": window is not None, **tiles(d)}
     bias = lse if bias is None else bias
@@ -215,7 +215,7 @@ def triton_statistics(
             queries, keys, bias, lse, lse if entropies is None else entropies, *shared, ENTROPY=entropy, **options
         )
         if sums is not None:
-            # The tile that stays is the larger one.
+            # The tile that stays in registers is the larger one.
             options |= {"BQ": options["BK"], "BK": options["BQ"]}
             _columns[(triton.cdiv(n, options["BK"]), kv_heads, batch)](
                 queries, keys, bias, lse, sums, *shared, **options

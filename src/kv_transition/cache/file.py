@@ -78,7 +78,7 @@ def lay_out(
     kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any], facts: Mapping[str, str]
 ) -> tuple[bytes, list[Tensor]]:
     """Return a safetensors file in two pieces: its header, and the tensors in the order in which they follow."""
-    # In an order that leaves no tensor less aligned than one in memory, nor than its own elements need.
+    # The order keeps every tensor as aligned as in memory and as its elements need.
     ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % _ALIGNMENT != 0, -item[1].element_size()))
     plain = json.dumps({"facts": dict(facts), "description": description})
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "kind": kind, "state": plain}}
@@ -179,7 +179,7 @@ def opened(path: str | Path, kind: str, expect: Mapping[str, str], advice: str) 
             for name, value in expect.items():
                 if (other := plain["facts"].get(name)) != value:
                     raise UserError(f"{path} was made with another {name} ({other}, not {value}); {advice}")
-            # remembered, so that two states of one file share what they have in common
+            # cached, so that two states of one file share their tensors
             tensor = cache(lambda name, device: handle.get_tensor(name).to(device))
             yield File(plain["facts"], plain["description"], tensor)
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def _handle(path: str | Path) -> Iterator[Any]:
             handle = safe_open(path, framework="pt")
         except RuntimeError as error:
             failure = error
-        # also where opening failed: a file that vanished may be there again by now
+        # also if opening failed: a deleted file may exist again by now
         if not os.path.samestat(os.fstat(held.fileno()), os.stat(path)):
             raise FileNotFoundError(path) from failure
         if handle is None:
@@ -231,7 +231,7 @@ def _plain(value: Any, name: str, tensors: dict[str, Tensor], rotaries: dict[Rot
     """Return the description of a value and add its tensors and rotations to the given ones."""
     match value:
         case LayerCache():
-            # what a policy adds in a class of its own it makes anew: a file tells no one which class to build
+            # a policy rebuilds objects of its own classes: a file does not say which class to build
             kept = {f.name: getattr(value, f.name) for f in fields(LayerCache) if f.name != "room"}
             own = {k: _plain(v, f"{name}.{k}", tensors, rotaries) for k, v in kept.items() if v is not None}
             if start_and_shape := _as_range(value.positions):

@@ -68,7 +68,7 @@ def merge(
 
     old = layer.positions.to(torch.float32) if layer.angles is None else layer.angles
     at = mean(old, of_keys)
-    # R(at) sum_i w_i R(-a_i) k_i = sum_i w_i R(at - a_i) k_i: one turn, and by a few positions only
+    # R(at) sum_i w_i R(-a_i) k_i = sum_i w_i R(at - a_i) k_i: one rotation, by a few positions only
     turned = layer.rotary.turn(layer.keys[..., index, :].float(), at.unsqueeze(-1) - old[..., index])
     positions = mean(layer.positions.to(torch.float32), of_keys).round().to(torch.int64)
     first, last = layer.positions[..., index[:, 0]], layer.positions[..., index[:, -1]]

@@ -51,7 +51,7 @@ class Packed:
         low, high = wide.aminmax(dim=-1)
         zero = low.to(stored)
         scale = ((high - zero.float()) / (2**bits - 1)).to(stored)
-        # a group of equal values: any scale will do but 0
+        # a group of equal values: any scale but 0 is right
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         levels = (wide - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
         codes = levels.round_().clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)

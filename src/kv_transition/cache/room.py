@@ -41,7 +41,7 @@ class Room:
     def of(cls, keys: Tensor, values: Tensor, more: int, *, lent: bool = False) -> Room:
         """Return a copy of entries [..., Hkv, n, d] with space for ``more``."""
         n = keys.shape[-2]
-        # a reading's own tensors could not be written to after it
+        # tensors made in inference mode could not be written to later
         with torch.inference_mode(False):
             storage = [x.new_empty(*x.shape[:-2], n + more, x.shape[-1]) for x in (keys, values)]
         room = cls(*storage, used=n, lent=lent)
@@ -68,7 +68,7 @@ class Room:
         one of ``gone`` are moved: the sinks of a stream, or the heavy hitters of H2O, whose newer half is protected.
         """
         moved = replace(self, start=self.start + 1)
-        # to ask a GPU how many those are would be to wait for it
+        # asking a GPU for the count would wait for it
         first, last = (0, moved.used - self.start - 1) if gone.is_cuda else map(int, torch.aminmax(gone))
         for storage in (self.keys, self.values):
             if first == last:

@@ -120,7 +120,7 @@ class LayerCache:
         if isinstance(self.keys, Packed):
             return replace(self, keys=self.keys.append(keys), values=self.values.append(values), **grown)
         own = self.room
-        # Another state may have appended to the same storage already: then this one moves to its own.
+        # If another state has appended to the same storage, this one gets storage of its own.
         if own is None or not own.has_room_behind(n, q):
             lent = own is not None and own.lent
             own = Room.of(self.keys, self.values, q + max(room, SLACK if lent else 0), lent=lent)

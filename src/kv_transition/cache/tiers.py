@@ -91,7 +91,7 @@ def exchange(layer: TieredLayer, chosen: Tensor) -> TieredLayer:
     comes = chosen >= n
     head, rank = (~comes).nonzero(as_tuple=True)
     stays = torch.zeros_like(comes).index_put((head, chosen[head, rank]), torch.ones_like(head, dtype=torch.bool))
-    # As many go as come in each head, and both lists are in the order of the heads.
+    # In each head equally many entries leave and enter, and both lists are in the order of the heads.
     slot, leaver = comes.nonzero(as_tuple=True), (~stays).nonzero(as_tuple=True)
     place = tuple(index.cpu() for index in (slot[0], chosen[slot] - n))
     if not len(place[0]):
@@ -103,7 +103,7 @@ def exchange(layer: TieredLayer, chosen: Tensor) -> TieredLayer:
         own[slot] = stored[place].to(own.device)
         stored[place] = _alone(tensor, name)[leaver].cpu()
     m = len(place[0])
-    # a statistic that is no longer kept up is dropped of all entries
+    # a statistic that is no longer maintained is dropped for all entries
     gone = dict.fromkeys(STATISTICS & set(_entries(cold)) - set(_entries(layer)))
     return replace(hot, cold=replace(cold, **gone), moved=layer.moved + 2 * m, recalled=layer.recalled + m)
 
@@ -131,12 +131,12 @@ def _joined(cold: LayerCache, evicted: LayerCache) -> LayerCache:
     behind = {}
     for name in ("attn_sum", "query_entropy", "bias"):
         new, old = getattr(evicted, name), getattr(cold, name)
-        # a statistic that is no longer kept up is dropped of all entries
+        # a statistic that is no longer maintained is dropped for all entries
         behind[name] = None if new is None else torch.cat([old, new], -1)
     return replace(grown, **behind)
 
 
-# A reading's own tensors could not be appended to after it.
+# Tensors made in inference mode could not be appended to later.
 @torch.inference_mode(False)
 def _copied(cold: LayerCache) -> LayerCache:
     """Return the cold entries in storage of their own, with free space."""

@@ -63,7 +63,7 @@ def _in_package(name: str) -> Path:
     package, _, path = name.removeprefix(PACKAGE).partition("/")
     if not package.isidentifier() or not path.endswith(".gguf") or ".." in Path(path).parts:
         raise UserError(f"model.name: {name} is not of the form package:NAME/PATH.gguf, such as {SMOLLM2}")
-    # found and not imported: what the package itself needs is not needed for its file
+    # located without importing it: its own dependencies are not needed
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         how = "`make real` installs it" if name == SMOLLM2 else "install it, or give the path of a .gguf file"
@@ -105,7 +105,7 @@ def header(name: str) -> dict[str, Any]:
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
         parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
         tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
-    # what the reader raises where bytes are missing or make no sense depends on where it stumbles
+    # the exception that the reader raises for damaged bytes depends on their place
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.name: {name} is cut short or damaged ({reason}); get it anew") from None
@@ -186,7 +186,7 @@ def made(name: str, part: str, make: Callable[[Path], Any]) -> Path:
         try:
             temporary.rename(place)
         except OSError:
-            if not place.is_dir():  # else another job was quicker, and made the same
+            if not place.is_dir():  # otherwise another job has made the same
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -78,7 +78,7 @@ def _from_archive(path: Path, name: str) -> Iterator[Record]:
             yield from parse_lines(lines, f"{ARCHIVE}/{member}")
     except KeyError:
         raise UserError(f"dataset.tasks: {ARCHIVE} holds no {member}") from None
-    # what the library raises for a damaged archive depends on where it stumbles
+    # the exception that the library raises for a damaged archive depends on the damage
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
         raise UserError(f"{ARCHIVE} cannot be read: {error}") from None
 

@@ -65,7 +65,7 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
         start = random.Random(series).random()
         for i in range(dataset["n_per_length"]):
             name = f"{series}-{i:05d}"
-            # multiples of the golden ratio leave no gap: every prefix of them covers [0, 1) nearly evenly
+            # every prefix of the multiples of the golden ratio covers [0, 1) nearly evenly
             depth = (start + i * _GOLDEN_RATIO) % 1
             question, answers, plan, meta = _DRAW[task](random.Random(name), depth)
             lines = [f"{depth:.4f}\t{text}" for depth, text in sorted(plan, key=lambda item: item[0])]
@@ -115,7 +115,7 @@ def write(task: str, example_id: str, plan: str, length: int, measure: Callable[
         units.extend(islice(filler, max(0, n - len(units))))
         return length - measure(_lay_out(fixed, [*units[:n], *tail]))
 
-    # So many units that a few are missing; which of the spare ones fill the rest exactly is looked for then.
+    # Take slightly too few units; then search the spare ones for a set that fills the rest exactly.
     n, left = 0, length - least
     while (left < 2 * mean and n > 0) or left > 8 * mean:
         n = max(0, n + round(left / mean) - 4)
@@ -129,7 +129,7 @@ def write(task: str, example_id: str, plan: str, length: int, measure: Callable[
             best, best_left = [*units[:n], *tail], left
         if left == 0:
             break
-        # tokens may merge across units, so that the parts do not quite add up
+        # tokens may merge across units, so that the counts of the parts do not add up exactly
         wanted += left
         spare, cost = spare[1:] + spare[:1], cost[1:] + cost[:1]
     return _lay_out(fixed, best)

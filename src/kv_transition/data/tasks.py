@@ -152,7 +152,7 @@ _READER_QA = Task(
     chat_template=False,
 )
 
-# Every answer of these is wanted, not the best of several. What the documents say is in `kv_transition.data.ruler`.
+# These tasks require every answer, not the best of several. `kv_transition.data.ruler` makes the documents.
 _NEEDLE = Task(
     "",
     "string_match_all",

@@ -51,7 +51,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     if not tokenizer.is_fast:
         raise UserError(f"model.name: the tokenizer of {name!r} has no fast version (tokenizer.json), which is needed")
     if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
-        # what some classes make of no files at all
+        # what some classes return without any file
         raise UserError(
             f"model.name: the tokenizer of {name!r} knows no words; put its tokenizer.json beside the weights"
         )

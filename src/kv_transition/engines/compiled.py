@@ -72,7 +72,7 @@ class CompiledDecoder:
         remade = self._memory is None or not self._memory.holds(states, room)
         if remade:
             rows = max(len(states), 0 if self._memory is None else self._memory.rows)
-            # the old buffers go before the new ones come
+            # free the old buffers before allocating the new ones
             self._memory = None
             self._memory = _Memory(states, rows, room, self.engine)
         self._taken = self._memory.fill(states)
@@ -83,7 +83,7 @@ class CompiledDecoder:
                 for _ in range(_RUNS_TO_RECORD):
                     self._run()
             except torch.OutOfMemoryError:
-                # or half the batch would be given the same buffers
+                # otherwise half of the batch would get the same buffers
                 self._memory = None
                 raise
         self._steps, self._room = 0, room
@@ -177,7 +177,7 @@ class _Memory:
         self.slots = {windowed: torch.zeros(1, dtype=torch.int64, device=device) for windowed in longest}
         fixed = (*self.keys, *self.values, *self.biases, self.ids, self.position_ids, *self.slots.values())
         for tensor in fixed:
-            # or a replayed graph would copy each of them before every token
+            # otherwise a replayed graph would copy each of them before every token
             torch._dynamo.mark_static_address(tensor)
 
     def holds(self, states: Sequence[CacheState], room: int) -> bool:
@@ -192,7 +192,7 @@ class _Memory:
         self.position_ids.zero_()
         self.position_ids[: len(states), 0] = torch.tensor([s.length - s.shift for s in states])
         for number, window in enumerate(self.windows):
-            # Rows without a sequence see nothing but their own new tokens.
+            # Rows without a sequence see only their own new tokens.
             self.biases[number][..., : ends[window is not None]] = -torch.inf
             self.biases[number][..., ends[window is not None] :] = 0
         return [

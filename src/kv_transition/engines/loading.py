@@ -49,7 +49,7 @@ def load_model(
         refuse_unsupported(config, name)
         with gguf.without_progress_bars(), _without_reports():
             model, found = AutoModelForCausalLM.from_pretrained(
-                # what does not fit is named below, in one sentence
+                # a mismatch is reported below, in one sentence
                 place, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )  # fmt: skip
         _refuse_unfit(found, name)
@@ -97,7 +97,7 @@ def _refuse_unfit(found: Mapping[str, Any], name: str) -> None:
 def refuse_damaged(model: torch.nn.Module, name: str) -> None:
     """Raise UserError for a model with weights that are no finite numbers: every answer would be noise."""
     for key, weight in model.named_parameters():
-        # a sum is cheap, and not finite where an entry is not
+        # a sum is cheap, and is not finite if an entry is not
         if not weight.is_floating_point() or weight.is_meta or torch.isfinite(weight.sum(dtype=torch.float32)):
             continue
         if bad := int((~torch.isfinite(weight)).sum()):
@@ -118,7 +118,7 @@ def layer_devices(model: torch.nn.Module) -> list[torch.device]:
 
 
 def _device(module: torch.nn.Module) -> torch.device:
-    # weights that accelerate has put aside are on no device until they are used
+    # weights that accelerate has offloaded are on no device until they are used
     used_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return next(module.parameters()).device if used_on is None else torch.device(used_on)
 

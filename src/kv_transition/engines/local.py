@@ -63,7 +63,7 @@ class LocalEngine:
         dtype = model.dtype
         self.attention = attend.choose(attention, self.device, dtype)
         self.statistics_asked = statistics
-        # what reads a merged or padded cache may differ: each call of `auto` takes what serves it
+        # a merged or padded cache may need another implementation: `auto` chooses for each call
         self.statistics_by = attention_statistics.choose(
             self.device.type, dtype, head_dim=_head_dim(model.config), implementation=statistics
         )
@@ -186,7 +186,7 @@ class LocalEngine:
         tokens if ``scored`` says how many logits a piece may have.
         """
         state = state or CacheState(layers=(), length=0)
-        if statistics & MOMENTS:  # one cannot be kept up without the other
+        if statistics & MOMENTS:  # neither can be maintained without the other
             statistics |= MOMENTS
         self._require(statistics, state)
         ids = torch.tensor(tokens, device=self.device).reshape(-1, len(tokens) if _is_flat(tokens) else len(tokens[0]))
@@ -212,7 +212,7 @@ class LocalEngine:
         reading = self._reading(state, ids.shape[1], statistics, room, seen, before_attention)
         logits = self._logits(ids, reading, logits_to_keep)
         last = logits[:, -1]
-        # a state that outlives the reading must not keep all of its logits alive
+        # the state must not keep all logits of the forward pass alive
         last = last.clone() if logits_to_keep > 1 else last
         after = CacheState(
             layers=tuple(reading.read),

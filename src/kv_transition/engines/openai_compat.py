@@ -126,7 +126,7 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def _opened(self) -> AsyncIterator[openai.AsyncOpenAI]:
-        # A proxy of the environment is not asked for what runs on this machine.
+        # Requests to this machine do not use a proxy of the environment.
         http = openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.base_url))
         async with openai.AsyncOpenAI(
             base_url=self.base_url,

@@ -140,7 +140,7 @@ class Reading:
             implementation=self.output_by,
         )
         if new.window is not None:
-            # one more than the next token sees, so that the last token can be taken back
+            # one more than the next token sees, so that the last token can be removed again
             return output, replace(new.cut(max(0, new.n - new.window), new.n), room=None)
         return output, self._with_statistics(new, queries, k, projection)
 
@@ -166,7 +166,7 @@ class Reading:
                 own = found.entropy.unsqueeze(-2).expand(*new.positions.shape[:-1], q)
                 changed["query_entropy"] = torch.cat([new.query_entropy[..., :-q], own], -1)
         if "recent_queries" in kept:
-            # a copy, lest a view of 64 queries keeps those of the whole prompt alive
+            # a copy, because a view of 64 queries would keep those of the whole prompt alive
             changed["recent_queries"] = torch.cat([new.recent_queries, queries], -2)[..., -WINDOW:, :].clone()
         if "output_norm" in kept:
             q = queries.shape[-2]

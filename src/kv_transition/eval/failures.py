@@ -32,7 +32,7 @@ MIN_DEGENERATE_WORDS = 24
 MAX_LINES = 3
 MAX_TIMES_GOLD = 10
 
-# Both kinds are looked for in the first sentence only, so that a summary may quote somebody who does not know.
+# Only the first sentence is searched, so that a summary may quote somebody who does not know.
 _OPENING_CHARACTERS = 200
 _CANNOT = r"(cannot|cant|can not|could not|couldnt|will not|wont|(am|im) (unable|not able) to)"
 _DOES_NOT = r"(does not|doesnt|do not|dont|did not|didnt)"

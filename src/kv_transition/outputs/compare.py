@@ -25,7 +25,7 @@ from kv_transition.studies.grid.tables import SCORES
 CELL = ["task", "mode", "policy", "budget"]
 UNIT = [*CELL, "example_id", "repeat"]
 SAME = ["question", "answers"]
-# What tells two experiments apart anyway, or only says where they lie.
+# Keys that always differ between experiments, or only name a place.
 _NO_SETTING = ("experiment", "output", "report", "provenance", "hardware")
 
 
@@ -118,7 +118,7 @@ def differences(a: pl.DataFrame, b: pl.DataFrame, statistics: Statistics) -> pl.
 
     ``score`` and ``failure_rate``; over all bins also ``score_ratio`` (B over A) and ``speedup`` (A's time over B's).
     """
-    # The project's own comparison, in which A takes the full cache's place and B that of a policy.
+    # Use the comparison with the full cache, with A as the full cache and B as the policy.
     cells = pl.concat([frame.select(CELL) for frame in (a, b)]).unique().sort(CELL).with_row_index("cell")
     one, other = (frame.join(cells, on=CELL).with_columns(task=pl.col("cell").cast(pl.String)) for frame in (a, b))
     one = one.with_columns(policy=pl.lit("full"), budget=pl.lit("r1"))

@@ -68,7 +68,7 @@ def write_partial(settings: Settings) -> Path:
         raise UserError(f"{files.root}: the cells that are there hold no answer yet; run more of them first")
     extra = {name: str(folder / f"{name}.parquet") for name in EXTRA}
     statistics = settings.statistics.model_dump()
-    if plan.enabled:  # the data on the way to a look are not claimed more of than that look may claim
+    if plan.enabled:  # use the level of the next look for data that were collected on the way to it
         taken = sum(Path(files.allocation(look)).is_file() for look in range(len(pieces)))
         look = min(taken, len(pieces) - 1)
         statistics["confidence"] = adaptive.confidence(

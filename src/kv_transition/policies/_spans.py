@@ -70,7 +70,7 @@ class EntropySpans(Policy):
 
     def compress_layer(self, layer: Layer, index: int, k: int, length: int, seed: int, keep_last: bool) -> Layer:
         if k == 1 and keep_last:
-            # nothing but the last entry has a place
+            # only the last entry fits
             return layer.select(layer.positions.new_full((*layer.positions.shape[:-1], 1), layer.n - 1))
         return self.reduced(layer, self.plan(layer, k, keep_last=keep_last))
 

@@ -27,7 +27,7 @@ class Random(Scored):
     """false: one draw for all heads and layers, as in the memory study's control"""
 
     def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
-        # Drawn on the CPU, so that every device forgets the same entries.
+        # Drawn on the CPU, so that the choice does not depend on the device.
         generator = torch.Generator().manual_seed(seed * 10_007 + (index + 1 if self.per_head else 0))
         rows = layer.positions.shape[-2] if self.per_head else 1
         return torch.rand(rows, layer.n, generator=generator).to(layer.positions.device)

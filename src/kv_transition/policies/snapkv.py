@@ -37,7 +37,7 @@ class SnapKV(Scored):
     """neighbours that are pooled"""
 
     def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
-        # A tiny budget leaves no room for the window; the last query still observes.
+        # A tiny budget has no space for the window; the last query still votes.
         observers = max(1, min(self.in_window(k), layer.recent_queries.shape[-2]))
         at = length - observers + torch.arange(observers, device=layer.positions.device)
         queries = layer.recent_queries[..., -observers:, :]

@@ -76,10 +76,10 @@ class StreamingLLM(Policy):
                 "not known here; use positions: original for this model"
             )
         k = self.keep(k)
-        # fewer than protected where an earlier, smaller budget had no place for them
+        # fewer than protected if an earlier, smaller budget had no space for them
         sinks = int((kept.evictable[0].positions < self.protected(k)).sum(-1).amin())
         following = state.length - state.shift
-        # how far everything is turned back: an int, or [B, 1, 1]
+        # positions that all keys are rotated back: an int, or [B, 1, 1]
         back = (following - k) * (following >= 2 * k)
         if isinstance(back, Tensor) and not back.any():
             back = 0

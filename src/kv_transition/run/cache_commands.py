@@ -37,7 +37,7 @@ def create(
         from kv_transition.budget import Budget
         from kv_transition.policies.catalog import is_press, resolve
 
-        # what can be wrong is said before a model is loaded
+        # errors are reported before a model is loaded
         kept = Budget.parse(budget) if budget[:1] in ("r", "t") else Budget.of_fraction(budget, "--budget")
         kind, hyper_parameters = resolve(policy, _options(option))
         if is_press(kind):

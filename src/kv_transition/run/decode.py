@@ -167,7 +167,7 @@ def let_in(
     before_attention: BeforeAttention | None = None,
 ) -> CacheState:
     """Return the state after the last tokens of the prompt were read against the compressed cache."""
-    # Room for the answer is of use only to a cache that grows.
+    # Only a cache that grows needs space for the answer.
     room = 0 if setting.while_decoding else answer.max_new_tokens
     started = engine.clock()
     state = engine.extend(state, tokens, setting.while_decoding, room, before_attention=before_attention)

@@ -78,7 +78,7 @@ def load_engine(model: dict[str, Any], threads: int) -> LocalEngine:
 
     torch.set_num_threads(threads)
     engine = _held.get(digest(model)) or _load(model)
-    engine.peak_memory_mb()  # loading it, and the job before, are no part of this job's peak
+    engine.peak_memory_mb()  # exclude the load and the previous job from this job's peak
     return engine
 
 

@@ -43,7 +43,7 @@ class Forked:
 
     def __init__(self) -> None:
         self._jobs: dict[int, _Job] = {}
-        # Nothing is ever written to it: where it is closed, the worker is gone, and its jobs have nobody to answer to.
+        # Nothing is written to it: if it is closed, the worker has ended, and its jobs must end.
         self._alive, self._life = os.pipe()
 
     @property

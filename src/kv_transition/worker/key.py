@@ -13,14 +13,14 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 
-# Read when libraries are imported or a model is loaded: the job would have found them so, and so must its worker.
+# Read when libraries are imported or a model is loaded, so the worker must have the values of the job.
 _READ_AT_IMPORT = (
     "ACCELERATE_", "ALTAIR_", "ATEN_", "BNB_", "CUBLAS", "CUDA_", "CUDNN", "GLIBC_", "GOMP_", "GOTO_", "HF_",
     "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL", "NCCL_", "NUMBA_", "NUMEXPR_", "NVIDIA_", "OMP_",
     "OPENBLAS", "POLARS_", "PYTHON", "PYTORCH_", "RAYON_", "SAFETENSORS_", "TOKENIZERS_", "TORCH",
     "TRANSFORMERS_", "TRITON_", "TZ", "USE_", "VECLIB_", "XDG_",
 )  # fmt: skip
-# What a submission starts ends with it, so that no other may count on it.
+# A worker ends with the submission that started it, so other submissions must not use it.
 _SUBMISSION = ("SLURM_JOB_ID", "SLURM_STEP_GPUS", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "_CONDOR_SLOT")
 
 

@@ -33,7 +33,7 @@ class Place:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock for starting or ending this worker. The lock of a killed process is released."""
-        # never deleted: who waits for the lock of a deleted file would hold it beside someone else
+        # never deleted: a process that waits for the lock of a deleted file would hold it beside another one
         handle = os.open(self.folder / f"{self.name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -63,7 +63,7 @@ def _is_private(folder: Path) -> bool:
     """Return whether the folder (created if needed) belongs to this user and nobody else can open it."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()  # a link that someone else has laid there is no folder
+        found = folder.lstat()  # a symbolic link of another user is not accepted
     except OSError:
         return False
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077

@@ -39,7 +39,7 @@ _JOBS = (
     "kv_transition.studies.recall.run",
     "kv_transition.studies.perplexity.run",
     "kv_transition.studies.chat.run",
-    # reading a table imports it, and pandas with it
+    # imported when a table is read, and pandas with it
     "pyarrow.dataset",
 )
 
@@ -73,7 +73,7 @@ def main() -> None:
     try:
         try:
             carrier = _loaded(worker)
-        except (Exception, SpentError) as error:  # whatever it is, jobs meet it too and say it in their own words
+        except (Exception, SpentError) as error:  # jobs meet the same error and report it themselves
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             _refuse(listener, f"the worker could not load what it is to hold ({reason})")
             return
@@ -105,7 +105,7 @@ def _loaded(worker: Worker) -> Carrier:
     _require_unchanged(worker)
     on_gpu = importlib.import_module("kv_transition.engines.loading").usable_device(worker.model["device"]) != "cpu"
     if not on_gpu:
-        # the threads of a pool would be missing in what is forked
+        # a fork would lack the threads of a pool
         torch.set_num_threads(1)
     importlib.import_module("kv_transition.run.job").hold(worker.model)
     if on_gpu:

@@ -182,7 +182,7 @@ def answer_nll(engine: LocalEngine, played: Sequence[Played]) -> list[float | No
         ids += [*one.answer.tokens, *one.turn.closing]
     if len(ids) < 2:
         return [None] * len(spans)
-    # the first token is foretold by nothing
+    # no logits predict the first token
     _, nats = engine.score(None, ids[:-1], ids[1:], frozenset())
     return [float(nats[start - 1 : end - 1].mean()) if end > start else None for start, end in spans]
 
@@ -276,7 +276,7 @@ def conversation_rows(
         row |= _measured(engine, one, token_bytes)
         for when, state in (("before", one.before), ("after", one.after)):
             made.layers += [key | {"turn": number, "when": when} | layer for layer in anatomy(state)]
-        # their tensors are no longer needed, and the next turn may need the room
+        # free their tensors, because the next turn may need the memory
         one.before = one.after = None
     if spec["answer_nll"]:
         for row, nll in zip(made.rows, _nll_if_it_fits(engine, played), strict=False):
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     conversations = job.read_bin(arguments.conversations)
     tokenizer = load_tokenizer(spec["model"]["name"], spec["model"]["revision"])
     chat = spec["chat_template"] == "auto" and tokenizer.chat_template is not None
-    # all of them before the model is loaded, so that a template that cannot be used costs no time on a GPU
+    # before the model is loaded, so that an invalid template costs no GPU time
     turns = [turns_of(tokenizer, conversation, chat) for conversation in conversations]
     engine = job.load_engine(spec["model"], arguments.threads)
     rows: list[Row] = []

@@ -98,7 +98,7 @@ def cut(words: Words, fits: Any) -> Words:
     """Return the words without as few as possible, in the order given above, such that ``fits`` holds."""
     versions = list(_shorter(words))
     low, high = 0, len(versions) - 1
-    # a word less may be a token more at the seam, so what is found is looked at again
+    # one word less may be one token more at the seam, so the result is checked again
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(versions[middle]) else (middle + 1, high)

@@ -59,7 +59,7 @@ def step_entropies(
     """Return the entropy in nats of the distribution of each token of a greedy answer with the full cache."""
     state = engine.prefill(context_ids, question_ids, frozenset()).prompt
     entropies = []
-    # the last token is said and not read, so it is no step
+    # the last token is generated and not read, so it is not a step
     for left in range(max_new_tokens - 1, 0, -1):
         token = int(state.logits.argmax())
         if token in engine.eos:

@@ -150,7 +150,7 @@ def along_length(results: Results, figure: str) -> Spec:
     return panels.compose({"vconcat": rows, "spacing": 26}, data, title, *subtitle)
 
 
-# Where the machinery failed, where the model said nothing useful, where it declined.
+# Failures of the engine, useless answers, refusals.
 FAILURE_COLORS = dict(
     zip(
         LABELS,

@@ -185,7 +185,7 @@ def rows(
     prompts = {example["example_id"]: example["prompt_sha256"] for example in examples}
     done = {key: row for key, row in done.items() if row["prompt_sha256"] == prompts.get(key[0])}
     missing = [(example, repeat) for example, repeat in units if (example["example_id"], repeat) not in done]
-    # the longest first, as the local engine does: what does not fit is known at once
+    # the longest first, as in the local engine, so that a lack of memory shows at once
     missing.sort(key=lambda unit: -unit[0]["prompt_len"])
     requests = [request_of(spec, *unit) for unit in missing]
     if missing:
@@ -242,7 +242,7 @@ def _row(reply: Reply, example: Row, spec: Row, memory: Watch, alone: bool) -> R
     kv = dict(reply.kv or {})
     seconds = {"ttft_s": reply.ttft_s, "decode_s": reply.decode_s, "latency_s": reply.latency_s}
     if kv:
-        # its clock is that of the local engine: without the way, the queue, and prompts that it had read before
+        # its clock is that of the local engine: without network, queue, and prompts that it had read before
         http |= seconds
         seconds["latency_s"] = kv["prefill_s"] + kv["compress_s"] + kv["decode_s"]
     begin, end = reply.window or (0.0, 0.0)

@@ -89,7 +89,7 @@ def _local(section: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], str]]
         yield from _file(root, root.name, section)
         return
     files = sorted(file for file in root.rglob("*") if file.name.endswith(TEXTS + TABLES))
-    # texts with a list of them beside: the list is no book
+    # a list beside the texts is not a book
     chosen = [file for file in files if file.name.endswith(TEXTS)] or files
     for file in chosen:
         yield from _file(file, file.relative_to(root).as_posix(), section)

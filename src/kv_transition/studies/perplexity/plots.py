@@ -91,7 +91,7 @@ def _scaled(row: Row, level: float) -> Row:
 
 _TIP = {"name": "policy", "kept": "kept", "interval": "perplexity [interval]", "ratio": "over the full cache's",
         "n": "windows", "books": "books"}  # fmt: skip
-# ratios are what matters, so equal factors are equally far apart
+# log scale: equal ratios have equal distances
 _Y = alt.Y(
     "estimate:Q",
     scale=alt.Scale(type="log", nice=False, padding=12),

@@ -19,7 +19,7 @@ from kv_transition.studies.recall.observations import LEVELS, read_observations
 from kv_transition.studies.recall.verdict import FAILS, HOLDS
 
 KEY = ["task", "policy", "granularity", "memory"]
-# A policy is drawn as the study has it where that was observed, else as it could be.
+# A policy is drawn in the study's form if that was observed, else in the first form that was.
 PREFERRED = (("global", "ideal"), ("per_head", "ideal"), ("global", "irreversible"), ("per_head", "irreversible"))
 BINS = ("low\n< 1 nat", "medium", "high\n> 2.5 nats")
 POINTS = 150  # of a policy and budget in the scatter

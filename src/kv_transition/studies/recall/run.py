@@ -126,7 +126,7 @@ class _Altered:
 
     def divergence(self, mask: Tensor) -> float:
         """Return the KL divergence, in nats, of the distribution with the entries of a mask [R, n] only."""
-        # both memories may hold one and the same set
+        # both memories may hold the same set
         if id(mask) not in self._known:
             self._known[id(mask)] = self._divergence(mask)
         return self._known[id(mask)]
@@ -173,7 +173,7 @@ def _compare(
         gold = torch.stack([golds[columns[i][2]] for i in chosen])
         sizes = torch.tensor([columns[i][1] for i in chosen], device=row.device)[:, None]
         hits = (pred & gold).sum(-1).double() / sizes  # [b, R]
-        # all of it may lie on the token itself
+        # all attention may be on the token itself
         share = row / row.sum(-1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
         masses = (pred * share).sum(-1).double()
         recall[chosen], mass[chosen] = hits.mean(-1).cpu(), masses.mean(-1).cpu()

@@ -22,7 +22,7 @@ from kv_transition.stats.multiplicity import holm
 
 CRITERIA = ("failures", "repeats", "dispersion")
 COLLAPSED = 0.5  # of the full cache's mean
-# A full cache that answers nearly all or nearly nothing right cannot say how scores would spread at another mean.
+# A full cache with nearly all or nearly no answer right cannot show the spread of scores at another mean.
 INFORMATIVE = (0.1, 0.9)
 
 

@@ -165,7 +165,7 @@ def _joined(scores: pa.Table) -> tuple[pl.DataFrame, dict[tuple[str, int], tuple
     frame = example_values(scores).filter(~pl.col("alias"))
     ends = frame.group_by("task", "bin").agg(pl.col("token_len").min(), pl.col("token_len").max().alias("last"))
     ranges = {(task, b): (int(low), int(high)) for task, b, low, high in ends.iter_rows()}
-    # An answer that the machinery could not give has no score; here it is worth nothing, as it is to a reader.
+    # An answer that failed in the engine has no score; here it counts as 0, as for a reader.
     lost = pl.col("score").is_null() & (pl.col("failed") > 0)
     frame = frame.with_columns(score=pl.when(lost).then(0.0).otherwise(pl.col("score")))
     joined = frame.filter(~is_full()).join(
