@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from kv_transition.tables import FLOAT, INT, TEXT
 
-# The sets that a policy would hold and a step of the full cache needed: a row for each sequence (example_id, prompt_kind),
+# The entries that a policy would hold and that a step needed: a row for each sequence (example_id, prompt_kind),
 # step, policy, budget, granularity and memory. Nats; n entries before the step's token, of which k may be held. Shares
 # of those k (recall; gold_new: not gold at the step before) and of the attention that the n receive (gold_mass_kept).
 # Gaps: KL of the next token's distribution by what is held alone, and without the gold entries, from the full cache's.
