@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean faults docs
+.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm test-harness lm-eval lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean faults docs
 
 demo: $(VENV)/ready
 	@python -m kv_transition all --config $(CONFIG)
@@ -75,6 +75,20 @@ docs: .venv-docs/ready
 # what the tests of the Triton kernels need, in torch's interpreter and compiler: a gigabyte
 kernels: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-deps triton==3.9.0
+
+# lm-evaluation-harness in an environment of its own, which sees the packages of the other one
+lm-eval: .venv-lm-eval/ready
+
+.venv-lm-eval/ready: $(VENV)/ready
+	$(PYTHON) -m venv .venv-lm-eval
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > .venv-lm-eval/shared
+	cp .venv-lm-eval/shared "$$(.venv-lm-eval/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	.venv-lm-eval/bin/pip install --quiet 'lm-eval==0.4.13' 'peft==0.21.2'
+	echo '$(CURDIR)/src' >> "$$(.venv-lm-eval/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	touch $@
+
+test-harness: .venv-lm-eval/ready
+	.venv-lm-eval/bin/python -m pytest -n 0 tests/test_harness.py
 
 # train the embedded model again: at most an hour on two cores
 tiny-reader: $(VENV)/ready

@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # from top to bottom; what shares a line may import each other
 LAYERS = [
-    {"cli", "__main__", "quickstart"},
+    {"cli", "__main__", "quickstart", "harness"},
     {"doctor"},
     {"preflight"},
     {"plan"},

@@ -44,6 +44,7 @@ UNSEEN = {
 # imported where they are installed: what for
 OPTIONAL = {
     "gguf": "models in GGUF files; the extra gguf",
+    "lm-eval": "the harness; the extra lm-eval, in an environment of its own",
     "flash-attn": "attention on GPUs; built from source by pip, so it comes with conda",
     "kvpress": "its presses; in an environment of its own",
     "triton": "statistics on GPUs, where torch brings it along",

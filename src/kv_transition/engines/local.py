@@ -172,6 +172,18 @@ class LocalEngine:
             done += logits.shape[1]
         return after, torch.cat(nats, -1)
 
+    @torch.inference_mode()
+    def logits(
+        self,
+        state: CacheState | None,
+        tokens: Sequence[int],
+        statistics: frozenset[str] = STATISTICS,
+        before_attention: BeforeAttention | None = None,
+    ) -> tuple[CacheState, Tensor]:
+        """Return the state after reading ``tokens`` as `extend` does, and the logits fp32 [n, V] after each of them."""
+        pieces = [*self._pieces(state, tokens, statistics, 0, None, before_attention, _SCORED)]
+        return pieces[-1][0], torch.cat([logits[0] for _, logits in pieces])
+
     def _pieces(
         self,
         state: CacheState | None,

@@ -1,0 +1,199 @@
+"""lm-evaluation-harness on a compressed cache: its own `hf` model, whose prompts are compressed before the answer.
+
+Prompts, truncation, stop sequences and batches are the harness's; only the cache is ours. At policy ``full`` responses
+are those of `hf`, and log-likelihoods to 1e-5 (tests/test_harness.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from kv_transition.api.chosen import setting_of
+from kv_transition.api.evicting_cache import EvictingCache
+from kv_transition.api.model import load
+from kv_transition.cache.state import CacheState
+from kv_transition.engines.local import LocalEngine
+from kv_transition.errors import UserError
+from kv_transition.policies.base import Watcher
+from kv_transition.run.decode import Setting
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""the texts of context and continuation (None of a text that is read from its beginning), and the tokens of both"""
+
+_OPTION = "policy."
+_PIECE = 256
+"""tokens whose logits are held at a time"""
+
+
+@register_model("kv_transition")
+class CompressedLM(HFLM):
+    """A model whose KV cache is compressed to a budget after the prompt, or before the question in it.
+
+    policy, budget, seed: as in the library (docs/python.md); ``policy.window=16`` sets a hyper-parameter.
+    mode: ``after_prompt``, or ``before_question``, which compresses up to the last ``separator`` of a prompt and then
+    reads the rest. pretrained: folder, hub id, GGUF file, or a transformers model. Other arguments are those of `hf`.
+
+    Log-likelihoods: a continuation is read token by token under a policy that acts at each of them, else at once; the
+    context that requests share is read and compressed once. A text by itself (rolling) is read from its first token, so
+    its policy has to act while reading. Raises UserError where policy and budget do not fit together.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        policy: str = "full",
+        budget: float | str | None = None,
+        mode: str = "after_prompt",
+        separator: str = "\n\n",
+        seed: int = 0,
+        revision: str | None = None,
+        tokenizer: Any = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        **options: Any,
+    ):
+        own = {name.removeprefix(_OPTION): options.pop(name) for name in list(options) if name.startswith(_OPTION)}
+        self._policy, self._budget = {"kind": policy} | own, budget
+        self._setting = setting_of(self._policy, budget, mode)
+        self._separator, self._seed = separator, seed
+        device = "auto" if device is None else device
+        loaded = load(pretrained, tokenizer, chat=False, revision=revision, dtype=dtype, device=device)
+        self._engine: LocalEngine = loaded.engine
+        super().__init__(loaded.engine.model, tokenizer=loaded.tokenizer, **options)
+
+    # -- answers
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any
+    ) -> Tensor:
+        """Return prompts [B, n] padded on the left, with what follows each of them."""
+        rows = [row[seen.bool()].tolist() for row, seen in zip(context, attention_mask, strict=True)]
+        new = max_length - context.shape[1]
+        places = [self._place(row) for row in rows]
+        if self._fit(rows, places):
+            place = places[0] if self._setting.evicts else None
+            cache = EvictingCache(self.model, self._policy, self._budget, context_tokens=place, seed=self._seed)
+            more = {"attention_mask": attention_mask, "past_key_values": cache} | options
+            return super()._model_generate(context, max_length, stop, **more)
+        answers = [
+            self._model_generate(ids := torch.tensor([row], device=context.device), len(row) + new, stop,
+                                 torch.ones_like(ids), **options)[0, len(row):]
+            for row in rows
+        ]  # fmt: skip
+        padded = torch.nn.utils.rnn.pad_sequence(answers, True, self.tokenizer.pad_token_id or 0)
+        return torch.cat([context, padded], 1)
+
+    def _fit(self, rows: Sequence[list[int]], places: Sequence[int | None]) -> bool:
+        """Return whether prompts can be answered as one batch: with the tokens that each has alone."""
+        if len(rows) == 1 or not self._setting.evicts:
+            return True
+        policy, alike = self._setting.policy, len({len(row) for row in rows}) == 1
+        if policy.one_at_a_time or len(set(places)) > 1 or (places[0] is not None and not alike):
+            return False
+        return alike or not policy.acts_each_step
+
+    def _place(self, prompt: Sequence[int]) -> int | None:
+        """Return how many tokens of a prompt are compressed before the rest is read; None: all of them."""
+        if self._setting.mode == "after_prompt":
+            return None
+
+        def separators(n: int) -> int:
+            return self.tokenizer.decode(prompt[:n]).count(self._separator)
+
+        last = separators(len(prompt))
+        place = bisect_left(range(len(prompt)), last, key=separators) if last else 0
+        if not 0 < place < len(prompt):
+            raise UserError(
+                f"mode: before_question compresses up to the last {self._separator!r} of a prompt and reads the rest, "
+                "and a prompt has none or ends with it; give another separator=..., or mode=after_prompt"
+            )
+        return place
+
+    # -- log-likelihoods
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Return log p of each continuation, and whether greedy decoding gives it."""
+        found: dict[int, tuple[float, bool]] = {}
+        shared: tuple[list[int], _Begun] | None = None
+        for number in sorted(range(len(requests)), key=lambda i: requests[i][1]):
+            texts, context, continuation = requests[number]
+            context = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
+            if texts is None:
+                found[number] = self._whole(context, continuation)
+                continue
+            # what watches the steps of an answer is of that answer alone
+            if shared is None or shared[0] != context or shared[1].watcher:
+                shared = context, self._begun(context)
+            found[number] = self._follow(shared[1], continuation)
+            self.cache_hook.add_partial("loglikelihood", texts, found[number])
+        return [found[number] for number in range(len(requests))]
+
+    def _begun(self, context: list[int]) -> _Begun:
+        """Return a context as it is after compression and the reading of its last tokens."""
+        setting, engine, place = self._setting, self._engine, self._place(context)
+        whole = place is None
+        statistics = setting.policy.statistics if setting.evicts else frozenset()
+        state = engine.extend(None, context[:place], statistics)
+        k = setting.entries(state.length)
+        left = setting.compress(state, k, self._seed, keep_last=whole)
+        watcher = setting.policy.watch(self._seed) if setting.evicts else None
+        before = None
+        if whole:  # the last token is read again, so that nothing is drawn from the full cache
+            left, place = left.without_last(), -1
+            before = watcher.before_attention(state.logits[None]) if watcher else None
+        state = engine.extend(left, context[place:], setting.while_decoding, before_attention=before)
+        return _Begun(setting.hold(state, k), k, setting, watcher)
+
+    def _follow(self, begun: _Begun, tokens: list[int]) -> tuple[float, bool]:
+        """Return log p of tokens that follow, and whether each is the most likely one."""
+        state, k, setting, watcher = begun.state, begun.k, begun.setting, begun.watcher
+        logits = [state.logits.float()[None]]
+        step = 1 if setting.evicts and setting.policy.acts_each_step else _PIECE
+        for start in range(0, len(tokens) - 1, step):
+            piece = tokens[start : min(start + step, len(tokens) - 1)]
+            before = watcher.before_attention(state.logits[None]) if watcher else None
+            state, read = self._engine.logits(state, piece, setting.while_decoding, before_attention=before)
+            state = setting.hold(state, k)
+            logits.append(read)
+        return _log_p(torch.cat(logits), tokens)
+
+    def _whole(self, context: list[int], tokens: list[int]) -> tuple[float, bool]:
+        """Return log p of a text that is read from its beginning, held at the budget of the whole of it."""
+        setting = self._setting
+        if setting.evicts and not setting.policy.acts_each_step:
+            raise UserError(
+                f"policy: {self._policy['kind']} compresses a prompt, and loglikelihood_rolling has none; choose full, "
+                "or a policy that acts at each token, such as streaming_llm, h2o or tova"
+            )
+        state = self._engine.extend(None, context, setting.while_decoding)
+        k = setting.entries(len(context) + len(tokens))
+        watcher = setting.policy.watch(self._seed) if setting.evicts else None
+        return self._follow(_Begun(setting.hold(state, k), k, setting, watcher), tokens)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A context that continuations follow."""
+
+    state: CacheState
+    k: int
+    """entries per KV head that the budget allows"""
+    setting: Setting
+    watcher: Watcher | None
+
+
+def _log_p(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
+    """Return log p of tokens by the logits [n, V] that each was drawn from, and whether each is the most likely."""
+    wanted = torch.tensor(tokens, device=logits.device)
+    nats = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    return -float(nats), bool((logits.argmax(-1) == wanted).all())

@@ -1,0 +1,240 @@
+"""The harness's model type: at policy full it is `hf`; under a policy it is what the library answers.
+
+Needs lm-eval, which is no part of the development environment: `make test-harness` runs this in one of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from models import random_model, tokens
+from serving import words
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed here; `make test-harness` runs these tests")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+import kv_transition as kvt  # noqa: E402
+from kv_transition.harness.model import CompressedLM  # noqa: E402
+
+WORDS = words()
+
+
+@pytest.fixture(scope="module")
+def model():
+    ready = random_model("llama")
+    ready.set_attn_implementation("sdpa")
+    return ready
+
+
+def tokenizer():
+    own = words()
+    own.pad_token, own.eos_token, own.bos_token = "w0", "w90", "w91"
+    return own
+
+
+def theirs(model, **options):
+    return HFLM(model, tokenizer=tokenizer(), **options)
+
+
+def ours(model, policy="full", budget=None, **options):
+    return CompressedLM(model, policy, budget, tokenizer=tokenizer(), device="cpu", **options)
+
+
+def text(n, seed):
+    return WORDS.decode([t % 89 for t in tokens(n, seed=seed)])
+
+
+def asked(kind, *arguments):
+    return [Instance(request_type=kind, doc={}, arguments=own, idx=i) for i, own in enumerate(arguments)]
+
+
+# different lengths, a context that two requests share, and an empty one
+PAIRS = [(text(20 + i, i), " " + text(1 + i % 4, 50 + i)) for i in range(6)]
+PAIRS += [(PAIRS[0][0], " w5 w6 w7"), ("", "w3 w4 w5")]
+PROMPTS = [(text(12 + 5 * (i // 2), i), {"until": ["w7"], "max_gen_toks": 8, "do_sample": False}) for i in range(5)]
+SHARED = ["full", "snapkv", "h2o", "tova", "entropy_recall", "adakv", "quantized"]
+
+
+def budget_of(policy):
+    return None if policy in ("full", "quantized") else 0.3
+
+
+def policy_of(policy):
+    return {"policy.tau": 1.0} if policy == "entropy_recall" else {}
+
+
+# -- at policy full: the harness's own model
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_responses_are_those_of_hf(model, batch_size):
+    requests = asked("generate_until", *PROMPTS)
+    assert ours(model, batch_size=batch_size).generate_until(requests) == theirs(
+        model, batch_size=batch_size
+    ).generate_until(requests)
+
+
+def test_log_likelihoods_are_those_of_hf(model):
+    requests = asked("loglikelihood", *PAIRS)
+    mine, own = ours(model).loglikelihood(requests), theirs(model).loglikelihood(requests)
+    assert [p for p, _ in mine] == pytest.approx([p for p, _ in own], abs=1e-5)
+    assert [greedy for _, greedy in mine] == [greedy for _, greedy in own]
+
+
+@pytest.mark.parametrize("max_length", [None, 16])
+def test_texts_are_rolled_as_by_hf(model, max_length):
+    requests = asked("loglikelihood_rolling", *[(text(n, n),) for n in (1, 15, 60)])
+    mine = ours(model, max_length=max_length).loglikelihood_rolling(requests)
+    assert mine == pytest.approx(
+        theirs(model, max_length=max_length).loglikelihood_rolling(requests), rel=1e-6, abs=1e-5
+    )
+
+
+def task(folder, name, **changes):
+    rows = [{"context": text(20, i), "gold": i % 2, "answer": text(2, i)} for i in range(6)]
+    (folder / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+    described = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.json")}},
+        "test_split": "test", "doc_to_text": "{{context}}", "metadata": {"version": 1},
+    } | changes  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(described))
+    return name
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """A task of each kind, from files."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    generation = {"until": ["w7"], "max_gen_toks": 6, "do_sample": False}
+    return folder, [
+        task(folder, "choice", output_type="multiple_choice", doc_to_choice=["w1", "w2 w3"], doc_to_target="gold",
+             metric_list=[{"metric": "acc"}]),
+        task(folder, "said", output_type="generate_until", doc_to_target="{{answer}}", generation_kwargs=generation,
+             metric_list=[{"metric": "exact_match"}]),
+        task(folder, "rolled", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{context}}",
+             metric_list=[{"metric": "word_perplexity"}]),
+    ]  # fmt: skip
+
+
+def evaluated(lm, tasks):
+    folder, names = tasks
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    return lm_eval.simple_evaluate(lm, tasks=names, task_manager=manager, bootstrap_iters=10, log_samples=True)
+
+
+def test_whole_tasks_come_out_as_with_hf(model, tasks):
+    mine, own = evaluated(ours(model), tasks), evaluated(theirs(model), tasks)
+    for name in tasks[1]:
+        scores = {key: value for key, value in own["results"][name].items() if isinstance(value, float)}
+        assert {key: mine["results"][name][key] for key in scores} == pytest.approx(scores, rel=1e-5, nan_ok=True)
+        assert len(mine["samples"][name]) == 6
+        if name == "said":
+            answers = [[s["resps"] for s in found["samples"][name]] for found in (mine, own)]
+            assert answers[0] == answers[1]
+
+
+# -- under a policy: what the library answers
+
+
+@pytest.mark.parametrize("policy", SHARED)
+@pytest.mark.parametrize("mode", ["after_prompt", "before_question"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_responses_are_those_of_the_library(model, policy, mode, batch_size):
+    until = {"until": ["w96"], "max_gen_toks": 6, "do_sample": False}
+    prompts = [f"{text(20 + 4 * (i // 2), i)} w89 {text(3, i)}" for i in range(4)]
+    options = {"mode": mode, "separator": "w89", "batch_size": batch_size} | policy_of(policy)
+    got = ours(model, policy, budget_of(policy), **options).generate_until(
+        asked("generate_until", *[(prompt, until) for prompt in prompts])
+    )
+    own, read = kvt.load(model, tokenizer(), chat=False), []
+    kind = {"kind": policy} | ({"tau": 1.0} if policy == "entropy_recall" else {})
+    for prompt in prompts:
+        ids = tokenizer()(prompt).input_ids
+        cut = len(ids) - 3 if mode == "before_question" else len(ids) - 1
+        reply = own.read(ids[:cut]).ask(ids[cut:], kind, budget_of(policy), mode=mode, max_new_tokens=6)
+        read.append(reply.text.split("w90")[0])  # the harness stops at the text of the end token
+    assert got == read
+
+
+@pytest.mark.parametrize("policy", SHARED)
+def test_log_likelihoods_are_those_of_the_tokens_that_are_drawn(model, policy):
+    """The greedy continuation of the library is the most likely one, and its entropy's distribution gives log p."""
+    context = tokenizer()(text(30, 3)).input_ids
+    kind = {"kind": policy} | ({"tau": 1.0} if policy == "entropy_recall" else {})
+    own = kvt.load(model, tokenizer(), chat=False).read(context[:-1])
+    drawn = own.ask(context[-1:], kind, budget_of(policy), mode="after_prompt", max_new_tokens=4)
+    lm = ours(model, policy, budget_of(policy), **policy_of(policy))
+    other = [*drawn.tokens[:-1], (drawn.tokens[-1] + 1) % 89]
+    found = lm._loglikelihood_tokens([(("a", "b"), context, list(drawn.tokens)), (("a", "c"), context, other)])
+    assert [greedy for _, greedy in found] == [True, False]
+    assert found[0][0] > found[1][0]
+    if policy == "full":
+        with torch.no_grad():
+            logits = (
+                model(torch.tensor([context + list(drawn.tokens)])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+            )
+        assert found[0][0] == pytest.approx(float(logits.max(-1).values.sum()), abs=1e-5)
+
+
+def test_a_shared_context_is_read_once(model, monkeypatch):
+    lm, fed = ours(model, "snapkv", 0.3), []
+    extend = lm._engine.extend
+    monkeypatch.setattr(lm._engine, "extend", lambda state, ids, *more, **named: (
+        fed.append(len(ids)) or extend(state, ids, *more, **named)
+    ))  # fmt: skip
+    lm.loglikelihood(asked("loglikelihood", *[(text(25, 1), f" w{i}") for i in range(4)]))
+    assert fed == [25, 1]
+
+
+def test_a_text_is_held_at_its_budget_from_its_first_token(model):
+    """Sinks and the newest tokens are all that any token sees: the same with a mask over the whole text."""
+    ids = tokenizer()(text(40, 2)).input_ids
+    lm = ours(model, "streaming_llm", "t10")
+    ((got, _),) = lm._loglikelihood_tokens([(None, [91], ids)])
+    read = torch.tensor([[91, *ids]])
+    i, j = torch.meshgrid(torch.arange(41), torch.arange(41), indexing="ij")
+    seen = (j <= i) & ((j < 4) | (j >= i - 6))
+    mask = torch.zeros(1, 1, 41, 41).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        logits = model(read, attention_mask=mask).logits[0, :-1].log_softmax(-1)
+    assert got == pytest.approx(float(logits.gather(1, read[0, 1:, None]).sum()), abs=1e-3)
+
+
+# -- bad use
+
+
+def test_bad_use_is_a_sentence(model):
+    with pytest.raises(kvt.UserError, match="say how much snapkv keeps"):
+        ours(model, "snapkv")
+    with pytest.raises(kvt.UserError, match="compresses a prompt, and loglikelihood_rolling has none"):
+        ours(model, "snapkv", 0.3).loglikelihood_rolling(asked("loglikelihood_rolling", (text(9, 1),)))
+    with pytest.raises(kvt.UserError, match="compresses up to the last 'w89' of a prompt"):
+        ours(model, "snapkv", 0.3, mode="before_question", separator="w89").loglikelihood(
+            asked("loglikelihood", PAIRS[0])
+        )
+
+
+@pytest.mark.slow
+def test_the_command_line_knows_the_model(tmp_path, tasks):
+    folder, _ = tasks
+    random_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    arguments = f"pretrained={tmp_path / 'model'},policy=snapkv,budget=0.3,device=cpu"
+    command = [
+        sys.executable, "-m", "kv_transition.harness", "run", "--model", "kv_transition", "--model_args", arguments,
+        "--tasks", "choice", "--include_path", str(folder), "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    got = subprocess.run(command, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert "acc,none" in json.loads(results.read_text())["results"]["choice"]
