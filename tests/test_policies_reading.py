@@ -54,7 +54,8 @@ def test_the_second_half_of_the_budget_goes_by_score_times_norm(kind, k):
             own, norms = scores[head], layer.output_norm[head].tolist()
             least = min(0.0, *own)
             first = best(own, max(1, k // 2))
-            product = [(s - least + 1e-4) * norm for s, norm in zip(own, norms, strict=True)]
+            queries = min(6, k // 2) or 1 if kind == "snapkv" else 1  # whose attention a score of snapkv adds up
+            product = [(s - least + 1e-4 * queries) * norm for s, norm in zip(own, norms, strict=True)]
             rest = [j for j in best([-1.0 if i in first else p for i, p in enumerate(product)], k) if j not in first]
             rest = sorted(rest, key=lambda j: (-product[j], j))[: k - len(first)]
             protected = {j for j in range(N) if own[j] == float("inf")}

@@ -16,12 +16,17 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import fmean
 from typing import Any
 
+from kv_transition.data import ruler_more
 from kv_transition.data.records import Record
+from kv_transition.data.ruler_words import cut as _cut
+from kv_transition.data.ruler_words import invented as _invented
+from kv_transition.data.ruler_words import numbers as _numbers
 from kv_transition.data.tasks import get_task
 from kv_transition.errors import UserError
 
@@ -33,13 +38,14 @@ N_COMMON = 5
 COMMON_TIMES = 12
 RARE_TIMES = 3
 
-# Invented words have three of these syllables. No word of the filler or of the sentences below is of that form.
-_SYLLABLES = [consonant + vowel for consonant in "bdklmnprstvz" for vowel in "aeiou"]
 _RARE_WORDS_AT_ONCE = 40
 
 _SPARE_UNITS = 64
 _ATTEMPTS = 12
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+_MAY = "-"
+"""in the place of a depth: a text that may stand in the document, in this order, as far as there is room"""
 
 Plan = list[tuple[float, str]]
 """Depth and text of all that a document must hold, in the order of depth."""
@@ -67,8 +73,14 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
             name = f"{series}-{i:05d}"
             # every prefix of the multiples of the golden ratio covers [0, 1) nearly evenly
             depth = (start + i * _GOLDEN_RATIO) % 1
-            question, answers, plan, meta = _DRAW[task](random.Random(name), depth)
-            lines = [f"{depth:.4f}\t{text}" for depth, text in sorted(plan, key=lambda item: item[0])]
+            rng = random.Random(name)
+            if task in ruler_more.QA:
+                question, answers, plan, meta = ruler_more.draw_qa(dataset, task, rng, depth, i, length)
+            else:
+                question, answers, plan, meta = _DRAW[task](rng, depth)
+            must = sorted(((at, text) for at, text in plan if at is not None), key=lambda item: item[0])
+            lines = [f"{at:.4f}\t{text}" for at, text in must]
+            lines += [f"{_MAY}\t{text}" for at, text in plan if at is None]
             record = {
                 "example_id": name,
                 "question": question,
@@ -96,15 +108,22 @@ def write(task: str, example_id: str, plan: str, length: int, measure: Callable[
     Raises:
         UserError: the prompt is longer than that without any filler.
     """
-    fixed = [(float(depth), text) for depth, _, text in (line.partition("\t") for line in plan.split("\n"))]
+    lines = [(depth, text) for depth, _, text in (line.partition("\t") for line in plan.split("\n"))]
+    fixed = [(float(depth), text) for depth, text in lines if depth != _MAY]
     least = measure(_lay_out(fixed, []))
     if least > length:
         raise UserError(
             f"dataset.lengths: {length} tokens are too few for {task}, whose prompt takes {least} before any filler "
             "with this tokenizer; give lengths well above that"
         )
+    if may := [text for depth, text in lines if depth == _MAY]:
+        there = bisect_right(range(len(may) + 1), length, key=lambda n: measure(_lay_out(fixed, may[:n]))) - 1
+        if there < len(may):
+            return _lay_out(fixed, may[:there])
+        # all of them fit, and plain sentences fill the rest
+        fixed = sorted([*fixed, *(((i + 0.5) / there, text) for i, text in enumerate(may))], key=lambda item: item[0])
     rng = random.Random(f"{example_id} filler")
-    filler = words(rng, {text for _, text in fixed}) if task == "common_words" else sentences(rng)
+    filler = _filler(task, rng, [text for _, text in fixed])
     spare = list(islice(filler, _SPARE_UNITS))
     cost = _costs(spare, measure)
     mean = fmean(cost)
@@ -133,6 +152,12 @@ def write(task: str, example_id: str, plan: str, length: int, measure: Callable[
         wanted += left
         spare, cost = spare[1:] + spare[:1], cost[1:] + cost[:1]
     return _lay_out(fixed, best)
+
+
+def _filler(task: str, rng: random.Random, texts: Sequence[str]) -> Iterator[str]:
+    if task in ruler_more.FILLER:
+        return ruler_more.FILLER[task](rng, texts)
+    return words(rng, set(texts)) if task == "common_words" else sentences(rng)
 
 
 def _lay_out(fixed: Plan, filler: Sequence[str]) -> str:
@@ -188,16 +213,6 @@ def words(rng: random.Random, others: set[str]) -> Iterator[str]:
         block = list(islice(fresh, _RARE_WORDS_AT_ONCE)) * RARE_TIMES
         rng.shuffle(block)
         yield from block
-
-
-def _invented(rng: random.Random, others: set[str] = frozenset()) -> Iterator[str]:
-    """Return different invented words of one length, none of ``others``; none is part of another."""
-    seen = set(others)
-    while True:
-        word = "".join(rng.choices(_SYLLABLES, k=3))
-        if word not in seen:
-            seen.add(word)
-            yield word
 
 
 _TIMES = (
@@ -365,14 +380,4 @@ _DRAW: dict[str, Callable[[random.Random, float], Drawn]] = {
     "niah_multivalue": _niah_multivalue,
     "variable_tracking": _variable_tracking,
     "common_words": _common_words,
-}
-
-
-def _cut(depth: float) -> float:
-    """Four digits, and below 1 whatever it was."""
-    return math.floor(depth * 10_000) / 10_000
-
-
-def _numbers(rng: random.Random, n: int, digits: int) -> list[str]:
-    """Different numbers of so many digits, as text."""
-    return [str(number) for number in rng.sample(range(10 ** (digits - 1), 10**digits), n)]
+} | ruler_more.DRAW

@@ -183,6 +183,20 @@ _RULER = {
         "Question: {input}\nReply with these words only.\nAnswer:",
         max_new_tokens=48,
     ),
+    **dict.fromkeys(("niah_repeat", "niah_needles"), _NEEDLE),
+    **dict.fromkeys(("niah_uuid", "niah_uuid_needles"), replace(_NEEDLE, max_new_tokens=64)),
+    "niah_multiquery": replace(
+        _NEEDLE, template=_NEEDLE.template.replace("the code only", "all of them"), max_new_tokens=128
+    ),
+    "frequent_words": Task(
+        "",
+        "string_match_all",
+        "free",
+        "Below is a coded text. Count how often each coded word stands in it.\n\n{context}\n\n"
+        "Question: {input}\nReply with these words only.\nAnswer:",
+        max_new_tokens=48,
+    ),
+    **dict.fromkeys(("qa_squad", "qa_hotpot"), replace(_SHORT_QA, metric="string_match_part", max_new_tokens=32)),
 }
 
 _REASON = Task(

@@ -33,8 +33,8 @@ class Scored(Policy):
     adakv). global: all heads of all layers share one budget, each with at least one entry (see kvzip).
 
     Weighting projected_values: the best K / 2 scores (rounded down, at least one) stay, and of the others the best by
-    score times the L1 norm of the value as the output projection makes it, mean over the group. To the score 0.0001 is
-    added, and where there are scores below 0 they count from the least one.
+    score times the L1 norm of the value as the output projection makes it, mean over the group. To the score 0.0001 of
+    all attention is added, and where there are scores below 0 they count from the least one.
     """
 
     statistics_where: ClassVar = {
@@ -108,9 +108,14 @@ class Scored(Policy):
         score = score.expand(layer.positions.shape)
         shielded = score.isinf()
         least = score.amin(-1, keepdim=True).clamp_max(0)
-        product = ((score - least).masked_fill(shielded, 0) + _EPSILON) * layer.output_norm
+        epsilon = _EPSILON * self.whole(layer, k)
+        product = ((score - least).masked_fill(shielded, 0) + epsilon) * layer.output_norm
         chosen = top(score, min(max(1, k // 2), layer.n))
         return product.masked_fill(shielded, torch.inf).scatter(-1, chosen, torch.inf)
+
+    def whole(self, layer: LayerCache, k: int) -> float:
+        """The score of an entry that all attention went to, which 0.0001 is a share of."""
+        return 1.0
 
     def plain_score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         """The scores before they are weighted; as of `score`."""

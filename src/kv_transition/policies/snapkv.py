@@ -37,8 +37,14 @@ class SnapKV(Scored):
     """neighbours that are pooled"""
 
     def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
-        # A tiny budget has no space for the window; the last query still votes.
-        observers = max(1, min(self.in_window(k), layer.recent_queries.shape[-2]))
+        observers = self._observers(layer, k)
         at = length - observers + torch.arange(observers, device=layer.positions.device)
         queries = layer.recent_queries[..., -observers:, :]
         return window_sums(queries, at, layer.keys, layer.positions, layer.scale, bias=layer.bias)
+
+    def whole(self, layer: LayerCache, k: int) -> float:
+        return float(self._observers(layer, k))
+
+    def _observers(self, layer: LayerCache, k: int) -> int:
+        # A tiny budget has no space for the window; the last query still votes.
+        return max(1, min(self.in_window(k), layer.recent_queries.shape[-2]))
