@@ -334,7 +334,7 @@ def test_the_experiment_files_pass_the_check(name, monkeypatch):
 
 
 def test_every_task_is_named_in_the_documentation():
-    line = re.search(r"Tasks of ruler: (.*?)\.", (ROOT / "config/README.md").read_text(encoding="utf-8"))
+    line = re.search(r"Tasks of ruler: (.*?)\.", (ROOT / "config/README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert tuple(re.findall(r"`(\w+)`", line[1].split(". The")[0])) == (*TASKS, *MORE)
 
 
