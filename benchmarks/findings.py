@@ -70,3 +70,4 @@ if __name__ == "__main__":
     for (path, place), name in EXCERPTS.items():
         if (sections.KEPT / name).is_dir():
             put(sections.ROOT / path, place, excerpt(name))
+    put(sections.ROOT / "README.md", "real", sections.front())

@@ -285,6 +285,28 @@ def merging() -> list[str]:
     )
 
 
+def front() -> str:
+    """Return the README's first picture and table: what is lost on a language model at three budgets."""
+    found = kept("merging", "perplexity").filter(pl.col("bin").is_null(), pl.col("budget") != "r1")
+    cells = {(r["policy"], r["budget"]): r for r in found.to_dicts()}
+    budgets = sorted({budget for _, budget in cells}, key=labels.budget_order)
+    shown = ["snapkv", "entropy_drop", "entropy_merge", "random"]
+    first = cells[shown[0], budgets[0]]
+    lines = [
+        "![Perplexity over the full cache's by the share of the cache that is gone](docs/images/real_merging.svg)",
+        "",
+        "*SmolLM2-135M-Instruct, a language model of 135M parameters, on PG-19: perplexity over the full cache's, 95 % "
+        f"intervals, n = {first['n']} windows of {first['clusters']} books, exploratory "
+        "([findings](docs/findings.md)).*",
+        "",
+        table(
+            ["policy", *(f"{labels.budget(b)} kept" for b in budgets)],
+            [[f"`{policy}`", *(_ratio(cells[policy, b]) for b in budgets)] for policy in shown],
+        ),
+    ]
+    return "\n".join(lines)
+
+
 def _ratio(row: Row) -> str:
     return "1" if row["ratio_low"] is None else interval(row["ratio"], row["ratio_low"], row["ratio_high"])
 
