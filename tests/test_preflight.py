@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,21 @@ def test_a_database_on_a_full_disk_is_one_sentence(disk):
     assert list(disk.iterdir()) == []
 
 
+def test_times_in_the_future_are_moved_to_now_in_their_order(tmp_path):
+    root, now = tmp_path / "small", time.time()
+    root.mkdir()
+    times = {"old": now - 100, "first": now + 3600, "second": now + 7200}
+    for name, then in times.items():
+        (root / name).write_text("")
+        os.utime(root / name, (then, then))
+    assert "2 files" in preflight.mend_times(small(tmp_path))
+    found = {name: (root / name).stat().st_mtime for name in times}
+    assert found["old"] == pytest.approx(now - 100, abs=0.01)
+    assert found["second"] - found["first"] == pytest.approx(3600, abs=0.01)
+    assert found["second"] <= time.time()
+    assert preflight.mend_times(small(tmp_path)) is None
+
+
 # damaged results
 
 
@@ -183,3 +199,14 @@ def test_a_damaged_manifest_is_refused_before_a_job_can_lose_anything(results, h
     with pytest.raises(UserError, match=r"manifest\.json.*run again") as error:
         preflight.check_manifests(results)
     assert "\n" not in str(error.value)
+
+
+def test_a_cell_of_a_bin_without_examples_is_done(tmp_path):
+    """It was run again each time: it has no row that could carry its hash."""
+    from kv_transition.studies.grid.tables import CELLS
+    from kv_transition.studies.study import Item, Job
+
+    path = tmp_path / "bin0.parquet"
+    provenance.write_table(path, provenance.rows_to_table([], CELLS), {})
+    item = Item("cells", "answers", (Job(str(path), "hash", 0, 0, 0, 0),), "cell_hash")
+    assert [job.path for job in item.state["done"]] == [str(path)]

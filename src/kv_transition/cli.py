@@ -324,6 +324,7 @@ def _snakemake(
         preflight.check_manifests(settings)
         if not dry_run:
             warn(preflight.unlock(settings, config))
+            warn(preflight.mend_times(settings))
         outdated = preflight.outdated(settings, rename=not dry_run)
         warn(preflight.too_long(settings))
     command = [sys.executable, "-m", "snakemake", "--configfile", str(config)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +88,24 @@ def unlock(settings: Settings, config: Path) -> str | None:
     by_hand = f"snakemake --configfile {config} --unlock"
     found = locks.clear(Paths(settings.output.dir, settings.experiment).root, by_hand)
     return "the run before this one was killed; its lock is removed" if found else None
+
+
+def mend_times(settings: Settings) -> str | None:
+    """Move the times of results that lie in the future back to now, in their order; return a sentence about it.
+
+    They are there after a clock was put back. Snakemake refuses what is made from such a file, so nothing that exists
+    is older than it should be. None where there are no such files.
+    """
+    now = time.time()
+    root = Path(settings.output.dir, settings.experiment)
+    found = [(path.stat().st_mtime, path) for path in root.rglob("*") if path.exists()]
+    ahead = [(then, path) for then, path in found if then > now + 1]
+    if not ahead:
+        return None
+    shift = max(then for then, _ in ahead) - now
+    for then, path in ahead:
+        os.utime(path, (then - shift, then - shift))
+    return f"{len(ahead)} files in {root} were up to {shift:.0f} s in the future; their times are mended"
 
 
 def outdated(settings: Settings, rename: bool = True) -> list[str]:

@@ -55,6 +55,10 @@ CELL_FILE, CELL_ROW = 12_000, 300
 OBSERVED_ROW = 40
 
 
+NO_ROWS = "no rows"
+"""in the place of a hash: a bin without examples has no answers, and they cannot be outdated"""
+
+
 @dataclass(frozen=True)
 class Job:
     """One job that runs a model: what it makes, what makes that, and how much is in it."""
@@ -92,7 +96,7 @@ class Item:
             return "missing"
         if job.expected is None or self.hash_column is None:
             return "done"
-        return "done" if _hash(path, self.hash_column) == job.expected else "outdated"
+        return "done" if _hash(path, self.hash_column) in (job.expected, NO_ROWS) else "outdated"
 
     @property
     def left(self) -> list[Job]:
@@ -119,7 +123,9 @@ def _hash(path: Path, column: str) -> str | None:
         found = parsing.read_parquet(path, partitioning=None)
     except UserError:
         return None  # damaged: it is made again
-    return found[column][0].as_py() if found.num_rows and column in found.column_names else None
+    if column not in found.column_names:
+        return None
+    return found[column][0].as_py() if found.num_rows else NO_ROWS
 
 
 @dataclass(frozen=True)
