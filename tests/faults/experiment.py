@@ -56,14 +56,10 @@ class Experiment:
 
         (self.folder / name).write_text(yaml.safe_dump(TINY | {"output": {"dir": place}} | sections, sort_keys=False))
 
-    def start(self, name: str = "small.yaml", environment: dict[str, str] | None = None) -> subprocess.Popen:
+    def start(self, name: str = "small.yaml") -> subprocess.Popen:
         """Start the command line in a session of its own; its output goes to screen.txt."""
         command = [sys.executable, "-m", "kv_transition", self.step, "-c", name, "--cores", "2"]
-        source = str(self.folder / "src")
-        given = environment or {}
-        known = os.environ | {"PYTHONPATH": source, "KVT_WORKER_IDLE_S": "5"} | given
-        if "PYTHONPATH" in given:
-            known["PYTHONPATH"] = f"{given['PYTHONPATH']}{os.pathsep}{source}"
+        known = os.environ | {"PYTHONPATH": str(self.folder / "src"), "KVT_WORKER_IDLE_S": "5"}
         with (self.folder / f"{name}.screen.txt").open("wb") as screen:
             return subprocess.Popen(
                 command, cwd=self.folder, env=known, stdout=screen, stderr=screen, start_new_session=True
@@ -72,11 +68,9 @@ class Experiment:
     def screen(self, name: str = "small.yaml") -> str:
         return (self.folder / f"{name}.screen.txt").read_text(errors="replace")
 
-    def finish(
-        self, name: str = "small.yaml", environment: dict[str, str] | None = None
-    ) -> subprocess.CompletedProcess:
+    def finish(self, name: str = "small.yaml") -> subprocess.CompletedProcess:
         """Run the command line to its end."""
-        process = self.start(name, environment)
+        process = self.start(name)
         process.wait(timeout=900)
         return subprocess.CompletedProcess(process.args, process.returncode, self.screen(name), "")
 

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from faults.experiment import Experiment
 from faults.kills import clear
@@ -15,8 +16,8 @@ from faults.kills import clear
 Figures = dict[str, int]
 
 
-def _finish(experiment: Experiment, environment: dict[str, str] | None = None) -> bool:
-    return experiment.finish(environment=environment).returncode == 0
+def _finish(experiment: Experiment) -> bool:
+    return experiment.finish().returncode == 0
 
 
 def _figures(experiment: Experiment, tries: int, survived: int, place: str = "results") -> Figures:
@@ -97,33 +98,38 @@ pathlib.Path.replace = replace
 """
 
 
-def _patched(experiment: Experiment, body: str) -> dict[str, str]:
-    """Return an environment whose Python replaces files in another way, in the results only."""
-    folder = experiment.folder / "patch"
-    folder.mkdir(exist_ok=True)
+@contextmanager
+def _patched(experiment: Experiment, body: str) -> Iterator[None]:
+    """Let every Python of the run replace files in another way, in the results only."""
     code = _PATCH.format(root=str(experiment.results()), body=textwrap.indent(textwrap.dedent(body), "    "))
-    (folder / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": str(folder)}
+    # beside the package: that folder is on the path of each job
+    patch = experiment.folder / "src/sitecustomize.py"
+    patch.write_text(code)
+    try:
+        yield
+    finally:
+        patch.unlink()
 
 
 def rename_not_atomic(experiment: Experiment) -> Figures:
-    """A file system that copies where it should rename, and a machine that dies in the middle of one copy in four."""
+    """A file system that copies where it should rename, and a machine that dies in the middle of one copy in eight."""
     body = """
         content = self.read_bytes()
         with open(target, "wb") as file:
             file.write(content[: len(content) // 2])
             file.flush()
-            if random.random() < 0.25:
+            if random.random() < 0.125:
                 os._exit(137)
             file.write(content[len(content) // 2 :])
         self.unlink()
         return pathlib.Path(target)
     """
-    environment, tries = _patched(experiment, body), 0
-    while tries < 8:
-        tries += 1
-        if _finish(experiment, environment):
-            break
+    tries = 0
+    with _patched(experiment, body):
+        while tries < 8:
+            tries += 1
+            if _finish(experiment):
+                break
     return _figures(experiment, tries, tries - 1 + int(_finish(experiment)))
 
 
@@ -136,7 +142,9 @@ def seen_a_second_late(experiment: Experiment) -> Figures:
                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         return pathlib.Path(target)
     """
-    return _figures(experiment, 1, int(_finish(experiment, _patched(experiment, body))))
+    with _patched(experiment, body):
+        survived = _finish(experiment)
+    return _figures(experiment, 1, int(survived))
 
 
 KINDS: dict[str, Callable[[Experiment], Figures]] = {

@@ -17,8 +17,8 @@ rule shard:
         end=lambda wildcards: SHARDS[int(wildcards.shard)][1],
         code=code_hash("kv_transition.data.shard"),
     shell:
-        "python -m kv_transition.data.shard --bin {input} --begin {params.begin} --end {params.end}"
-        " --output {output} > {log} 2>&1"
+        "python -m kv_transition.data.shard --bin {input:q} --begin {params.begin:q} --end {params.end:q}"
+        " --output {output:q} > {log:q} 2>&1"
 
 
 rule score_shard:

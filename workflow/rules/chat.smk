@@ -17,7 +17,7 @@ rule conversations:
     params:
         spec=as_json(chat_specs.conversations(SETTINGS)),
     shell:
-        "python -m kv_transition.studies.chat.multiturn --spec {params.spec:q} --output {output} > {log} 2>&1"
+        "python -m kv_transition.studies.chat.multiturn --spec {params.spec:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule chat:
@@ -37,7 +37,7 @@ rule chat:
         spec=lambda wildcards: as_json(chat_specs.cell(SETTINGS, wildcards.policy, wildcards.budget)),
     shell:
         "python -m kv_transition.worker kv_transition.studies.chat.run --spec {params.spec:q} --threads {threads}"
-        " --conversations {input} --output {output.turns} --layers {output.layers} > {log} 2>&1"
+        " --conversations {input:q} --output {output.turns:q} --layers {output.layers:q} > {log:q} 2>&1"
 
 
 JUDGED = SETTINGS.chat.judge is not None

@@ -90,12 +90,12 @@ ALONE = getattr(workflow.global_resources.get("endpoint"), "value", None) == 1
 os.environ[runs.VARIABLE] = runs.current()
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 shell.prefix(
-    f"export PYTHONPATH={os.path.join(REPO, 'src')}"
-    f" KVT_PREFILL_STORE={FILES.prefill_store}:{SETTINGS.prefill.store}:{SETTINGS.prefill.max_gb}"
-    f" KVT_MODELS={FILES.models}"
+    f"export PYTHONPATH={shlex.quote(os.path.join(REPO, 'src'))}"
+    f" KVT_PREFILL_STORE={shlex.quote(f'{FILES.prefill_store}:{SETTINGS.prefill.store}:{SETTINGS.prefill.max_gb}')}"
+    f" KVT_MODELS={shlex.quote(FILES.models)}"
     f" KVT_STATISTICS={','.join(specs.statistics(SETTINGS))}"
     f" KVT_REQUESTS={REQUEST.retries}:{REQUEST.concurrency}:{int(ALONE)}:{SETTINGS.engine.api_key_env or ''}"
-    + ("" if IN_CONDA else f" PATH={os.path.dirname(sys.executable)}:$PATH")
+    + ("" if IN_CONDA else f" PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH")
     + "; "
 )
 

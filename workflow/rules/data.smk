@@ -18,7 +18,7 @@ rule download:
         spec=as_json(grid_specs.download(SETTINGS)) if TASKS else "{}",
     shell:
         "python -m kv_transition.data.download --spec {params.spec:q} --task {wildcards.task}"
-        " --output {output} > {log} 2>&1"
+        " --output {output:q} > {log:q} 2>&1"
 
 
 rule prepare:
@@ -37,7 +37,7 @@ rule prepare:
         outdir=lambda wildcards, output: os.path.dirname(output.manifest),
     shell:
         "python -m kv_transition.data.prepare --spec {params.spec:q} --task {wildcards.task}"
-        " --source {input} --outdir {params.outdir} > {log} 2>&1"
+        " --source {input:q} --outdir {params.outdir:q} > {log:q} 2>&1"
 
 
 rule prefill:
@@ -58,4 +58,4 @@ rule prefill:
         spec=as_json(specs.prefill(SETTINGS)),
     shell:
         "python -m kv_transition.worker kv_transition.run.prefill --spec {params.spec:q} --threads {threads}"
-        " --bin {input} --index {output} > {log} 2>&1"
+        " --bin {input:q} --index {output:q} > {log:q} 2>&1"

@@ -21,7 +21,7 @@ rule calibrate:
         spec=as_json(grid_specs.calibrate(SETTINGS)) if TASKS else "{}",
     shell:
         "python -m kv_transition.worker kv_transition.studies.grid.calibrate --spec {params.spec:q}"
-        " --task {wildcards.task} --threads {threads} --examples {input.examples} --manifest {input.manifest} --output {output} > {log} 2>&1"
+        " --task {wildcards.task} --threads {threads} --examples {input.examples:q} --manifest {input.manifest:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule cell:
@@ -50,8 +50,8 @@ rule cell:
             else "python -m kv_transition.worker kv_transition.studies.grid.run"
         )
         + " --spec {params.spec:q} --threads {threads}"
-        " --bin {input.bin} --output {output} --calibration {input.calibration} --treated {input.treated}"
-        " > {log} 2>&1"
+        " --bin {input.bin:q} --output {output:q} --calibration {input.calibration:q} --treated {input.treated:q}"
+        " > {log:q} 2>&1"
 
 
 localrules:

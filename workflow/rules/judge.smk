@@ -20,5 +20,5 @@ rule judge:
         # verdicts stay here whatever becomes of the output, so that a rerun asks only for those that are missing
         store=FILES.file("chat/judge.sqlite"),
     shell:
-        "python -m kv_transition.studies.chat.judge --spec {params.spec:q} --store {params.store}"
-        " --output {output} {input} > {log} 2>&1"
+        "python -m kv_transition.studies.chat.judge --spec {params.spec:q} --store {params.store:q}"
+        " --output {output:q} {input:q} > {log:q} 2>&1"

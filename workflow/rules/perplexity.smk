@@ -28,7 +28,7 @@ rule perplexity_windows:
     params:
         spec=as_json(perplexity_specs.windows(SETTINGS)),
     shell:
-        "python -m kv_transition.studies.perplexity.windows --spec {params.spec:q} --output {output} > {log} 2>&1"
+        "python -m kv_transition.studies.perplexity.windows --spec {params.spec:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule perplexity:
@@ -49,7 +49,7 @@ rule perplexity:
         spec=lambda wildcards: as_json(perplexity_specs.cell(SETTINGS, wildcards.policy, wildcards.budget)),
     shell:
         "python -m kv_transition.worker kv_transition.studies.perplexity.run --spec {params.spec:q} --threads {threads}"
-        " --windows {input} --output {output} > {log} 2>&1"
+        " --windows {input:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule perplexity_stats:

@@ -24,7 +24,7 @@ rule observe:
         spec=as_json(recall_specs.observe(SETTINGS)),
     shell:
         "python -m kv_transition.worker kv_transition.studies.recall.run --spec {params.spec:q} --threads {threads}"
-        " --bin {input.bin} --output {output.steps} --layers {output.layers} > {log} 2>&1"
+        " --bin {input.bin:q} --output {output.steps:q} --layers {output.layers:q} > {log:q} 2>&1"
 
 
 rule observation_checks:
