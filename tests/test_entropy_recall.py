@@ -532,7 +532,7 @@ def test_the_report_has_a_section_where_the_table_is(files, tmp_path, monkeypatc
     assert f"of {sum(n for _, n in counts)} combinations" in text
     start = text.index("## Entropy and recall")
     own = text[start : text.index("\n## ", start + 5)]
-    for part in ("One set for all heads, ideal memory", "What else may be behind it", "Does it depend on the budget?",
+    for part in ("One set for all heads, ideal memory", "Possible confounders", "Does it depend on the budget?",
                  "plots/entropy_bins.svg", "mean entropy, a, nats"):  # fmt: skip
         assert part in own
     assert "- entropy_recall, 20 % kept, after the prompt: Yes: score" in own
@@ -559,7 +559,7 @@ def test_the_report_has_no_section_without_a_table(tmp_path, monkeypatch):
 def test_the_section_stands_with_the_policy_alone(tmp_path, monkeypatch):
     text, _ = report(tmp_path, monkeypatch)
     assert "Does entropy choose better moments" in text
-    assert "What else may be behind it" not in text
+    assert "Possible confounders" not in text
 
 
 def test_a_report_of_observations_without_recall_is_still_written(tmp_path, monkeypatch):

@@ -450,8 +450,8 @@ def test_every_policy_and_budget_has_what_stands_for_it():
 @pytest.mark.parametrize(
     ("engine", "changes", "sentence"),
     [
-        ({}, {}, "engine.endpoints: nothing stands for h2o at r0.5; add 'h2o@r0.5'"),
-        ({"endpoints": {"h2o@r0.5": {"model": "half"}}}, {}, "nothing stands for h2o at r0.2"),
+        ({}, {}, "engine.endpoints: no server is given for h2o at r0.5; add 'h2o@r0.5'"),
+        ({"endpoints": {"h2o@r0.5": {"model": "half"}}}, {}, "no server is given for h2o at r0.2"),
         ({"endpoints": {"h2o": {"model": "x"}}}, {}, "h2o at r0.5 and h2o at r0.2 have the same server"),
         ({"endpoints": {"h2o": {}}}, {}, "full at r1 and h2o at r0.5 have the same server"),
         ({"endpoints": MAPPED | {"tova": {"model": "x"}}}, {}, "engine.endpoints.tova: the experiment has no such"),

@@ -112,7 +112,7 @@ def _check_node(root: yaml.Node, where: str) -> None:
         return sizes[id(node)]
 
     if size(root) > MAX_VALUES:
-        raise UserError(f"{where}: its aliases stand for more than {MAX_VALUES:,} values; write out what is meant")
+        raise UserError(f"{where}: its aliases stand for more than {MAX_VALUES:,} values; write the values out")
 
 
 def _check_keys(node: yaml.MappingNode, where: str) -> None:

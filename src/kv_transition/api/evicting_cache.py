@@ -116,7 +116,7 @@ class EvictingCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise UserError(
-            "an EvictingCache holds one way an answer goes, so num_beams must be 1; greedy and sampling work"
+            "an EvictingCache holds one answer for each prompt, so num_beams must be 1; use greedy decoding or sampling"
         )
 
     batch_repeat_interleave = batch_select_indices = reorder_cache

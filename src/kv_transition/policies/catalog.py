@@ -299,7 +299,7 @@ def _parsed(file: Path) -> ast.Module:
     try:
         return ast.parse(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); a policy imports what is there") from None
+        raise UserError(f"{file} cannot be read ({error.strerror}); give a file that exists and can be read") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{file} is not valid Python ({error})") from None
 

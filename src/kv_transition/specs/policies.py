@@ -40,8 +40,8 @@ def endpoint(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
     key = next((key for key in (f"{policy}@{budget}", policy) if key in engine.endpoints), None)
     if key is None and policy != FULL and not engine.serves:
         raise UserError(
-            f"engine.endpoints: nothing stands for {policy} at {budget}; add '{policy}@{budget}', or '{policy}' where "
-            "it has one budget, with the base_url, the model or the extra_body of what serves it"
+            f"engine.endpoints: no server is given for {policy} at {budget}; add '{policy}@{budget}', or '{policy}' if "
+            "it has one budget, with the base_url, model or extra_body of its server"
         )
     own = engine.endpoints[key] if key else None
     return {

@@ -193,7 +193,7 @@ def of_conversation(conversation: Mapping[str, Any], where: str) -> list[Check]:
         at = f"{where}, turn {max(turn, 1)}"
         own = _checks(message, at)
         if own and message["role"] == "assistant":
-            raise UserError(f"{at}: checks belong to what the user or the system says; move them there")
+            raise UserError(f"{at}: checks belong to a message of the user or the system; move them there")
         placed += [(c, at, max(turn, 1)) for c in own]
     found: dict[str, Check] = {}
     for i, (given, at, begins) in enumerate(placed, 1):

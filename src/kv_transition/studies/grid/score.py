@@ -94,7 +94,7 @@ def score_cells(
     if aliases:
         full = [rows for cell, rows in zip(loaded, scored, strict=True) if cell.key["policy"] == "full"]
         if not full:
-            raise UserError("a budget of 1.0 stands for the full cache, which was not run: add policy full")
+            raise UserError("a budget of 1.0 repeats the full cache's answers, which were not run: add policy full")
         table = pa.concat_tables([table, *(_alias(pa.concat_tables(full), *name) for name in aliases)])
     provenance.write_table(output, table, _common_metadata(loaded))
 

@@ -85,8 +85,8 @@ def _lead(table: pl.DataFrame) -> str:
     }
     parts = [f"{text} {counts[outcome]}" for outcome, text in names.items() if counts[outcome]]
     return (
-        f"That high entropy tells when a cache has lost what is needed is {listed(parts)} of {whole} combinations of "
-        "policy, budget, granularity and memory."
+        f"The hypothesis that high entropy shows when a cache lacks a needed entry is {listed(parts)} of {whole} "
+        "combinations of policy, budget, granularity and memory."
     )
 
 

@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
             lengths.append([example["example_id"], kind, len(trace.n), trace.finish_reason])
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
-            "observe: the memory does not hold a full cache and what is followed beside it; lower model.max_length or "
+            "observe: a full cache and the observed sets do not fit into the memory; lower model.max_length or "
             "prefill.chunk_tokens, or give observe.granularities: [global]"
         ) from error
     facts = {
