@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import kv_transition as kvt
 from kv_transition.api.chosen import budget_of, policy_of
-from kv_transition.cache.state import STATISTICS
+from kv_transition.cache.state import EVERY
 from kv_transition.cache.store import PrefillStore
 from kv_transition.engines.local import LocalEngine
 from kv_transition.policies import catalog
@@ -48,6 +48,11 @@ def plain(family):
     return model
 
 
+@cache
+def told(family):
+    return LocalEngine(engine(family).model, words())
+
+
 def generated(model, prompts, cache=None, **options):
     """The new tokens of generate(), greedy unless said otherwise, of prompts padded on the left."""
     longest = max(map(len, prompts))
@@ -59,9 +64,18 @@ def generated(model, prompts, cache=None, **options):
 
 def by_engine(family, context, question, policy, budget, mode, seed, new=NEW):
     """What LocalEngine answers, which tests/test_engine.py holds against attention written out."""
-    model, own = engine(family), policy_of(policy)
+    model, own = told(family), policy_of(policy)
     setting = Setting(own, budget_of(budget, own), mode)
-    return answer(model, model.prefill(context, question), question, setting, new, seed)
+    return answer(model, model.prefill(context, question, own.statistics), question, setting, new, seed)
+
+
+def from_whole_prompt(family, context, question, policy, budget, mode, seed, new=NEW):
+    """As `by_engine`, where a policy has the model repeat what it read: a cache is given the prompt in one piece."""
+    if mode == "before_question" or policy["kind"] != "kvzip":
+        return by_engine(family, context, question, policy, budget, mode, seed, new)
+    model, own = told(family), policy_of(policy)
+    setting = Setting(own, budget_of(budget, own), mode)
+    return answer(model, model.prefill(context + question, [], own.statistics), question, setting, new, seed)
 
 
 def budget_for(policy, budget):
@@ -73,8 +87,8 @@ def budget_for(policy, budget):
 
 @cache
 def client(family):
-    own = LocalEngine(engine(family).model, words())
-    return TestClient(create_app(Served(NAME, own, Prefills(own, 10**9, STATISTICS), 1024)))
+    own = told(family)
+    return TestClient(create_app(Served(NAME, own, Prefills(own, 10**9, EVERY), 1024)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,14 +102,14 @@ def test_every_way_gives_the_same_tokens(tmp_path, monkeypatch, family, mode, po
     name = "r1" if budget is None else "r0.3"
 
     at = len(context) if mode == "before_question" else None
-    held = kvt.EvictingCache(plain(family), policy, budget, context_tokens=at, seed=seed)
-    assert generated(plain(family), [context + question], held) == [expected.tokens]
-    assert held.entries == pytest.approx(expected.kept[-1])
-    assert held.nbytes == expected.cache_bytes
+    held = kvt.EvictingCache(plain(family), policy, budget, context_tokens=at, tokenizer=words(), seed=seed)
+    in_one_piece = from_whole_prompt(family, context, question, policy, budget, mode, seed)
+    assert generated(plain(family), [context + question], held) == [in_one_piece.tokens]
+    assert held.entries == pytest.approx(in_one_piece.kept[-1])
+    assert held.nbytes == in_one_piece.cache_bytes
 
-    by_name = (
-        kvt.load(plain(family)).read(context).ask(question, policy, budget, mode=mode, max_new_tokens=NEW, seed=seed)
-    )
+    read = kvt.load(plain(family), words()).read(context, policies=[policy])
+    by_name = read.ask(question, policy, budget, mode=mode, max_new_tokens=NEW, seed=seed)
     assert list(by_name.tokens) == expected.tokens
     assert by_name.cache_bytes == expected.cache_bytes
 
@@ -131,9 +145,10 @@ def test_every_way_gives_the_same_tokens(tmp_path, monkeypatch, family, mode, po
 def test_any_prompt_in_any_pieces_at_any_budget(family, policy, sizes, budget, mode, chunk, seed):
     context, question = tokens(sizes[0], seed=seed), tokens(sizes[1], seed=seed + 50)
     budget = budget_for(policy, budget)
-    expected = by_engine(family, context, question, policy, budget, mode, seed)
+    expected = from_whole_prompt(family, context, question, policy, budget, mode, seed)
     at = len(context) if mode == "before_question" else None
-    held = kvt.EvictingCache(plain(family), policy, budget, context_tokens=at, chunk_tokens=chunk, seed=seed)
+    options = {"chunk_tokens": chunk, "tokenizer": words(), "seed": seed}
+    held = kvt.EvictingCache(plain(family), policy, budget, context_tokens=at, **options)
     assert generated(plain(family), [context + question], held) == [expected.tokens]
     assert held.get_seq_length() == sum(sizes) + NEW - 1
 
@@ -190,8 +205,13 @@ def test_sampling_draws_from_the_compressed_cache():
 def test_a_batch_gives_what_each_prompt_gives_alone(policy):
     prompts = [tokens(n, seed=n) for n in (40, 60, 60)]
     budget = budget_for(policy, {"tokens": 16})
-    together = generated(plain("qwen2"), prompts, kvt.EvictingCache(plain("qwen2"), policy, budget))
-    alone = [generated(plain("qwen2"), [p], kvt.EvictingCache(plain("qwen2"), policy, budget))[0] for p in prompts]
+
+    def said(*prompts):
+        held = kvt.EvictingCache(plain("qwen2"), policy, budget, tokenizer=words())
+        return generated(plain("qwen2"), prompts, held)
+
+    together = said(*prompts)
+    alone = [said(prompt)[0] for prompt in prompts]
     assert together == alone
 
 
@@ -259,6 +279,8 @@ def test_what_cannot_be_made_is_refused_in_a_sentence():
     model = plain("llama")
     with says("say how much snapkv keeps: a fraction such as budget=0.2"):
         kvt.EvictingCache(model, "snapkv")
+    with says("kvzip asks the model in words to repeat the prompt; give tokenizer="):
+        kvt.EvictingCache(model, "kvzip", 0.2)
     with says("what full keeps follows from itself"):
         kvt.EvictingCache(model, "full", 0.2)
     with says(r'128 is no fraction in \(0, 1\]; a number of tokens is {"tokens": 128}'):

@@ -137,7 +137,7 @@ class Compressed:
         for token, target in pairwise(tokens):
             before = watcher.before_attention(state.logits[None]) if watcher else None
             grown, nats = engine.score(state, [token], [target], setting.while_decoding, before_attention=before)
-            state = setting.hold(grown, self.budget_entries)
+            state = setting.hold(grown, self.budget_entries, given_up=True)
             found.append(nats)
         return Scored(tuple(tokens), tuple(torch.cat(found).tolist()))
 

@@ -43,14 +43,19 @@ class EvictingCache(Cache):
         *,
         context_tokens: int | None = None,
         chunk_tokens: int | None = None,
+        tokenizer: Any = None,
         seed: int = 0,
     ):
         """context_tokens: compress after so many tokens of the prompt, before the rest (the question) is read; None:
-        after all of it. chunk_tokens: longest piece of the prompt read at a time. seed: of policies that draw."""
+        after all of it. chunk_tokens: longest piece of the prompt read at a time. tokenizer: of the model, for kvzip, which asks
+        it to repeat the prompt. seed: of policies that draw."""
         super().__init__(layers=[])
         mode = "after_prompt" if context_tokens is None else "before_question"
         self._setting = setting_of(policy, budget, mode)
-        self._engine = GuestEngine(model, chunk_tokens=chunk_tokens)
+        if tokenizer is None and "reconstruction" in self._setting.policy.statistics:
+            name = name_of(self._setting.policy)
+            raise UserError(f"the policy {name} asks the model in words to repeat the prompt; give tokenizer=...")
+        self._engine = GuestEngine(model, tokenizer, chunk_tokens=chunk_tokens)
         self._context_tokens, self._seed = context_tokens, seed
         self.reset()
         _hook(model)
@@ -60,6 +65,7 @@ class EvictingCache(Cache):
         self._state: CacheState | None = None
         self._watcher = self._setting.policy.watch(self._seed) if self._setting.evicts else None
         self._k = self._seen = 0
+        self._first = True
         self._reading: Reading | None = None
         self._leave = contextlib.ExitStack()
 
@@ -142,18 +148,11 @@ class EvictingCache(Cache):
         first = self._state is None
         tokens = self._begin(ids, mask) if first else self._next(ids, mask)
         watched = self._watcher is not None and not (first and self._context_tokens is not None)
-        engine, state = self._engine, self._state
-        self._reading = Reading(
-            state,
-            tokens.shape[1],
-            statistics=self._setting.while_decoding,
-            room=0 if self._setting.while_decoding else _ROOM,
-            rotaries=engine.rotaries,
-            windows=engine.windows,
-            implementations=(engine.attention, engine.statistics_asked),
-            device=engine.device,
-            before_attention=self._watcher.before_attention(state.logits) if watched else None,
-        )
+        state, statistics = self._state, self._setting.while_decoding
+        before = self._watcher.before_attention(state.logits) if watched else None
+        room = 0 if statistics else _ROOM
+        self._reading = self._engine.reading(state, tokens.shape[1], statistics, room, before)
+        self._first = first
         self._seen = ids.shape[1] if first else self._seen + 1
         with contextlib.ExitStack() as entered:
             entered.enter_context(our_attention(model))
@@ -184,7 +183,8 @@ class EvictingCache(Cache):
             shift=reading.state.shift,
         )
         with torch.inference_mode():
-            self._state = self._setting.hold(grown, self._k, given_up=True)
+            # after the question a policy evicts to K, whatever it does at later tokens
+            self._state = self._setting.hold(grown, self._k, given_up=not self._first)
 
     def _begin(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Read and compress a prompt [B, n]; the tokens [B, q] that remain to be read against it."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from kv_transition.cache.state import CacheState
 from kv_transition.engines.loading import refuse_unsupported
 from kv_transition.engines.local import LocalEngine
-from kv_transition.engines.reading import ATTENTION, attention_function
+from kv_transition.engines.reading import ATTENTION, Reading, attention_function
 from kv_transition.errors import UserError
+from kv_transition.policies.base import BeforeAttention
 
 
 class GuestEngine(LocalEngine):
@@ -25,6 +26,17 @@ class GuestEngine(LocalEngine):
     def __init__(self, model: torch.nn.Module, tokenizer: Any = None, **options: Any):
         refuse_model(model)
         super().__init__(model, tokenizer, **options)
+
+    def reading(
+        self,
+        state: CacheState,
+        q: int,
+        statistics: frozenset[str],
+        room: int,
+        before_attention: BeforeAttention | None,
+    ) -> Reading:
+        """Return what takes ``q`` tokens on top of a state while somebody else calls the model; see `extend`."""
+        return self._reading(state, q, statistics, room, None, before_attention)
 
     def _read(self, *arguments: Any) -> tuple[CacheState, Tensor]:
         with our_attention(self.model):
