@@ -47,8 +47,8 @@ class EvictingCache(Cache):
         seed: int = 0,
     ):
         """context_tokens: compress after so many tokens of the prompt, before the rest (the question) is read; None:
-        after all of it. chunk_tokens: longest piece of the prompt read at a time. tokenizer: of the model, for kvzip, which asks
-        it to repeat the prompt. seed: of policies that draw."""
+        after all of it. chunk_tokens: longest piece of the prompt read at a time. tokenizer: of the model, for kvzip,
+        which asks it to repeat the prompt. seed: of policies that draw."""
         super().__init__(layers=[])
         mode = "after_prompt" if context_tokens is None else "before_question"
         self._setting = setting_of(policy, budget, mode)

@@ -80,7 +80,8 @@ class CompressedLM(HFLM):
         places = [self._place(row) for row in rows]
         if self._fit(rows, places):
             place = places[0] if self._setting.evicts else None
-            cache = EvictingCache(self.model, self._policy, self._budget, context_tokens=place, seed=self._seed)
+            told = {"context_tokens": place, "tokenizer": self.tokenizer, "seed": self._seed}
+            cache = EvictingCache(self.model, self._policy, self._budget, **told)
             more = {"attention_mask": attention_mask, "past_key_values": cache} | options
             return super()._model_generate(context, max_length, stop, **more)
         answers = [
@@ -163,7 +164,7 @@ class CompressedLM(HFLM):
             piece = tokens[start : min(start + step, len(tokens) - 1)]
             before = watcher.before_attention(state.logits[None]) if watcher else None
             state, read = self._engine.logits(state, piece, setting.while_decoding, before_attention=before)
-            state = setting.hold(state, k)
+            state = setting.hold(state, k, given_up=True)
             logits.append(read)
         return _log_p(torch.cat(logits), tokens)
 
