@@ -1,23 +1,27 @@
 """Our pipeline against kvpress' evaluation flow, on the same grid of policies and budgets.
 
-    python benchmarks/grid.py [--quick] [--output FILE.json]
+    python benchmarks/grid.py [--quick] [--only 8x512/4096] [--without-kvpress] [--output FILE.json]
 
 Both sides answer the same questions about the same documents with the same models, greedily and with one thread. Ours
 is the whole workflow: Snakemake, every job's start, the full cache as reference, statistics and report. kvpress' is a
 process per press and ratio with a prefill per example (benchmarks/peers/evaluate.py). Cost is CPU time of all
-processes.
+processes, the workers of our jobs included. The floor is one process that does nothing but what has to be done
+(benchmarks/floor.py); ``spent`` says where ours goes.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import re
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workload import PEER, ROOT, SIZES, Cost, Size, run, snakemake, write_documents, write_experiment, write_figures
+from workload import PEER, ROOT, SIZES, Cost, Size, run, snakemake, write_documents, write_experiment
 
 from kv_transition.budget import Budget
 from kv_transition.paths import Paths
@@ -55,18 +59,36 @@ Answers = dict[tuple[str, str], list[str]]
 """(policy, budget): an answer for each document"""
 
 
-def ours(folder: Path, experiment: Path, data: Path, grid: Grid) -> tuple[Cost, Answers]:
+def ours(folder: Path, experiment: Path, data: Path, grid: Grid) -> tuple[Cost, Answers, dict[str, float]]:
     import pyarrow.parquet as pq
 
     cost = snakemake(folder, experiment)
     files = Paths(str(folder / "results"), "bench")
+    spent = spending(Path(files.file("logs")), cost)
     answers = {}
     for policy in POLICIES:
         for budget in map(str, map(Budget.of_fraction, grid.budgets)):
             table = pq.read_table(files.cell(data.stem, "before_question", policy, budget, 0))
             rows = sorted(table.select(["example_id", "text"]).to_pylist(), key=lambda row: int(row["example_id"]))
             answers[policy, budget] = [row["text"] for row in rows]
-    return cost, answers
+    return cost, answers, spent
+
+
+def spending(logs: Path, cost: Cost) -> dict[str, float]:
+    """CPU seconds of our jobs in their workers, as their logs say; ``other``: Snakemake, what starts jobs, loading."""
+    spent = dict.fromkeys(("prefill", "cell", "analysis"), 0.0)
+    for log in logs.rglob("*.log"):
+        rule = log.relative_to(logs).parts[0]
+        for seconds in re.findall(r"^worker \d+: ([\d.]+) s", log.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            spent[rule if rule in spent else "analysis"] += float(seconds)
+    return {name: round(value, 2) for name, value in (spent | {"other": cost.cpu_s - sum(spent.values())}).items()}
+
+
+def floor(folder: Path, model: Path, data: Path, grid: Grid) -> Cost:
+    """One process: each document read once, bare decoding from as many entries as every cell keeps."""
+    options = ["--model", model, "--data", data, "--policies", len(POLICIES), "--max-new-tokens", grid.max_new_tokens]
+    command = [sys.executable, ROOT / "benchmarks" / "floor.py", *options, "--budgets", *grid.budgets]
+    return run(command, folder)
 
 
 def theirs(folder: Path, model: Path, data: Path, grid: Grid, length: int) -> tuple[Cost, Answers]:
@@ -94,11 +116,13 @@ def agreement(a: Answers, b: Answers) -> dict[str, str]:
     return found
 
 
-def compare(grid: Grid) -> list[dict[str, Any]]:
-    """A row for each model and length."""
+def compare(grid: Grid, only: str | None, beside: bool) -> list[dict[str, Any]]:
+    """A row for each model and length, or of ``only`` one (``8x512/4096``); ``beside``: whether kvpress runs as well."""
     rows = []
     for size in grid.sizes:
         for length in grid.lengths:
+            if only not in (None, f"{size.name}/{length}"):
+                continue
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 model = size.save(folder / "model")
@@ -114,9 +138,19 @@ def compare(grid: Grid) -> list[dict[str, Any]]:
                 )
                 # both once before, so that neither pays for files that were never read
                 snakemake(folder, experiment, "--dry-run")
-                run([PEER, "-c", "import kvpress, pandas"], folder)
-                our_cost, our_answers = ours(folder, experiment, data, grid)
-                their_cost, their_answers = theirs(folder, model, data, grid, length)
+                if beside:
+                    run([PEER, "-c", "import kvpress, pandas"], folder)
+                our_cost, our_answers, spent = ours(folder, experiment, data, grid)
+                least = floor(folder, model, data, grid)
+                peer = {}
+                if beside:
+                    their_cost, their_answers = theirs(folder, model, data, grid, length)
+                    peer = {
+                        "kvpress_cpu_s": round(their_cost.cpu_s, 2),
+                        "ratio": round(their_cost.cpu_s / our_cost.cpu_s, 2),
+                        "kvpress_wall_s": round(their_cost.wall_s, 2),
+                        "same_answers": agreement(our_answers, their_answers),
+                    }
             rows.append(
                 {
                     "model": size.name,
@@ -124,24 +158,34 @@ def compare(grid: Grid) -> list[dict[str, Any]]:
                     "examples": grid.examples,
                     "cells": len(POLICIES) * len(grid.budgets),
                     "ours_cpu_s": round(our_cost.cpu_s, 2),
-                    "kvpress_cpu_s": round(their_cost.cpu_s, 2),
-                    "ratio": round(their_cost.cpu_s / our_cost.cpu_s, 2),
+                    "floor_cpu_s": round(least.cpu_s, 2),
+                    "over_floor": round(our_cost.cpu_s / least.cpu_s, 2),
+                    "spent": spent,
                     "ours_wall_s": round(our_cost.wall_s, 2),
-                    "kvpress_wall_s": round(their_cost.wall_s, 2),
-                    "same_answers": agreement(our_answers, their_answers),
                 }
+                | peer
             )
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def measure(quick: bool) -> dict[str, Any] | None:
-    """None where kvpress is not installed."""
-    if not PEER.exists():
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
+    parser.add_argument("--only", help="one model and length, as 8x512/4096")
+    parser.add_argument("--without-kvpress", action="store_true", help="ours and the floor alone")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    arguments = parser.parse_args()
+    beside = not arguments.without_kvpress
+    figures = None
+    if beside and not PEER.exists():
         print("kvpress is not installed beside us; run `make bench-peers`")
-        return None
-    return {"rows": compare(QUICK if quick else Grid()), "act_each_step": ACT_EACH_STEP}
+    else:
+        rows = compare(QUICK if arguments.quick else Grid(), arguments.only, beside)
+        figures = {"rows": rows, "act_each_step": ACT_EACH_STEP}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    write_figures(__doc__, measure)
+    main()

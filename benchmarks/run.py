@@ -67,12 +67,19 @@ def seconds(summary: dict[str, float]) -> str:
 
 
 def grid_table(figures: dict[str, Any]) -> str:
-    head = ["model", "tokens", "kvpress, CPU s", "this project, CPU s", "ratio", "same answers"]
+    costs = ["kvpress, CPU s", "this project, CPU s", "ratio", "floor, CPU s", "over the floor"]
+    head = ["model", "tokens", *costs, "prefills / cells / analysis / other, CPU s", "same answers"]
     rows = []
     for row in figures["rows"]:
         same = ", ".join(f"{policy} {share}" for policy, share in row["same_answers"].items() if policy != "random")
         costs = [f"{row[key]:.0f}" for key in ("kvpress_cpu_s", "ours_cpu_s")]
-        rows.append([row["model"], str(row["length"]), *costs, f"{row['ratio']:.2f}", same])
+        costs += [f"{row['ratio']:.2f}"]
+        if "floor_cpu_s" in row:
+            costs += [f"{row['floor_cpu_s']:.0f}", f"{row['over_floor']:.2f}"]
+            costs += [" / ".join(f"{seconds:.0f}" for seconds in row["spent"].values())]
+        else:
+            costs += ["-", "-", "-"]
+        rows.append([row["model"], str(row["length"]), *costs, same])
     return table(head, rows)
 
 
