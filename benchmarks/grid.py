@@ -117,7 +117,7 @@ def agreement(a: Answers, b: Answers) -> dict[str, str]:
 
 
 def compare(grid: Grid, only: str | None, beside: bool) -> list[dict[str, Any]]:
-    """A row for each model and length, or of ``only`` one (``8x512/4096``); ``beside``: whether kvpress runs as well."""
+    """A row for each model and length, or of ``only`` one (``8x512/4096``); ``beside``: kvpress runs as well."""
     rows = []
     for size in grid.sizes:
         for length in grid.lengths:
