@@ -17,7 +17,8 @@ In eight minutes on an H200, most important first:
 Each part has a share of the time. What there is no time, memory or package for is said in its place. Each figure is
 written as it is got, to ``benchmarks/results/{date}-{gpu}.json``; ``--skip-done`` measures what the file lacks.
 ``--render`` writes the GPU section of docs/benchmarks.md from a file. ``--tiny`` tries everything out with a small
-model, without a limit of time, and writes nothing unless told where to. Needs torch, transformers, triton, safetensors, pyarrow and pytest.
+model, without a limit of time, and writes nothing unless told where to. Needs torch, transformers, triton, safetensors,
+pyarrow and pytest.
 """
 
 from __future__ import annotations
