@@ -76,7 +76,8 @@ def render(results: dict[str, Any], page: Path = PAGE) -> None:
         f"Measured on {results['date']}, {hardware['device']}, Python {versions['python']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, commit {results['git_commit']}."
     )
-    put(page, "gpu", f"{tables(results['figures'])}\n\n{line}")
+    figures = {part: results["figures"][part] for part in PARTS if part in results["figures"]}
+    put(page, "gpu", f"{tables(figures)}\n\n{line}")
 
 
 def conditions(engine: LocalEngine) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def rehearsed(tmp_path_factory):
 
 def test_every_part_has_figures_or_the_reason_why_not(rehearsed):
     figures = json.loads(rehearsed[0].read_text())["figures"]
-    assert tuple(figures) == PARTS
+    assert set(figures) == set(PARTS)
     measured = ("s", "tokens_per_s", "ms_per_step", "largest_n", "status")
     for part in PARTS:
         for figure in figures[part]:

@@ -328,7 +328,11 @@ class TestRows:
                 raise torch.OutOfMemoryError("no 2 GiB left\nand more")
             return real(reader, own, *rest)
 
+        def all_at_once(*_):
+            raise torch.OutOfMemoryError
+
         monkeypatch.setattr(job, "measured", failing)
+        monkeypatch.setattr(job, "together", all_at_once)
         rows = job.rows(engine("llama"), [window(i) for i in range(3)], SPEC, store)
         assert [row.get("error") for row in rows] == [None, "OOM: no 2 GiB left", None]
         assert rows[1]["window"] == 1
@@ -336,6 +340,26 @@ class TestRows:
         told = capsys.readouterr().err.splitlines()
         expected = math.exp(sum(rows[i]["nll_sum"] for i in (0, 2)) / (2 * FED))
         assert told[-1] == f"scored 3 of 3 windows, perplexity {expected:.4g}"
+
+    @pytest.mark.parametrize("options", [{}, {"streaming": True, "streaming_chunk": 4}])
+    @pytest.mark.parametrize(
+        ("kind", "hyper_parameters"),
+        [("h2o", {}), ("tova", {}), ("streaming_llm", {}), ("streaming_llm", {"positions": "cache"})],
+    )
+    def test_windows_scored_together_come_to_what_each_comes_to_alone(self, store, kind, hyper_parameters, options):
+        # two lengths, so that there are batches and one window alone; more of one length than are taken at once
+        windows = [window(i) for i in range(job.TOGETHER + 2)] + [window(20, N - 8), window(21, N - 8), window(22)]
+        spec = SPEC | {"policy": kind, "kind": kind, "hyper_parameters": hyper_parameters} | options
+        reader, timing = engine("llama"), {"prefill_s", "compress_s", "score_s", "peak_mem_mb"}
+        rows = job.rows(reader, windows, spec, store)
+        assert [row["window"] for row in rows] == [own["window"] for own in windows]
+        for row, own in zip(rows, windows, strict=True):
+            (alone,) = job.rows(reader, [own], spec, store)
+            assert row["nll_sum"] == pytest.approx(alone["nll_sum"], rel=1e-5)
+            apart = timing | {"nll_sum"}
+            assert {k: v for k, v in row.items() if k not in apart} == {
+                k: v for k, v in alone.items() if k not in apart
+            }
 
     def test_a_probability_of_zero_is_an_error_and_no_number(self, store, monkeypatch):
         reader = engine("llama")

@@ -7,6 +7,10 @@ For each window the model reads the context, the cache is compressed to the budg
 because the full cache has predicted it: every score comes from the compressed cache. A policy that acts at each step
 acts after each token.
 
+Policies that act each step score windows of equal length together, so that the model's weights are read once a step for
+all of them. Products of batches are rounded in another order: the nats differ by rounding errors from those of a window
+by itself, the entries that are held do not but where two scores are that close.
+
 With ``streaming`` the policy also acts while the context is read, as in the evaluation of StreamingLLM (Xiao et al.,
 arXiv 2309.17453); otherwise the context is read with the full cache.
 """
@@ -16,14 +20,16 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kv_transition.budget import Budget
+from kv_transition.cache.batch import row, stack
 from kv_transition.cache.state import CacheState
 from kv_transition.cache.store import PrefillStore
 from kv_transition.engines.local import LocalEngine
@@ -35,6 +41,9 @@ from kv_transition.run.prefill import read_once, store_of
 from kv_transition.studies.perplexity.tables import PERPLEXITY, WINDOW_KEY
 
 Row = dict[str, Any]
+
+TOGETHER = 8
+"""windows that are scored at once, at most"""
 
 
 @dataclass(frozen=True)
@@ -118,19 +127,58 @@ def score(
     return Scored(state.settled(), torch.cat(nats), kept, watcher.record(state) if watcher else {})
 
 
+def score_together(
+    engine: LocalEngine, states: Sequence[CacheState], tokens: Sequence[Sequence[int]], setting: Setting, k: int
+) -> list[Scored]:
+    """As `score`, for several windows under a policy that acts each step: states of equally many entries and tokens
+    [B, n + 1]."""
+    state = stack(states, setting.while_decoding)
+    nats, kept = [], []
+    for step in range(len(tokens[0]) - 1):
+        fed, targets = ([[own[at]] for own in tokens] for at in (step, step + 1))
+        grown, own = engine.score(state, fed, targets, setting.while_decoding)
+        state = setting.hold(grown, k, given_up=True)
+        nats.append(own)
+        kept.append(state.entries)
+    after, nats = state.settled(), torch.cat(nats, -1)
+    return [Scored(row(after, number), nats[number], kept) for number in range(len(tokens))]
+
+
+def together(
+    engine: LocalEngine, windows: Sequence[Row], setting: Setting, spec: Row, store: PrefillStore
+) -> list[Row]:
+    """As `measured`, for windows of equal lengths; each has an equal share of the seconds of their scoring."""
+    k = setting.entries(len(windows[0]["context_ids"]))
+    read = [_read(engine, window, setting, k, spec, store) for window in windows]
+    bytes_after = [own.state.nbytes for own in read]
+    started = engine.clock()
+    got = score_together(engine, [own.state for own in read], [w["target_ids"] for w in windows], setting, k)
+    score_s = (engine.clock() - started) / len(windows)
+    return [_row(engine, *each, k, score_s) for each in zip(windows, read, bytes_after, got, strict=True)]
+
+
 def measured(engine: LocalEngine, window: Row, setting: Setting, spec: Row, store: PrefillStore) -> Row:
     """Return the columns of PERPLEXITY that hold measurements of a window."""
-    context = window["context_ids"]
-    seed = job.answer_seed(spec["seed"], f"{window['book_id']}/{window['window']}/{len(context)}", 0)
-    k = setting.entries(len(context))
-    if spec["streaming"] and setting.evicts:
-        own = stream(engine, context, setting, k, spec["streaming_chunk"])
-    else:
-        own = read(engine, window, setting, k, seed, store)
+    k = setting.entries(len(window["context_ids"]))
+    own = _read(engine, window, setting, k, spec, store)
     bytes_after = own.state.nbytes
     started = engine.clock()
-    got = score(engine, own.state, window["target_ids"], setting, k, seed)
-    score_s = engine.clock() - started
+    got = score(engine, own.state, window["target_ids"], setting, k, _seed(window, spec))
+    return _row(engine, window, own, bytes_after, got, k, engine.clock() - started)
+
+
+def _seed(window: Row, spec: Row) -> int:
+    return job.answer_seed(spec["seed"], f"{window['book_id']}/{window['window']}/{len(window['context_ids'])}", 0)
+
+
+def _read(engine: LocalEngine, window: Row, setting: Setting, k: int, spec: Row, store: PrefillStore) -> Read:
+    if spec["streaming"] and setting.evicts:
+        return stream(engine, window["context_ids"], setting, k, spec["streaming_chunk"])
+    return read(engine, window, setting, k, _seed(window, spec), store)
+
+
+def _row(engine: LocalEngine, window: Row, own: Read, bytes_after: int, got: Scored, k: int, score_s: float) -> Row:
+    context = window["context_ids"]
     nll = float(got.nats.double().sum())
     finite = math.isfinite(nll)
     return {
@@ -154,22 +202,51 @@ def measured(engine: LocalEngine, window: Row, setting: Setting, spec: Row, stor
 
 
 def rows(engine: LocalEngine, windows: Sequence[Row], spec: Row, store: PrefillStore) -> list[Row]:
-    """Yield a row of PERPLEXITY for each window; a window that runs out of memory is a row with its error."""
+    """Return a row of PERPLEXITY for each window; a window that runs out of memory is a row with its error."""
     setting = setting_of(spec)
     made: list[Row] = []
-    for number, window in enumerate(windows, 1):
-        try:
-            row = measured(engine, window, setting, spec, store)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            row = {"error": f"OOM: {(str(error).strip().splitlines() or ['no memory left'])[0]}"}
-        if "nll_sum" not in row and engine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        identity = {name: window[name] for name in WINDOW_KEY}
-        made.append(
-            identity | {"policy": spec["policy"], "budget": spec["budget"], "perplexity_hash": digest(spec)} | row
-        )
-        print(f"scored {number} of {len(windows)} windows, perplexity {so_far(made)}", file=sys.stderr, flush=True)
+    for group in _groups(windows, setting):
+        for window, found in zip(group, _measured_all(engine, group, setting, spec, store), strict=True):
+            identity = {name: window[name] for name in WINDOW_KEY}
+            about = {"policy": spec["policy"], "budget": spec["budget"], "perplexity_hash": digest(spec)}
+            made.append(identity | about | found)
+            told = f"scored {len(made)} of {len(windows)} windows, perplexity {so_far(made)}"
+            print(told, file=sys.stderr, flush=True)
     return made
+
+
+def _groups(windows: Sequence[Row], setting: Setting) -> Iterator[Sequence[Row]]:
+    """Windows in their order that are scored together: neighbours of equal lengths, where it saves anything."""
+    policy = setting.policy
+    most = TOGETHER if setting.evicts and policy.acts_each_step and not policy.one_at_a_time else 1
+    for _, alike in groupby(windows, key=lambda window: (len(window["context_ids"]), len(window["target_ids"]))):
+        group = list(alike)
+        yield from (group[start : start + most] for start in range(0, len(group), most))
+
+
+def _measured_all(
+    engine: LocalEngine, windows: Sequence[Row], setting: Setting, spec: Row, store: PrefillStore
+) -> list[Row]:
+    """Together if there are several and the memory takes them, else one by one."""
+    if len(windows) > 1:
+        try:
+            return together(engine, windows, setting, spec, store)
+        except (torch.OutOfMemoryError, MemoryError):
+            _free(engine)
+    found = []
+    for window in windows:
+        try:
+            found.append(measured(engine, window, setting, spec, store))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            found.append({"error": f"OOM: {(str(error).strip().splitlines() or ['no memory left'])[0]}"})
+        if "nll_sum" not in found[-1]:
+            _free(engine)
+    return found
+
+
+def _free(engine: LocalEngine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def so_far(made: Sequence[Row]) -> str:
