@@ -41,6 +41,8 @@ from kv_transition.provenance import git_commit, package_versions, write_json
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
+WHAT = ("what", "n", "batch", "budget", "loop", "read")
+"""keys that say which figure it is: the first columns"""
 
 
 def number(value: Any, form: str = ".3g") -> str:
@@ -52,6 +54,7 @@ def tables(parts: dict[str, list[dict[str, Any]]]) -> str:
     pages = []
     for part, figures in parts.items():
         heads = list(dict.fromkeys(key for figure in figures for key in figure))
+        heads.sort(key=lambda head: WHAT.index(head) if head in WHAT else len(WHAT))
         rows = [
             [
                 f[h] if isinstance(f.get(h), str) else number(f.get(h), "d" if type(f.get(h)) is int else ".4g")

@@ -17,6 +17,7 @@ from kv_transition.budget import Budget
 from kv_transition.cache.state import CacheState, Layer, LayerCache, SplitLayer
 from kv_transition.policies._allocation import by_head
 from kv_transition.policies.base import Policy
+from kv_transition.policies.streaming_llm import StreamingLLM
 
 GRANULARITIES = ("global", "per_head")
 MEMORIES = ("ideal", "irreversible")
@@ -249,6 +250,31 @@ class EachStep(Shadow):
 
 
 @dataclass
+class Ends(EachStep):
+    """StreamingLLM, whose choice is known without a score: the first entries and the newest, alike in all heads."""
+
+    def predict(self, state: CacheState) -> Sets:
+        n, layers = state.length, state.evictable
+        k, held = self._k(n), self._held.get("row")
+        everything = torch.ones(1, n, dtype=torch.bool, device=layers[0].positions.device)
+        ideal = self._of(everything, k)
+        kept = ideal if held is None else self._of(functional.pad(held, (0, n - held.shape[-1]), value=True), k)
+        self._held["row"] = kept
+        heads = sum(len(layer.positions) for layer in layers)
+        rows = {"global": 1, "per_head": heads}
+        found = {"ideal": ideal, "irreversible": kept}
+        return {(g, m): found[m].expand(rows[g], n) for g in self.granularities for m in self.memories}
+
+    def _of(self, there: Tensor, k: int) -> Tensor:
+        """What is kept of the entries that are there, a mask [1, n]."""
+        first = torch.zeros_like(there)
+        first[:, : self.policy.protected(k)] = there[:, : self.policy.protected(k)]
+        others = there & ~first
+        newer = others.flip(-1).cumsum(-1).flip(-1)
+        return first | (others & (newer <= k - first.sum(-1, keepdim=True)))
+
+
+@dataclass
 class Oracle(EachStep):
     """The upper bound: its scores are the attention of the step itself."""
 
@@ -285,6 +311,7 @@ def shadow(
         return None
     if policy.by_score:
         form = EachStep if policy.acts_each_step else Once
+        form = Ends if type(policy).score is StreamingLLM.score else form
     elif not policy.acts_each_step:
         form = Reduced
     else:
