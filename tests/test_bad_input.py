@@ -17,6 +17,8 @@ from kv_transition import cli, parsing, preflight, settings, yaml_text
 from kv_transition.data import model_files
 from kv_transition.data.records import read_file
 from kv_transition.errors import UserError
+from kv_transition.studies.chat import rules
+from kv_transition.studies.chat.checks import validate
 
 READER = ROOT / "resources/tiny-reader"
 
@@ -162,6 +164,13 @@ def test_cores_that_are_none_are_refused(cores):
         preflight.check_cores(cores)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda0", ""])
+def test_a_device_of_another_name_is_refused_by_the_options_name(device):
+    done = CliRunner().invoke(cli.app, ["serve", "--model", str(READER), "--device", device])
+    assert done.exit_code == 2
+    assert done.output.startswith(f"--device: {device!r} is not allowed")
+
+
 # models
 
 
@@ -237,3 +246,20 @@ def test_a_pipe_is_no_configuration(tmp_path):
 def test_a_duplicate_in_a_value_given_by_set_is_refused():
     with pytest.raises(UserError, match="twice"):
         settings.override({}, ["kv={a: 1, a: 2}"])
+
+
+# regular expressions of chat checks
+
+
+def test_an_expression_that_takes_too_long_leaves_its_check_undecided(monkeypatch, capsys):
+    monkeypatch.setattr(rules, "MATCH_S", 0.1)
+    check = validate({"kind": "matches", "value": "(x+x+)+y"}, "conversation a")
+    assert rules.passes(check, "x" * 5000) is None
+    assert rules.passes(check, "xy") is None  # given up for the answers that follow, so that many take no longer
+    assert "takes too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("expression", ["(?:a{6000}){6000}", "a" * 2000, "(", "a{999999999999}"])
+def test_an_expression_that_is_too_large_is_refused_before_it_is_compiled(expression):
+    with pytest.raises(UserError, match=r"^conversation a: check c1: "):
+        validate({"kind": "matches", "value": expression}, "conversation a")

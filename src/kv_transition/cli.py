@@ -15,6 +15,7 @@ import typer
 
 from kv_transition.errors import UserError
 from kv_transition.run.cache_commands import app as cache_app
+from kv_transition.run.cache_commands import check_device
 from kv_transition.studies import registry
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def serve(
     with _refusing():
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"--dtype: {dtype!r} is not allowed; choose one of float32, bfloat16, float16")
+        check_device(device)
         try:
             from kv_transition.serve.command import serve as run
         except ImportError as error:

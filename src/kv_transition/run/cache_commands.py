@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,7 @@ def create(
 
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"--dtype: {dtype!r} is not allowed; choose one of float32, bfloat16, float16")
+        check_device(device)
         engine = LocalEngine.from_pretrained(model, revision=revision, dtype=dtype, device=device)
         made = cache.create(engine, content, kind, hyper_parameters, kept, seed=seed)
         cache.save(engine, made, output)
@@ -83,6 +85,7 @@ def continue_(
         from kv_transition.engines.local import LocalEngine
         from kv_transition.run import cache
 
+        check_device(device)
         engine = LocalEngine.from_pretrained(model, revision=revision, dtype=dtype, device=device)
         said, _ = cache.continue_from(
             engine, cache.load(engine, cache_file), prompt, max_tokens, temperature=temperature, seed=seed
@@ -90,6 +93,12 @@ def continue_(
         typer.echo(said)
 
     _one_sentence(run)
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a device that torch does not call so."""
+    if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", device):
+        raise UserError(f"--device: {device!r} is not allowed; choose one of cpu, cuda, auto")
 
 
 def _options(given: list[str]) -> dict[str, object]:
