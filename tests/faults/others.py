@@ -112,25 +112,33 @@ def _patched(experiment: Experiment, body: str) -> Iterator[None]:
 
 
 def rename_not_atomic(experiment: Experiment) -> Figures:
-    """A file system that copies where it should rename, and a machine that dies in the middle of one copy in eight."""
-    body = """
+    """A file system that copies where it should rename, and processes that die in the middle of one copy in six.
+
+    tries: how many of them died.
+    """
+    log = experiment.folder / "deaths.txt"
+    log.write_text("")
+    body = f"""
         content = self.read_bytes()
         with open(target, "wb") as file:
             file.write(content[: len(content) // 2])
             file.flush()
-            if random.random() < 0.125:
+            if random.random() < 0.17:
+                with open({str(log)!r}, "a") as deaths:
+                    deaths.write(str(target) + "\\n")
                 os._exit(137)
             file.write(content[len(content) // 2 :])
         self.unlink()
         return pathlib.Path(target)
     """
-    tries = 0
     with _patched(experiment, body):
-        while tries < 8:
-            tries += 1
-            if _finish(experiment):
+        for _ in range(6):
+            _finish(experiment)
+            if log.read_text():
                 break
-    return _figures(experiment, tries, tries - 1 + int(_finish(experiment)))
+            experiment.reset()
+    tries = len(log.read_text().splitlines())
+    return _figures(experiment, tries, tries * int(_finish(experiment)))
 
 
 def seen_a_second_late(experiment: Experiment) -> Figures:

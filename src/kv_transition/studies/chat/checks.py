@@ -90,12 +90,12 @@ class Check(BaseModel):
     def _fits(cls, value: Any, info: ValidationInfo) -> Any:
         if "kind" in info.data:
             form, text = _WRITTEN[info.data["kind"]]
+            if info.data["kind"] == "matches" and isinstance(value, str):
+                _check_expression(value)  # before anything compiles it
             try:
                 form.validate_python(value)
             except ValidationError:
                 raise ValueError(f"{info.data['kind']} needs {text}") from None
-            if info.data["kind"] == "matches":
-                _check_expression(value)
         return value
 
     @model_validator(mode="after")
@@ -133,7 +133,7 @@ def _check_expression(expression: str) -> None:
     import regex
 
     copies = 1
-    for low, high in re.findall(r"\{(\d*),?(\d*)\}", expression):
+    for low, high in re.findall(r"\{(\d*),?(\d*)\}", expression[:MAX_EXPRESSION]):
         copies *= max(int(low or 1), int(high or 1), 1)
     if len(expression) > MAX_EXPRESSION or copies > MAX_COPIES:
         raise ValueError(
