@@ -5,6 +5,7 @@ python benchmarks/findings.py
 
 from __future__ import annotations
 
+import findings_perplexity as perplexity
 import findings_sections as sections
 from document import put
 
@@ -13,9 +14,10 @@ STUDIES = {
     "one_hop": sections.full_cache,
     "transition": sections.transition,
     "entropy": sections.entropy,
-    "merging": sections.merging,
-    "ablation": sections.ablation,
-    "sinks": sections.sinks,
+    "merging": perplexity.merging,
+    "ablation": perplexity.ablation,
+    "sinks": perplexity.sinks,
+    "agreement": sections.agreement,
     "memory": None,
 }
 """folder below benchmarks/results/real: its section, None where no run was kept"""
@@ -28,6 +30,7 @@ NOT_RUN = {
     "merging": "Merging: `config/experiments/real_merging.yaml`.",
     "ablation": "Where merging loses: `config/experiments/real_merging_ablation.yaml`.",
     "sinks": "Sinks: `config/experiments/real_sinks.yaml`.",
+    "agreement": "Agreement with kvpress: `benchmarks/real_agreement.py`.",
     "memory": "Conversations with a failing memory: `config/experiments/real_rules.yaml` says first which rules "
     "the model "
     "follows with its full cache.",
@@ -70,4 +73,4 @@ if __name__ == "__main__":
     for (path, place), name in EXCERPTS.items():
         if (sections.KEPT / name).is_dir():
             put(sections.ROOT / path, place, excerpt(name))
-    put(sections.ROOT / "README.md", "real", sections.front())
+    put(sections.ROOT / "README.md", "real", perplexity.front())

@@ -20,11 +20,13 @@ ANSWERS = sorted(path.parent.name for path in KEPT.glob("*/answers.parquet"))
 def findings(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import findings
+    import findings_perplexity
     import findings_sections
 
     monkeypatch.setattr(findings_sections, "IMAGES", tmp_path)
+    monkeypatch.setattr(findings_perplexity, "IMAGES", tmp_path)
     yield findings
-    for name in ("findings", "findings_sections", "findings_figures", "document"):
+    for name in ("findings", "findings_perplexity", "findings_sections", "findings_figures", "document"):
         sys.modules.pop(name, None)
 
 
@@ -37,7 +39,7 @@ def test_other_pages_quote_the_sections(findings):
         text = (ROOT / path).read_text(encoding="utf-8")
         assert f"<!-- {place} -->" in text
         assert not (KEPT / name).is_dir() or findings.excerpt(name) in text
-    assert findings.sections.front() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert findings.perplexity.front() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_picture_is_there():

@@ -1,0 +1,184 @@
+"""The sections of docs/findings.md on text scored from a compressed cache: merging, where it loses, sinks."""
+
+from __future__ import annotations
+
+import findings_figures as figures
+import polars as pl
+from document import table
+from findings_sections import IMAGES, Row, ending, interval, kept, picture
+
+from kv_transition import labels
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.perplexity.analysis import share
+
+
+def merging() -> list[str]:
+    """Merging against dropping."""
+    found = kept("merging", "perplexity").filter(pl.col("bin").is_null())
+    pairs = kept("merging", "perplexity_pairs").filter(pl.col("bin").is_null())
+    rows = found.sort("compression", "policy").to_dicts()
+    worse, better = pairs.filter(pl.col("ratio_low") > 1).height, pairs.filter(pl.col("ratio_high") < 1).height
+    adjusted = pairs.filter((pl.col("ratio_low") > 1) & (pl.col("p_holm") < 0.05)).height
+    answer = "No" if better == 0 and worse else "Yes" if better and not worse else "Undecided"
+    shown = found.filter(pl.col("policy").is_in(["entropy_merge", "entropy_drop", "merge_bias", "snapkv", "random"]))
+    figures.lines(
+        [r | {"gone": 100 * r["compression"], "low": r["ratio_low"], "high": r["ratio_high"]}
+         for r in shown.sort("policy", "compression").to_dicts()],
+        "gone", "ratio", "policy", titles=("% of the cache's bytes gone", "perplexity over the full cache's"), log=True,
+        head=("What is lost by merging, dropping and others",
+              f"SmolLM2-135M-Instruct, PG-19, n = {rows[0]['n']} windows of {rows[0]['clusters']} books"),
+        output=IMAGES / "real_merging.svg", reference=1,
+    )  # fmt: skip
+    lines = [
+        "## Does merging keep more than dropping?",
+        "",
+        f"{answer}: of {pairs.height} comparisons of merging with dropping the same spans, merging is better in "
+        f"{better} "
+        f"and worse in {worse} ({adjusted} after Holm); the intervals of the others hold 1. n = {rows[0]['n']} "
+        f"windows of {rows[0]['clusters']} "
+        "books, exploratory; contexts of 1,024 and 2,048 tokens, 128 scored after each.",
+        *picture("real_merging", "perplexity over the full cache's by compression"),
+        table(
+            ["policy", "gone", "perplexity", "over the full cache's"],
+            [[r["policy"], f"{100 * r['compression']:.1f} %", f"{r['perplexity']:.2f}", _ratio(r)] for r in rows],
+        ),
+        "",
+        table(
+            ["merging", "gone", "over dropping's perplexity", "p (Holm)"],
+            [[r["policy"], f"{100 * r['compression']:.1f} %", _ratio(r), f"{r['p_holm']:.3f}"]
+             for r in pairs.sort("policy", "compression").to_dicts()],
+        ),
+    ]  # fmt: skip
+    return lines + ending(
+        "merging",
+        "other models or texts, contexts beyond 2,048 tokens, h2o, more than the ten books at hand. The weights "
+        "were those "
+        "of the GGUF file, dequantized to a folder before.",
+        "books",
+    )
+
+
+def front() -> str:
+    """Return the README's first picture and table: what is lost on a language model at three budgets."""
+    found = kept("merging", "perplexity").filter(pl.col("bin").is_null(), pl.col("budget") != "r1")
+    cells = {(r["policy"], r["budget"]): r for r in found.to_dicts()}
+    budgets = sorted({budget for _, budget in cells}, key=labels.budget_order)
+    shown = ["snapkv", "entropy_drop", "entropy_merge", "random"]
+    first = cells[shown[0], budgets[0]]
+    lines = [
+        "![Perplexity over the full cache's by the share of the cache that is gone](docs/images/real_merging.svg)",
+        "",
+        "*SmolLM2-135M-Instruct, a language model of 135M parameters, on PG-19: perplexity over the full cache's, 95 % "
+        f"intervals, n = {first['n']} windows of {first['clusters']} books, exploratory "
+        "([findings](docs/findings.md)).*",
+        "",
+        table(
+            ["policy", *(f"{labels.budget(b)} kept" for b in budgets)],
+            [[f"`{policy}`", *(_ratio(cells[policy, b]) for b in budgets)] for policy in shown],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _ratio(row: Row) -> str:
+    return "1" if row["ratio_low"] is None else interval(row["ratio"], row["ratio_low"], row["ratio_high"])
+
+
+VARIANTS = {
+    "entropy_merge": "keys and values, all layers",
+    "merge_keys": "keys only",
+    "merge_values": "values only",
+    "merge_values_bias": "values only, with log m",
+    "merge_low_layers": "both, layers 0 to 9",
+    "merge_middle_layers": "both, layers 10 to 19",
+    "merge_high_layers": "both, layers 20 to 29",
+}
+
+
+def ablation() -> list[str]:
+    """Where merging loses."""
+    windows = kept("ablation", "windows")
+    there = windows.filter(pl.col("policy").is_in(list(VARIANTS))).select("policy", "budget").unique().to_dicts()
+    rows = []
+    for cell in sorted(there, key=lambda c: (-float(c["budget"][1:]), list(VARIANTS).index(c["policy"]))):
+        own = windows.filter(budget=cell["budget"])
+        ratio, low, high = over(own, cell["policy"], "entropy_drop")
+        kept_label = f"{labels.budget(cell['budget'])} kept"
+        rows.append({"variant": VARIANTS[cell["policy"]], "kept": kept_label, "ratio": ratio, "low": low, "high": high})
+    n, books = windows.filter(policy="full").height, windows["book_id"].n_unique()
+    figures.dots(
+        rows, "variant", "ratio", group="kept", title="perplexity over dropping's, 95 % interval", reference=1,
+        head=("Where merging loses", f"what is averaged; n = {n} windows of {books} books"),
+        output=IMAGES / "real_ablation.svg",
+    )  # fmt: skip
+    worse = [f"{r['variant']} ({r['kept']})" for r in rows if r["low"] > 1]
+    better = [f"{r['variant']} ({r['kept']})" for r in rows if r["high"] < 1]
+    open_ = [f"{r['variant']} ({r['kept']})" for r in rows if r["low"] <= 1 <= r["high"]]
+    lines = [
+        "## Where does merging lose?",
+        "",
+        "Averaging is worse than dropping, the interval of the ratio above 1, with: "
+        f"{'; '.join(worse) or 'no variant'}. "
+        f"It is better with: {'; '.join(better) or 'no variant'}; undecided: {'; '.join(open_) or 'none'}.",
+        *picture("real_ablation", "perplexity of variants of merging over dropping's"),
+        table(
+            ["what is averaged", "kept", "over dropping's perplexity"],
+            [[r["variant"], r["kept"], interval(r["ratio"], r["low"], r["high"])] for r in rows],
+        ),
+        "",
+        f"n = {n} windows of {books} books, exploratory, intervals not adjusted; context of 1,024 tokens, 128 scored. "
+        "What is not averaged, and every span of the other layers, is the entry that received most attention, so that "
+        "the footprint is the same.",
+    ]
+    not_shown = "longer contexts, other spans and budgets, other models, and variants that are not in the table."
+    return lines + ending("ablation", not_shown, "books")
+
+
+def sinks() -> list[str]:
+    """Attention sinks and H2O."""
+    windows = kept("sinks", "windows")
+    rows = kept("sinks", "perplexity").filter(pl.col("bin").is_null()).to_dicts()
+    order = {name: i for i, name in enumerate(("full", "sinks_0", "sinks_1", "sinks_2", "sinks_4", "sinks_8", "h2o"))}
+    rows.sort(key=lambda r: order[r["policy"]])
+    against = {
+        r["policy"]: over(windows, r["policy"], "sinks_4") for r in rows if r["policy"] not in ("full", "sinks_4")
+    }
+    figures.dots(
+        [r | {"low": r["ratio_low"], "high": r["ratio_high"]} for r in rows if r["policy"] != "full"],
+        "policy", "ratio", title="perplexity over the full cache's, 95 % interval", log=True, reference=1,
+        head=("Sinks", f"20 % held, each step; n = {rows[0]['n']} windows of {rows[0]['clusters']} books"),
+        output=IMAGES / "real_sinks.svg",
+    )  # fmt: skip
+    more = [p for p, (_, low, _) in against.items() if p.startswith("sinks") and low > 1]
+    less = [p for p, (_, _, high) in against.items() if p.startswith("sinks") and high < 1]
+    lines = [
+        "## Do sinks matter?",
+        "",
+        f"{'Yes' if 'sinks_0' in more else 'Undecided' if 'sinks_0' not in less else 'No'}: beside four sinks, "
+        f"perplexity "
+        f"is higher, its interval above 1, with {', '.join(more) or 'none'}, and lower with "
+        f"{', '.join(less) or 'none'}.",
+        *picture("real_sinks", "perplexity over the full cache's by the number of sinks"),
+        table(
+            ["policy", "perplexity", "over the full cache's", "over four sinks'", "entries held, mean"],
+            [[r["policy"], f"{r['perplexity']:.2f}", _ratio(r),
+              interval(*against[r["policy"]]) if r["policy"] in against else "–", f"{r['kept_mean']:.0f}"]
+             for r in rows],
+        ),
+        "",
+        f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books, exploratory; context of 1,024 tokens, 64 "
+        f"scored one by "
+        "one, 20 % of the entries held at each step.",
+    ]  # fmt: skip
+    not_shown = "one and two sinks, longer contexts, other budgets, streaming from the first token on, other models."
+    return lines + ending("sinks", not_shown, "books")
+
+
+def over(windows: pl.DataFrame, policy: str, reference: str) -> tuple[float, float, float]:
+    """Return the perplexity of a policy over that of another on the same windows, and its 95 % interval by book."""
+    key = ["corpus", "bin", "book_id", "window", "budget"]
+    both = windows.filter(policy=policy).join(windows.filter(policy=reference), on=key, suffix="_other")
+    book = both["book_id"].rank("dense").to_numpy() - 1
+    difference = (both["nll_sum"] - both["nll_sum_other"]).to_numpy()
+    found = share(difference, both["n_tokens"].cast(float).to_numpy(), book, Statistics(0.95, 10_000, 0)).exp()
+    return found.value, found.low, found.high
