@@ -26,7 +26,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "src"))
 
-POLICIES = ("streaming_llm", "h2o", "h2o_heavy", "tova")
+POLICIES = ("streaming_llm", "h2o", "h2o_heavy", "tova", "r_kv")
+
+ONCE = ("snapkv", "lagkv", "chunkkv", "cake", "criticalkv")
 
 
 def measure(entries: int, steps: int) -> dict[str, Any]:
@@ -58,6 +60,18 @@ def measure(entries: int, steps: int) -> dict[str, Any]:
 
         return step
 
+    def paced(kind: str) -> Callable[[int], None]:
+        from kv_transition.run.paced import Paced
+
+        policy = Paced(inner=create(kind, hyper_parameters(kind)), every=128)
+        held = policy.compress(engine.extend(None, prompt, policy.statistics), entries)
+
+        def step(token: int) -> None:
+            nonlocal held
+            held = policy.hold(engine.extend(held, [token], policy.statistics), entries)
+
+        return step
+
     def bare() -> Callable[[int], None]:
         state = engine.extend(None, prompt[:entries], frozenset(), room=steps + 10)
 
@@ -80,6 +94,8 @@ def measure(entries: int, steps: int) -> dict[str, Any]:
 
     runs = {"bare": bare(), "transformers": transformers(), **{kind: stepper(kind) for kind in POLICIES}}
     runs["streaming_llm, positions: cache"] = stepper("streaming_llm", {"positions": "cache"})
+    # policies that act once, compressed again each time 128 entries more are there (decoding.compress_every)
+    runs |= {f"{kind}, every 128": paced(kind) for kind in ONCE}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(steps + 5):
         token = prompt[number]

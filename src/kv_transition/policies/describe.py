@@ -57,6 +57,23 @@ _TAIL = """
   constructor as hyper-parameters. It reads the prompt anew, since presses need the model's hidden states.
 
 CONTRIBUTING.md says how a policy is written.
+
+## Agreement with kvpress
+
+`tests/test_kvpress.py` (after `make bench-peers`) has kvpress 0.5.5 read 700 tokens with the same weights, and compares
+the sets of entries that stay in each head of each layer, at equal K, for random models of three families.
+
+| policy | press | where the sets are the same |
+|---|---|---|
+| `snapkv` | SnapKVPress | window 64, kernel 5, mean pooling; kernel 7 with max pooling of the group's mean |
+| `adakv` | AdaKVPress(SnapKVPress) | the same window and pooling |
+| `criticalkv` | CriticalKVPress(SnapKVPress) | the same window and pooling |
+| `chunkkv` | ChunkKVPress(SnapKVPress) | where window and K are whole chunks |
+| `lagkv` | LagKVPress | where K takes equally many of each partition |
+| `streaming_llm`, `tova`, `knorm`, `keydiff`, `expected_attention` | of the same name | everywhere |
+
+`kvzip`, `cake` and `r_kv` are held against their formulas, written out entry by entry
+(`tests/test_policies_reading.py`, `tests/test_policies_newer.py`); kvpress has no `cake` and no `r_kv`.
 """
 
 

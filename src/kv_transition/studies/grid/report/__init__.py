@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kv_transition.report.section import Section
-from kv_transition.studies.grid.report import allocation
+from kv_transition.studies.grid.report import allocation, depth
 
 FIGURES = {
     "acc_vs_len": ("Score", "Mean score against document length, one panel per mode and budget."),
@@ -15,4 +15,7 @@ FIGURES = {
     "std_vs_len": ("Spread", "Standard deviation of the score between examples. For scores of 0 and 1 it is a function "
                    "of the mean and shows nothing of its own."),
 }  # fmt: skip
-SECTIONS = (Section("allocation", "Adaptive allocation", allocation.build),)
+SECTIONS = (
+    Section("allocation", "Adaptive allocation", allocation.build),
+    Section("depth", "Depth of the needle", depth.build),
+)
