@@ -268,5 +268,5 @@ def agreement() -> list[str]:
         "What it does not show: more prompts, other tasks and budgets.",
         "",
         "Command: `make bench-peers`, then `python benchmarks/real_agreement.py "
-        "results/real_small/data/niah_single/bin0.parquet`.",
+        "results/real_small/data/niah_single/bin0.parquet --n 2`.",
     ]
