@@ -144,11 +144,11 @@ def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
         types, words = field.types
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise UserError(f"{where}.{key}: {value!r} has the wrong type; give {words}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}.{key}: {value!r} is not allowed; give a finite number")
         allowed = field.allowed
         if allowed and not allowed[0](value):
             raise UserError(f"{where}.{key}: {value!r} is not allowed; {allowed[1]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}.{key}: {value!r} is not allowed; give a finite number")
     return kind, {key: field.default for key, field in fields.items()} | given
 
 
