@@ -56,5 +56,5 @@ def test_the_tables_of_the_markdown_are_tables():
         assert {line.count("|") for line in lines} == {columns + 2}
         assert "" not in table[2 : 2 + len(lines)]
     html = page.environment(html=True).get_template("depth.html.jinja").render(section=section)
-    assert html.count("<table") == 2
+    assert html.count("<table") == html.count("<h4>") == 2
     assert "hsl(60 65% 72%)" in html
