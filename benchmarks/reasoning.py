@@ -68,24 +68,27 @@ def measure(kind: str, every: int | None, tokens: int, budget: int) -> dict[str,
     state = engine.extend(None, prompt, setting.policy.statistics)
     k = setting.entries(PROMPT)
     batch = Stacked(engine, [setting.compress(state, k)], setting, k, 0 if setting.while_decoding else tokens)
-    rows = []
+    rows, most = [], 0.0
     started = time.process_time()
     for step in range(1, tokens + 1):
         # tokens are drawn: a greedy answer of a random model is soon one token again and again
         batch.read({0: int(torch.randint(1, VOCABULARY, (), generator=generator))})
+        most = max(most, batch.entries(0))
         if step % SPAN == 0:
             spent = time.process_time() - started
             gc.collect()
             rows.append(
                 {
                     "step": step,
+                    # samples fall on one phase of the evictions; the most of the span does not
                     "entries": batch.entries(0),
+                    "most_entries": most,
                     "storage_mb": round(storage_bytes(batch.state(0)) / 2**20, 3),
                     "resident_mb": round(resident_mb(), 1),
                     "tokens_per_s": round(SPAN / spent, 1),
                 }
             )
-            started = time.process_time()
+            started, most = time.process_time(), 0.0
     settled = [row for row in rows if row["step"] - SPAN >= SETTLED - SPAN // 2]
     ratio = {
         name: round(max(r[name] for r in settled) / min(r[name] for r in settled) - 1, 4)
