@@ -30,7 +30,7 @@ def test_the_report_and_its_figures_are_there(finished):
     html = (finished.results / "report.html").read_text()
     assert "<html" in html
     assert (finished.results / "report.md").stat().st_size > 500
-    for figure in ("acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len", "failures"):
+    for figure in ("acc_vs_len", "std_vs_len", "failrate_vs_len", "broken_vs_len", "latency_vs_len", "failures"):
         assert (finished.results / "plots" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (finished.results / "plots" / f"{figure}.svg").read_text()[:300]
 

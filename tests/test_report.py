@@ -276,11 +276,19 @@ def _by_example(rows):
     return {(r["bin"], r["example_id"]): r for r in rows}
 
 
+def _held(r):
+    """Bytes held over those of a full cache, on average over the answer where its course is known."""
+    share = r["cache_bytes"] / r["full_bytes"]
+    if r.get("full_mean") is None:
+        return share
+    return share * (r["kept_mean"] / r["kept_final"]) / (r["full_mean"] / r["full_final"])
+
+
 DEFINITIONS = {
     "score_mean": (1, lambda own, full: _mean(r["score"] for r in own)),
     "failure_rate": (1, lambda own, full: _mean(r["failure"] is not None for r in own)),
-    "footprint": (100, lambda own, full: _mean(r["cache_bytes"] / r["full_bytes"] for r in own)),
-    "saved": (100, lambda own, full: 1 - _mean(r["cache_bytes"] / r["full_bytes"] for r in own)),
+    "footprint": (100, lambda own, full: _mean(_held(r) for r in own)),
+    "saved": (100, lambda own, full: 1 - _mean(_held(r) for r in own)),
     "cache_bytes": (1 / 2**20, lambda own, full: _mean(r["cache_bytes"] for r in own)),
     "latency_p50": (1, lambda own, full: _median(r["latency_s"] for r in own)),
     "ttft_p50": (1, lambda own, full: _median(r["ttft_s"] for r in own)),

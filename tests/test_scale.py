@@ -13,6 +13,8 @@ from simulated_scores import cell_rows, table
 from kv_transition.stats import paired
 from kv_transition.stats.examples import Statistics
 from kv_transition.studies.grid.analysis import scale, transition
+from kv_transition.studies.grid.analysis.comparisons import comparisons
+from kv_transition.studies.grid.analysis.noninferiority import noninferiority
 
 HOW = Statistics(resamples=200)
 
@@ -86,3 +88,27 @@ def test_as_many_pairs_as_are_said_to_decide_do_so_four_times_in_five():
     normal = ((stats.norm.isf(0.025) + stats.norm.ppf(0.8)) / (loss / (loss * (1 - loss)) ** 0.5)) ** 2
     assert n > normal  # the additional pair costs some
     assert paired.examples(0.0, 1.0, -1.0, 0.025) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_interval_on_the_first_screen_agrees_with_the_word_beside_it(seed):
+    rng, rows, n = np.random.default_rng(seed), [], 50
+    for bin in range(3):
+        full = (rng.random((n, 1)) < 0.95).astype(float)
+        rows += cell_rows(full, np.zeros((n, 1), bool), bin=bin)
+        for i, lost in enumerate((0.0, 0.005, 0.02, 0.04, 0.08, 0.2)):
+            score = np.where(rng.random((n, 1)) < lost, 0.0, full)
+            rows += cell_rows(score, np.zeros((n, 1), bool), policy=f"p{i}", budget="r0.5", bin=bin)
+    scores = table(rows)
+    frame = pl.from_arrow(transition.transitions(scores, HOW)).filter(detector="definition")
+    pooled = pl.from_arrow(comparisons(scores, HOW)).filter(pl.col("bin").is_null(), statistic="score")
+    lost = dict(pooled.select("policy", (pl.col("p_holm") < 0.05) & (pl.col("estimate") < 0)).iter_rows())
+    kept = pl.from_arrow(noninferiority(scores, HOW)).filter(pl.col("bin").is_null())
+    enough = dict(kept.select("policy", "non_inferior").iter_rows())
+    assert any(lost.values())
+    for row in frame.iter_rows(named=True):
+        assert (row["kept_low"] > 0.95) == enough[row["policy"]]
+        assert (row["kept_high"] < 1) == lost[row["policy"]]
+        if row["outcome"] == "undecided":
+            assert row["kept_low"] <= 0.95
+            assert row["kept_high"] >= 1

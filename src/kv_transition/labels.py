@@ -60,6 +60,10 @@ def mode(name: str) -> str:
     return MODES.get(name, name.replace("_", " "))
 
 
+HONEST = ("ABSTAIN",)
+"""failures in which the model says that it does not know, which a user can act on; the others are broken answers"""
+
+
 def failure(name: str) -> str:
     """Return ``empty output`` for ``EMPTY_OUTPUT``; acronyms stay."""
     return name if name == "OOM" else name.replace("_", " ").lower()

@@ -170,6 +170,11 @@ class KV(Section):
     compression_ratio: list[float] | None = Field(
         None, min_length=1, description="fractions removed in [0, 1): another way to give budgets, never with them"
     )
+    match: Literal["none", "mean", "final"] = Field(
+        "none",
+        description="mean, final: K such that footprints over the answer are the budget's share of a full cache, "
+        "equal for policies that act each step and that compress once; none: K is the same for both",
+    )
     first_token: Literal["compressed", "full"] = Field(
         "compressed", description="after_prompt: which cache the first answer token is read from"
     )

@@ -154,7 +154,10 @@ rule transition:
         "../../scripts/call.py"
 
 
-GRID_FIGURES = ["acc_vs_len", "std_vs_len", "failrate_vs_len", "latency_vs_len", "failures", "front", "differences"]
+GRID_FIGURES = [
+    *("acc_vs_len", "std_vs_len", "failrate_vs_len", "unknown_vs_len", "broken_vs_len", "latency_vs_len"),
+    *("failures", "front", "differences"),
+]
 
 
 rule plots:

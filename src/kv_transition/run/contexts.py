@@ -17,9 +17,11 @@ class Contexts(Reader):
     def compressed(self, example: dict[str, Any], prefill: Prefill, setting: Setting) -> Compressed | None:
         """Return what the cell's policy leaves of the context that is held; None where each question has its own.
 
-        That is so after the prompt, of which the question is a part, and under a policy that draws by the example.
+        That is so after the prompt, of which the question is a part, under a policy that draws by the example, and if K
+        depends on what follows the context.
         """
-        if setting.mode != "before_question" or setting.policy.draws or not self.holds(example):
+        alone = setting.mode != "before_question" or setting.policy.draws or setting.matches
+        if alone or not self.holds(example):
             return None
         key = key_of(example)
         if self._left is None or self._left[0] != key:

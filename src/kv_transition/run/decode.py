@@ -17,6 +17,7 @@ from kv_transition.cache.store import Prefill
 from kv_transition.engines.compiled import CompiledDecoder, decoder_of
 from kv_transition.engines.local import LocalEngine
 from kv_transition.policies.base import BeforeAttention, Policy, Watcher
+from kv_transition.run.matched import Course, Match, entries
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class Setting:
     first_token: str = "compressed"
     temperature: float = 0.0
     compile: bool = False
+    match: Match = "none"
+    """whether K is such that mean or final footprints of all policies are equal"""
+
+    @property
+    def matches(self) -> bool:
+        """Whether K depends on what follows the compression."""
+        return self.match != "none" and not self.budget.is_full and not self.policy.ignores_budget
 
     @property
     def evicts(self) -> bool:
@@ -37,6 +45,12 @@ class Setting:
     def entries(self, n: int) -> int:
         """Return how many of ``n`` entries the budget keeps."""
         return n if self.budget.is_full else self.budget.kept(n)
+
+    def entries_over(self, course: Course) -> int:
+        """How many entries are left of those compressed, for what follows them."""
+        if not self.matches:
+            return self.entries(course.n)
+        return entries(self.budget, course, self.match, acts_each_step=self.policy.acts_each_step)
 
     @property
     def while_decoding(self) -> frozenset[str]:
@@ -71,6 +85,10 @@ class Answer:
     """what its steps are watched by"""
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "length"
+    steps: int = 1
+    """tokens that it is expected to take, where K depends on them (`Setting.matches`)"""
+    course: Course | None = None
+    """what there was to compress, and what came after"""
     budget_entries: int = 0
     kept: list[float] = field(default_factory=list)
     """entries per KV head before each token"""
@@ -119,9 +137,12 @@ class Compressed:
     record: dict[str, Any]
 
 
-def compress(engine: LocalEngine, state: CacheState, setting: Setting, seed: int) -> Compressed:
-    """Return what the policy leaves of a cache within the budget."""
-    k, keep_last = setting.entries(state.length), setting.mode != "before_question"
+def compress(
+    engine: LocalEngine, state: CacheState, setting: Setting, seed: int, course: Course | None = None
+) -> Compressed:
+    """Return what the policy leaves of a cache within the budget; ``course``: what follows, where K depends on it."""
+    k = setting.entries_over(course) if course else setting.entries(state.length)
+    keep_last = setting.mode != "before_question"
     started = engine.clock()
     left = setting.compress(state, k, seed, keep_last=keep_last)
     seconds = engine.clock() - started
@@ -144,7 +165,9 @@ def begin(
     """
     before_question = setting.mode == "before_question"
     answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
-    left = left or compress(engine, prefill.context if before_question else prefill.prompt, setting, answer.seed)
+    state = prefill.context if before_question else prefill.prompt
+    answer.course = Course(state.length, len(question_ids) if before_question else 0, answer.steps)
+    left = left or compress(engine, state, setting, answer.seed, answer.course)
     compressed = left.state
     answer.budget_entries, answer.token_bytes, answer.compress_s = left.budget_entries, left.token_bytes, left.seconds
     answer.record = dict(left.record)

@@ -11,6 +11,7 @@ from kv_transition.engines.kvpress_press import installed_version, read
 from kv_transition.engines.local import LocalEngine
 from kv_transition.policies.base import Policy
 from kv_transition.run.decode import Answer, Setting, let_in
+from kv_transition.run.matched import Course
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def begin(
     """
     before_question = setting.mode == "before_question"
     prompt = [*context_ids] if before_question else [*context_ids, *question_ids]
-    answer.budget_entries = k = setting.entries(len(prompt))
+    answer.course = Course(len(prompt), len(question_ids) if before_question else 0, answer.steps)
+    answer.budget_entries = k = setting.entries_over(answer.course)
     # after the prompt, the last token is read against what the press left of the others, and counts against K
     tokens, last = (prompt, question_ids) if before_question else (prompt[:-1], prompt[-1:])
     started = engine.clock()

@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 
 from kv_transition.errors import UserError
+from kv_transition.labels import HONEST
 from kv_transition.provenance import read_metadata
 
 CELL = ["task", "mode", "policy", "budget", "bin"]
@@ -33,12 +34,25 @@ def is_full() -> pl.Expr:
     return pl.col("policy").eq(FULL["policy"]) & pl.col("budget").eq(FULL["budget"])
 
 
+def held_share(frame: pl.DataFrame, held: pl.Expr) -> pl.Expr:
+    """Return bytes held over those of a full cache: the mean over an answer where its course is known, else its end.
+
+    ``held``: bytes at the end of an answer. Null where there are none.
+    """
+    share = pl.when(pl.col("full_bytes") > 0).then(held / pl.col("full_bytes"))
+    if "full_mean" not in frame.columns:
+        return share
+    course = pl.col("kept_mean") / pl.col("kept_final") * pl.col("full_final") / pl.col("full_mean")
+    return share * course.fill_null(1.0)
+
+
 def example_values(scores: pa.Table) -> pl.DataFrame:
     """Return one row per cell and example: columns of the scores as means over the repeats.
 
-    Further columns: ``failed`` (share of the repeats that failed), ``footprint`` (bytes of the cache over those of the
-    full one), ``alone`` (timings are meaningful), ``score_var`` and ``repeats`` (variance of the score over repeats),
-    and ``cluster``: the document that examples share, from the optional column of the scores, else the example itself.
+    Further columns: ``failed`` (share of the repeats that failed), ``abstained`` and ``broken`` (its two kinds),
+    ``footprint`` (`held_share`), ``alone`` (timings are meaningful), ``score_var`` and ``repeats`` (variance of the
+    score over repeats), and ``cluster``: the document that examples share, from the optional column of the scores,
+    else the example itself.
 
     Raises UserError if there is no row, a cell has one example twice in the same repeat, or a score is not in [0, 1].
     """
@@ -53,11 +67,25 @@ def example_values(scores: pa.Table) -> pl.DataFrame:
     frame = frame.with_columns(
         cluster=pl.coalesce("cluster", "example_id"),
         failed=pl.col("failure").is_not_null().cast(pl.Float64),
-        footprint=pl.when(pl.col("full_bytes") > 0).then(pl.col("cache_bytes") / pl.col("full_bytes")),
+        abstained=pl.col("failure").is_in(HONEST).fill_null(False).cast(pl.Float64),
+        broken=(pl.col("failure").is_not_null() & ~pl.col("failure").is_in(HONEST)).cast(pl.Float64),
+        footprint=held_share(frame, pl.col("cache_bytes")),
         tokens_per_s=pl.when(pl.col("decode_s") > 0).then(pl.col("completion_tokens") / pl.col("decode_s")),
     ).with_columns(pl.when(alone).then(pl.col(name)) for name in ("latency_s", "ttft_s", "tokens_per_s", "peak_mem_mb"))
     columns = [
-        *("score", "em", "f1", "contains", "failed", "kept_mean", "cache_bytes", "footprint", "token_len"),
+        *(
+            "score",
+            "em",
+            "f1",
+            "contains",
+            "failed",
+            "abstained",
+            "broken",
+            "kept_mean",
+            "cache_bytes",
+            "footprint",
+            "token_len",
+        ),
         *("latency_s", "ttft_s", "tokens_per_s", "peak_mem_mb"),
     ]
     key = [*CELL, "example_id"]

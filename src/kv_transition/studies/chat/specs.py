@@ -61,7 +61,8 @@ def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
         "max_tokens": settings.chat.max_tokens,
         "max_length": settings.model.max_length,
         "chat_template": settings.model.chat_template,
-        "hold": settings.chat.hold,
+        # without it all policies act at the end of a turn, and their footprints are equal
+        "hold": settings.chat.hold and settings.kv.match == "none",
         "answer_nll": settings.chat.answer_nll,
         "seed": settings.decoding.seed,
         "model": model(settings),

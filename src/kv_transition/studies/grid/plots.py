@@ -25,6 +25,8 @@ FIGURES = {
     "acc_vs_len": ("score_mean", "Score", "Mean score against document length"),
     "std_vs_len": ("score_std", "Standard deviation", "Spread of the score between examples against document length"),
     "failrate_vs_len": ("failure_rate", "Failure rate", "Share of failed answers against document length"),
+    "unknown_vs_len": ("abstention_rate", "Share of “unknown”", "Answers “unknown” against document length"),
+    "broken_vs_len": ("broken_rate", "Share broken", "Broken answers against document length"),
     "latency_vs_len": ("latency_p50", "Seconds, median", "Time to answer against document length"),
 }
 
@@ -161,16 +163,22 @@ FAILURE_COLORS = dict(
 
 
 def failure_rows(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the share of each failure by task, mode, budget and policy, and the overall rates with intervals."""
+    """Return the share of each failure by task, mode, budget and policy, and the overall rates with intervals.
+
+    Rows of the latter have those of its two kinds, answers “unknown” and broken ones, as rows of their own.
+    """
     frame = results.scores.filter(~pl.col("alias"))
     group = ["task", "mode", "policy", "budget"]
     parts, totals = [], []
     for key, cell in frame.sort(group).group_by(group, maintain_order=True):
         named = dict(zip(group, key, strict=True))
-        per_example = cell.group_by("bin", "example_id").agg(pl.col("failure").is_not_null().mean().alias("rate"))
-        whole = intervals.bounded_mean(per_example["rate"].to_numpy()[None], results.confidence).row(0)
+        failed, honest = pl.col("failure").is_not_null(), pl.col("failure").is_in(labels.HONEST).fill_null(False)
+        kinds = {"rate": failed, "unknown": honest, "broken": failed & ~honest}
+        per_example = cell.group_by("bin", "example_id").agg(**{name: of.mean() for name, of in kinds.items()})
+        rates = intervals.bounded_mean(per_example.select(*kinds).to_numpy().T, results.confidence)
+        whole = rates.row(0)
         text = f"{labels.interval(whole['estimate'], whole['ci_low'], whole['ci_high'])}, n = {whole['n']}"
-        totals.append({**named, **whole, "text": text})
+        totals.append({**named, **whole, "text": text, "unknown": rates.row(1), "broken": rates.row(2)})
         counts = dict(cell["failure"].drop_nulls().value_counts().iter_rows())
         for label in LABELS:
             if label in counts:
@@ -212,7 +220,7 @@ def failure_stack(results: Results) -> Spec:
                 order=alt.Order("order:Q"),
             )
         )
-        base = data.chart(whole)
+        base = data.chart([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in whole])
         rules = base.mark_rule(color=theme.INK, strokeWidth=1).encode(y=y, x=alt.X("ci_low:Q"), x2="ci_high:Q")
         text = base.mark_text(align="left", dx=6, fontSize=10, color=theme.INK)
         layers = (bars, rules, text.encode(y=y, x="ci_high:Q", text="text:N"))
@@ -224,6 +232,8 @@ def failure_stack(results: Results) -> Spec:
 MEASURES = {
     "Score": ("score_mean", 1.0),
     "Failure rate": ("failure_rate", 1.0),
+    "Answered “unknown”": ("abstention_rate", 1.0),
+    "Broken answers": ("broken_rate", 1.0),
     "Seconds to the answer, median": ("latency_p50", 1.0),
     "Seconds to the first token, median": ("ttft_p50", 1.0),
     "Tokens per second, median": ("tokens_per_s", 1.0),
@@ -232,7 +242,7 @@ MEASURES = {
     "Peak memory, MB": ("peak_mem_mb", 1.0),
     "Standard deviation of the score": ("score_std", 1.0),
 }
-_ZONED = ("Score", "Failure rate")
+_ZONED = ("Score", "Failure rate", "Answered “unknown”", "Broken answers")
 
 
 def _explored(results: Results) -> tuple[list[dict], list[dict], list[dict]]:

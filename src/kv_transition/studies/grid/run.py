@@ -24,11 +24,14 @@ from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.run import job
 from kv_transition.run.contexts import Contexts
 from kv_transition.run.decode import Answer, Setting, begin, finish
+from kv_transition.run.matched import Course, Match, settled
 from kv_transition.run.paced import Paced, over_time, with_pace
 from kv_transition.run.prefill import key_of, store_of
 from kv_transition.studies.grid.moments import Paces, calibrated, paces
 from kv_transition.studies.grid.tables import CELLS
 
+GUESS = 8
+"""steps that an answer is expected to take before it is known, where K depends on them"""
 Unit = tuple[dict[str, Any], int]
 """an example and the number of its repeat"""
 
@@ -41,6 +44,7 @@ def setting_of(spec: dict[str, Any]) -> Setting:
         first_token=spec["first_token"],
         temperature=spec["decoding"]["temperature"],
         compile=spec["decoding"].get("compile", False),
+        match=spec.get("match", "none"),
     )
     return with_pace(setting, spec["decoding"])
 
@@ -60,7 +64,7 @@ def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool)
     ragged: also others, if padding costs less than it gains. A policy that acts at each step is never padded, and one
     that acts before a step's attention decodes one answer at a time.
     """
-    if setting.policy.one_at_a_time:
+    if setting.policy.one_at_a_time or setting.matches:
         size = 1
     each_step = setting.evicts and setting.policy.acts_each_step
     held = each_step and not setting.policy.ignores_budget
@@ -137,9 +141,35 @@ def _answered(
 def _answer(
     engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], contexts: Contexts, paced: Paces
 ) -> list[dict[str, Any]]:
+    if not setting.matches:
+        return _answered_at(engine, units, setting, spec, contexts, paced, GUESS)
+    [(example, _)] = units
+    return settled(
+        lambda steps: _answered_at(engine, units, setting, spec, contexts, paced, steps),
+        lambda made: made[0]["steps"],
+        lambda steps: setting.entries_over(_course(example, setting, steps)),
+        min(GUESS, example["max_new_tokens"]),
+    )
+
+
+def _course(example: dict[str, Any], setting: Setting, steps: int) -> Course:
+    context, question = (len(example[key]) for key in ("context_ids", "question_ids"))
+    before_question = setting.mode == "before_question"
+    return Course(context, question, steps) if before_question else Course(context + question, 0, steps)
+
+
+def _answered_at(
+    engine: LocalEngine,
+    units: list[Unit],
+    setting: Setting,
+    spec: dict[str, Any],
+    contexts: Contexts,
+    paced: Paces,
+    steps: int,
+) -> list[dict[str, Any]]:
     seeds = [job.answer_seed(spec["decoding"]["seed"], e["example_id"], r) for e, r in units]
     answers = [
-        Answer(seed, example["max_new_tokens"], paced.get((example["example_id"], repeat)))
+        Answer(seed, example["max_new_tokens"], paced.get((example["example_id"], repeat)), steps=steps)
         for seed, (example, repeat) in zip(seeds, units, strict=True)
     ]
     states, load_s = [], []
@@ -180,6 +210,9 @@ def _row(engine: LocalEngine, setting: Setting, got: Answer, load_s: float, peak
         "protected": setting.policy.protected(got.budget_entries),
         "kept_final": got.kept[-1],
         "kept_mean": sum(got.kept) / len(got.kept),
+        "full_mean": _full(got, "mean"),
+        "full_final": _full(got, "final"),
+        "steps": len(got.kept),
         "cache_bytes": got.cache_bytes,
         "total_bytes": got.total_bytes,
         "full_bytes": got.full_bytes,
@@ -198,6 +231,11 @@ def _row(engine: LocalEngine, setting: Setting, got: Answer, load_s: float, peak
 def _telemetry(setting: Setting, got: Answer) -> dict[str, Any]:
     """Entries over time, of an answer whose cache was compressed while it was generated."""
     return {"entries": over_time(got.kept)} if isinstance(setting.policy, Paced) else {}
+
+
+def _full(got: Answer, match: Match) -> float | None:
+    """Return the entries of a full cache over the same answer."""
+    return None if got.course is None else replace(got.course, steps=len(got.kept)).full(match)
 
 
 def main(argv: list[str] | None = None) -> None:

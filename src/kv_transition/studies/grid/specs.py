@@ -87,6 +87,7 @@ def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, A
         "kind": kind,
         "hyper_parameters": hyper_parameters,
         "budget": str(Budget.parse(budget)),
+        "match": settings.kv.match,
         "first_token": settings.kv.first_token,
         "decoding": settings.decoding.model_dump(include=_DECODED),
         "model": reading["model"],
@@ -128,6 +129,8 @@ def check(settings: Settings) -> None:
     if settings.adaptive.enabled and not settings.dataset:
         raise UserError("adaptive.enabled: true needs a dataset; add one, or leave it out")
     _check_pace(settings)
+    if settings.kv.match != "none" and settings.decoding.compress_every is not None:
+        raise UserError("kv.match: with decoding.compress_every the cache grows and shrinks in steps; use none")
     if settings.dataset:
         _check_dataset(settings, settings.dataset)
         if settings.engine.kind == "openai":
@@ -178,6 +181,8 @@ def _check_dataset(settings: Settings, dataset: Dataset) -> None:
 
 def _check_engine(settings: Settings) -> None:
     engine = settings.engine
+    if settings.kv.match != "none":
+        raise UserError("kv.match: an endpoint chooses K by itself, so footprints cannot be matched; use none")
     for name in settings.kv.policies:
         own = recall_of(settings, name)
         if own and (own["tau_quantile"] is not None or own["like"] is not None):

@@ -6,7 +6,8 @@ import pyarrow as pa
 
 from kv_transition.tables import CELL_KEY, ESTIMATE, FLOAT, INT, RATIO, TESTED, TEXT, TEXTS
 
-# An answer. Seconds; bytes of the cache's tensors; entries per KV head; null where a machine cannot measure.
+# An answer. Seconds; bytes of the cache's tensors; entries per KV head, before each of its `steps`, of the policy's
+# cache (kept_) and of a full one; null where a machine cannot measure.
 CELLS = pa.schema(
     {
         "task": TEXT,
@@ -25,6 +26,9 @@ CELLS = pa.schema(
         "protected": INT,
         "kept_final": FLOAT,
         "kept_mean": FLOAT,
+        "full_mean": FLOAT,
+        "full_final": FLOAT,
+        "steps": INT,
         "cache_bytes": INT,
         "total_bytes": INT,
         "full_bytes": INT,
@@ -98,13 +102,15 @@ COMPARISONS = pa.schema(
 
 # A test whether a policy keeps the share `kept` of the full cache's score: `estimate` is the mean of
 # score - kept * full score, `n_needed` the fewest examples with which the test can succeed at all,
-# `n_decides` about how many it would take were what was seen the truth; null where less than `kept` was seen.
+# `n_decides` about how many it would take were what was seen the truth; null where less than `kept` was seen;
+# `ratio_holm_low` the lower end of the ratio that lies above `kept` exactly where p_holm shows it.
 NONINFERIORITY = pa.schema(
     {
         **CELL_KEY,
         "kept": FLOAT,
         **ESTIMATE,
         **RATIO,
+        "ratio_holm_low": FLOAT,
         **TESTED,
         "non_inferior": pa.bool_(),
         "n_needed": INT,
@@ -134,7 +140,8 @@ SMALLEST_BUDGET = pa.schema(
 
 # One row per (task, mode, policy, budget): where answers become unreliable along the length bins. Bins are null where
 # there is none; `detector` is "definition" or "zscore"; `outcome` a word of analysis/scale.py (null for zscore), which
-# begins at `since_bin`; `n_decides` examples would decide an undecided one; `details` a JSON object.
+# begins at `since_bin`; `n_decides` examples would decide an undecided one; `kept_low` and `kept_high`: the interval
+# of the score kept that agrees with it, after Holm; `details` a JSON object.
 TRANSITION = pa.schema(
     {
         "task": TEXT,
@@ -145,6 +152,8 @@ TRANSITION = pa.schema(
         "outcome": TEXT,
         "since_bin": INT,
         "n_decides": INT,
+        "kept_low": FLOAT,
+        "kept_high": FLOAT,
         "onset_bin": INT,
         "collapse_bin": INT,
         "onset_probability": FLOAT,
@@ -169,6 +178,8 @@ BUDGET_TRANSITION = pa.schema(
         "outcome": TEXT,
         "since_budget": TEXT,
         "n_decides": INT,
+        "kept_low": FLOAT,
+        "kept_high": FLOAT,
         "onset_budget": TEXT,
         "collapse_budget": TEXT,
         "onset_probability": FLOAT,

@@ -11,7 +11,7 @@ from kv_transition import labels
 from kv_transition.plotting import marks, panels, theme
 from kv_transition.plotting.panels import Datasets, Spec
 from kv_transition.stats import intervals
-from kv_transition.stats.examples import FULL, padded
+from kv_transition.stats.examples import FULL, held_share, padded
 from kv_transition.studies.grid.results import BYTES_IN_ALL, Results, Row
 
 ALL_LENGTHS = "all lengths"
@@ -21,10 +21,11 @@ DIFFERENCES = {"score": "Score", "failure_rate": "Failure rate"}
 def footprints(results: Results) -> dict[tuple[str, str, str, str], Row]:
     """Return bytes kept (in any memory) over bytes of the full cache, by (task, mode, policy, budget).
 
-    The mean is over all lengths; the example is the unit. Rows have estimate, ci_low, ci_high, n, method.
+    The mean over an answer if its course is known, else at its end; over all lengths; the example is the unit. Rows
+    have estimate, ci_low, ci_high, n, method.
     """
     key = ["task", "mode", "policy", "budget"]
-    share = pl.when(pl.col("full_bytes") > 0).then(pl.coalesce(BYTES_IN_ALL, "cache_bytes") / pl.col("full_bytes"))
+    share = held_share(results.scores, pl.coalesce(BYTES_IN_ALL, "cache_bytes"))
     examples = (
         results.scores.group_by(*key, "bin", "example_id").agg(share=share.mean()).sort(*key, "bin", "example_id")
     )

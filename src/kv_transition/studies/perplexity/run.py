@@ -37,6 +37,7 @@ from kv_transition.policies.catalog import create
 from kv_transition.provenance import digest, read_metadata, rows_to_table, write_table
 from kv_transition.run import job
 from kv_transition.run.decode import Setting
+from kv_transition.run.matched import Course
 from kv_transition.run.prefill import read_once, store_of
 from kv_transition.studies.perplexity.tables import PERPLEXITY, WINDOW_KEY
 
@@ -76,7 +77,7 @@ class Scored:
 
 def setting_of(spec: Row) -> Setting:
     policy = create(spec["kind"], spec["hyper_parameters"])
-    return Setting(policy, Budget.parse(spec["budget"]), mode="before_question")
+    return Setting(policy, Budget.parse(spec["budget"]), mode="before_question", match=spec.get("match", "none"))
 
 
 def read(engine: LocalEngine, window: Row, setting: Setting, k: int, seed: int, store: PrefillStore) -> Read:
@@ -144,11 +145,16 @@ def score_together(
     return [Scored(row(after, number), nats[number], kept) for number in range(len(tokens))]
 
 
+def course_of(window: Row) -> Course:
+    """Return how the cache grows: entries are counted after each fed token, so the first has followed already."""
+    return Course(len(window["context_ids"]), 1, len(window["target_ids"]) - 1)
+
+
 def together(
     engine: LocalEngine, windows: Sequence[Row], setting: Setting, spec: Row, store: PrefillStore
 ) -> list[Row]:
     """As `measured`, for windows of equal lengths; each has an equal share of the seconds of their scoring."""
-    k = setting.entries(len(windows[0]["context_ids"]))
+    k = setting.entries_over(course_of(windows[0]))
     read = [_read(engine, window, setting, k, spec, store) for window in windows]
     bytes_after = [own.state.nbytes for own in read]
     started = engine.clock()
@@ -159,7 +165,7 @@ def together(
 
 def measured(engine: LocalEngine, window: Row, setting: Setting, spec: Row, store: PrefillStore) -> Row:
     """Return the columns of PERPLEXITY that hold measurements of a window."""
-    k = setting.entries(len(window["context_ids"]))
+    k = setting.entries_over(course_of(window))
     own = _read(engine, window, setting, k, spec, store)
     bytes_after = own.state.nbytes
     started = engine.clock()
@@ -187,6 +193,7 @@ def _row(engine: LocalEngine, window: Row, own: Read, bytes_after: int, got: Sco
         "budget_entries": k,
         "kept_final": got.kept[-1],
         "kept_mean": sum(got.kept) / len(got.kept),
+        "full_mean": course_of(window).full("mean"),
         "bytes_before": round(own.token_bytes * len(context)),
         "bytes_after": bytes_after,
         "cache_bytes": got.state.nbytes,

@@ -55,6 +55,7 @@ def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
         "kind": kind,
         "hyper_parameters": hyper_parameters,
         "budget": str(Budget.parse(budget)),
+        "match": settings.kv.match,
         **settings.perplexity.model_dump(include={"streaming", "streaming_chunk", "seed"}),
         "model": reading["model"],
         "prefill_code": reading["code"],
@@ -72,6 +73,10 @@ def check(settings: Settings) -> None:
     if unknown := [name for name in section.policies or [] if name not in settings.kv.policies]:
         known = ", ".join(settings.kv.policies)
         raise UserError(f"perplexity.policies: there is no {unknown[0]!r}; choose from {known}")
+    if section.streaming and settings.kv.match != "none":
+        raise UserError(
+            "kv.match: perplexity.streaming evicts while the text is read, so all policies hold K; use none"
+        )
     for name in scored(settings):
         kind, own = catalog.resolve(name, settings.kv.policies[name])
         where = f"name those that are to be scored in perplexity.policies, without {name}"

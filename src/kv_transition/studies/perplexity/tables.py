@@ -33,6 +33,7 @@ PERPLEXITY = pa.schema(
         "budget_entries": INT,
         "kept_final": FLOAT,
         "kept_mean": FLOAT,
+        "full_mean": FLOAT,
         "bytes_before": INT,
         "bytes_after": INT,
         "cache_bytes": INT,

@@ -27,6 +27,8 @@ BOUNDED = {
     "f1_mean": "f1",
     "contains_mean": "contains",
     "failure_rate": "failed",
+    "abstention_rate": "abstained",
+    "broken_rate": "broken",
 }
 # Properties of the cache: the same however busy the machine is.
 MEANS = {"kept_mean": "kept_mean", "cache_bytes": "cache_bytes", "footprint": "footprint"}

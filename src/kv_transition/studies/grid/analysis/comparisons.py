@@ -97,11 +97,14 @@ def _ratios(lists: pl.DataFrame, confidence: float) -> list[dict[str, Any]]:
     faster[~np.isfinite(faster)] = np.nan
     alone = np.array([any(row) for row in lists["alone"].to_list()])
     speed = why_missing(intervals.geometric_mean(faster, confidence, clusters), alone)
-    return [
-        {**key, "statistic": name, **found.row(i), "method": f"paired, {found.method[i]}"}
-        for name, found in (("score_ratio", kept), ("speedup", speed))
-        for i, key in enumerate(keys)
-    ]
+    score, full = padded(lists["score"]), padded(lists["score_full"])
+    rows = []
+    for i, key in enumerate(keys):
+        for name, found in (("score_ratio", kept), ("speedup", speed)):
+            rows.append({**key, "statistic": name, **found.row(i), "method": f"paired, {found.method[i]}"})
+        one = slice(i, i + 1)
+        rows[-2]["ratio"] = partial(paired.ratio, score[one], full[one], clusters=clusters[one])
+    return rows
 
 
 def why_missing(interval: Interval, alone: np.ndarray) -> Interval:
@@ -145,8 +148,17 @@ def detectable(clusters: int, alpha: float, power: float = POWER) -> float | Non
 def _in_families(rows: list[dict[str, Any]], alpha: float) -> list[dict[str, Any]]:
     """The rows with what follows from the family that each is tested in."""
     adjust(rows, alpha)
+    level = {
+        tuple(row[k] for k in CELL): row["level"] for row in rows if row["statistic"] == "score" and "level" in row
+    }
     made = []
     for row in rows:
-        rest = {k: v for k, v in row.items() if k not in ("tested", "tests", "level")}
-        made.append(rest | (row["tested"](alpha, row["tests"], row["level"]) if "tested" in row else {}))
+        rest = {k: v for k, v in row.items() if k not in ("tested", "tests", "level", "ratio")}
+        if "tested" in row:
+            rest |= row["tested"](alpha, row["tests"], row["level"])
+        own = level.get(tuple(row[k] for k in CELL))
+        if "ratio" in row and own is not None:  # at the level of the difference in score, so that the two agree
+            at = row["ratio"](confidence=1 - own)
+            rest |= {"holm_low": finite(at.low[0]), "holm_high": finite(at.high[0])}
+        made.append(rest)
     return made

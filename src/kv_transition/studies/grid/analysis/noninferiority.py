@@ -6,7 +6,7 @@ examples, that is mean(d) <= 0 for d = score - 0.95 score_full.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -55,13 +55,16 @@ def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT)
                     "p_value": float(p[i]),
                     "family": "/".join((key["task"], key["mode"], key["budget"], "noninferiority", scope)),
                     "tested": tested.one(i),
+                    "at": partial(paired.ratio, score[i : i + 1], full[i : i + 1], clusters=clusters[i : i + 1]),
                 }
             rows.append(row)
-    adjust(rows)
+    adjust(rows, statistics.alpha / 2)
     for row in rows:
         row["non_inferior"] = row["p_holm"] < statistics.alpha / 2 if "p_holm" in row else None
         if "p_holm" in row:
             level, tested = statistics.alpha / 2 / row.pop("tests"), row.pop("tested")
+            # one-sided, so that it lies above `kept` exactly where non-inferiority is shown
+            row["ratio_holm_low"] = finite(row.pop("at")(confidence=1 - 2 * row.pop("level")).low[0])
             row["n_needed"] = examples_needed(level, kept)
             row["n_decides"] = tested.decides(level) if row["estimate"] > 0 else None
     return rows_to_table(rows, NONINFERIORITY)

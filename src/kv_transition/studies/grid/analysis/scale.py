@@ -33,12 +33,15 @@ class Shown:
     """What comparisons and non-inferiority say of one policy and budget, in a bin or over all bins.
 
     ``n_decides``: about how many examples would show one or the other, were what was seen the truth; None: not known.
+    ``kept``: interval of the share of the score that is kept; above 95 % exactly where no loss is shown, below 100 %
+    exactly where a loss of score is, both after Holm. Its upper end is known over all bins only.
     """
 
     loss: Row | None = None
     no_loss: Row | None = None
     n: int = 0
     n_decides: int | None = None
+    kept: tuple[float | None, float | None] = (None, None)
 
     @property
     def word(self) -> str:
@@ -51,11 +54,14 @@ def shown(comparisons: Iterable[Row], noninferiority: Iterable[Row], alpha: floa
     Rows of tables.COMPARISONS against the full cache, and of tables.NONINFERIORITY.
     """
     losses: dict[Key, Row] = {}
+    highest: dict[Key, float | None] = {}
     decides: dict[Key, list[int]] = {}
     for row in comparisons:
+        key = _key(row)
+        if row["statistic"] == "score_ratio":
+            highest[key] = row["holm_high"]
         if row["statistic"] not in ("score", "failure_rate") or row["p_holm"] is None:
             continue
-        key = _key(row)
         worse = row["estimate"] < 0 if row["statistic"] == "score" else row["estimate"] > 0
         if worse and row["p_holm"] < alpha:
             losses.setdefault(key, row)
@@ -66,7 +72,8 @@ def shown(comparisons: Iterable[Row], noninferiority: Iterable[Row], alpha: floa
         key = _key(row)
         enough = decides.get(key, []) + ([row["n_decides"]] if row["n_decides"] is not None else [])
         no_loss = row if row["non_inferior"] else None
-        found[key] = Shown(losses.get(key), no_loss, row["n"], min(enough, default=None))
+        kept = row["ratio_holm_low"], highest.get(key)
+        found[key] = Shown(losses.get(key), no_loss, row["n"], min(enough, default=None), kept)
     return found
 
 
@@ -117,7 +124,8 @@ def along(row: Row, points: Sequence[Shown], whole: Shown | None, axis: str) -> 
         "n_decides": n_decides,
         "details": json.dumps(details, sort_keys=True),
     }
-    return row | texts | made
+    low, high = whole.kept if whole else (None, None)
+    return row | texts | made | {"kept_low": low, "kept_high": high}
 
 
 def _loss(row: Row) -> str:

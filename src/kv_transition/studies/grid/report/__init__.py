@@ -7,7 +7,9 @@ from kv_transition.studies.grid.report import allocation, depth
 
 FIGURES = {
     "acc_vs_len": ("Score", "Mean score against document length, one panel per mode and budget."),
-    "failrate_vs_len": ("Failures", "Share of answers that failed: empty, degenerate, truncated and so on."),
+    "failrate_vs_len": ("Failures", "Share of answers that failed: said to be unknown, or broken."),
+    "unknown_vs_len": ("“Unknown”", "Share of answers that say that the answer is not known, where it is there."),
+    "broken_vs_len": ("Broken answers", "Share of answers that are empty, degenerate, truncated and so on."),
     "failures": ("Kinds of failure", "What the failed answers look like, over all lengths."),
     "differences": ("Differences", "Score minus the full cache's on the same examples, over all lengths."),
     "front": ("Score against bytes", "Score kept against bytes kept, both of the full cache's, over all lengths."),

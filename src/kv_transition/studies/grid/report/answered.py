@@ -6,7 +6,7 @@ from typing import Any
 
 from kv_transition.report.section import Source
 from kv_transition.studies.grid import plots, tradeoff
-from kv_transition.studies.grid.report import card, findings, headline, sections
+from kv_transition.studies.grid.report import bytes_tables, card, findings, headline, sections
 from kv_transition.studies.grid.report.answers import examples
 from kv_transition.studies.grid.results import Results
 
@@ -24,6 +24,7 @@ def answered(source: Source, results: Results) -> dict[str, Any]:
         "oddities": findings.oddities(results),
         "costs": sections.costs(results),
         "front": sections.front(results),
+        "equal_bytes": bytes_tables.tables(results),
         "differences": sections.differences(results),
         "between": sections.between(results, source.extra.get("pairs")),
         "smallest": sections.smallest(results, source.extra.get("smallest_budgets")),

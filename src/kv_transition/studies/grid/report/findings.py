@@ -10,6 +10,7 @@ import polars as pl
 from kv_transition import labels
 from kv_transition.report.numbers import kept_of, listed, number, sentence, tokens_of
 from kv_transition.stats.examples import FULL
+from kv_transition.studies.grid import equal_bytes
 from kv_transition.studies.grid.analysis import scale
 from kv_transition.studies.grid.report import headline
 from kv_transition.studies.grid.results import Results
@@ -36,6 +37,9 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
         f"the full cache scores lowest at {tokens_of(lowest)} tokens: {number(lowest, 'bin_stats')} (n = "
         f"{lowest['n']})."
     )
+    matched = {}
+    for row in equal_bytes.rankings(results, task, mode):
+        matched.setdefault(row["budget"], []).append(row)
     for budget in results.budgets:
         pooled = [results.compared(task, mode, p, budget, None, "score_ratio") for p in results.contenders]
         ranked = sorted(
@@ -52,7 +56,7 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
             text += f", {worst['policy']} least: {number(worst, 'comparisons', 0, 100, ' %')} (n = {worst['n']})" + (
                 "" if apart else "; their intervals overlap"
             )
-        yield text + "."
+        yield text + _at_equal_bytes(matched.get(budget, [])) + "."
     known = headline.outcomes(results, task, mode)
     for word in scale.SCALE:
         pairs = [pair for pair, row in known.items() if row["outcome"] == word]
@@ -62,13 +66,32 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
     answers = results.scores.filter(task=task, mode=mode)
     kinds = answers["failure"].drop_nulls().value_counts().sort(["count", "failure"], descending=[True, False])
     if kinds.height:
-        name, count = kinds.row(0)
+        honest = kinds.filter(pl.col("failure").is_in(labels.HONEST))["count"].sum()
+        broken = kinds.filter(~pl.col("failure").is_in(labels.HONEST))
+        most = (
+            f", most often as “{labels.failure(broken['failure'][0])}” ({broken['count'][0]})" if broken.height else ""
+        )
         yield (
-            f"{kinds['count'].sum()} of {answers.height} answers failed, most often as “{labels.failure(name)}” "
-            f"({count}); a wrong answer is not a failure."
+            f"{kinds['count'].sum()} of {answers.height} answers failed: {honest} “unknown” where the answer was "
+            f"there, {broken['count'].sum()} broken{most}; a wrong answer is not a failure."
         )
     else:
         yield f"none of {answers.height} answers failed; a wrong answer is not a failure."
+
+
+def _at_equal_bytes(rows: list[dict[str, Any]]) -> str:
+    """What becomes of a ranking whose policies hold different bytes."""
+    ranked = [row for row in rows if row.get("rank_matched")]
+    if not ranked or not rows[0]["unequal"]:
+        return ""
+    low, high = (100 * of(row["share"] for row in rows) for of in (min, max))
+    best = ranked[0]
+    ends = (100 * best[k] if best[k] is not None else None for k in ("matched", "matched_low", "matched_high"))
+    point, _, bounds = labels.interval(*ends, 0).partition(" ")
+    return (
+        f"; but the policies hold {low:.0f} to {high:.0f} % of the bytes there, and at {high:.0f} % for all "
+        f"{best['policy']} keeps most: {point} % {bounds} (n = {best['matched_n']})"
+    )
 
 
 def _kept(row: Mapping[str, Any]) -> str:

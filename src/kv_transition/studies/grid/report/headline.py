@@ -59,7 +59,7 @@ def _verdict(
     bins = results.bins(task)
     run = sum(results.stat(task, mode, policy, budget, b["bin"], "score_mean") is not None for b in bins)
     return {
-        "kept": number(kept, "comparisons", 0, 100, " %"),
+        "kept": number(kept | _bounds(row), "comparisons", 0, 100, " %"),
         "share": max(0.0, min(1.0, kept["estimate"] or 0.0)),
         "n": kept["n"],
         "outcome": row["outcome"],
@@ -98,18 +98,19 @@ def answer(results: Results, task: str, mode: str) -> tuple[str, str]:
         winners = [policy for policy, budget in enough if budget == smallest]
         verb = "are" if smallest.startswith("t") else "is"
         lead = sentence(f"{kept_of(smallest)} {verb} enough, with {listed(winners)}.")
-        shown = "; ".join(f"{policy} keeps {_kept(results, task, mode, policy, smallest)}" for policy in winners)
+        shown = "; ".join(f"{policy} keeps {_kept(results, known[policy, smallest])}" for policy in winners)
         rest.insert(0, f"That at least {100 * KEPT:g} % of the score is kept is shown: {shown}.")
     elif undecided:
         lead = "No budget is shown to be enough: too few examples to show no loss."
         nearest = min(undecided, key=lambda pair: (known[pair]["n_decides"] or 10**9, labels.budget_order(pair[1])))
         policy, budget = nearest
-        rest.insert(0, f"{policy} at {labels.budget(budget)} keeps {_kept(results, task, mode, *nearest)} and is "
-                       f"{in_words(results, known[nearest])}.")  # fmt: skip
+        kept = _kept(results, known[nearest])
+        why = in_words(results, known[nearest])
+        rest.insert(0, f"The nearest, {policy} at {labels.budget(budget)}, keeps {kept} and is {why}.")
     else:
         lead = f"A loss is shown for everything tried{'' if worse == [scale.LOSS] else ', or worse'}."
         best = max(known, key=lambda pair: _estimate(results, task, mode, *pair))
-        rest.insert(0, f"The best, {best[0]} at {labels.budget(best[1])}, keeps {_kept(results, task, mode, *best)}: "
+        rest.insert(0, f"The best, {best[0]} at {labels.budget(best[1])}, keeps {_kept(results, known[best])}: "
                        f"{in_words(results, known[best])}.")  # fmt: skip
     return lead, " ".join(sentence(text) for text in rest)
 
@@ -118,8 +119,14 @@ def _counted(by_word: dict[str, list]) -> str:
     return ", ".join(f"{len(pairs)} {word}" for word, pairs in by_word.items() if pairs)
 
 
-def _kept(results: Results, task: str, mode: str, policy: str, budget: str) -> str:
-    row = results.compared(task, mode, policy, budget, None, "score_ratio")
+def _bounds(row: dict[str, Any]) -> dict[str, float | None]:
+    """Return the interval of the score kept that agrees with the outcome of ``row``."""
+    return {"ci_low": row["kept_low"], "ci_high": row["kept_high"]}
+
+
+def _kept(results: Results, row: dict[str, Any]) -> str:
+    found = results.compared(row["task"], row["mode"], row["policy"], row["budget"], None, "score_ratio")
+    row = found | _bounds(row)
     return f"{number(row, 'comparisons', 0, 100, ' %')} of the full cache's score (n = {row['n']})"
 
 

@@ -11,11 +11,11 @@ import polars as pl
 from kv_transition import labels
 from kv_transition.report.numbers import DASH, Number, number, sentence, source_of, tokens_of
 from kv_transition.stats.examples import FULL
-from kv_transition.studies.grid import tradeoff
+from kv_transition.studies.grid import equal_bytes, tradeoff
 from kv_transition.studies.grid.analysis import scale
 from kv_transition.studies.grid.analysis.noninferiority import KEPT
 from kv_transition.studies.grid.plots import failure_rows
-from kv_transition.studies.grid.report import headline
+from kv_transition.studies.grid.report import bytes_tables, headline
 from kv_transition.studies.grid.results import Results, in_family
 
 
@@ -184,6 +184,7 @@ def between(results: Results, pairs: pl.DataFrame | None) -> list[dict[str, Any]
     found = []
     for task, mode in results.groups if pairs is not None else []:
         own = pairs.filter(pl.col("bin").is_null(), task=task, mode=mode, statistic="score").to_dicts()
+        of = equal_bytes.curve(results, task, mode)
         own.sort(key=lambda row: (labels.budget_order(row["budget"]), row["policy"], row["reference_policy"]))
         rows = [
             {
@@ -191,7 +192,7 @@ def between(results: Results, pairs: pl.DataFrame | None) -> list[dict[str, Any]
                 "score": number(in_family(row), "pairs", signed=True,
                                 source=f"{source_of('pairs', row)}/{row['reference_policy']}"),
                 "p": labels.p_value(row["p_holm"]), "n": row["n"],
-            }
+            } | bytes_tables.between(of, row, results.confidence)
             for row in own
         ]  # fmt: skip
         if rows:
@@ -253,6 +254,8 @@ def failures(results: Results) -> list[dict[str, Any]]:
             rows.append({
                 "name": policy if policy == FULL["policy"] else f"{policy}, {labels.budget(budget)}",
                 "rate": number(total, "scores", source=source), "n": total["n"],
+                **{name: number(total[name], "scores", source=source.replace("failure_rate", statistic))
+                   for name, statistic in (("unknown", "abstention_rate"), ("broken", "broken_rate"))},
                 "kinds": [_share(share.get((task, mode, policy, budget, kind))) for kind in kinds],
             })  # fmt: skip
         found.append({"heading": results.heading(task, mode), "kinds": kinds, "rows": rows})

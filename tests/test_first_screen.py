@@ -1,0 +1,54 @@
+"""The first screen is read as a reader would, and seldom says what is not so; the whole of it: benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import first_screen
+
+from kv_transition.studies.grid.analysis import scale
+
+
+@pytest.fixture(scope="module")
+def screens():
+    rng = np.random.default_rng(11)
+    return [list(first_screen.read(first_screen.rendered(first_screen.simulated(rng, 60)))) for _ in range(6)]
+
+
+def test_every_cell_has_one_word_of_the_scale(screens):
+    for (_, _, lead), *cells in screens:
+        assert lead.endswith(".")
+        assert {(policy, budget) for policy, budget, _ in cells} == {
+            (policy, budget) for policy in first_screen.TRUTHS for budget in first_screen.BUDGETS
+        }
+        assert all(any(words.startswith(word) for word in scale.SCALE) for *_, words in cells)
+
+
+def test_hardly_any_sentence_is_wrong_and_the_truth_is_often_found(screens):
+    right, words = [], {}
+    for lead, *cells in screens:
+        right += [ok for cell in cells for _, ok in first_screen.judged(*cell)]
+        right.append(first_screen.headline_right(lead[2], cells)[1])
+        for policy, budget, text in cells:
+            words.setdefault((policy, budget), []).append(text)
+    assert np.mean(right) >= 0.95
+    for key, word in ((("nothing", "r0.5"), "no loss shown"), (("failing", "r0.2"), "unstable"),
+                      (("chance", "r0.2"), "collapsed"), (("late", "r0.2"), "loss shown")):  # fmt: skip
+        assert sum(text.startswith(word) for text in words[key]) >= 4
+
+
+def test_a_wrong_sentence_is_seen():
+    assert list(first_screen.judged("nothing", "r0.5", "loss shown from 512 tokens")) == [
+        ("loss shown", False),
+        ("loss shown from", False),
+    ]
+    assert list(first_screen.judged("falling", "r0.5", "collapsed from 256 tokens")) == [
+        ("collapsed", True),
+        ("collapsed from", False),
+    ]
+    assert first_screen.headline_right("20 % of the cache is enough, with chance and nothing.", [])[1] is False
