@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 CONFIG ?= config/config.yaml
 
-.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm test-harness lm-eval lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers clean faults docs
+.PHONY: demo real real-model real-cut quickstart test test-fast test-slurm test-harness lm-eval lint format schema policies-doc kernels tiny-reader tiny-follower bench bench-peers audit clean faults docs
 
 demo: $(VENV)/ready
 	@python -m kv_transition all --config $(CONFIG)
@@ -108,6 +108,15 @@ bench-peers: .venv-kvpress/ready
 # about an hour on two cores; writes benchmarks/results and docs/benchmarks.md
 bench: $(VENV)/ready .venv-kvpress/ready
 	python benchmarks/run.py
+
+# known weaknesses of the pinned packages; in an environment of its own, since the project does not need it
+audit: .venv-audit/ready
+	.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+
+.venv-audit/ready:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit==2.10.1
+	touch $@
 
 clean:
 	rm -rf results .snakemake

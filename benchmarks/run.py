@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes their figures and the tables of docs/benchmarks.md.
 
-    python benchmarks/run.py [--quick] [--only grid cells statistics serving]
+    python benchmarks/run.py [--quick] [--only grid cells statistics serving batching]
     python benchmarks/run.py --render benchmarks/results/FILE.json
 
 Each part is a process of its own, one after the other. Figures go to ``benchmarks/results/{date}-{host kind}.json``,
@@ -33,6 +33,7 @@ PARTS = {
     "cells": ("cells.py", ["--quick"]),
     "statistics": ("attention_statistics.py", ["--lengths", "512"]),
     "serving": ("serving.py", ["--quick"]),
+    "batching": ("batching.py", ["--quick"]),
 }
 """each part's program, and its options for trying it out"""
 
@@ -170,7 +171,33 @@ def serving_table(figures: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"grid": grid_table, "cells": cells_table, "statistics": statistics_table, "serving": serving_table}
+def batching_table(figures: dict[str, Any]) -> str:
+    """Answered tokens per second, one request at a time and several at once."""
+    n = figures["at_once"]
+    head = ["requests", "same answers", "one at a time, tokens per CPU s / wall s", f"{n} at once", "ratio, CPU / wall"]
+    rows = [
+        [
+            row["requests"],
+            f"{row['same_answers']}/{row['answers']}",
+            *(
+                f"{row[f'{how}_tokens_per_cpu_s']:.1f} / {row[f'{how}_tokens_per_s']:.1f}"
+                for how in ("alone", "together")
+            ),
+            f"{row['cpu_ratio']:.2f} / {row['wall_ratio']:.2f}",
+        ]
+        for row in figures["rows"]
+    ]
+    about = f"{figures['model']}, prompts of {figures['length']} tokens, answers of {figures['max_tokens']}"
+    return f"{about}, medians of {figures['rounds']} rounds:\n\n{table(head, rows)}"
+
+
+TABLES = {
+    "grid": grid_table,
+    "cells": cells_table,
+    "statistics": statistics_table,
+    "serving": serving_table,
+    "batching": batching_table,
+}
 
 
 def conditions_line(facts: dict[str, Any]) -> str:

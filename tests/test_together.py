@@ -13,6 +13,7 @@ from models import sliding_model, tokens
 
 from kv_transition.budget import Budget
 from kv_transition.engines.local import LocalEngine
+from kv_transition.engines.several import treat_tokens_alone
 from kv_transition.policies import catalog
 from kv_transition.run.decode import Answer, Setting, answer_all, begin
 from kv_transition.run.together import Going, read_all
@@ -46,7 +47,7 @@ def made(engine, number, case):
     budget = Budget.of_fraction(1) if own else Budget.of_fraction(0.4)
     setting = Setting(policy, budget, mode, temperature=temperature)
     asked = tokens(question, seed=1000 + number)
-    return setting, engine.prefill(tokens(n, seed=number), asked), asked, Answer(number, most)
+    return setting, engine.prefill(tokens(n, seed=number), asked, policy.statistics), asked, Answer(number, most)
 
 
 def together(engine, cases):
@@ -151,6 +152,20 @@ def test_one_pass_serves_all(monkeypatch):
     assert all(each.choose() for each in going)
     read_all(engine, going)
     assert passes == [torch.Size([5, 1])]
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries may round in another way")
+@pytest.mark.parametrize(("inner", "outer"), [(64, 97), (512, 512), (512, 2048), (2048, 512), (512, 130)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_several_tokens_are_those_of_each_to_the_last_bit(inner, outer, bias):
+    """Or an answer would depend on its neighbours wherever two logits nearly tie."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(inner, outer, bias=bias)
+    tokens_of_eight = torch.randn(8, 1, inner)
+    with torch.inference_mode():
+        each = torch.cat([layer(token) for token in tokens_of_eight.split(1)])
+        treat_tokens_alone(layer)
+        assert torch.equal(layer(tokens_of_eight), each)
 
 
 def test_two_continuations_of_one_prefill_never_meet():

@@ -115,7 +115,9 @@ def _plain(found: Found) -> float:
     name = found.settings.model.name
     if gguf.is_gguf(name):
         name = str(dequantize.model_folder(name, "float32"))
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        name, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    ).eval()
     nats = []
     for window in found.windows:
         ids = torch.tensor([window["context_ids"] + window["target_ids"]])

@@ -200,7 +200,7 @@ def tokenizer(name: str) -> Any:
     file = gguf_file(name)
     with without_progress_bars():
         try:
-            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
         except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, AttributeError) as error:
             raise unreadable(name, error) from None
 

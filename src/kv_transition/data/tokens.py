@@ -43,7 +43,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=None if folder.is_dir() else revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=None if folder.is_dir() else revision, trust_remote_code=False
+        )
     except Exception as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         where = "in this folder" if folder.is_dir() else "as a folder here or on the hub"

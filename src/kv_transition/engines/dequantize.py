@@ -25,7 +25,11 @@ def _write_model(name: str, dtype: str, folder: Path) -> None:
     with gguf.without_progress_bars():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
-                str(file.parent), gguf_file=file.name, dtype=getattr(torch, dtype), output_loading_info=True
+                str(file.parent),
+                gguf_file=file.name,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
             raise gguf.unreadable(name, error) from None

@@ -39,13 +39,15 @@ def load_model(
     AttentionInterface.register(ATTENTION, attention_function)
     device = usable_device(device)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": ATTENTION}
+    # no code of a model's own, not even if a user at a terminal would allow it; and no weights that are a pickle
+    options |= {"trust_remote_code": False, "use_safetensors": True}
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization)
     if device_map is not None or quantization is not None:
         _require("accelerate", "model.device_map" if device_map is not None else "model.quantization")
         options["device_map"] = device_map or {"": device}
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision)
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         refuse_unsupported(config, name)
         with gguf.without_progress_bars(), _without_reports():
             model, found = AutoModelForCausalLM.from_pretrained(

@@ -17,7 +17,7 @@ from kv_transition.engines import attend, loading
 from kv_transition.engines.projection import output_projections
 from kv_transition.engines.reading import BeforeAttention, Reading
 from kv_transition.engines.reconstruct import reconstructed
-from kv_transition.engines.several import Readings
+from kv_transition.engines.several import Readings, treat_tokens_alone
 from kv_transition.errors import UserError
 
 _SCORED = 256
@@ -56,6 +56,9 @@ class LocalEngine:
                 f"prefill.chunk_tokens: this model's rope scaling ({kind}) turns keys by the length read so far, so "
                 "pieces would not fit together; leave it out"
             )
+        self._treats_tokens_alone = False
+        # one pass has one rotation, which would be that of the longest sequence
+        self._reads_alone = bool(loading.length_dependent_rope(model.config))
         self.windows = loading.layer_windows(model.config)
         self.rotaries = loading.layer_rotaries(model)
         eos = model.generation_config.eos_token_id
@@ -246,8 +249,15 @@ class LocalEngine:
         """Read one token on top of each of several states of single sequences, with one pass through the weights.
 
         The states may have any lengths, kinds of layers and statistics; arguments are those of `extend`, one for each.
-        The result is that of as many calls of `extend`, but for the rounding of matrix products of more rows.
+        The result is that of as many calls of `extend`, but for the rounding of matrix products of more rows, which are
+        products of one row on a CPU in fp32.
         """
+        if self._reads_alone:
+            each = zip(states, tokens, statistics, rooms, before_attention, strict=True)
+            return [self.extend(s, [token], kept, room, None, before) for s, token, kept, room, before in each]
+        if not self._treats_tokens_alone:
+            treat_tokens_alone(self.model)
+            self._treats_tokens_alone = True
         own = zip(states, statistics, rooms, before_attention, strict=True)
         readings = [self._reading(state, 1, kept, room, None, before) for state, kept, room, before in own]
         ids = torch.tensor(tokens, device=self.device).view(-1, 1)

@@ -146,7 +146,9 @@ class Reading:
 
     def _with_statistics(self, new: LayerCache, queries: Tensor, keys: Tensor, projection: Tensor | None) -> LayerCache:
         kept = self.statistics
-        changed: dict[str, Tensor | None] = dict.fromkeys(EVERY - kept)
+        changed: dict[str, Tensor | None] = {name: None for name in EVERY - kept if getattr(new, name) is not None}
+        if not kept:
+            return replace(new, **changed) if changed else new
         if kept & {"attn_sum", "query_entropy"}:
             found = attention_statistics(
                 queries,

@@ -7,13 +7,22 @@ from pathlib import Path
 
 import altair as alt
 import vl_convert
+from markupsafe import escape
 
 from kv_transition.errors import UserError
+from kv_transition.plotting.pages import script_json, security_policy
 from kv_transition.plotting.panels import Spec
 from kv_transition.plotting.theme import EMBED, PAGE_STYLE
 from kv_transition.provenance import atomic_path, write_text
 
 _VEGA_LITE = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
+_DRAW = (
+    '"use strict";\n'
+    'const [spec, options] = ["spec", "embed"].map((id) => JSON.parse(document.getElementById(id).textContent));\n'
+    'vegaEmbed("#chart", spec, options);\n'
+)
+"""Script that draws the one figure of a page"""
+
 PIXELS = 2  # of a PNG for each pixel of the drawing
 
 
@@ -35,19 +44,18 @@ def scripts() -> str:
 
 def save_html(spec: Spec, path: str | Path) -> None:
     """Write the figure as a page that needs no other file and no network."""
-    from altair.utils.html import spec_to_html
-
-    page = spec_to_html(
-        spec,
-        mode="vega-lite",
-        vega_version=alt.VEGA_VERSION,
-        vegaembed_version=alt.VEGAEMBED_VERSION,
-        vegalite_version=alt.VEGALITE_VERSION,
-        template="inline",
-        output_div="chart",
-        embed_options=EMBED,
-    )
-    write_text(path, page.replace("<head>", f"<head><style>{PAGE_STYLE}</style>", 1))
+    own = [scripts(), _DRAW]
+    data = {"spec": spec, "embed": EMBED}
+    parts = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        security_policy(own),
+        f"<title>{escape(spec['title']['text'])}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n<body>",
+        '<div id="chart"></div>',
+        *(f'<script type="application/json" id="{name}">{script_json(value)}</script>' for name, value in data.items()),
+        *(f"<script>{script}</script>" for script in own),
+        "</body>\n</html>\n",
+    ]
+    write_text(path, "\n".join(parts))
 
 
 def save_figures(

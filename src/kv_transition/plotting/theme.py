@@ -44,7 +44,8 @@ PAGE_STYLE = (
 
 # SVG prints sharply. Log level 1 shows errors only: a choice that leaves a layer without rows is no error.
 ACTIONS = {"export": True, "source": False, "compiled": False, "editor": False}
-EMBED = {"renderer": "svg", "logLevel": 1, "actions": ACTIONS}
+# Expressions are interpreted (ast), because the Content-Security-Policy of a page forbids code made of texts.
+EMBED = {"renderer": "svg", "logLevel": 1, "actions": ACTIONS, "ast": True}
 
 
 def legend(title: str | None = None) -> alt.Legend:

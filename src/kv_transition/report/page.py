@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from markupsafe import Markup, escape
 
 from kv_transition.errors import UserError
 from kv_transition.plotting import save, theme
+from kv_transition.plotting.pages import script_json, security_policy
 from kv_transition.provenance import write_text
 from kv_transition.report.section import template_folders
 
@@ -37,25 +37,17 @@ def write_markdown(path: str, template: str, context: Mapping[str, Any]) -> None
 def write_page(path: str, template: str, context: Mapping[str, Any]) -> None:
     """Write a page that needs no other file. ``context["charts"]``: Vega-Lite specifications by name."""
     charts = {name: spec for name, spec in context["charts"].items() if spec is not None}
-    scripts = Markup(save.scripts()) if charts else ""
-    body = (
-        environment(html=True)
-        .get_template(template)
-        .render({**context, "charts": charts, "embed": theme.EMBED, "scripts": scripts, "script_json": script_json})
-    )
+    jinja = environment(html=True)
+    behaviour = jinja.loader.get_source(jinja, "page.js")[0]
+    scripts = [save.scripts(), behaviour] if charts else [behaviour]
+    own = {"charts": charts, "embed": theme.EMBED, "scripts": [Markup(script) for script in scripts]}
+    own |= {"script_json": script_json, "security_policy": security_policy(scripts)}
+    body = jinja.get_template(template).render({**context, **own})
     head, marker, data = body.partition("<script")
     # percent signs, n and p stay with their numbers
     for pattern, bound in ((r" %", "\u00a0%"), (r"\b([np]) = ", "\\1\u00a0=\u00a0")):
         head = re.sub(pattern, bound, head)
     write_text(path, head + marker + data)
-
-
-def script_json(value: Any) -> Markup:
-    """Return JSON that is safe inside a script element, whatever text it contains."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
 
 
 def read_svg(path: Path, name: str, alt: str) -> Markup:
