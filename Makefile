@@ -88,7 +88,7 @@ lm-eval: .venv-lm-eval/ready
 	touch $@
 
 test-harness: .venv-lm-eval/ready
-	.venv-lm-eval/bin/python -m pytest -n 0 tests/test_harness.py
+	.venv-lm-eval/bin/python -m pytest -n 0 tests/test_harness.py tests/test_harness_study.py
 
 # train the embedded model again: at most an hour on two cores
 tiny-reader: $(VENV)/ready

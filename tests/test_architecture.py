@@ -19,12 +19,13 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # from top to bottom; what shares a line may import each other
 LAYERS = [
-    {"cli", "__main__", "quickstart", "harness"},
+    {"cli", "__main__", "quickstart"},
     {"doctor"},
     {"preflight"},
     {"plan"},
     {"outputs"},
     {"studies"},
+    {"harness"},
     {"api"},
     {"report", "eval"},
     {"plotting"},

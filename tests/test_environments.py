@@ -30,6 +30,7 @@ DISTRIBUTION = {
 }
 # docs/environments.md says why
 EXCEPTION = ("inference", "torch")
+WITH_A_MODEL = ("inference", "harness")
 # needed though no module of the package imports it: what for
 UNSEEN = {
     "data": {"jinja2": "transformers' chat templates"},
@@ -39,6 +40,13 @@ UNSEEN = {
         "jinja2": "transformers' chat templates",
     },
     "analysis": {},
+    "harness": {
+        "accelerate": "models over several GPUs and in 4 bit",
+        "bitsandbytes": "models in 4 bit",
+        "jinja2": "chat templates",
+        "peft": "imported by the harness's hf model",
+        "pip": "installs the harness, of which PyPI has the version",
+    },
 }
 
 # imported where they are installed: what for
@@ -60,8 +68,11 @@ def normal(name: str) -> str:
 
 def pins(env: str) -> dict[str, str]:
     """PyPI name: version of an environment, Python left out."""
-    found = {}
+    found: dict[str, str] = {}
     for dependency in yaml.safe_load(ENVS[env].read_text(encoding="utf-8"))["dependencies"]:
+        if isinstance(dependency, dict):  # of PyPI
+            found |= requirements(dependency["pip"])
+            continue
         match = PIN.fullmatch(dependency)
         assert match, f"{env}: {dependency!r} is not of the form 'name =version'"
         found[normal(ON_PYPI.get(match["name"], match["name"]))] = match["version"]
@@ -82,6 +93,12 @@ def project() -> dict[str, str]:
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = metadata["optional-dependencies"]
     return requirements(metadata["dependencies"] + optional["dev"] + optional["quantization"] + optional["serve"])
+
+
+def harness() -> dict[str, str]:
+    """The extra lm-eval, which is in an environment of its own and not in the lock."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return requirements(metadata["optional-dependencies"]["lm-eval"])
 
 
 def lock() -> dict[str, str]:
@@ -127,7 +144,7 @@ def file_of(module: str) -> Path | None:
 
 def modules_run(env: str) -> set[str]:
     roots = {module for _, its_env, modules, _ in rules() if its_env == env for module in modules}
-    if env == "inference":  # loaded by name, as the configuration asks
+    if env in WITH_A_MODEL:  # loaded by name, as the configuration asks
         roots |= {f"{PACKAGE}.policies.{file.stem}" for file in (SOURCE / "policies").glob("*.py")}
     found = imported_modules(*roots)
     # the neutral modules are left out of code hashes, not out of what is run
@@ -140,8 +157,8 @@ def needed(env: str) -> set[str]:
     return {normal(DISTRIBUTION.get(top, top)) for top in tops}
 
 
-def test_there_are_three():
-    assert set(ENVS) == {"data", "inference", "analysis"}
+def test_there_are_four():
+    assert set(ENVS) == {"data", "inference", "analysis", "harness"}
 
 
 @pytest.mark.parametrize("env", ENVS)
@@ -165,9 +182,10 @@ def test_a_package_has_one_version_in_all_environments():
 
 @pytest.mark.parametrize("env", ENVS)
 def test_environments_agree_with_the_project(env):
-    declared = project()
+    declared = project() | harness()
     differing = {name for name, version in pins(env).items() if declared.get(name) != version}
-    allowed = {EXCEPTION[1], "flash-attn"} if env == EXCEPTION[0] else set()
+    allowed = {EXCEPTION[1], "flash-attn"} if env in WITH_A_MODEL else set()
+    allowed |= {"pip"} & set(pins(env))
     assert differing == allowed
 
 
@@ -186,7 +204,7 @@ def test_the_lock_holds_what_the_project_declares():
 def test_environments_agree_with_the_lock(env):
     locked = lock()
     differing = {name for name, version in pins(env).items() if locked.get(name, version) != version}
-    assert differing == ({EXCEPTION[1]} if env == EXCEPTION[0] else set())
+    assert differing == ({EXCEPTION[1]} if env in WITH_A_MODEL else set())
 
 
 def test_every_rule_that_runs_something_has_an_environment():
@@ -200,8 +218,8 @@ def test_an_environment_holds_what_its_rules_import_and_no_more(env):
     assert set(pins(env)) - OPTIONAL.keys() == (needed(env) | set(UNSEEN[env])) - OPTIONAL.keys()
 
 
-def test_only_inference_needs_torch():
-    assert "torch" in needed("inference")
+def test_only_what_runs_a_model_needs_torch():
+    assert all("torch" in needed(env) for env in WITH_A_MODEL)
     assert "torch" not in needed("data") | needed("analysis")
 
 

@@ -38,7 +38,7 @@ DEFAULT = Path("config/config.yaml")
 
 COMMANDS = {
     "prepare": "Fetch or generate the examples, make prompts, bin them by length.",
-    "run": "Run every job that has a model: cells, observations, perplexity, conversations.",
+    "run": "Run every job that has a model: cells, observations, perplexity, conversations, the harness.",
     "score": "Score the answers and label failures.",
     "analyze": "Estimate, compare, find the transition zone, draw.",
     "all": "Everything, from the data set to the report.",

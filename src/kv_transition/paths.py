@@ -104,6 +104,9 @@ class Paths:
     def chat_layers(self, chat_set: str, policy: str, budget: str) -> str:
         return f"{self.root}/chat/{chat_set}/{policy}/{budget}.layers.parquet"
 
+    def harness(self, mode: str, policy: str, budget: str) -> str:
+        return f"{self.root}/harness/{mode}/{policy}/{budget}.parquet"
+
     def log(self, *parts: str) -> str:
         return "/".join((self.root, "logs", *parts)) + ".log"
 

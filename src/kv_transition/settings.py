@@ -54,7 +54,7 @@ class Settings(*(study.Fields for study in reversed(registry.load("settings"))),
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Settings:
-        studies = ("dataset", "perplexity", "chat")
+        studies = ("dataset", "perplexity", "chat", "harness")
         if all(getattr(self, name, None) is None for name in studies):
             raise ValueError(f"dataset: this key is required, unless there is another of {', '.join(studies)}")
         return self

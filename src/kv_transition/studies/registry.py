@@ -14,6 +14,7 @@ STUDIES = (
     "recall",
     "perplexity",
     "chat",
+    "harness",
 )
 
 

@@ -1,0 +1,114 @@
+"""Tasks of lm-evaluation-harness under every policy, budget and mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kv_transition.errors import UserError
+from kv_transition.policies import catalog
+from kv_transition.provenance import code_hash
+from kv_transition.specs.model import content, model
+from kv_transition.specs.policies import FULL, RECALL, budgeted, needs_the_model
+from kv_transition.studies.study import Study, Work
+
+if TYPE_CHECKING:
+    from kv_transition.settings import Settings
+
+FULL_MODE = "after_prompt"
+"""the full cache is run once: its answers are the same in each mode"""
+
+
+def _policies(settings: Settings) -> list[str]:
+    chosen = settings.harness.policies
+    return [name for name in settings.kv.policies if chosen is None or name in chosen or name == FULL]
+
+
+def cells(settings: Settings) -> list[tuple[str, str, str]]:
+    """Return every (mode, policy, budget) that the tasks are run under; none without the section ``harness``."""
+    section = settings.harness
+    if section is None:
+        return []
+    names = section.budgets
+    pairs = [
+        (policy, budget)
+        for policy, budget in budgeted(settings, _policies(settings))
+        if names is None or budget in names or budget == "r1"
+    ]
+    modes = section.modes or settings.kv.modes
+    return [
+        (mode, policy, budget)
+        for policy, budget in pairs
+        for mode in ([FULL_MODE] if policy == FULL else modes)
+    ]  # fmt: skip
+
+
+def spec(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:
+    """Return what the job is told; its digest is the ``harness_hash`` of the rows."""
+    kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
+    section = settings.harness
+    own = ("name", "revision", "dtype", "device", "device_map", "quantization", "fingerprint")
+    known = model(settings)
+    return {
+        **section.model_dump(exclude={"policies", "budgets", "modes"}),
+        "tasks_content": content(section.include_path) if section.include_path else None,
+        "mode": mode,
+        "policy": policy,
+        "kind": kind,
+        "hyper_parameters": hyper_parameters,
+        "budget": budget,
+        "seed": settings.decoding.seed,
+        "resamples": settings.statistics.resamples,
+        "model": {key: known[key] for key in own},
+        "code": code_hash("kv_transition.studies.harness.run", *catalog.modules(kind)),
+        "policy_content": catalog.content(kind),
+    }
+
+
+def check(settings: Settings) -> None:
+    """Raise UserError if the keys of ``harness`` contradict others or name something that does not exist."""
+    section = settings.harness
+    if section is None:
+        return
+    needs_the_model(settings, "harness")
+    budgets = [str(budget) for budget in settings.kv.all_budgets()]
+    for key, given, known in (
+        ("policies", section.policies, list(settings.kv.policies)),
+        ("budgets", section.budgets, budgets),
+    ):
+        if unknown := [name for name in given or [] if name not in known]:
+            raise UserError(f"harness.{key}: there is no {unknown[0]!r}; choose from {', '.join(known)}")
+    if section.include_path and not Path(section.include_path).is_dir():
+        raise UserError(
+            f"harness.include_path: there is no folder {section.include_path}; give one that holds task files (.yaml), "
+            "or leave it out for the harness's own tasks"
+        )
+    for name in _policies(settings):
+        kind, own = catalog.resolve(name, settings.kv.policies[name])
+        where = f"name those that are to be run in harness.policies, without {name}"
+        if catalog.is_press(kind):
+            raise UserError(f"kv.policies.{name}: a press cannot run the harness's tasks; {where}")
+        if kind == RECALL and (own["tau_quantile"] is not None or own["like"] is not None):
+            raise UserError(
+                f"kv.policies.{name}: its moments follow from the answers to a task of this project; {where}"
+            )
+
+
+def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
+    """Return a remark: the harness reads its tasks in the job, so that nothing is known of them beforehand."""
+    n = len(cells(settings))
+    return Work(notes=(f"harness: the time of its {n} jobs is not estimated",)) if n else Work()
+
+
+STUDY = Study(
+    name="harness",
+    there=lambda settings: settings.harness is not None,
+    lacking="the experiment runs no task of lm-evaluation-harness; add the section harness, such as "
+    "harness: {tasks: [gsm8k]}",
+    rules={"run": ("harness",), "harness": ("harness_table",)},
+    command="harness",
+    help="Run tasks of lm-evaluation-harness on compressed caches.",
+    check=check,
+    work=work,
+)

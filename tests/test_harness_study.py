@@ -1,0 +1,267 @@
+"""The study of lm-evaluation-harness's tasks: settings, jobs, analysis and report, from an output written by hand.
+
+The last test runs the workflow and needs lm-eval: `make test-harness`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from project import ROOT, Project
+
+from kv_transition import settings as settings_module
+from kv_transition import specs
+from kv_transition.errors import UserError
+from kv_transition.provenance import read_metadata, rows_to_table, write_table
+from kv_transition.report.section import Source
+from kv_transition.stats import paired
+from kv_transition.studies.harness import report, run, study
+from kv_transition.studies.harness.tables import DOCUMENTS
+
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
+KV = {"policies": {"full": {}, "snapkv": {}, "h2o": {}}, "budgets": [0.5, {"tokens": 16}], "modes": ["after_prompt"]}
+EXPERIMENT = {
+    "model": {"name": str(ROOT / "resources/tiny-reader"), "device": "cpu"}, "kv": KV, "harness": {"tasks": ["choice"]},
+}  # fmt: skip
+
+
+def parsed(**changes):
+    settings = settings_module.parse(EXPERIMENT | {"harness": EXPERIMENT["harness"] | changes})
+    specs.check(settings)
+    return settings
+
+
+# -- settings and jobs
+
+
+def test_an_experiment_may_be_all_harness():
+    assert set(study.cells(parsed())) == {
+        ("after_prompt", "full", "r1"),
+        *(("after_prompt", policy, budget) for policy in ("snapkv", "h2o") for budget in ("r0.5", "t16")),
+    }
+
+
+def test_policies_budgets_and_modes_are_chosen():
+    chosen = parsed(policies=["h2o"], budgets=["t16"], modes=["before_question", "after_prompt"])
+    # the full cache is run once, since no mode changes its answers
+    assert set(study.cells(chosen)) == {
+        ("after_prompt", "full", "r1"), ("before_question", "h2o", "t16"), ("after_prompt", "h2o", "t16"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tasks": []}, "harness.tasks: give at least 1 entry"),
+        ({"tasks": ["a", "a"]}, "harness.tasks: a name is listed twice in a, a; give each once"),
+        ({"policies": ["tova"]}, "harness.policies: there is no 'tova'; choose from full, snapkv, h2o"),
+        ({"budgets": ["r0.3"]}, "harness.budgets: there is no 'r0.3'; choose from r0.5, t16"),
+        ({"include_path": "no/such"}, "harness.include_path: there is no folder no/such; give one that holds task"),
+    ],
+)
+def test_bad_settings_are_a_sentence(changes, sentence):
+    with pytest.raises(UserError) as error:
+        parsed(**changes)
+    assert str(error.value).startswith(sentence)
+
+
+def test_a_spec_notices_the_content_of_task_files(tmp_path):
+    from kv_transition.specs.model import content
+
+    def found():
+        content.cache_clear()
+        return study.spec(parsed(include_path=str(tmp_path)), "after_prompt", "h2o", "r0.5")
+
+    (tmp_path / "choice.yaml").write_text("task: choice")
+    first = found()
+    assert found() == first
+    (tmp_path / "choice.yaml").write_text("task: choice\nnum_fewshot: 2")
+    assert found() != first
+
+
+@pytest.mark.skipif(INSTALLED, reason="lm-eval is installed here")
+def test_without_the_harness_a_job_says_how_to_get_it(tmp_path):
+    spec = study.spec(parsed(), "after_prompt", "h2o", "r0.5")
+    with pytest.raises(UserError, match="with the extra lm-eval \\(`make lm-eval` makes one\\)"):
+        run.main(["--spec", json.dumps(spec), "--output", str(tmp_path / "out.parquet")])
+    assert not list(tmp_path.iterdir())
+
+
+# -- an output of the harness, by hand: four documents, of which two are right
+
+
+def output(right, mean, stderr):
+    """What `lm_eval.simple_evaluate` returns of a task of choices with a perplexity beside the accuracy."""
+    samples = [
+        {
+            "doc_id": i, "doc_hash": f"hash{i}", "filter": "none", "metrics": ["acc", "word_perplexity"],
+            "target": i % 2, "filtered_resps": [[-1.5, False], [-0.5, True]], "acc": float(value),
+            "word_perplexity": (-3.0, 4),
+        }
+        for i, value in enumerate(right)
+    ]  # fmt: skip
+    return {
+        "results": {"choice": {
+            "alias": "choice", "acc,none": mean, "acc_stderr,none": stderr, "word_perplexity,none": 2.5,
+            "word_perplexity_stderr,none": "N/A",
+        }},
+        "samples": {"choice": samples},
+        "n-samples": {"choice": {"original": 9, "effective": len(right)}},
+        "higher_is_better": {"choice": {"acc": True, "word_perplexity": False}},
+    }  # fmt: skip
+
+
+def test_scores_and_documents_are_those_of_the_harness():
+    found = output([1, 1, 0, 0], 0.5, 0.29)
+    acc, perplexity = run.scores(found)
+    assert acc == {"task": "choice", "metric": "acc", "filter": "none", "score": 0.5, "stderr": 0.29, "n": 4,
+                   "higher_is_better": True}  # fmt: skip
+    assert (perplexity["score"], perplexity["stderr"], perplexity["higher_is_better"]) == (2.5, None, False)
+    rows = run.documents(found)
+    assert len(rows) == 8
+    assert [row["value"] for row in rows if row["metric"] == "acc"] == [1, 1, 0, 0]
+    assert {row["value"] for row in rows if row["metric"] == "word_perplexity"} == {None}
+    assert json.loads(rows[0]["response"]) == [[-1.5, False], [-0.5, True]]
+
+
+def job(folder, mode, policy, budget, found):
+    about = {"mode": mode, "policy": policy, "budget": budget, "harness_hash": f"{policy}-{mode}"}
+    path = str(folder / f"{policy}-{mode}.parquet")
+    rows = rows_to_table([about | row for row in run.documents(found)], DOCUMENTS)
+    write_table(path, rows, {"harness": about | {"scores": run.scores(found), "version": "0.4.13"}, "model": "tiny"})
+    return path, about["harness_hash"]
+
+
+FULL_RIGHT, OWN_RIGHT = [1, 1, 1, 0] * 5, [1, 0, 1, 0] * 5
+
+
+@pytest.fixture
+def made(tmp_path):
+    files = dict([
+        job(tmp_path, "after_prompt", "full", "r1", output(FULL_RIGHT, 0.75, 0.1)),
+        job(tmp_path, "after_prompt", "h2o", "r0.5", output(OWN_RIGHT, 0.5, 0.11)),
+        job(tmp_path, "before_question", "h2o", "r0.5", output(FULL_RIGHT, 0.75, 0.1)),
+    ])  # fmt: skip
+    return files, str(tmp_path / "harness.parquet")
+
+
+def test_a_policy_is_compared_with_full_on_the_same_documents(made):
+    files, path = made
+    report.write_harness(list(files), path, files, 0.95)
+    acc = pl.read_parquet(path).filter(metric="acc")
+    full, own, same = acc.rows(named=True)
+    assert (full["mode"], full["difference"], full["paired"], full["score"]) == (None, None, None, 0.75)
+    assert (own["mode"], own["score"], own["stderr"], own["n"], own["paired"]) == ("after_prompt", 0.5, 0.11, 20, 20)
+    # five of twenty documents are lost; the interval and p are those of the project's paired inference
+    test = paired.difference(np.array([np.subtract(OWN_RIGHT, FULL_RIGHT)], dtype=float))
+    interval = test.interval(0.95)
+    assert own["difference"] == pytest.approx(-0.25)
+    assert own["difference_low"] == pytest.approx(interval.low[0])
+    assert own["difference_high"] == pytest.approx(interval.high[0])
+    assert own["p_value"] == pytest.approx(test.p[0])
+    assert own["p_holm"] == pytest.approx(min(1, 2 * test.p[0]))
+    assert same["difference"] == 0
+    assert same["difference_low"] < 0 < same["difference_high"]
+    # a perplexity has a score and no value for a single document
+    rolled = pl.read_parquet(path).filter(metric="word_perplexity", mode="after_prompt").row(0, named=True)
+    assert (rolled["score"], rolled["paired"], rolled["difference"], rolled["p_value"]) == (2.5, 0, None, None)
+    assert "harness" not in read_metadata(path)
+
+
+def test_documents_that_only_one_of_both_has_are_left_out(tmp_path):
+    files = dict([
+        job(tmp_path, "after_prompt", "full", "r1", output([1, 1, 1, 1], 1.0, 0.0)),
+        job(tmp_path, "after_prompt", "h2o", "r0.5", output([0, 1, 1], 2 / 3, 0.3)),
+    ])  # fmt: skip
+    report.write_harness(list(files), str(tmp_path / "out.parquet"), files, 0.95)
+    own = pl.read_parquet(tmp_path / "out.parquet").filter(metric="acc", policy="h2o").row(0, named=True)
+    assert (own["n"], own["paired"]) == (3, 3)
+    assert own["difference"] == pytest.approx(-1 / 3)
+
+
+def test_values_outside_of_0_and_1_have_an_interval_and_no_p():
+    both = pl.DataFrame({"value": [12.0, 15.0, 11.0], "value_full": [14.0, 16.0, 14.0]})
+    found = report.compared(both, 0.95, "any")
+    # mean of -2, -1, -3; Student's t with two degrees of freedom: 4.302653 * 1 / sqrt(3)
+    assert found["difference"] == pytest.approx(-2)
+    assert found["difference_high"] - found["difference"] == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+    assert "p_value" not in found
+
+
+def test_a_file_of_other_settings_is_named(made):
+    files, path = made
+    first = next(iter(files))
+    with pytest.raises(UserError, match=f"{first} was made under other settings"):
+        report.write_harness(list(files), path, files | {first: "another"}, 0.95)
+
+
+def test_the_section_shows_score_difference_and_n(made):
+    files, path = made
+    report.write_harness(list(files), path, files, 0.95)
+    section = report.build(Source(None, {}, extra={"harness": pl.read_parquet(path)}))
+    acc, perplexity = section["tables"]
+    assert acc["heading"] == "choice: acc, higher is better"
+    assert perplexity["heading"] == "choice: word_perplexity, lower is better"
+    full, own, _ = ([str(cell) for cell in row] for row in acc["rows"])
+    assert full[:5] == ["full", "100 %", "–", "0.750 ± 0.100", "20"]
+    assert own[:5] == ["h2o", "50 %", "after the prompt", "0.500 ± 0.110", "20"]
+    assert own[5].startswith("−0.250 [−0.")
+    assert str(perplexity["rows"][1][5]) == "–"
+    assert report.build(Source(None, {})) is None
+
+
+# -- the workflow, where lm-eval is installed
+
+
+@pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed here; `make test-harness` runs this test")
+def test_the_workflow_runs_the_tasks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "project").mkdir()
+    project = Project(tmp_path / "project")
+    tasks = project.folder / "tasks"
+    tasks.mkdir()
+    rows = [{"context": f"Ann went to the park . Ben has {i} cups . " * 4, "gold": i % 2} for i in range(5)]
+    (tasks / "choice.json").write_text("\n".join(map(json.dumps, rows)))
+    (tasks / "choice.yaml").write_text(yaml.safe_dump({
+        "task": "choice", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "choice.json")}}, "test_split": "test",
+        "doc_to_text": "{{context}}", "output_type": "multiple_choice", "doc_to_choice": ["Ann", "the park"],
+        "doc_to_target": "gold", "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
+    }))  # fmt: skip
+    project.configure({
+        "experiment": "small", "model": {"name": "resources/tiny-reader", "device": "cpu"},
+        "kv": {"policies": {"full": {}, "snapkv": {}}, "budgets": [1.0, 0.3], "modes": ["after_prompt"]},
+        "harness": {"tasks": ["choice"], "include_path": "tasks", "limit": 4},
+    })  # fmt: skip
+    project.run()
+    assert not project.planned()
+
+    table = pl.read_parquet(project.results / "harness.parquet")
+    assert table.select("policy", "budget", "mode", "n", "paired").rows() == [
+        ("full", "r1", None, 4, None), ("snapkv", "r0.3", "after_prompt", 4, 4),
+    ]  # fmt: skip
+    # the same task by the harness's own command line and model type, without the workflow
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    import kv_transition.harness.model  # noqa: F401
+
+    answered = {}
+    for row in table.iter_rows(named=True):
+        arguments = {"pretrained": str(ROOT / "resources/tiny-reader"), "policy": row["policy"], "device": "cpu"}
+        arguments |= {} if row["policy"] == "full" else {"budget": 0.3}
+        manager = TaskManager(include_path=str(tasks), include_defaults=False)
+        found = lm_eval.simple_evaluate("kv_transition", arguments, ["choice"], task_manager=manager, limit=4)
+        assert row["score"] == found["results"]["choice"]["acc,none"]
+        assert row["stderr"] == pytest.approx(found["results"]["choice"]["acc_stderr,none"])
+        rows = pl.read_parquet(project.results / f"harness/after_prompt/{row['policy']}/{row['budget']}.parquet")
+        answers = [json.dumps(s["filtered_resps"], default=str) for s in found["samples"]["choice"]]
+        answered[row["policy"]] = rows.sort("doc_id")["response"].to_list()
+        assert answered[row["policy"]] == answers
+    assert answered["full"] != answered["snapkv"]
+    assert "## Tasks of lm-evaluation-harness" in (project.results / "report.md").read_text()

@@ -1,0 +1,44 @@
+# Tasks of lm-evaluation-harness under every policy, budget and mode.
+
+from kv_transition.studies.harness import study as harness_study
+
+HARNESS = {FILES.harness(*key): key for key in harness_study.cells(SETTINGS)}
+
+
+rule harness:
+    output:
+        FILES.harness("{mode}", "{policy}", "{budget}"),
+    log:
+        FILES.log("harness", "{mode}", "{policy}-{budget}"),
+    conda:
+        "../../envs/harness.yaml"
+    threads: 4 if ON_GPU else 1
+    resources:
+        **GPU,
+    params:
+        spec=lambda wildcards: as_json(harness_study.spec(SETTINGS, wildcards.mode, wildcards.policy, wildcards.budget)),
+    shell:
+        "python -m kv_transition.studies.harness.run --spec {params.spec:q} --threads {threads}"
+        " --output {output:q} > {log:q} 2>&1"
+
+
+rule harness_table:
+    input:
+        measured=list(HARNESS),
+    output:
+        output=report(FILES.table("harness"), caption="../report/harness.rst", category="Tables"),
+    log:
+        FILES.log("harness_table"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.harness.report:write_harness"),
+        confidence=SETTINGS.statistics.confidence,
+        # the .snakemake folder, which knows what is stale, can get lost
+        expected={path: digest(harness_study.spec(SETTINGS, *key)) for path, key in HARNESS.items()},
+    script:
+        "../../scripts/call.py"
+
+
+TARGETS += [list(HARNESS), rules.harness_table.output]
+TABLES["harness"] = FILES.table("harness")
