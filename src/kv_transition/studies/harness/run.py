@@ -36,9 +36,9 @@ def evaluated(spec: Row) -> Mapping[str, Any]:
         )
     from lm_eval import simple_evaluate
 
-    lm = _model(spec)
+    tasks = _tasks(spec)  # before the model is loaded, since this may refuse
     return simple_evaluate(
-        lm, tasks=spec["tasks"], task_manager=_tasks(spec), num_fewshot=spec["num_fewshot"], limit=spec["limit"],
+        _model(spec), tasks=spec["tasks"], task_manager=tasks, num_fewshot=spec["num_fewshot"], limit=spec["limit"],
         batch_size=spec["batch_size"], bootstrap_iters=spec["resamples"], log_samples=True,
     )  # fmt: skip
 
