@@ -239,10 +239,15 @@ def test_entropy_recall_plays_on_what_it_put_aside():
 
 
 class Recording(LocalEngine):
-    """Writes down what was read on top of which state, and the logits that came of it."""
+    """Writes down what was read on top of which state, and the logits that came of it.
+
+    What is read within a reading, to repeat its text (statistic ``reconstruction``), is no part of the conversation.
+    """
 
     def extend(self, state, ids, *args, **kwargs):
+        heard = len(self.heard)
         after = super().extend(state, ids, *args, **kwargs)
+        del self.heard[heard:]
         self.heard.append((state, list(ids), after.logits))
         return after
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models import FAMILIES, engine, random_model, reference, sliding_model, tokens
 
 from kv_transition.budget import Budget
-from kv_transition.cache.state import WINDOW, same
+from kv_transition.cache.state import EVERY, WINDOW, same
 from kv_transition.engines.loading import refuse_unsupported
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
@@ -84,8 +84,8 @@ def test_physical_eviction_equals_masking(family, kind, mode):
     """Every policy: the logits of all later tokens equal those of a full cache whose evicted entries are masked."""
     context, question, later = tokens(70), tokens(9, seed=1), tokens(6, seed=2)
     model = engine(family)
-    prefill = model.prefill(context, question)
     setting = Setting(policy(kind), Budget.parse("r0.3"), mode)
+    prefill = model.prefill(context, question, setting.policy.statistics)
     state = prefill.context if mode == "before_question" else prefill.prompt
     k = setting.budget.kept(state.length)
     state = setting.compress(state, k, seed=3, keep_last=mode == "after_prompt")
@@ -127,19 +127,36 @@ def test_a_budget_of_one_gives_the_tokens_of_the_full_cache(kind, mode):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "quantized"])
 def test_the_cache_holds_what_the_budget_says(kind):
-    """K after compression; while decoding, K for policies that act each step, else K and all that came."""
+    """K after compression; while decoding, K for policies that act each step, else K and all that came.
+
+    A policy that waits for ``every`` entries more than K holds K and what came since it acted: up to K + every - 1.
+    """
     context, question = tokens(80, seed=5), tokens(10, seed=6)
     model = engine("llama")
-    chosen = policy(kind)
-    prefill = model.prefill(context, question)
+    chosen = create(kind, hyper_parameters(kind) | ({"every": 3} if "every" in hyper_parameters(kind) else {}))
+    prefill = model.prefill(context, question, chosen.statistics)
     got = answer(model, prefill, question, Setting(chosen, Budget.parse("r0.25"), "before_question"), 5, seed=1)
     assert got.budget_entries == 20
     # heads of different lengths keep K on average, up to the rounding of shares to whole entries
-    expected = [20] * 5 if chosen.acts_each_step else [30, 31, 32, 33, 34]
+    every = getattr(chosen, "every", 1)
+    expected = [20 + step % every for step in range(5)] if chosen.acts_each_step else [30, 31, 32, 33, 34]
     assert got.kept == pytest.approx(expected, abs=1e-9)
     entries_bytes = 3 * 2 * 8 * 2 * 4  # layers, KV heads, channels, keys and values, fp32
     assert got.cache_bytes == got.kept[-1] * entries_bytes
     assert got.full_bytes == (90 + 4) * entries_bytes
+
+
+@pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_that_only_other_policies_read_change_nothing(kind, mode):
+    """A prefill has those of all cells of an experiment."""
+    context, question = tokens(60, seed=5), tokens(8, seed=6)
+    model, setting = engine("qwen2"), Setting(policy(kind), Budget.parse("r0.3"), mode)
+    own, every = (
+        answer(model, model.prefill(context, question, statistics), question, setting, 6, seed=1)
+        for statistics in (setting.policy.statistics, EVERY)
+    )
+    assert (own.tokens, own.kept, own.cache_bytes) == (every.tokens, every.kept, every.cache_bytes)
 
 
 def test_sampling_is_seeded_and_follows_the_temperature():
@@ -222,7 +239,7 @@ def _batched(kind, budget, mode, lengths):
     """Tokens and anatomy of answers decoded as a batch, and one by one."""
     model, setting = engine("qwen2"), Setting(policy(kind), Budget.parse(budget), mode)
     prompts = [(tokens(n, seed=n), tokens(6, seed=100 + n)) for n in lengths]
-    prefills = [model.prefill(*prompt) for prompt in prompts]
+    prefills = [model.prefill(*prompt, setting.policy.statistics) for prompt in prompts]
     questions = [question for _, question in prompts]
     together = answer_all(model, prefills, questions, setting, [Answer(n, 4 + n % 5) for n in lengths])
     alone = [

@@ -31,7 +31,8 @@ from kv_transition.studies.grid.moments import calibrated, paces, quantile
 
 INNER = ["h2o", "h2o_heavy", "streaming_llm", "tova"]
 MODES = ["before_question", "after_prompt"]
-NAMES = ("keys", "values", "attn_sum")
+SUMS = ("attn_sum", "output_norm", "reconstruction")
+NAMES = ("keys", "values", *SUMS)
 
 
 def recall(**options):
@@ -92,9 +93,8 @@ def test_store_and_cache_together_hold_every_entry_exactly_once(n, operations, s
                 None,
                 0,
             )
-            layer = replace(
-                layer, attn_sum=torch.cat([layer.attn_sum[..., :-1], own.attn_sum.expand(*lead, -1, -1)], -1)
-            )
+            read = {x: getattr(own, x).expand(*lead, -1, -1) for x in SUMS}
+            layer = replace(layer, **{x: torch.cat([getattr(layer, x)[..., :-1], read[x]], -1) for x in SUMS})
             count += 1
         elif operation == "evict" and layer.n > 1:
             kept = some(layer.n, layer.n - 1).sort(-1).values

@@ -20,9 +20,10 @@ STEPS = SLACK + 20
 
 def policies() -> list:
     found = [(kind, create(kind, hyper_parameters(kind))) for kind in kinds()]
-    found = [(kind, policy) for kind, policy in found if policy.acts_each_step]
-    closed = create("streaming_llm", {"positions": "cache"})
-    return [pytest.param(policy, id=kind) for kind, policy in found] + [pytest.param(closed, id="streaming_cache")]
+    found = [(kind, policy) for kind, policy in found if policy.acts_each_step and kind != "r_kv"]
+    found += [(f"r_kv_{every}", create("r_kv", {"every": every})) for every in (1, 5)]
+    found.append(("streaming_cache", create("streaming_llm", {"positions": "cache"})))
+    return [pytest.param(policy, id=name) for name, policy in found]
 
 
 def equal(a: CacheState, b: CacheState) -> bool:
@@ -36,15 +37,21 @@ def equal(a: CacheState, b: CacheState) -> bool:
 @pytest.mark.parametrize("policy", policies())
 @pytest.mark.parametrize("rows", [0, 3], ids=["alone", "batch"])
 def test_holding_in_place_is_compressing(policy, rows):
-    """Every tensor of the state and the logits, at each step; rows of a batch lose different entries."""
+    """Every tensor of the state and the logits, at each step; rows of a batch lose different entries.
+
+    A policy with ``every`` compresses at each step that so many entries have come since the last time.
+    """
     if rows and policy.one_at_a_time:
         pytest.skip("goes one by one")
     reader = engine("qwen2")
     states = [policy.compress(reader.extend(None, tokens(60, seed=i)), K) for i in range(max(rows, 1))]
     copied = held = stack(states, policy.statistics) if rows else states[0]
+    every = getattr(policy, "every", 1)
     for step in range(STEPS):
         said = [[token] for token in tokens(rows, seed=100 + step)] if rows else tokens(1, seed=100 + step)
-        copied = policy.compress(reader.extend(copied, said, policy.statistics), K)
+        copied = reader.extend(copied, said, policy.statistics)
+        if (step + 1) % every == 0:
+            copied = policy.compress(copied, K)
         held = policy.hold(reader.extend(held, said, policy.statistics), K)
         assert equal(copied, held)
 

@@ -10,6 +10,7 @@ from models import VOCABULARY, engine, random_model, reference
 from policy_states import HKV, best, positions_of, random_state
 
 from kv_transition.engines import reconstruct
+from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create
 
@@ -102,6 +103,13 @@ def test_a_long_text_is_repeated_in_pieces(monkeypatch):
     pieces = [repeated(IDS, 0, 25, 0, 0), repeated(IDS, 25, 50, 4, 8), repeated(IDS, 50, 60, 4, 8)]
     for number, layer in enumerate(state.layers):
         expected = torch.cat([piece[number] for piece in pieces], -1)
+        torch.testing.assert_close(layer.reconstruction, expected.float(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_an_engine_that_reads_in_pieces_finds_the_same_reconstruction(chunk):
+    state = LocalEngine(engine("qwen2").model, chunk_tokens=chunk).extend(None, IDS, frozenset({"reconstruction"}))
+    for layer, expected in zip(state.layers, repeated(IDS, 0, N, 0, 0), strict=True):
         torch.testing.assert_close(layer.reconstruction, expected.float(), rtol=1e-3, atol=1e-5)
 
 

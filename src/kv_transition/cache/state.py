@@ -25,7 +25,7 @@ EVERY = STATISTICS | ON_REQUEST
 
 MOMENTS = frozenset({"query_mean", "query_cov"})
 
-_PER_ENTRY = (
+PER_ENTRY = (
     "keys",
     "values",
     "positions",
@@ -36,6 +36,7 @@ _PER_ENTRY = (
     "angles",
     "bias",
 )
+"""what a layer holds of each entry"""
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,13 @@ class LayerCache:
 
     def _numbers(self, index: Tensor) -> dict[str, Tensor]:
         """What the layer holds of the entries ``index`` beside keys and values."""
-        names = (name for name in _PER_ENTRY if name not in ("keys", "values"))
+        names = (name for name in PER_ENTRY if name not in ("keys", "values"))
         return {name: tensor.gather(-1, index) for name in names if (tensor := getattr(self, name)) is not None}
 
     def cut(self, start: int, stop: int) -> LayerCache:
         """Return the entries from ``start`` to ``stop``, as views; statistics of the whole layer stay."""
         chosen = {}
-        for name in _PER_ENTRY:
+        for name in PER_ENTRY:
             tensor = getattr(self, name)
             if isinstance(tensor, Packed):
                 chosen[name] = tensor.cut(start, stop)

@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kv_transition.cache.state import STATISTICS, LayerCache, Room
-
-_PER_ENTRY = ("keys", "values", "positions", "attn_sum", "query_entropy", "angles", "bias")
+from kv_transition.cache.state import EVERY, PER_ENTRY, LayerCache, Room
 
 
 @dataclass(frozen=True)
@@ -104,13 +102,13 @@ def exchange(layer: TieredLayer, chosen: Tensor) -> TieredLayer:
         stored[place] = _alone(tensor, name)[leaver].cpu()
     m = len(place[0])
     # a statistic that is no longer maintained is dropped for all entries
-    gone = dict.fromkeys(STATISTICS & set(_entries(cold)) - set(_entries(layer)))
+    gone = dict.fromkeys(EVERY & set(_entries(cold)) - set(_entries(layer)))
     return replace(hot, cold=replace(cold, **gone), moved=layer.moved + 2 * m, recalled=layer.recalled + m)
 
 
 def _entries(layer: LayerCache) -> dict[str, Tensor]:
     """Return all tensors that a layer has for each entry."""
-    return {name: tensor for name in _PER_ENTRY if (tensor := getattr(layer, name)) is not None}
+    return {name: tensor for name in PER_ENTRY if (tensor := getattr(layer, name)) is not None}
 
 
 def _alone(tensor: Tensor, name: str) -> Tensor:
@@ -129,7 +127,7 @@ def _joined(cold: LayerCache, evicted: LayerCache) -> LayerCache:
     """Return the cold entries with more behind them, and free space, since a few are added at every step."""
     grown = cold.append(evicted.keys, evicted.values, evicted.positions, evicted.angles, _spare(cold))
     behind = {}
-    for name in ("attn_sum", "query_entropy", "bias"):
+    for name in (name for name in PER_ENTRY if name in EVERY or name == "bias"):
         new, old = getattr(evicted, name), getattr(cold, name)
         # a statistic that is no longer maintained is dropped for all entries
         behind[name] = None if new is None else torch.cat([old, new], -1)

@@ -41,8 +41,7 @@ def reconstructed(engine: Any, state: CacheState, tokens: Sequence[int]) -> Cach
     for start in range(0, count, CHUNK):
         chunk = list(tokens[start : start + CHUNK])
         asked = _ids(engine.tokenizer, _PART if start else _ALL) + list(tokens[max(0, start - _BEFORE) : start])
-        # the chunk's own columns, counted from the end of each layer
-        watch = _Watch(count - start, len(chunk))
+        watch = _Watch(state, count - start, len(chunk))
         # storage of its own, lest the reading takes the room behind the state
         engine.extend(state.settled(), [*asked, *behind, *chunk], frozenset(), before_attention=watch)
         found.append(watch.found)
@@ -61,18 +60,28 @@ def reconstructed(engine: Any, state: CacheState, tokens: Sequence[int]) -> Cach
 
 
 class _Watch:
-    """Called before the attention of each evictable layer; keeps the greatest attention to one chunk's entries."""
+    """Called before the attention of each part of the evictable layers; keeps the greatest attention to one chunk's
+    entries.
 
-    def __init__(self, from_end: int, length: int):
+    The chunk's own entries are counted from the end of the part as it was in ``state``. An engine with
+    ``chunk_tokens`` reads in several passes: what the earlier ones read stands behind those entries.
+    """
+
+    def __init__(self, state: CacheState, from_end: int, length: int):
+        self.ends = [part.n for layer in state.evictable for part in layer.parts]
         self.from_end, self.length = from_end, length
         self.found: list[Tensor] = []
+        """greatest attention [Hkv, length] of each part"""
+        self.calls = 0
 
     def __call__(self, layer: LayerCache, queries: Tensor, keys: Tensor) -> LayerCache:
-        start = layer.n - self.from_end
+        number = self.calls % len(self.ends)
+        self.calls += 1
+        end = self.ends[number]
+        start = end - self.from_end
         sinks = min(_SINKS, start)
-        seen = torch.cat(
-            [layer.keys[:, :sinks], layer.keys[:, start : start + self.length], keys.to(layer.keys.dtype)], 1
-        )
+        own = layer.keys[:, start : start + self.length]
+        seen = torch.cat([layer.keys[:, :sinks], own, layer.keys[:, end:], keys.to(layer.keys.dtype)], 1)
         q = queries.shape[1]
         before = seen.shape[1] - q
         place = torch.arange(seen.shape[1], device=keys.device) - before
@@ -83,7 +92,10 @@ class _Watch:
             logits = logits_of(rows, seen, layer.scale).masked_fill_(place > at[:, None], -torch.inf)
             paid = logits.softmax(-1)[..., sinks : sinks + self.length]
             best = torch.maximum(best, paid.amax((1, 2)))
-        self.found.append(best)
+        if number < len(self.found):
+            self.found[number] = torch.maximum(self.found[number], best)
+        else:
+            self.found.append(best)
         return layer
 
 
