@@ -16,8 +16,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from hashlib import file_digest
 from pathlib import Path
@@ -155,11 +154,6 @@ def quantization(name: str) -> str:
     return ", ".join([f"{first[0]} ({first[1]} tensors)", *(f"{kind} ({n})" for kind, n in rest)])
 
 
-def tokenizer_folder(name: str) -> Path:
-    """The folder of the tokenizer, made if it is not there. Raises UserError as `model_folder` does."""
-    return made(name, "tokenizer", lambda folder: tokenizer(name).save_pretrained(folder))
-
-
 def origin(name: str) -> dict[str, str]:
     """Where dequantized weights came from: file, sha256 and quantization. Raises UserError as `header` does."""
     place = made(name, "origin", lambda folder: write_origin(name, folder))
@@ -193,18 +187,6 @@ def made(name: str, part: str, make: Callable[[Path], Any]) -> Path:
     return place
 
 
-def tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    header(name)
-    file = gguf_file(name)
-    with without_progress_bars():
-        try:
-            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
-        except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, AttributeError) as error:
-            raise unreadable(name, error) from None
-
-
 def unreadable(name: str, error: Exception) -> UserError:
     architecture = header(name).get("general.architecture", "unknown")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -212,15 +194,3 @@ def unreadable(name: str, error: Exception) -> UserError:
         f"model.name: {name} holds a model of the architecture {architecture!r}, which transformers cannot read from "
         f"GGUF ({reason}); give a model folder or a hub id instead"
     )
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keeps transformers from drawing how far it is with a model's weights."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

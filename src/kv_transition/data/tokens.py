@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kv_transition.data import gguf
+from kv_transition.data import gguf, gguf_tokenizer
 from kv_transition.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         UserError: there is no such tokenizer, it has no fast version, or its ids are not those of its own file.
     """
     if gguf.is_gguf(name):
-        return load_tokenizer(str(gguf.tokenizer_folder(name).parent))
+        return load_tokenizer(str(gguf_tokenizer.tokenizer_folder(name).parent))
     folder = Path(name)
     try:
         # broad, because the tokenizers library raises bare Exceptions for damaged files

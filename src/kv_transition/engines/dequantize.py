@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kv_transition.data import gguf
+from kv_transition.data import gguf, gguf_tokenizer
 from kv_transition.errors import UserError
 
 
@@ -22,7 +22,7 @@ def _write_model(name: str, dtype: str, folder: Path) -> None:
 
     gguf.header(name)  # raises where the file is damaged
     file = gguf.gguf_file(name)
-    with gguf.without_progress_bars():
+    with gguf_tokenizer.without_progress_bars():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 str(file.parent),

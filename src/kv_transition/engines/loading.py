@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kv_transition.cache.rotary import Rotary
-from kv_transition.data import gguf
+from kv_transition.data import gguf, gguf_tokenizer
 from kv_transition.engines import dequantize
 from kv_transition.engines.reading import ATTENTION, attention_function
 from kv_transition.errors import UserError
@@ -49,7 +49,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         refuse_unsupported(config, name)
-        with gguf.without_progress_bars(), _without_reports():
+        with gguf_tokenizer.without_progress_bars(), _without_reports():
             model, found = AutoModelForCausalLM.from_pretrained(
                 # a mismatch is reported below, in one sentence
                 place, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
