@@ -227,7 +227,7 @@ def test_defaults_follow_from_where_a_check_stands():
         ([user("?", {"kind": "lines", "value": 1, "overrides": "c9"})], "overrides 'c9', which is no check"),
         ([user("?", {"kind": "lines", "value": 1, "id": "a"}, {"kind": "lines", "value": 2, "id": "a"})], "called a"),
         ([user("?", {"kind": "lines", "value": 1, "since": 4})], "begins at turn 4, but the user has 1 turns"),
-        ([user(), {"role": "assistant", "checks": [{"kind": "lines", "value": 1}]}], "belong to what the user"),
+        ([user(), {"role": "assistant", "checks": [{"kind": "lines", "value": 1}]}], "belong to a message of the user"),
         ([user() | {"checks": "short"}], "checks is a list"),
     ],
 )

@@ -220,7 +220,7 @@ class TestWording:
         ("content", "message"),
         [
             (None, r"dataset\.prompts: there is no file"),
-            ("{", "not valid JSON"),
+            ("{", "malformed JSON at line 1, character 2"),
             ("[]", "JSON object"),
             ('{"a": "{context} {input}", "b": "x"}', "no entry for 'mine'; it has a, b"),
             ('{"mine": 5}', "must be a text"),

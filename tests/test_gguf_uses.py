@@ -104,7 +104,7 @@ def test_it_is_served(name, monkeypatch):
     options = {"revision": None, "dtype": "float32", "threads": None, "chunk_tokens": None, "max_length": None}
     command.serve(
         name, host="127.0.0.1", port=0, name="tiny", device="cpu", prefill_gb=0.1, statistics="none",
-        policy_files=(), api_key_env=None, max_body_mb=1.0, queue=4, **options,
+        policy_files=(), api_key_env=None, max_body_mb=1.0, queue=4, batch=1, **options,
     )  # fmt: skip
     client, plain = TestClient(apps[0]), tiny_llama()
     answer = client.post(

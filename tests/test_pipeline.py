@@ -52,7 +52,7 @@ def test_cells_say_where_they_come_from(finished):
     }  # fmt: skip
     assert expected <= set(facts)
     assert facts["dataset"] == "synthetic"
-    assert json.loads(facts["hyper_parameters"]) == {"window": 16, "kernel": 7, "pooling": "max"}
+    assert json.loads(facts["hyper_parameters"]).items() >= {"window": 16, "kernel": 7, "pooling": "max"}.items()
     assert json.loads(facts["package_versions"])["torch"].startswith("2.")
     row = pq.read_table(finished.results / "cells/reader_qa/before_question/snap/r0.5/bin0.parquet").to_pylist()[0]
     context = len(pq.read_table(finished.results / "data/reader_qa/bin0.parquet")["context_ids"][0])

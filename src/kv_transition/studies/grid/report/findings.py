@@ -57,7 +57,8 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
                 "" if apart else "; their intervals overlap"
             )
         yield text + _at_equal_bytes(matched.get(budget, [])) + "."
-    known = headline.outcomes(results, task, mode)
+    # a policy that keeps evicted entries in other memory saves none, so it is no answer to how little is enough
+    known = {pair: row for pair, row in headline.outcomes(results, task, mode).items() if pair[0] in results.contenders}
     for word in scale.SCALE:
         pairs = [pair for pair, row in known.items() if row["outcome"] == word]
         if pairs:
