@@ -235,20 +235,35 @@ def test_entropy_recall_plays_on_what_it_put_aside():
     assert always[1].answer.record["recalled_entries"] > 0
 
 
+def test_kvzip_chooses_among_all_entries_of_a_turn_that_is_over():
+    """As if the turn had been one text; else answers, which nobody repeats, would take the whole budget."""
+    lengths = [(17, 6), (3, 9), (11, 8)]
+    state, seen, kvzip = None, 0, policy("kvzip")
+    for turn, one in zip(script(lengths), game(engine("qwen2"), lengths, "kvzip", "r0.3"), strict=True):
+        said = [*turn.opening, *one.answer.tokens, *turn.closing]
+        seen += len(said)
+        state = kvzip.compress(engine("qwen2").extend(state, said, kvzip.statistics), kept_of("r0.3", seen))
+        for layer, expected in zip(one.after.layers, state.layers, strict=True):
+            for part, own in zip(layer.parts, expected.parts, strict=True):
+                assert part.reconstruction.isfinite().all()
+                assert part.positions.tolist() == own.positions.tolist()
+
+
 # positions
 
 
 class Recording(LocalEngine):
-    """Writes down what was read on top of which state, and the logits that came of it.
-
-    What is read within a reading, to repeat its text (statistic ``reconstruction``), is no part of the conversation.
-    """
+    """Writes down what was read on top of which state, and the logits that came of it."""
 
     def extend(self, state, ids, *args, **kwargs):
-        heard = len(self.heard)
         after = super().extend(state, ids, *args, **kwargs)
-        del self.heard[heard:]
         self.heard.append((state, list(ids), after.logits))
+        return after
+
+    def repeated(self, state, ids):
+        heard = len(self.heard)
+        after = super().repeated(state, ids)
+        del self.heard[heard:]  # what is read to repeat a text is no part of the conversation
         return after
 
 

@@ -128,6 +128,7 @@ class LocalEngine:
         room: int = 0,
         seen: list[Tensor] | None = None,
         before_attention: BeforeAttention | None = None,
+        repeat: bool = True,
     ) -> CacheState:
         """Return the state after reading ``tokens`` (at least one). ``state`` itself is unchanged; None is the empty
         one.
@@ -137,13 +138,17 @@ class LocalEngine:
         room: entries to leave space for, so that further reading need not move the cache. seen: receives [Hkv, n] for
         each evictable layer, the attention that its entries receive from one token (only if ``attn_sum`` is
         maintained). before_attention: called for each evictable layer with the new tokens' queries and keys; returns
-        the layer that is attended to.
+        the layer that is attended to. repeat: false leaves the second reading to `repeated`.
         """
         for piece in self._pieces(state, tokens, statistics, room, seen, before_attention):
             after, _ = piece
-        if "reconstruction" in statistics and _is_flat(tokens) and len(tokens) > 1:
-            return reconstructed(self, after, tokens)
+        if repeat and "reconstruction" in statistics and _is_flat(tokens) and len(tokens) > 1:
+            return self.repeated(after, tokens)
         return after
+
+    def repeated(self, state: CacheState, tokens: Sequence[int]) -> CacheState:
+        """Return the state with ``reconstruction`` of ``tokens``: the last that were read, none of them evicted."""
+        return reconstructed(self, state, tokens)
 
     @cached_property
     def projections(self) -> list[Tensor]:

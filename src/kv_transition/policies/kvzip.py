@@ -17,7 +17,7 @@ class KVzip(Scored):
     importance is the greatest attention that any query of its group pays to it while its own piece is repeated, among
     the sinks, that piece and the repeated tokens. No question is known: what is kept serves any. All heads of all
     layers share the budget, each with at least one entry. Entries that were not repeated, such as the tokens of an
-    answer, are kept.
+    answer, are kept. In a conversation each turn is repeated when it is over, with its answer.
 
     Source: Kim et al., "KVzip: query-agnostic KV cache compression with context reconstruction", arXiv 2505.23416.
 

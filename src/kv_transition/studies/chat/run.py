@@ -4,7 +4,8 @@
 
 In each turn the model reads the new messages on top of what is left of the earlier turns, answers greedily and reads
 the tokens that close the answer; then the cache is compressed to the budget. A relative budget refers to all tokens of
-the conversation so far, evicted or not. Nothing is read twice, and positions stay those of the text.
+the conversation so far, evicted or not. Nothing is read twice, and positions stay those of the text. For the statistic
+``reconstruction`` the model repeats a turn, its own answer included, when it is over.
 
 With ``hold``, a policy that acts at each step also holds the cache at the budget within a turn, from the second turn
 on. The statistics that policies read are maintained over all turns.
@@ -135,9 +136,12 @@ def _turn(
 ) -> tuple[CacheState, float]:
     """Read, answer and close a turn; return the state and the seconds of closing."""
     statistics = setting.while_decoding
-    room = 0 if setting.holding and setting.policy.acts_each_step else answer.max_new_tokens + len(closing)
+    held = setting.holding and setting.policy.acts_each_step
+    # of a turn that is held at its budget there is no more left than what was just read
+    at_the_end = "reconstruction" in statistics and not held
+    room = 0 if held else answer.max_new_tokens + len(closing)
     started = engine.clock()
-    state = setting.hold(engine.extend(state, opening, statistics, room))
+    state = setting.hold(engine.extend(state, opening, statistics, room, repeat=not at_the_end))
     answer.first_token_s = engine.clock() - started
 
     watcher = setting.watch(answer)
@@ -162,7 +166,9 @@ def _turn(
 
     started = engine.clock()
     if unread or closing:
-        state = setting.hold(engine.extend(state, [*unread, *closing], statistics))
+        state = setting.hold(engine.extend(state, [*unread, *closing], statistics, repeat=not at_the_end))
+    if at_the_end:
+        state = engine.repeated(state, [*opening, *answer.tokens, *closing])
     return state.settled(), engine.clock() - started
 
 
