@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kv_transition.attention.blocks import window_weights
-from kv_transition.cache.state import Layer, LayerCache
+from kv_transition.cache.state import PER_ENTRY, Layer, LayerCache
 from kv_transition.policies.base import top
 
 _TINY = 1e-10
@@ -110,21 +110,10 @@ def by_head(layer: Layer) -> list[LayerCache]:
 
 def _heads_of(layer: LayerCache) -> list[LayerCache]:
     heads = layer.positions.shape[0]
-    of_kv_heads = (
-        "keys",
-        "values",
-        "positions",
-        "attn_sum",
-        "query_entropy",
-        "output_norm",
-        "reconstruction",
-        "angles",
-        "bias",
-    )
     of_query_heads = ("recent_queries", "query_mean", "query_cov")
     pieces = {
         name: tensor.chunk(heads)
-        for name in (*of_kv_heads, *of_query_heads)
+        for name in (*PER_ENTRY, *of_query_heads)
         if (tensor := getattr(layer, name)) is not None
     }
     return [replace(layer, room=None, **{name: own[i] for name, own in pieces.items()}) for i in range(heads)]
