@@ -27,6 +27,14 @@ OBSERVED = ["example_id", "prompt_kind", "policy", "budget", "granularity", "mem
 PROCESSOR_TIME = re.compile(r": ([\d.]+) s of processor time")
 
 
+def placeless(table: pa.Table) -> pa.Table:
+    """Return the table with a local corpus or data set named by its last part: the path is of one machine."""
+    metadata = dict(table.schema.metadata or {})
+    if metadata.get(b"source", b"").startswith(b"/"):
+        metadata[b"source"] = metadata[b"source"].rpartition(b"/")[2]
+    return table.replace_schema_metadata(metadata)
+
+
 def reduced(files: list[Path], columns: list[str]) -> pa.Table:
     """Return the rows of all files with those of ``columns`` that they have, and the first file's metadata."""
     parts = [pq.read_table(file) for file in files]
@@ -46,7 +54,7 @@ def keep(results: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for table in TABLES:
         if (results / f"{table}.parquet").is_file():
-            pq.write_table(pq.read_table(results / f"{table}.parquet"), folder / f"{table}.parquet")
+            pq.write_table(placeless(pq.read_table(results / f"{table}.parquet")), folder / f"{table}.parquet")
     rows = {
         "answers": ([results / "scores.parquet"], SCORES),
         "windows": (sorted(results.glob("perplexity/*/*/*/bin*.parquet")), WINDOWS),
@@ -55,7 +63,7 @@ def keep(results: Path, name: str) -> None:
     for table, (files, columns) in rows.items():
         files = [file for file in files if file.is_file() and not file.name.endswith(".layers.parquet")]
         if files:
-            pq.write_table(reduced(files, columns), folder / f"{table}.parquet", compression="zstd")
+            pq.write_table(placeless(reduced(files, columns)), folder / f"{table}.parquet", compression="zstd")
     resolved = yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8"))
     facts = resolved.pop("provenance") | {
         "experiment": resolved["experiment"],
