@@ -30,7 +30,7 @@ class Plan:
 
     size: Size = SIZES[1]
     at_once: int = 8
-    rounds: int = 2
+    rounds: int = 5
     length: int = 64
     max_tokens: int = 64
 
