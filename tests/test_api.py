@@ -249,7 +249,7 @@ def test_bad_use_is_a_sentence(model, context):
         context.compress("snap", 0.2)
     with says("'later' is neither before_question nor after_prompt"):
         context.ask(QUESTION, "h2o", 0.2, mode="later")
-    with says("snapkv reads recent_queries, which this cache was read without"):
+    with says("snapkv reads recent_queries, which this cache does not have"):
         model.read(CONTEXT, policies=["knorm"]).compress("snapkv", 0.2)
     with says("the context is empty"):
         model.read([])

@@ -239,7 +239,7 @@ def test_a_pipe_is_no_configuration(tmp_path):
     import os
 
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         parsing.read_text(tmp_path / "pipe", "experiment file")
 
 

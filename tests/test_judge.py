@@ -398,9 +398,9 @@ def test_a_judge_makes_no_conversation_stale():
     ("changed", "said"),
     [
         ({"api_key_env": KEY}, "never the key itself"),
-        ({"base_url": f"http://me:{KEY}@host/v1"}, "holds a key or a password"),
-        ({"base_url": f"http://host/v1?key={KEY}"}, "holds a key or a password"),
-        ({"base_url": "host"}, "no address such as"),
+        ({"base_url": f"http://me:{KEY}@host/v1"}, "contains a key or a password"),
+        ({"base_url": f"http://host/v1?key={KEY}"}, "contains a key or a password"),
+        ({"base_url": "host"}, "not an address such as"),
         ({"model": ""}, "chat.judge.model"),
         ({"concurrency": 0}, "chat.judge.concurrency"),
     ],

@@ -23,7 +23,7 @@ def test_every_policy_says_what_it_costs_and_what_its_hyper_parameters_mean(kind
     assert all(field.meaning for field in found.fields.values())
     own = catalog.own_fields(kind)
     for name, field in found.fields.items():
-        heading = kind if name in own else "Parts of score policies"
+        heading = kind if name in own else "Options of score policies"
         section = describe.page().split(f"\n## {heading}\n")[1].split("\n## ")[0]
         row = next(line for line in section.splitlines() if line.startswith(f"| `{name}` |"))
         assert field.meaning in row

@@ -107,7 +107,7 @@ def test_expected_attention_is_what_normal_queries_pay_on_average():
 def test_expected_attention_needs_to_know_the_rotation(world):
     state, _ = world
     unknown = replace(state, layers=tuple(replace(layer, rotary=None) for layer in state.layers))
-    with pytest.raises(UserError, match=r"expected_attention turns queries .* choose another policy"):
+    with pytest.raises(UserError, match=r"expected_attention rotates queries .* choose another policy"):
         create("expected_attention", {}).compress(unknown, 10)
 
 

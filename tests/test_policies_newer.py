@@ -221,7 +221,7 @@ def test_r_kv_waits_until_enough_has_been_generated():
     assert seen == [*range(31, 40), 30, *range(31, 40), 30, *range(31, 36)]
 
 
-# parts of score policies
+# options of score policies
 
 
 @pytest.mark.parametrize("k", [9, 30, 61])

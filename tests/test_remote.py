@@ -502,7 +502,7 @@ def test_the_hash_of_a_cell_knows_its_endpoint_and_not_how_it_is_asked():
 
 @pytest.mark.parametrize("url", ["http://me:secret@host/v1", "https://host/v1?api-key=secret"])
 def test_a_key_in_an_address_is_refused_without_being_repeated(url):
-    with pytest.raises(UserError, match="it holds a key or a password") as error:
+    with pytest.raises(UserError, match="it contains a key or a password") as error:
         experiment({"base_url": url})
     assert "secret" not in str(error.value)
 

@@ -214,7 +214,7 @@ BAD = {
     "few resamples": ({"statistics.resamples": 10}, "statistics.resamples", ["greater than or equal to 100"]),
     "unknown store": ({"prefill.store": "no"}, "prefill.store", ["'auto'", "'always'", "'never'"]),
     "no room for prefills": ({"prefill.max_gb": 0}, "prefill.max_gb", ["greater than 0"]),
-    "the prefills' folder": ({"experiment": "prefill"}, "experiment", ["'prefill'", "taken"]),
+    "the prefills' folder": ({"experiment": "prefill"}, "experiment", ["'prefill'", "another use"]),
     "an experiment in a folder": ({"experiment": "a/b"}, "experiment", ["'a/b'", "letters"]),
     "empty output folder": ({"output.dir": ""}, "output.dir", ["at least 1"]),
     # keys
@@ -240,9 +240,9 @@ def test_a_bad_configuration_is_one_sentence(complaint, case):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ["no mapping"]),
-        ("# only a comment\n", ["no mapping"]),
-        ("- a\n- b\n", ["no mapping"]),
+        ("", ["not a mapping"]),
+        ("# only a comment\n", ["not a mapping"]),
+        ("- a\n- b\n", ["not a mapping"]),
         ("experiment: [\nkv: {}\n", ["not valid YAML", "line"]),
         ("a: b: c\n", ["not valid YAML", "line 1"]),
         ("\tkv: {}\n", ["not valid YAML", "line 1"]),

@@ -1,7 +1,7 @@
 """How much of its KV cache can a long-context language model lose before its answers become unreliable?
 
-What a program or a notebook uses is named here and loaded when it is first touched, so that importing the package takes
-no torch; docs/python.md shows it at work.
+This module offers the names for programs and notebooks. Each is imported at its first use, so that importing the
+package does not import torch; docs/python.md shows examples.
 """
 
 from __future__ import annotations

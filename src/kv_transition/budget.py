@@ -1,4 +1,4 @@
-"""Budgets: the kept share of a cache, as a fraction of its entries or a number of tokens."""
+"""Budgets: the share of a cache that is kept, as a fraction of its entries or a number of tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Self
 from kv_transition.errors import UserError
 
 _DECIMALS = 10
-"""most decimals of a fraction: its name says it exactly"""
+"""largest number of decimals of a fraction, so that its name states it exactly"""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Kept entries per KV head: exactly one of ``fraction`` in (0, 1] and ``tokens`` >= 1.
+    """The number of kept entries per KV head: exactly one of ``fraction`` in (0, 1] and ``tokens`` >= 1 is set.
 
-    Written ``r0.2`` (a canonical decimal) or ``t128`` wherever a budget is part of a name.
+    In names it is written as ``r0.2`` (a canonical decimal) or ``t128``.
     """
 
     fraction: Fraction | None = None
@@ -61,7 +61,7 @@ class Budget:
         return self.fraction == 1
 
     def kept(self, n: int) -> int:
-        """Return K = ceil(r * N) with r exact, or min(t, N); ``n`` is N, the entries at compression."""
+        """Return K = ceil(r * N) with r exact, or min(t, N); ``n`` is N, the number of entries at compression."""
         if self.tokens is not None:
             return min(self.tokens, n)
         return math.ceil(self.fraction * n)

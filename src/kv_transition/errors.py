@@ -1,11 +1,11 @@
-"""The exception for bad input, which users read."""
+"""The exception for bad input, with a message for the user."""
 
 
 class UserError(Exception):
     """Bad input: one sentence that names the key, file or row and says what would be right.
 
-    Every entry point prints it without a traceback and exits with status 2. What a file or a library said may stand in
-    it, so line breaks and characters that a screen would obey are taken out.
+    Every entry point prints it without a traceback and exits with status 2. The sentence may quote a file or a library,
+    so line breaks and control characters are removed.
     """
 
     def __init__(self, sentence: str = "") -> None:
@@ -13,6 +13,6 @@ class UserError(Exception):
 
 
 def shown(value: object, width: int = 80) -> str:
-    """Return a value as code writes it, cut to ``width`` characters."""
+    """Return the Python form of a value, cut to ``width`` characters."""
     text = repr(value)
     return text if len(text) <= width else f"{text[: width - 4]} ..."

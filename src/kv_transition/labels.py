@@ -26,7 +26,7 @@ def token_range(low: float, high: float) -> str:
 
 
 def parameters(count: int) -> str:
-    """Return the number of a model's parameters in thousands, millions or billions, such as ``135M`` and ``7.2B``."""
+    """Return the number of a model's parameters in thousands, millions or billions, such as ``135M`` or ``7.2B``."""
     for size, unit in ((1e9, "B"), (1e6, "M")):
         if count >= 0.9995 * size:
             return f"{count / size:.2g}{unit}" if count < 9.95 * size else f"{count / size:.0f}{unit}"
@@ -34,16 +34,16 @@ def parameters(count: int) -> str:
 
 
 OWN = "r1"
-"""budget of the full cache, and of policies with a footprint of their own"""
+"""budget of the full cache, and of policies whose hyper-parameters determine the footprint"""
 
 
 def kept(policy: str, name: str) -> str:
-    """Return what a policy keeps at a budget: `budget`, or ``100 %`` for the full cache."""
+    """Return the share that a policy keeps at a budget: `budget`, or ``100 %`` for the full cache."""
     return "100 %" if policy == "full" else budget(name)
 
 
 def budget(name: str) -> str:
-    """Return ``20 %`` for ``r0.2``, ``128 tokens`` for ``t128``, and a policy's own footprint for ``r1``."""
+    """Return ``20 %`` for ``r0.2``, ``128 tokens`` for ``t128``, and ``its own`` for ``r1``."""
     if name == OWN:
         return "its own"
     if name.startswith("r"):
@@ -52,7 +52,7 @@ def budget(name: str) -> str:
 
 
 def budget_order(name: str) -> tuple[int, float]:
-    """Return a sort key: fractions before tokens, large before small."""
+    """Return a sort key that puts fractions before tokens and large budgets before small ones."""
     return (name[0] != "r", -float(name[1:]))
 
 
@@ -61,11 +61,11 @@ def mode(name: str) -> str:
 
 
 HONEST = ("ABSTAIN",)
-"""failures in which the model says that it does not know, which a user can act on; the others are broken answers"""
+"""failures in which the model says that it does not know; all other failures are unusable answers"""
 
 
 def failure(name: str) -> str:
-    """Return ``empty output`` for ``EMPTY_OUTPUT``; acronyms stay."""
+    """Return a failure label as words, ``empty output`` for ``EMPTY_OUTPUT``; acronyms are unchanged."""
     return name if name == "OOM" else name.replace("_", " ").lower()
 
 
@@ -84,12 +84,12 @@ def interval(estimate: float | None, low: float | None, high: float | None, digi
 
 
 def count(n: int, clusters: int | None = None) -> str:
-    """Return ``n = 20``, with the number of documents if examples share them."""
+    """Return ``n = 20``, with the number of documents if several examples belong to one document."""
     return f"n = {n}" if clusters is None or clusters == n else f"n = {n} from {clusters} documents"
 
 
 def signed(row: Mapping[str, Any], digits: int = 2) -> str:
-    """Return ``−0.31 [−0.41, −0.21]`` with a real minus, and a plus before gains."""
+    """Return ``−0.31 [−0.41, −0.21]`` with a typographic minus, and a plus before positive numbers."""
     if row["estimate"] is None:
         return "–"
     point, low, high = (_with_sign(row[k], digits) for k in ("estimate", "ci_low", "ci_high"))
@@ -99,7 +99,7 @@ def signed(row: Mapping[str, Any], digits: int = 2) -> str:
 def _with_sign(value: float | None, digits: int) -> str:
     if value is None:
         return "…"
-    value = round(value, digits) or 0.0  # no sign before a zero
+    value = round(value, digits) or 0.0  # a rounded zero gets no sign
     return f"{value:+.{digits}f}".replace("-", "−") if value else f"{value:.{digits}f}"
 
 
@@ -110,12 +110,12 @@ def p_value(p: float | None) -> str:
 
 
 def tested(row: Mapping[str, Any]) -> str:
-    """``0.008 (0.040 after Holm)``: the p-value that belongs to the row's own interval, and the adjusted one."""
+    """Return ``0.008 (0.040 after Holm)``: the p-value that belongs to the row's own interval, and the adjusted one."""
     return p_value(row["p_value"]) + ("" if row["p_holm"] is None else f" ({p_value(row['p_holm'])} after Holm)")
 
 
 def percent(share: float) -> str:
-    """Return a confidence level with enough digits to tell it from certainty."""
+    """Return a confidence level in percent, with enough digits to distinguish it from 100 %."""
     away = 100 * (1 - share)
     digits = next((d for d in range(2, 11) if away >= 10.0 ** (1 - d)), 10)
     return f"{100 * share:.{digits}f}".rstrip("0").rstrip(".") + " %"

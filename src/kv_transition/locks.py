@@ -1,8 +1,8 @@
-"""Who works in a folder: a lock that a killed Snakemake left behind is told from one that is held.
+"""Locks of the folder of a workflow: distinguish the lock of a killed Snakemake process from one in use.
 
-Snakemake writes the files of a run into ``.snakemake/locks`` and removes them at its end; it does not write who it is.
-So each run leaves a file of its own in ``.snakemake/kvt_runs``, before Snakemake locks anything, and removes it when it
-ends; the file says the process and the results that it works on.
+Snakemake writes lock files into ``.snakemake/locks`` and removes them at the end of a run, but does not record which
+process wrote them. Therefore each run writes a file of its own into ``.snakemake/kvt_runs`` before Snakemake locks
+anything, and removes it at its end. The file names the process and the results that it works on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RUNS, LOCKS = ".snakemake/kvt_runs", ".snakemake/locks"
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has not said that it ended: its process as in `runs.own`, its results, and the file that says so."""
+    """A run whose file still exists: its process as in `runs.own`, its results, and that file."""
 
     process: str
     results: str
@@ -38,7 +38,9 @@ class Run:
 
 
 def enter(results: str, folder: str = ".") -> None:
-    """Say that this process works on ``results`` (a path), until it ends. Where nothing can be written, do nothing."""
+    """Record until the end of this process that it works on ``results`` (a path). If the folder is not writable, do
+    nothing.
+    """
     own = runs.own()
     file = Path(folder, RUNS, own.replace(":", "-") + ".json").absolute()
     with suppress(OSError):
@@ -50,12 +52,12 @@ def enter(results: str, folder: str = ".") -> None:
 
 
 def _leave(file: Path, own: str) -> None:
-    if runs.own() == own:  # a forked child inherits what is registered
+    if runs.own() == own:  # a forked child inherits this handler, but is not the run
         file.unlink(missing_ok=True)
 
 
 def left(folder: str = ".") -> list[Run]:
-    """Return the runs of a folder that have not ended, or have been killed."""
+    """Return the runs of a folder whose files exist: those that are active and those that were killed."""
     found = []
     for file in sorted(Path(folder, RUNS).glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
@@ -65,11 +67,12 @@ def left(folder: str = ".") -> list[Run]:
 
 
 def clear(results: str, unlock: str, folder: str = ".") -> bool:
-    """Remove what killed runs left, so that a new one can work on ``results``; say whether there was a lock.
+    """Remove the locks and files of killed runs, so that a new run can work on ``results``; return whether there was a
+    lock.
 
     unlock: the command that removes the lock by hand.
 
-    Raises UserError if another run works on these results, or if it cannot be told from here whether one does.
+    Raises UserError if another run works on these results, or if that cannot be determined from this machine.
     """
     here = runs.own().partition(":")[0]
     others = left(folder)
@@ -82,8 +85,8 @@ def clear(results: str, unlock: str, folder: str = ".") -> bool:
     if locked and not alive:
         away = [run for run in others if run.host != here]
         if away or not others:
-            who = f"process {away[0].pid} on {away[0].host}" if away else "a Snakemake that is not known here"
-            raise UserError(f"{who} has locked {Path(folder).absolute()}; when it runs no more: {unlock}")
+            who = f"process {away[0].pid} on {away[0].host}" if away else "an unknown Snakemake process"
+            raise UserError(f"{who} has locked {Path(folder).absolute()}; when it has ended, run: {unlock}")
         shutil.rmtree(locks, ignore_errors=True)
     for run in others:
         if run.host == here and run not in alive:

@@ -1,4 +1,4 @@
-"""Text from outside, read the same way everywhere: a value of JSON's types, or one sentence that says what is wrong."""
+"""Readers of text, JSON and Parquet from outside: they return a value, or raise UserError with one sentence."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _MARKS[codecs.BOM_UTF16_BE] = "UTF-16"
 def read_text(path: str | os.PathLike[str], what: str = "file") -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
-    what: what the sentence calls a file that is not there. Raises UserError if there is none, it is a folder or a
-    pipe, it cannot be read, or it is not UTF-8.
+    what: the word for the file in error messages. Raises UserError if the file does not exist, is a folder or a pipe,
+    cannot be read, or is not UTF-8.
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise UserError(f"{str(path)!r} is a folder; give the {what} itself")
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no regular file; give the {what} itself")
+            raise UserError(f"{path} is not a regular file; give the {what} itself")
         content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"there is no {what} {path}") from None
@@ -52,7 +52,7 @@ def decode(content: bytes, where: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{where}: byte {error.start + 1}, in line {line}, is not UTF-8; save it as UTF-8") from None
     if "\0" in text:
-        raise UserError(f"{where} holds binary data, not text")
+        raise UserError(f"{where} contains binary data, not text")
     return text
 
 
@@ -62,10 +62,10 @@ def read_json(path: str | os.PathLike[str], what: str = "file") -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text; ``where`` is what error messages call it.
+    """Return the value of a JSON text; ``where`` is its name in error messages.
 
-    Raises UserError if it is malformed, nested too deeply, names a key twice, or holds a number or character that
-    cannot be represented.
+    Raises UserError if the text is malformed, nested too deeply, has a key twice in one object, or contains a number or
+    character that cannot be represented.
     """
     try:
         value = json.loads(text, object_pairs_hook=_each_key_once)
@@ -78,13 +78,13 @@ def parse_json(text: str, where: str) -> Any:
     except RecursionError:
         raise UserError(f"{where}: malformed JSON: it is nested too deeply; {MAX_DEPTH} levels are allowed") from None
     except ValueError:
-        raise UserError(f"{where}: malformed JSON: it holds a whole number of too many digits") from None
+        raise UserError(f"{where}: malformed JSON: a whole number has too many digits") from None
     check_value(value, where)
     return value
 
 
 class _TwiceError(Exception):
-    """A key that stands twice in one JSON object."""
+    """A key occurs twice in one JSON object."""
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,9 +96,10 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_value(value: Any, where: str, nul: bool = True) -> None:
-    """Raise UserError for what the syntax allows and no text can hold, and for nesting beyond `MAX_DEPTH`.
+    """Check that a parsed value can be stored. Raises UserError for characters that cannot, or nesting beyond
+    `MAX_DEPTH`.
 
-    nul: whether texts may hold the character NUL, as no name of a file may.
+    nul: whether texts may contain the character NUL; names of files may not.
     """
     level, depth = [value], 0
     while level:
@@ -120,19 +121,19 @@ def check_value(value: Any, where: str, nul: bool = True) -> None:
 
 def _check_text(text: Any, where: str, nul: bool) -> None:
     if not isinstance(text, str):
-        return  # YAML's keys may be numbers; what reads them says what it expects
+        return  # keys of YAML may be numbers; the reader of the value checks their type
     if "\0" in text and not nul:
-        raise UserError(f"{where} holds the character NUL, which no name has; take it out")
+        raise UserError(f"{where} contains the character NUL, which is not allowed in a name; remove it")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: half of a surrogate pair is no character; write the text as UTF-8") from None
+        raise UserError(f"{where}: half of a surrogate pair is not a character; write the text as UTF-8") from None
 
 
 def read_parquet(path: str | os.PathLike[str], **options: Any) -> pa.Table:
     """Return a Parquet file as a table; options: those of ``pyarrow.parquet.read_table``.
 
-    Raises UserError if the file is not there, is damaged or lacks a column that is asked for.
+    Raises UserError if the file does not exist, is damaged or lacks a requested column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -140,12 +141,12 @@ def read_parquet(path: str | os.PathLike[str], **options: Any) -> pa.Table:
     try:
         return pq.read_table(path, **options)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run the step that makes it") from None
+        raise UserError(f"{path} does not exist; run the step that writes it") from None
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(damaged(path, error)) from None
 
 
 def damaged(path: str | os.PathLike[str], error: Exception) -> str:
-    """Return the sentence about a results file that cannot be read."""
+    """Return the error message about a results file that cannot be read."""
     reason = " ".join(str(error).split())[:200].rstrip(".")
-    return f"{path} is damaged ({reason}); delete it and run again, and it will be made anew"
+    return f"{path} is damaged ({reason}); delete it and run again, so that it is computed again"

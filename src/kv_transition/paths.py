@@ -1,6 +1,6 @@
-"""Every path under the results directory, for the library and the rules alike.
+"""Every path under the results directory, for the library and the rules.
 
-The functions take plain strings so that Snakemake can pass wildcards: ``paths.cell("{task}", ...)``.
+The functions take plain strings, so that Snakemake can pass wildcards: ``paths.cell("{task}", ...)``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CORPUS = r"text|pg19|synthetic"
 
 @dataclass(frozen=True)
 class Paths:
-    """The files of one experiment under ``{results}/{experiment}/``; prefills are shared beside it."""
+    """The files of one experiment under ``{results}/{experiment}/``; stored prefills are shared by all experiments."""
 
     results: str
     experiment: str
@@ -35,11 +35,11 @@ class Paths:
 
     @property
     def models(self) -> str:
-        """Models that were dequantized from GGUF files, shared by experiments."""
+        """Return the folder of models that were dequantized from GGUF files, shared by all experiments."""
         return f"{self.results}/models"
 
     def table(self, name: str) -> str:
-        """One of the experiment's tables: scores, bin_stats, comparisons, transition."""
+        """Return the path of a table of the experiment, such as scores, bin_stats, comparisons or transition."""
         return f"{self.root}/{name}.parquet"
 
     def file(self, name: str) -> str:
@@ -67,7 +67,9 @@ class Paths:
         return f"{self.root}/cells/{task}/{mode}/{policy}/{budget}/bin{bin}.parquet"
 
     def shard(self, number: int | str) -> Paths:
-        """A part of every bin under adaptive allocation: its folder is laid out as an experiment's."""
+        """Return the paths of one shard (a part of every bin, for adaptive allocation), laid out as those of an
+        experiment.
+        """
         return Paths(self.results, f"{self.experiment}/shards/{number}")
 
     def bin_scores(self, task: str, bin: int | str) -> str:
@@ -86,7 +88,7 @@ class Paths:
         return f"{self.root}/observations/{task}/checks.parquet"
 
     def observation_logs(self, task: str) -> str:
-        """A folder: the observations as the studies write them down."""
+        """Return the folder of the observations in the layout of the recall study."""
         return f"{self.root}/observations/{task}/logs"
 
     def windows(self, corpus: str, bin: int | str) -> str:
@@ -117,9 +119,9 @@ _CELL = re.compile(
 
 
 def cell_key(path: str) -> dict[str, str]:
-    """The task, mode, policy, budget and bin that a cell's path names.
+    """Return the task, mode, policy, budget and bin in the path of a cell.
 
-    Raises ValueError if the path is not a cell's.
+    Raises ValueError if the path is not that of a cell.
     """
     match = _CELL.search(path)
     if match is None:

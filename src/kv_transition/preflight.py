@@ -1,4 +1,4 @@
-"""What is looked at before Snakemake starts, so that a run which cannot go well changes nothing."""
+"""Checks before Snakemake starts, so that a run that cannot succeed changes nothing."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from kv_transition.plan import table, work
 from kv_transition.settings import Settings
 
 OWN_BYTES = 1_000_000
-"""what Snakemake itself writes, at the least: its locks, its log and a record of each job"""
+"""least number of bytes that Snakemake itself writes: its locks, its log and a record of each job"""
 DAMAGED = ".damaged"
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for a folder of results that cannot be written to or is full, and for a damaged model."""
+    """Check the folder of results and the model. Raises UserError if the folder is full or not writable, or a file is
+    damaged.
+    """
     check_folder(settings)
     model_files.check(settings.model.name, settings.model.revision, weights=settings.engine.kind == "local")
 
 
 def check_folder(settings: Settings) -> None:
-    """Raise UserError where results cannot be written, or where there is no room for those that are missing."""
+    """Check the folder of results. Raises UserError if it is not writable, or has no space for the results to be
+    computed.
+    """
     folder = nearest(Path(settings.output.dir))
     for place, key in ((nearest(folder / settings.experiment), "output.dir"), (Path(), "the folder of the workflow")):
         try:
@@ -46,12 +50,12 @@ def check_folder(settings: Settings) -> None:
         if free < wanted:
             raise UserError(
                 f"{key}: {place.absolute()} has {table.size(free)} free, and about {table.size(wanted)} are needed; "
-                "make room, or give another output.dir"
+                "free some space, or give another output.dir"
             )
 
 
 def nearest(path: Path) -> Path:
-    """Return the path itself if it is there, else the first of its parents that is."""
+    """Return the path itself if it exists, else the first of its parents that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
 
 
@@ -62,7 +66,7 @@ def check_cores(cores: str | None) -> None:
 
 
 def check_manifests(settings: Settings) -> None:
-    """Raise UserError for a manifest that cannot be read: a job that finds it would lose what it was to renew."""
+    """Raise UserError for a manifest that cannot be read, because a job that updates it would lose its content."""
     files = Paths(settings.output.dir, settings.experiment)
     for task in settings.tasks:
         path = Path(files.manifest(task))
@@ -73,28 +77,28 @@ def check_manifests(settings: Settings) -> None:
         except UserError as error:
             raise UserError(f"{error}; {_advice(path)}") from None
         if not whole:
-            raise UserError(f"{path} holds no manifest; {_advice(path)}")
+            raise UserError(f"{path} is not a manifest; {_advice(path)}")
 
 
 def _advice(path: Path) -> str:
-    return f"put a copy of it back, or delete it and run again: {path.parent.name} is then prepared and answered anew"
+    return f"restore a copy of it, or delete it and run again: {path.parent.name} is then prepared and answered again"
 
 
 def unlock(settings: Settings, config: Path) -> str | None:
-    """Remove the lock of a Snakemake that was killed; return a sentence about it, None where there was none.
+    """Remove the lock of a Snakemake process that was killed; return a sentence about it, or None if there was no lock.
 
-    Raises UserError where another run works on the same results, or where it cannot be told whether one does.
+    Raises UserError if another run works on the same results, or if that cannot be determined.
     """
     by_hand = f"snakemake --configfile {config} --unlock"
     found = locks.clear(Paths(settings.output.dir, settings.experiment).root, by_hand)
-    return "the run before this one was killed; its lock is removed" if found else None
+    return "the previous run was killed; its lock is removed" if found else None
 
 
 def mend_times(settings: Settings) -> str | None:
-    """Move the times of results that lie in the future back to now, in their order; return a sentence about it.
+    """Move the times of results that lie in the future back to now, in the same order; return a sentence about it, or
+    None.
 
-    They are there after a clock was put back. Snakemake refuses what is made from such a file, so nothing that exists
-    is older than it should be. None where there are no such files.
+    Such times result from a clock that was set back. Snakemake refuses outputs that are older than such a file.
     """
     now = time.time()
     root = Path(settings.output.dir, settings.experiment)
@@ -105,14 +109,16 @@ def mend_times(settings: Settings) -> str | None:
     shift = max(then for then, _ in ahead) - now
     for then, path in ahead:
         os.utime(path, (then - shift, then - shift))
-    return f"{len(ahead)} files in {root} were up to {shift:.0f} s in the future; their times are mended"
+    return f"{len(ahead)} files in {root} were up to {shift:.0f} s in the future; their times are corrected"
 
 
 def outdated(settings: Settings, rename: bool = True) -> list[str]:
-    """Return the files that no longer fit the configuration, or are damaged: what Snakemake is to make again.
+    """Return the files that Snakemake has to compute again: damaged ones and those that do not match the configuration.
 
-    The hashes in the files say so: Snakemake's own memory may be lost. Damaged files without a hash are renamed, so
-    that they are made again where they are needed; not so without ``rename``.
+    The hashes in the files decide, because Snakemake's own records may be lost. Damaged files without a hash are
+    renamed, so that they are computed again when they are needed.
+
+    rename: False leaves the damaged files unchanged.
     """
     root = Path(settings.output.dir, settings.experiment)
     if not root.is_dir():
@@ -126,14 +132,14 @@ def outdated(settings: Settings, rename: bool = True) -> list[str]:
 
 
 def damaged_tables(root: Path) -> Iterator[Path]:
-    """Yield the Parquet files below a folder that end too early or hold something else."""
+    """Yield the Parquet files below a folder that are truncated or are not Parquet."""
     for path in sorted(root.rglob("*.parquet")):
         if path.is_file() and not path.name.startswith(".") and not _whole(path):
             yield path
 
 
 def _whole(path: Path) -> bool:
-    """Return whether a Parquet file begins and ends as one does, with a footer as long as it says."""
+    """Return whether a file has the first and last bytes of a Parquet file and a footer of the stated length."""
     size = path.stat().st_size
     with path.open("rb") as handle:
         if size < 12 or handle.read(4) != b"PAR1":
@@ -144,7 +150,7 @@ def _whole(path: Path) -> bool:
 
 
 def too_long(settings: Settings) -> str | None:
-    """Return a warning where prompts may be longer than what the model was made for, None where they cannot be."""
+    """Return a warning if prompts may be longer than the model supports, else None."""
     config = model_files.read_config(settings.model.name, settings.model.revision)
     known = model_files.positions(config) if config else None
     if known is None or settings.model.max_length <= known:

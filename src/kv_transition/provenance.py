@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PACKAGE = "kv_transition"
 SOURCE = Path(__file__).parent
 
-# Modules that cannot change a result: they name files, describe them and report errors.
+# Modules that cannot change a result, because they only name files, describe them or report errors.
 _NEUTRAL = frozenset(f"{PACKAGE}{m}" for m in ("", ".errors", ".paths", ".provenance", ".script", ".policies.catalog"))
 
 _RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "polars", "flash_attn")
@@ -66,7 +66,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             yield node.module
-            # `from package import module` names a module too
+            # `from package import module` imports a module as well
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -88,14 +88,14 @@ def _parsed(file: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def is_neutral(module: str) -> bool:
-    """Return whether a module of this package cannot change a result: paths, errors, columns of tables and so on."""
+    """Return whether a module of this package cannot change a result, as for paths, errors and columns of tables."""
     return module in _NEUTRAL or module.endswith(".tables")
 
 
 def imported_modules(*roots: str) -> set[str]:
-    """Return the modules of this package that the roots import, directly or not, with the roots.
+    """Return the modules of this package that the roots import, directly or indirectly, and the roots themselves.
 
-    They are read from source without importing anything, so that planning stays fast.
+    The imports are read from the source without importing anything, so that planning stays fast.
     """
     return set().union(*(_reached(SOURCE, root) for root in roots))
 
@@ -109,7 +109,7 @@ def _reached(source: Path, root: str) -> frozenset[str]:
         name = todo.pop()
         if name in seen or (file := _located(source, name)) is None:
             continue
-        todo.append(name.rpartition(".")[0])  # a package's own code runs before its modules'
+        todo.append(name.rpartition(".")[0])  # importing a module also runs its package's __init__.py
         if is_neutral(name):
             continue
         seen.add(name)
@@ -120,7 +120,7 @@ def _reached(source: Path, root: str) -> frozenset[str]:
 def code_hash(*roots: str) -> str:
     """Return a digest of the code of the named modules and of all that they import from this package.
 
-    Comments, docstrings, formatting and time stamps do not count, so that a better explanation reruns no job.
+    Comments, docstrings, formatting and time stamps do not count, so that an improved comment reruns no job.
     """
     for root in roots:
         if _module_file(root) is None:
@@ -130,9 +130,10 @@ def code_hash(*roots: str) -> str:
 
 
 def content_digest(path: str | os.PathLike[str], suffixes: tuple[str, ...] | None = None) -> str:
-    """Return a digest of a file, or of all files below a folder (those with one of ``suffixes``) and their names.
+    """Return a digest of a file, or of the names and contents of all files below a folder (those with one of
+    ``suffixes``).
 
-    Time stamps do not count. Of a file larger than 64 MiB, the first and last MiB and its size count.
+    Time stamps do not count. Of a file larger than 64 MiB only the size and the first and last MiB count.
     """
     root = Path(path)
     files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
@@ -152,7 +153,7 @@ def _file_digest(file: Path) -> str:
 
 @cache
 def git_commit() -> str:
-    """Return the commit of the checkout, with ``-dirty`` if files differ from it; ``unknown`` outside of one."""
+    """Return the commit of the checkout, with ``-dirty`` if files differ from it; ``unknown`` without a checkout."""
     try:
         out = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -178,7 +179,7 @@ def package_versions() -> dict[str, str]:
 
 
 def file_metadata(**fields: Any) -> dict[str, str]:
-    """Return the key-value metadata of a Parquet file: the given fields, versions, git commit and time, as text."""
+    """Return the key-value metadata of a Parquet file as text: the given fields, versions, git commit and time."""
     common = {
         "git_commit": git_commit(),
         "package_versions": json.dumps(package_versions(), sort_keys=True),
@@ -190,10 +191,10 @@ def file_metadata(**fields: Any) -> dict[str, str]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path that replaces ``path`` when the block ends well, and is deleted when it does not."""
+    """Yield a temporary path that replaces ``path`` at the end of the block, or is deleted if the block raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the name is cut, since a file system takes 255 bytes of one
+    # the name is cut, because file systems limit a name to 255 bytes
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=path.suffix)
     os.close(fd)
     temporary = Path(name)
@@ -211,7 +212,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `replacing`. Raises UserError if the disk is full or not writable; an existing file stays unchanged."""
+    """Yield a temporary path as `replacing` does. Raises UserError if the disk is full or not writable; a file stays
+    unchanged.
+    """
     written = 0
     try:
         with replacing(path) as temporary:
@@ -233,9 +236,9 @@ _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
 
 
 def unwritable(path: Path, error: Exception, needed: int = 0) -> str | None:
-    """Return the sentence about a file that could not be written, None where ``error`` is of another kind.
+    """Return the message about a file that could not be written; None if ``error`` has another cause.
 
-    needed: bytes that the file would take at the least; 0 where that is not known.
+    needed: least number of bytes of the file; 0 if unknown.
     """
     kind = error.errno if isinstance(error, OSError) else None
     said = str(error).lower()
@@ -245,10 +248,8 @@ def unwritable(path: Path, error: Exception, needed: int = 0) -> str | None:
         return None
     folder = next(place for place in path.absolute().parents if place.is_dir())
     free = shutil.disk_usage(folder).free
-    more = f"{needed:,} bytes or more are needed" if needed else "there is no room for another file"
-    return (
-        f"{path}: the disk is full, {more} and {folder} has {free:,}; make room and run again, which goes on from here"
-    )
+    more = f"{needed:,} bytes or more are needed" if needed else "there is no space for another file"
+    return f"{path}: the disk is full, {more} and {folder} has {free:,}; free some space and run again to continue"
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -274,7 +275,7 @@ def write_table(path: str | os.PathLike[str], table: pa.Table, fields: Mapping[s
     """Write a Parquet file atomically with ``fields`` (see `file_metadata`) in its key-value metadata."""
     import pyarrow.parquet as pq
 
-    buffer = io.BytesIO()  # so that the message about a full disk can say how much is needed
+    buffer = io.BytesIO()  # in memory first, so that the message about a full disk can state the size
     pq.write_table(table.replace_schema_metadata(file_metadata(**fields)), buffer, compression="zstd")
     _write_bytes(Path(path), buffer.getvalue())
 
@@ -290,7 +291,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # only here: no code hash follows the imports of this module
+        # imported here, because no code hash follows the imports of this module
         from kv_transition.parsing import damaged
 
         raise UserError(damaged(path, error)) from None

@@ -1,4 +1,4 @@
-"""How jobs end on bad input, and how a rule's inputs, outputs and params are the arguments of a function."""
+"""Exit statuses of jobs, and calls of functions with the inputs, outputs and params of a rule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kv_transition.provenance import unwritable
 
 
 def status(work: Callable[..., None], *arguments: object) -> int:
-    """Exit status of a job: 0, or 2 with one sentence for bad input. A bug keeps its traceback."""
+    """Return the exit status of a job: 0, or 2 after one sentence about bad input. A bug keeps its traceback."""
     try:
         work(*arguments)
     except UserError as error:
@@ -32,8 +32,9 @@ def status(work: Callable[..., None], *arguments: object) -> int:
 def call(function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Call ``module:name`` with the named inputs, outputs and params of a rule as its arguments.
 
-    An argument ``x`` fills the parameter ``x``, ``x_path`` or ``x_paths``. Outputs that fill none are handed over
-    together as ``outputs``, by their names. What a rule only waits for is an input ``needs``; it is no argument.
+    An argument ``x`` fills the parameter ``x``, ``x_path`` or ``x_paths``. Outputs that fill none of them are passed
+    together as the parameter ``outputs``, a dict by name. Inputs that a rule only waits for are named ``needs`` and are
+    not passed.
     """
     module, _, name = function.partition(":")
     work = getattr(import_module(module), name)

@@ -28,7 +28,7 @@ def _no_parent(name: str) -> str:
 
 
 Name = Annotated[str, Field(pattern=rf"^({paths.POLICY})$", max_length=100), AfterValidator(_no_parent)]
-"""of a policy: it is a folder's name"""
+"""name of a policy, which is also the name of a folder"""
 
 Task = Annotated[str, Field(pattern=rf"^({paths.TASK})$", max_length=100)]
 
@@ -48,7 +48,7 @@ class Quantization(Section):
 
 
 class Model(Section):
-    """The one model of the experiment."""
+    """The model of the experiment."""
 
     name: str = Field(
         "resources/tiny-reader",
@@ -60,22 +60,22 @@ class Model(Section):
     max_length: int = Field(
         4352, ge=16, le=100_000_000, description="longest prompt in tokens; longer ones lose their middle"
     )
-    chat_template: Literal["auto", "never"] = Field("auto", description="auto: where the tokenizer has one")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    chat_template: Literal["auto", "never"] = Field("auto", description="auto: used if the tokenizer has one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if available")
     device_map: Literal["auto", "balanced", "sequential"] | None = Field(
-        None, description="how to lay a model over several GPUs; null: all of it on one device"
+        None, description="how to distribute a model over several GPUs; null: all of it on one device"
     )
     quantization: Quantization | None = Field(None, description="weights in 4 bit; null: in dtype")
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="attention output; auto: flash_attention_2 where it can run, else sdpa"
+        "auto", description="implementation of attention; auto: flash_attention_2 if it can run, else sdpa"
     )
     attention_statistics: Literal["auto", "blocks", "flash", "triton"] = Field(
-        "auto", description="what computes the attention statistics; auto: the fastest that can run"
+        "auto", description="implementation of the attention statistics; auto: the fastest that can run"
     )
 
 
 def environment_name(name: str | None) -> str | None:
-    # never repeats what was given: it may be the key itself
+    # the message does not repeat the value, because it may be the key itself
     if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError("give the name of an environment variable, such as OPENAI_API_KEY, never the key itself")
     return name
@@ -87,26 +87,32 @@ def check_address(where: str, url: str) -> None:
     except ValueError:
         parts = urlsplit("")
     if parts.username or parts.password or parts.query:
-        raise ValueError(f"{where}: it holds a key or a password; give that in the variable api_key_env names")
+        raise ValueError(
+            f"{where}: it contains a key or a password; put that into the environment variable that api_key_env names"
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{where}: it is no address such as http://127.0.0.1:8000/v1")
+        raise ValueError(f"{where}: this is not an address such as http://127.0.0.1:8000/v1")
 
 
 class EngineRequest(Section):
     """Time limit and retries of requests to an endpoint."""
 
-    timeout_s: float = Field(60.0, gt=0, description="seconds of one request, until the last piece of its answer")
-    retries: int = Field(5, ge=0, description="further attempts where one may help")
-    concurrency: int = Field(4, ge=1, description="requests of a cell under way at a time")
-    stream: bool = Field(True, description="false: answers come in one piece, without the time to their first token")
+    timeout_s: float = Field(60.0, gt=0, description="seconds of one request, up to the last piece of its answer")
+    retries: int = Field(5, ge=0, description="further attempts after an error that may be temporary")
+    concurrency: int = Field(4, ge=1, description="requests of a cell that run at the same time")
+    stream: bool = Field(
+        True, description="false: an answer arrives in one piece, and its time to first token is not measured"
+    )
 
 
 class Endpoint(Section):
-    """The server of one policy; null takes the engine's own value."""
+    """The server of one policy; null means the engine's own value."""
 
     base_url: str | None = Field(None, description="address of a server of its own; null: engine.base_url")
-    model: str | None = Field(None, description="name of the model there; null: engine.model")
-    extra_body: dict[str, Any] = Field({}, description="further fields of its requests, over those of the engine")
+    model: str | None = Field(None, description="name of the model at that server; null: engine.model")
+    extra_body: dict[str, Any] = Field(
+        {}, description="further fields of its requests; they override those of the engine"
+    )
 
 
 class Engine(Section):
@@ -114,18 +120,19 @@ class Engine(Section):
 
     kind: Literal["local", "openai"] = Field("local", description="openai: an OpenAI-compatible endpoint")
     base_url: str | None = Field(None, description="address up to and including /v1; required for openai")
-    model: str | None = Field(None, description="what the endpoint calls the model; null: model.name")
-    api: Literal["chat", "completions"] = Field("completions", description="the path that is asked")
+    model: str | None = Field(None, description="name of the model at the endpoint; null: model.name")
+    api: Literal["chat", "completions"] = Field("completions", description="the API path of the requests")
     send: Literal["auto", "text", "tokens"] = Field(
-        "auto", description="completions: what prompts are sent as; auto: tokens to kv_transition, else text"
+        "auto", description="completions: form of the prompts; auto: tokens for a kv_transition server, else text"
     )
     api_key_env: str | None = Field("OPENAI_API_KEY", description="environment variable that holds the key")
     serves: Literal["kv_transition"] | None = Field(
-        None, description="kv_transition: python -m kv_transition serve, which takes policy and budget with a request"
+        None,
+        description="kv_transition: a server of python -m kv_transition serve, whose requests name policy and budget",
     )
     extra_body: dict[str, Any] = Field({}, description="further fields of every request")
     request: EngineRequest = EngineRequest()
-    endpoints: dict[str, Endpoint] = Field({}, description="policy or policy@budget: what stands for it")
+    endpoints: dict[str, Endpoint] = Field({}, description="policy or policy@budget: its server")
 
     @field_validator("api_key_env")
     @classmethod
@@ -146,8 +153,12 @@ class Engine(Section):
 class Prefill(Section):
     """Stored prefills: each prompt is read once, and the tensors may be deleted at any time."""
 
-    store: Literal["auto", "always", "never"] = Field("auto", description="auto: while max_gb and the disk allow")
-    max_gb: float = Field(50.0, gt=0, description="largest size of the store; the least recently used go first")
+    store: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto: as long as max_gb and the disk allow it"
+    )
+    max_gb: float = Field(
+        50.0, gt=0, description="largest size of the store; the least recently used prefills are deleted first"
+    )
     chunk_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="longest piece of a prompt read at a time; null: all of it"
     )
@@ -168,15 +179,17 @@ class KV(Section):
         None, min_length=1, description="fractions kept in (0, 1], or {tokens: n}"
     )
     compression_ratio: list[float] | None = Field(
-        None, min_length=1, description="fractions removed in [0, 1): another way to give budgets, never with them"
+        None,
+        min_length=1,
+        description="fractions removed in [0, 1): another way to give budgets; not together with budgets",
     )
     match: Literal["none", "mean", "final"] = Field(
         "none",
-        description="mean, final: K such that footprints over the answer are the budget's share of a full cache, "
-        "equal for policies that act each step and that compress once; none: K is the same for both",
+        description="mean, final: K such that the footprint over the answer is the budget's share of a full cache, "
+        "for policies that act each step and for those that compress once; none: the same K for both",
     )
     first_token: Literal["compressed", "full"] = Field(
-        "compressed", description="after_prompt: which cache the first answer token is read from"
+        "compressed", description="after_prompt: the cache that the first answer token is computed from"
     )
 
     @field_validator("modes")
@@ -194,7 +207,7 @@ class KV(Section):
     @model_validator(mode="after")
     def _budgets_once(self) -> KV:
         if self.budgets is not None and self.compression_ratio is not None:
-            raise ValueError("budgets: budgets and compression_ratio say the same thing; give one of them")
+            raise ValueError("budgets: budgets and compression_ratio mean the same; give one of them")
         if self.budgets is None and self.compression_ratio is None:
             raise ValueError("budgets: this key is required; give fractions to keep such as [1.0, 0.5, 0.2]")
         try:
@@ -228,20 +241,27 @@ class Decoding(Section):
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     max_tokens: Literal["task"] | Annotated[int, Field(ge=1)] = Field("task", description="longest answer in tokens")
     repeats: int = Field(1, ge=1, le=10_000, description="answers per example")
-    batch: int = Field(1, ge=1, le=10_000, description="answers decoded together; latencies are those of the batch")
-    compile: bool = Field(False, description="on a GPU: one compiled graph a step, unless the policy acts each step")
+    batch: int = Field(
+        1, ge=1, le=10_000, description="number of answers decoded together; latencies are those of the batch"
+    )
+    compile: bool = Field(
+        False, description="on a GPU: one compiled graph per decode step, unless the policy acts each step"
+    )
     seed: Seed = Field(0, description="seed of sampling and of random policies")
     compress_every: int | None = Field(
-        None, ge=1, le=65_536, description="entries beyond the budget at which it is compressed; null: by the policy"
+        None,
+        ge=1,
+        le=65_536,
+        description="entries above the budget at which the cache is compressed again; null: decided by the policy",
     )
     budget_of: Literal["prompt", "length"] = Field(
-        "prompt", description="compress_every: what a budget is a fraction of, the prompt or all that was read so far"
+        "prompt", description="compress_every: what a budget is a fraction of, the prompt or all tokens read so far"
     )
-    max_entries: int | None = Field(None, ge=1, description="compress_every: entries that no budget exceeds")
+    max_entries: int | None = Field(None, ge=1, description="compress_every: upper limit of the entries of a budget")
 
 
 class Statistics(Section):
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="of every interval")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="confidence level of every interval")
     resamples: int = Field(10000, ge=100, le=1_000_000, description="bootstrap resamples")
     seed: Seed = Field(0, description="seed of the bootstrap")
 
@@ -252,7 +272,7 @@ class Report(Section):
 
 
 class Output(Section):
-    dir: str = Field("results", min_length=1, max_length=1000, description="where everything generated goes")
+    dir: str = Field("results", min_length=1, max_length=1000, description="folder of everything that is generated")
 
 
 class Hardware(Section):

@@ -1,7 +1,7 @@
 """The experiment as one typed, frozen model: the shared sections and those of each study.
 
-Every default of the project lives in a section. ``workflow/schemas/config.schema.yaml`` is derived from them
-(`json_schema`), config/README.md explains each key.
+Every default of the project is in a section. ``workflow/schemas/config.schema.yaml`` is derived from the sections
+(`json_schema`), and config/README.md explains each key.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Shared(Section):
                 f"{shown(name)} cannot be the name of a folder; give 1 to 100 letters (a to z), digits, '_', '.' or '-'"
             )
         if name in ("prefill", "models", ".", ".."):
-            raise ValueError(f"{name!r} cannot be an experiment's name; that folder is taken")
+            raise ValueError(f"{name!r} cannot be an experiment's name; that folder has another use")
         return name
 
 
@@ -61,8 +61,10 @@ class Settings(*(study.Fields for study in reversed(registry.load("settings"))),
 
 
 def parse(config: Mapping[str, Any]) -> Settings:
-    """Validate a configuration. Raises UserError: one sentence naming the key and what it may be."""
-    # A resolved experiment, as it lies beside its results, says what made it; so it can be run again as it is.
+    """Return the settings of a configuration. Raises UserError with one sentence that names the key and its allowed
+    values.
+    """
+    # A resolved experiment has a section with its provenance; it is removed here, so that the file can be run again.
     sections = {key: value for key, value in _plain(config).items() if key != "provenance"}
     try:
         return Settings.model_validate(sections)
@@ -71,10 +73,10 @@ def parse(config: Mapping[str, Any]) -> Settings:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Settings:
-    """Read an experiment file; it is whole, nothing is merged into it but ``key.sub=value`` overrides."""
+    """Return the settings of an experiment file. Nothing is merged into it except the overrides ``key.sub=value``."""
     config = read_yaml(path, "experiment file", advice="see config/config.yaml for the form")
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds no mapping of keys; see config/config.yaml for the form")
+        raise UserError(f"{path} is not a mapping of keys; see config/config.yaml for the form")
     return parse(override(config, overrides or []))
 
 
@@ -124,7 +126,7 @@ def _allowed_keys(loc: tuple[int | str, ...]) -> str:
     return ", ".join(section.model_fields)
 
 
-# What a key that takes one of several types may be; the library's message speaks of one type only.
+# Allowed values of keys with several types, because the library's message covers one type only.
 _UNIONS = {
     r"^kv\.budgets\.\d+": "give a fraction in (0, 1] such as 0.2, or {tokens: n} with n of at least 1",
     r"^(decoding|observe)\.max_tokens": "give 'task' or a whole number of at least 1",
@@ -132,7 +134,7 @@ _UNIONS = {
 }
 
 
-# What the library puts into a location for the member of a union, and for a mapping's key.
+# Parts that the library adds to a location for the member of a union and for the key of a mapping.
 _UNION_MEMBER = re.compile(r"\[key\]|(constrained-)?(int|float)|TokenBudget|literal\[.*\]|function-.*\(.*\)")
 
 
@@ -153,7 +155,7 @@ def _sentence(error: ValidationError) -> str:
         text = str(first["ctx"]["error"])
         if not loc:
             return text
-        # a validator of a section begins with the key inside it that is wrong
+        # the message of a section's validator begins with the name of the wrong key
         inside = re.match(r"([\w.@-]+): ", text)
         return f"{key}.{text}" if inside else f"{key}: {text}"
     if kind == "literal_error":

@@ -1,4 +1,4 @@
-"""Column types and keys that several tables share, and the tables of examples, which several studies read."""
+"""Column types and keys that several tables share, and the columns of the tables of examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pyarrow as pa
 
 TEXT, TEXTS, INT, INTS, FLOAT = pa.string(), pa.list_(pa.string()), pa.int64(), pa.list_(pa.int32()), pa.float64()
 
-# An example as its source gives it, whatever the source. `meta` is a JSON object.
+# An example as any source provides it. `meta` is a JSON object.
 SOURCE = pa.schema(
     {
         "task": TEXT,
@@ -19,12 +19,13 @@ SOURCE = pa.schema(
     }
 )
 
-# token_len: tokens of the whole prompt before truncation; prompt_len: as fed to the model.
+# token_len: number of tokens of the whole prompt before truncation. prompt_len: number of tokens that the model reads.
 EXAMPLES = pa.schema([*SOURCE, pa.field("token_len", INT), pa.field("prompt_len", INT)])
 
-# A chosen example, ready to run: the prompt in its two segments, as text and as token ids. Without its chat template it
-# is context_text from content_start on and question_text up to content_end; null: the two cannot be told apart.
-# context_sha256: of the context as its source has it, which examples may share; truncation depends on the question.
+# A chosen example, ready to run: the prompt in its two segments, as text and as token ids. content_start, content_end:
+# the prompt without its chat template is context_text from content_start on and question_text up to content_end; null
+# if the template cannot be separated. context_sha256: hash of the context before truncation; several examples may share
+# a context, but truncation depends on the question.
 BIN = pa.schema(
     [
         *EXAMPLES.remove(EXAMPLES.get_field_index("context")),
@@ -41,7 +42,7 @@ BIN = pa.schema(
     ]
 )
 
-# n counts examples, clusters the documents that they share: as many, where each has its own.
+# n: number of examples. clusters: number of documents; equal to n if each example has its own document.
 ESTIMATE = {"estimate": FLOAT, "ci_low": FLOAT, "ci_high": FLOAT, "n": INT, "method": TEXT, "clusters": INT}
 CELL_KEY = {"task": TEXT, "mode": TEXT, "policy": TEXT, "budget": TEXT, "bin": INT}
 TESTED = {"p_value": FLOAT, "p_holm": FLOAT, "family": TEXT}

@@ -1,4 +1,4 @@
-"""YAML from outside: JSON in another spelling, without dates, sets or binary values, and each key once."""
+"""A reader of YAML that accepts the values of JSON only: no dates, sets or binary values, and each key once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kv_transition.errors import UserError
 from kv_transition.parsing import MAX_DEPTH, check_value, read_text
 
 MAX_VALUES = 1_000_000
-"""values of a YAML document, an alias counted as all that it stands for"""
+"""largest number of values in a YAML document, counted after aliases are expanded"""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without dates, which says the line of each value that it cannot make."""
+    """PyYAML's safe loader without dates; its errors name the line of the value that cannot be read."""
 
-    # "2024-01-01" stays the text that it is
+    # "2024-01-01" stays a text
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
             node = self.anchors.get(event.anchor)
             if node is not None and node.end_mark is None:
                 raise yaml.composer.ComposerError(
-                    None, None, f"the alias *{event.anchor} refers to what it stands in", event.start_mark
+                    None, None, f"the alias *{event.anchor} refers to a value that contains it", event.start_mark
                 )
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -44,13 +44,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         if node.tag.rpartition(":")[2] in ("timestamp", "binary", "set", "omap", "pairs"):
-            problem = f"{node.tag.rpartition(':')[2]} is no type of value here"
+            problem = f"values of type {node.tag.rpartition(':')[2]} are not allowed"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         try:
             return super().construct_object(node, deep)
-        # what PyYAML's constructors raise for a value that does not fit its tag, such as !!bool maybe
+        # PyYAML's constructors raise these for a value that does not match its tag, such as !!bool maybe
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError, IndexError):
-            problem = f"no {node.tag.rpartition(':')[2]} of this form can be read"
+            problem = f"this value cannot be read as {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
@@ -60,15 +60,15 @@ def read_yaml(path: str | os.PathLike[str], what: str = "file", advice: str = ""
 
 
 def parse_yaml(text: str, where: str, advice: str = "") -> Any:
-    """Return the value of a YAML text, made of JSON's types; ``where`` is what error messages call it, ``advice`` what
-    they say to do about malformed text.
+    """Return the value of a YAML text, made of the types of JSON.
 
-    Raises UserError if it is malformed, names a key twice, is nested too deeply, refers to itself, grows beyond
-    `MAX_VALUES` by its aliases, or holds a value of another type.
+    where: name of the text in error messages. advice: advice in the messages about malformed text. Raises UserError if
+    the text is malformed, has a key twice in one mapping, is nested too deeply, refers to itself, grows beyond
+    `MAX_VALUES` by its aliases, or contains a value of another type.
     """
     loader = None
     try:
-        loader = _Loader(text)  # raises where a character is none of YAML's
+        loader = _Loader(text)  # raises for a character that YAML does not allow
         node = loader.get_single_node()
         if node is None:
             return None
@@ -86,7 +86,7 @@ def parse_yaml(text: str, where: str, advice: str = "") -> Any:
 
 
 def _place(error: yaml.YAMLError) -> str:
-    """Return at which line a YAML error is, and what it says."""
+    """Return the line and the problem of a YAML error."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         reason = getattr(error, "reason", None)
@@ -112,14 +112,16 @@ def _check_node(root: yaml.Node, where: str) -> None:
         return sizes[id(node)]
 
     if size(root) > MAX_VALUES:
-        raise UserError(f"{where}: its aliases stand for more than {MAX_VALUES:,} values; write the values out")
+        raise UserError(
+            f"{where}: its aliases expand to more than {MAX_VALUES:,} values; write the values without aliases"
+        )
 
 
 def _check_keys(node: yaml.MappingNode, where: str) -> None:
     first: dict[tuple[str, str], int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            continue  # refused by the constructor: it is no key of a mapping
+            continue  # the constructor rejects such a key
         name, line = (key.tag, key.value), key.start_mark.line + 1
         if name in first:
             lines = f"in lines {first[name]} and {line}" if first[name] != line else f"in line {line}"

@@ -1,7 +1,7 @@
-"""How a budget is shared by layers and heads: what policies that score entries choose from.
+"""Functions that share a budget among layers and heads, for the policies that score entries.
 
-No policy by itself, as the leading underscore says. A budget K is that of a KV head of a layer
-on average, whatever the shares.
+The leading underscore says that this module is not a policy. A budget K is the mean number of entries that a KV head of
+a layer keeps.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from kv_transition.cache.state import PER_ENTRY, Layer, LayerCache
 from kv_transition.policies.base import top
 
 _TINY = 1e-10
-"""added below the logarithm, as CAKE's authors do"""
+"""added to the argument of the logarithm, as in the code of CAKE's authors"""
 
 
 def pyramid(k: int, layers: int, n: int, base: int, beta: float) -> list[int]:
-    """Budgets that fall linearly from the lowest layer to the highest, and add up to ``k`` times ``layers``.
+    """Return the budget of each layer: it falls linearly from the lowest to the highest, and the mean is ``k``.
 
-    n: entries that a layer may have at most. base: entries that every layer keeps, at least one. beta: the highest
-    layer keeps (k - base) / beta entries beside these. Fractions are rounded by largest remainder, ties to the lower
-    layer. Source: PyramidKV, arXiv 2406.02069.
+    n: the largest number of entries that a layer may keep. base: entries that every layer keeps, at least one. beta:
+    the highest layer keeps (k - base) / beta entries in addition to ``base``. Fractions are rounded by the method of
+    the largest remainder; ties go to the lower layer. Source: PyramidKV, arXiv 2406.02069.
     """
     if layers == 1:
         return [k]
@@ -43,11 +43,11 @@ def pyramid(k: int, layers: int, n: int, base: int, beta: float) -> list[int]:
 
 
 def by_preference(k: int, preferences: Sequence[float], sizes: Sequence[int], base: int) -> list[int]:
-    """Budgets of ``base`` entries each and shares of the rest in proportion to ``preferences``, ``k`` on average.
+    """Return the budget of each layer: ``base`` entries and a share of the rest in proportion to ``preferences``.
 
-    sizes: entries that each layer has; what a layer cannot use is shared equally by those that can, as often as it
-    takes. Rounded down; what that leaves goes to the first layers that have room, equally. Source: CAKE, arXiv
-    2503.12491.
+    The mean is ``k``. sizes: the number of entries that each layer has. Entries that a layer cannot use are divided
+    equally among the layers that can use them; this is repeated until none is left over. Shares are rounded down, and
+    the remainder is divided equally among the first layers that have space. Source: CAKE, arXiv 2503.12491.
     """
     total, layers = sum(preferences), len(preferences)
     if total <= 0:
@@ -64,11 +64,12 @@ def by_preference(k: int, preferences: Sequence[float], sizes: Sequence[int], ba
 
 
 def preference(layer: LayerCache, length: int, observers: int, tau1: float, tau2: float) -> float:
-    """How much a layer is worth by the attention of the last ``observers`` queries to the entries before them.
+    """Return CAKE's preference for a layer, from the attention of the last ``observers`` queries to the entries before
+    them.
 
-    H^(1 / tau1) V^(1 / tau2): H is the entropy of that attention, summed over queries and heads (how far it spreads), V
-    the variance over the queries, summed over entries and heads (how much it shifts). Source: CAKE, arXiv 2503.12491,
-    equations 3 to 5.
+    It is H^(1 / tau1) V^(1 / tau2). H is the entropy of that attention, summed over queries and heads: it measures how
+    widely attention spreads. V is the variance over the queries, summed over entries and heads: it measures how much
+    attention shifts. Source: CAKE, arXiv 2503.12491, equations 3 to 5.
     """
     total_entropy = total_variance = 0.0
     for part in layer.parts:
@@ -80,7 +81,9 @@ def preference(layer: LayerCache, length: int, observers: int, tau1: float, tau2
 
 
 def observed(layer: LayerCache, length: int, observers: int) -> Tensor:
-    """Attention [Hkv, G, w, n] of the last w queries, ``observers`` or as many as are kept, to all entries."""
+    """Return the attention [Hkv, G, w, n] of the last w queries to all entries; w is ``observers``, or fewer if fewer
+    are kept.
+    """
     w = max(1, min(observers, layer.recent_queries.shape[-2]))
     at = length - w + torch.arange(w, device=layer.positions.device)
     queries = layer.recent_queries[..., -w:, :]
@@ -88,15 +91,16 @@ def observed(layer: LayerCache, length: int, observers: int) -> Tensor:
 
 
 def shared(heads: Sequence[LayerCache], scores: Sequence[Tensor], k: int, safe: int) -> list[int]:
-    """How many entries each head keeps if the ``k`` times as many as there are heads are the best of all of them.
+    """Return the number of entries that each head keeps if the best ``k`` x (number of heads) entries of all heads are
+    kept.
 
-    scores: [n] of each head. safe: a head's best ones that it keeps in any case. Equal scores go to the lower position,
-    and among equal positions to the lower head.
+    scores: [n] of each head. safe: the number of its best entries that each head keeps in any case. Equal scores go to
+    the lower position, and at equal positions to the lower head.
     """
     device = scores[0].device
     raised = [score.index_fill(-1, top(score, min(safe, len(score))), torch.inf) for score in scores]
     pooled = torch.cat([score.to(device) for score in raised])
-    # by position, then by head: so that ties go to the lower position
+    # sorted by position, then by head, so that ties go to the lower position
     order = torch.cat([head.positions[0].to(device) for head in heads]).sort(stable=True).indices
     chosen = torch.zeros_like(pooled, dtype=torch.bool)
     chosen[order[top(pooled[order], min(k * len(heads), len(pooled)))]] = True
@@ -104,7 +108,7 @@ def shared(heads: Sequence[LayerCache], scores: Sequence[Tensor], k: int, safe: 
 
 
 def by_head(layer: Layer) -> list[LayerCache]:
-    """The KV heads of one sequence's layer, each a layer of its own with the query heads of its group."""
+    """Return the KV heads of one sequence's layer as separate layers, each with the query heads of its group."""
     return [head for part in layer.parts for head in _heads_of(part)]
 
 

@@ -1,7 +1,7 @@
-"""Policies that score entries once, when compressing, and the parts that they are made of.
+"""The base class of policies that score entries once, when compressing, and the options that they share.
 
-No policy by itself, as the leading underscore says. Each part is an option of every such policy: which entries are
-protected, how scores are pooled over neighbours, how layers and heads share the budget.
+The leading underscore says that this module is not a policy. Each option applies to every such policy: the entries that
+are protected, the pooling of scores over neighbours, and how layers and heads share the budget.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from kv_transition.policies import _allocation
 from kv_transition.policies.base import Policy, top
 
 _EPSILON = 1e-4
-"""added to a score before it is weighted, as CriticalKV's authors do"""
+"""added to a score before it is weighted, as in the code of CriticalKV's authors"""
 
 
 @dataclass(frozen=True)
 class Scored(Policy):
-    """An entry's score is its importance, pooled over its neighbours in the cache (what is protected counts as 0, or as
-    the least importance where that is below 0). The last ``window`` entries and then the first ``n_sink`` tokens of the
-    text are protected.
+    """The score of an entry is its importance, pooled over its neighbours in the cache. In the pooling, a protected
+    entry counts as 0, or as the least importance if that is negative. The last ``window`` entries are protected, and
+    then the first ``n_sink`` tokens of the text.
 
-    Allocation uniform: K for each head of each layer. pyramid: falling linearly from the lowest layer to the highest
-    (see pyramidkv). cake: by the layers' attention (see cake). adaptive: the heads of a layer share its budget (see
-    adakv). global: all heads of all layers share one budget, each with at least one entry (see kvzip).
+    Allocation: ``uniform`` gives K entries to each head of each layer. ``pyramid`` lets the budget fall linearly from
+    the lowest layer to the highest (see pyramidkv). ``cake`` derives the layers' budgets from their attention (see
+    cake). With ``adaptive``, the heads of a layer share its budget (see adakv). With ``global``, all heads of all
+    layers share one budget, and each keeps at least one entry (see kvzip).
 
-    Weighting projected_values: the best K / 2 scores (rounded down, at least one) stay, and of the others the best by
-    score times the L1 norm of the value as the output projection makes it, mean over the group. To the score 0.0001 of
-    all attention is added, and where there are scores below 0 they count from the least one.
+    Weighting: with ``projected_values``, the K / 2 entries with the best scores stay (rounded down, at least one). The
+    other places go to the entries with the largest product of score and L1 norm of the projected value (the value after
+    the output projection), mean over the group. Before the product, 0.0001 of the total attention is added to each
+    score; if there are negative scores, the least score is subtracted first.
     """
 
     statistics_where: ClassVar = {
@@ -47,15 +49,15 @@ class Scored(Policy):
     n_sink: Annotated[int, (0, None)] = 0
     """first tokens of the text that are kept"""
     kernel: Literal[1, 3, 5, 7, 9, 11, 13, 15] = 1
-    """neighbours that are pooled"""
+    """width of the pooling, in entries"""
     pooling: Literal["max", "mean"] = "max"
-    """how they are pooled"""
+    """method of pooling"""
     allocation: Literal["uniform", "pyramid", "cake", "adaptive", "global"] = "uniform"
     """how layers and heads share the budget"""
     beta: Annotated[float, (1, None)] = 20.0
-    """allocation pyramid: how steep; the top layer keeps 1 / beta of the mean share"""
+    """allocation pyramid: steepness; the top layer keeps 1 / beta of the mean share"""
     floor: Annotated[float, (0, 1)] = 0.2
-    """allocation adaptive: share of the mean budget that each head keeps for itself, rounded down but at least one
+    """allocation adaptive: share of the mean budget that each head keeps in any case, rounded down, at least one
     entry"""
     tau1: Annotated[float, (0.1, 100)] = 1.0
     """allocation cake: temperature of the attention's entropy"""
@@ -63,7 +65,7 @@ class Scored(Policy):
     """allocation cake: temperature of the attention's variance"""
 
     weighting: Literal["none", "projected_values"] = "none"
-    """what scores are multiplied by"""
+    """the factor that scores are multiplied by"""
 
     @property
     def by_score(self) -> bool:
@@ -77,29 +79,30 @@ class Scored(Policy):
         return self.in_window(k) + self.sinks(k)
 
     def in_window(self, k: int) -> int:
-        """How many of the last entries are protected when ``k`` are kept."""
+        """Return the number of last entries that are protected when ``k`` are kept."""
         return min(self.window, k // 2)
 
     def sinks(self, k: int) -> int:
-        """How many of the first tokens are protected when ``k`` entries are kept."""
+        """Return the number of first tokens that are protected when ``k`` entries are kept."""
         return min(self.n_sink, k // 2 - self.in_window(k))
 
     def shielded(self, layer: LayerCache, k: int, length: int) -> Tensor:
-        """Which entries are protected: bool, of the shape of the layer's positions."""
+        """Return which entries are protected, as bool in the shape of the layer's positions."""
         return (layer.positions >= length - self.in_window(k)) | (layer.positions < self.sinks(k))
 
     def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
-        """What makes entries worth keeping, before pooling and protection: [Hkv, n] fp32, or [1, n] for all heads.
+        """Return the importance of each entry before pooling and protection: [Hkv, n] fp32, or [1, n] for all heads.
 
-        Arguments as of `score`. What it says of protected entries is not used.
+        Arguments as of `score`. The importance of protected entries is not used.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what makes entries important")
+        raise NotImplementedError(f"{type(self).__name__} does not define the importance of entries")
 
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         return self.weighted(self.plain_score(layer, index, k, length, seed), layer, k)
 
     def weighted(self, score: Tensor, layer: LayerCache, k: int) -> Tensor:
-        """The scores of a layer that keeps ``k``, with the first half of the choice raised to +inf; see ``weighting``.
+        """Return the weighted scores of a layer that keeps ``k``; the first half of the choice has +inf (see
+        ``weighting``).
 
         Source: CriticalKV, arXiv 2502.03805, algorithm 1.
         """
@@ -114,11 +117,11 @@ class Scored(Policy):
         return product.masked_fill(shielded, torch.inf).scatter(-1, chosen, torch.inf)
 
     def whole(self, layer: LayerCache, k: int) -> float:
-        """The score of an entry that all attention went to, which 0.0001 is a share of."""
+        """Return the score of an entry that receives all attention; ``weighting`` adds 0.0001 of it."""
         return 1.0
 
     def plain_score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
-        """The scores before they are weighted; as of `score`."""
+        """Return the scores before they are weighted; arguments and shape as of `score`."""
         shielded = self.shielded(layer, k, length)
         raw = self.importance(layer, index, k, length, seed)
         if self.kernel > 1:
@@ -126,7 +129,7 @@ class Scored(Policy):
         return raw.masked_fill(shielded, torch.inf)
 
     def _pooled(self, raw: Tensor, shielded: Tensor) -> Tensor:
-        """[*, n] -> [*, n], over neighbours in the cache."""
+        """Return scores pooled over neighbours in the cache: [*, n] -> [*, n]."""
         least = raw.amin(-1, keepdim=True).clamp_max(0)
         raw = (raw - least).masked_fill(shielded, 0)
         pool = functional.max_pool1d if self.pooling == "max" else functional.avg_pool1d
@@ -134,7 +137,9 @@ class Scored(Policy):
         return pool(flat, self.kernel, stride=1, padding=self.kernel // 2).view(raw.shape) + least
 
     def layer_budget(self, k: int, index: int, layers: int, n: int) -> int:
-        """Entries that layer ``index`` keeps, where that does not depend on what the layers hold."""
+        """Return the number of entries that layer ``index`` keeps, if the attention of the layers
+        does not decide it.
+        """
         if self.allocation != "pyramid":
             return k
         return _allocation.pyramid(k, layers, n, max(1, self.protected(k)), self.beta)[index]
@@ -150,7 +155,7 @@ class Scored(Policy):
         if self.allocation != "adaptive":
             if self.weighting == "none" or isinstance(layer, SplitLayer) or not keep_last:
                 return super().compress_layer(layer, index, k, length, seed, keep_last)
-            # the last entry is among the first half of the choice, before scores are weighted
+            # the last entry must be in the first half of the choice, which is made before scores are weighted
             score = self.plain_score(layer, index, k, length, seed).expand(layer.positions.shape).clone()
             score[..., -1] = torch.inf
             return layer.select(top(self.weighted(score, layer, k), k))
@@ -160,7 +165,7 @@ class Scored(Policy):
         return self._split(heads, scores, counts)
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """As any policy."""
+        """Return the compressed state, as `Policy.compress` does."""
         if self.allocation != "global" or state.entries <= k:
             return super().compress(state, k, seed=seed, keep_last=keep_last)
         of_layers, scores = {}, []
@@ -180,7 +185,7 @@ class Scored(Policy):
     def _of_heads(
         self, heads: Sequence[LayerCache], index: int, k: int, length: int, seed: int, keep_last: bool
     ) -> list[Tensor]:
-        """Scores [n] of each head, not weighted."""
+        """Return the unweighted scores [n] of each head."""
         scores = [self.plain_score(head, index, k, length, seed)[0] for head in heads]
         if keep_last:
             for score in scores:
@@ -188,7 +193,7 @@ class Scored(Policy):
         return scores
 
     def _split(self, heads: Sequence[LayerCache], scores: Sequence[Tensor], counts: Sequence[int]) -> SplitLayer:
-        """The heads with the best ``counts`` of each."""
+        """Return the layer with the best ``counts[i]`` entries of head i."""
         kept = []
         for head, score, count in zip(heads, scores, counts, strict=True):
             kept.append(head.select(top(self.weighted(score[None], head, count), count)))

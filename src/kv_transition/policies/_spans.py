@@ -23,23 +23,24 @@ class Plan:
     """The spans of one layer that become one entry each."""
 
     spans: tuple[Span, ...]
-    """those that become one entry, rising and apart"""
+    """(start, stop) of each span that becomes one entry, in rising order, without overlap"""
     max_span: int
-    """the longest that was allowed"""
+    """longest allowed span, in entries"""
     lowest: float | None
     """least normalised entropy of a chosen span: its mean, or its lowest token under target threshold"""
 
 
 @dataclass(frozen=True)
 class EntropySpans(Policy):
-    """The first ``n_sink`` and the last ``recent`` entries are left alone (together at most half of the budget, sinks
-    first). The others are cut, from the front, into spans of ``max_span``. h of a token is the entropy of its query's
-    attention over log(position + 1), which lies in [0, 1], mean over the layer's heads; h of position 0 is 0.
+    """The first ``n_sink`` and the last ``recent`` entries stay unchanged; together they take at most half of the
+    budget, and the sinks come first. The other entries are cut, from the front, into spans of ``max_span``. The
+    normalised entropy h of a token is the entropy of its query's attention divided by log(position + 1), mean over the
+    heads of the layer. It lies in [0, 1]; h of position 0 is 0.
 
-    Target budget: spans become one entry each in falling order of their mean h (the earlier first among equals) until K
-    entries are left; of the last one only as many tokens are taken, from its front, as K asks for. Where that is not
-    enough, spans are as much longer as it takes. Target threshold: every span becomes one entry whose tokens all have
-    an h of ``threshold`` or more; the footprint follows.
+    Target budget: spans become one entry each, in falling order of their mean h (the earlier span first among equals),
+    until K entries are left. The last of these spans is shortened from its front to the number of tokens that K
+    requires. If spans of ``max_span`` are too short to reach K, longer spans are used. Target threshold: every span
+    whose tokens all have h of at least ``threshold`` becomes one entry, and the footprint follows from that.
     """
 
     statistics = frozenset({"attn_sum", "query_entropy"})
@@ -52,15 +53,15 @@ class EntropySpans(Policy):
     max_span: Annotated[int, (2, None)] = 8
     """longest span in entries"""
     n_sink: Annotated[int, (0, None)] = 4
-    """first entries that are left alone"""
+    """first entries that stay unchanged"""
     recent: Annotated[int, (0, None)] = 32
-    """last entries that are left alone"""
+    """last entries that stay unchanged"""
 
     def protected(self, k: int) -> int:
         return min(self.n_sink + self.recent, k // 2)
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """As for any policy; with target threshold ``k`` has no effect."""
+        """Return the compressed state, as `Policy.compress` does; with target threshold ``k`` has no effect."""
         if self.target == "budget":
             return super().compress(state, k, seed=seed, keep_last=keep_last)
         layers = list(state.layers)

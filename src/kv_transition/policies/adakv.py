@@ -10,18 +10,18 @@ from kv_transition.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """SnapKV's scores, but one choice for all KV heads of a layer: its K Hkv entries are the best of all heads
-    together, once each head has its window and at least ``floor`` K entries of its own. Heads then hold different
-    numbers of entries, and what a head does not hold is really freed.
+    """Uses SnapKV's scores, but makes one choice for all KV heads of a layer: it keeps the K Hkv best entries of all
+    heads together, after each head has received its window and at least ``floor`` K entries of its own. Heads then hold
+    different numbers of entries, and the memory of evicted entries is freed.
 
-    Equal scores go to the lower position, and among equal positions to the lower head.
+    Equal scores go to the lower position, and at equal positions to the lower head.
 
     Source: Feng et al., "Ada-KV: optimizing KV cache eviction by adaptive budget allocation for efficient LLM
     inference", arXiv 2407.11550.
 
-    Cost: as snapkv, and a sort of all heads' scores; decoding attends head by head.
+    Cost: as snapkv, and a sort of the scores of all heads; decoding computes attention head by head.
 
-    Differences: as snapkv; and kvpress' AdaKVPress masks what it evicts rather than freeing it.
+    Differences: as snapkv; in addition, kvpress' AdaKVPress masks the entries that it evicts and does not free them.
     """
 
     allocation: Literal["uniform", "pyramid", "cake", "adaptive", "global"] = "adaptive"

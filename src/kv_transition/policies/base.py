@@ -14,8 +14,8 @@ from kv_transition.cache.state import CacheState, Layer, LayerCache
 from kv_transition.errors import UserError
 
 BeforeAttention = Callable[[LayerCache, Tensor, Tensor], LayerCache]
-"""What is done to an evictable layer before the new tokens' attention is computed, from their own rotated queries
-[*B, H, q, d] and keys [*B, Hkv, q, d]"""
+"""The change of an evictable layer before the attention of the new tokens is computed; it receives their rotated
+queries [*B, H, q, d] and keys [*B, Hkv, q, d]"""
 
 
 class Watcher(Protocol):
@@ -39,38 +39,39 @@ class Policy:
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset()
-    """statistics of the cache that it reads, of `cache.state.STATISTICS`"""
+    """statistics of the cache that the policy reads, from `cache.state.STATISTICS`"""
     acts_each_step: ClassVar[bool] = False
-    """holds the cache at K while decoding, rather than compressing once"""
+    """whether the policy holds the cache at K while decoding, instead of compressing once"""
     one_at_a_time: ClassVar[bool] = False
-    """its answers are decoded one by one, never as a batch"""
+    """whether answers are decoded one by one, never as a batch"""
     ignores_budget: ClassVar[bool | tuple[str, str]] = False
-    """the footprint follows from its hyper-parameters: always, or where one (name, value) of them is set"""
+    """whether the hyper-parameters alone determine the footprint: always (True), or if hyper-parameter ``name`` has
+    ``value``, given as (name, value)"""
 
     draws: ClassVar[bool] = False
-    """what it keeps depends on the seed, which is the example's: questions about one context differ in it"""
+    """whether the choice depends on the seed; the seed differs between questions about one context"""
     statistics_where: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {}
-    """statistics that it reads too where a hyper-parameter has a value: {(name, value): statistics}"""
+    """further statistics that the policy reads if a hyper-parameter has a value: {(name, value): statistics}"""
 
     def __post_init__(self) -> None:
         more = (names for (name, value), names in self.statistics_where.items() if getattr(self, name) == value)
         every = self.statistics.union(*more)
         if every != self.statistics:
-            object.__setattr__(self, "statistics", every)  # of this object: a frozen one says so once
+            object.__setattr__(self, "statistics", every)  # set once on this frozen object
 
     @property
     def by_score(self) -> bool:
-        """Whether each head keeps the best of a score that each entry has, as many as `layer_budget` says."""
+        """Return whether each head keeps its `layer_budget` entries with the highest `score`."""
         kind = type(self)
         return kind.score is not Policy.score and kind.compress_layer is Policy.compress_layer
 
     @property
     def uniform(self) -> bool:
-        """Whether every head of every layer keeps equally many entries."""
+        """Return whether every head of every layer keeps the same number of entries."""
         return type(self).layer_budget is Policy.layer_budget
 
     def protected(self, k: int) -> int:
-        """Return the number of entries that are kept whatever their score; at most half of the ``k`` kept ones."""
+        """Return the number of entries that are kept whatever their scores are; at most half of ``k``."""
         return 0
 
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
@@ -86,28 +87,30 @@ class Policy:
         return k
 
     def layer_budget(self, k: int, index: int, layers: int, n: int) -> int:
-        """Return the number of entries that layer ``index`` of ``layers`` evictable ones keeps; ``k`` on average.
+        """Return the number of entries that layer ``index`` of ``layers`` evictable layers keeps; the mean is ``k``.
 
         n: entries of the fullest of these layers.
         """
         return k
 
     def layer_budgets(self, layers: Sequence[Layer], k: int, length: int) -> list[int]:
-        """Entries that each of the evictable ``layers`` keeps, ``k`` on average. length: tokens read so far."""
+        """Return the number of entries that each of the evictable ``layers`` keeps; the mean is ``k``.
+
+        length: number of tokens read so far.
+        """
         n = max((int(layer.n) for layer in layers), default=0)
         return [self.layer_budget(k, rank, len(layers), n) for rank in range(len(layers))]
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """Return the state with ``k`` entries per KV head on average; unchanged if it has no more than that.
+        """Return the state with ``k`` entries per KV head on average; a state with ``k`` entries or fewer is unchanged.
 
-        keep_last: keep the newest entry in every head, because the last token is about to be read again. Raises
+        keep_last: keep the newest entry in every head, because the last token will be read again. Raises
         UserError if a statistic that the policy reads was not maintained.
         """
         return self._thinned(state, k, lambda *layer: self.compress_layer(*layer, seed, keep_last))
 
     def hold(self, state: CacheState, k: int) -> CacheState:
-        """Return the result of `compress` for a state that is not used again, at the steps of a policy that acts each
-        step.
+        """Return the result of `compress` for a policy that acts each step, and allow the state's storage to be reused.
 
         If each head has one entry too many, the entry is removed in place (see `LayerCache.drop`) instead of copying
         all others. Neither the state nor any state that it grew from since the last `hold` may be used again.
@@ -117,9 +120,7 @@ class Policy:
         return self._thinned(state, k, self._one_less)
 
     def _thinned(self, state: CacheState, k: int, thin: Callable[[Layer, int, int, int], Layer]) -> CacheState:
-        """Return the state in which ``reduce(layer, index, K, length)`` was applied to each layer that holds too
-        much.
-        """
+        """Return the state after ``thin(layer, index, K, length)`` for each layer that holds more than its budget."""
         k = self.keep(k)
         evictable = [number for number, layer in enumerate(state.layers) if layer.window is None]
         compressed = list(state.layers)
@@ -162,19 +163,21 @@ class Policy:
             if missing := sorted(name for name in self.statistics if getattr(part, name) is None):
                 raise UserError(
                     f"the policy {type(self).__module__.rpartition('.')[2]} reads {', '.join(missing)}, "
-                    "which this cache was read without; read the prompt again with these statistics"
+                    "which this cache does not have; read the prompt again with these statistics"
                 )
 
 
 def on_device_of(layer: Layer, number: int | Tensor) -> int | Tensor:
-    """Return a number, or those of a batch on the device of the layer: a large model lies on several devices."""
+    """Return a number, or the numbers of a batch on the device of the layer, since a large model lies on several
+    devices.
+    """
     return number.to(layer.parts[0].positions.device) if isinstance(number, Tensor) else number
 
 
 def top(score: Tensor, k: int) -> Tensor:
     """Return the indices of the ``k`` highest scores [..., n] -> [..., k], rising; ties go to the lower index."""
     n = score.shape[-1]
-    if k == n - 1:  # each step of a policy that acts while decoding: the last of the lowest goes
+    if k == n - 1:  # the usual case at a decode step: only the last of the lowest entries is evicted
         rest = torch.arange(k, device=score.device)
         return rest + (rest >= lowest(score))
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
@@ -182,7 +185,7 @@ def top(score: Tensor, k: int) -> Tensor:
 
 
 def lowest(score: Tensor) -> Tensor:
-    """Return the index of the lowest score [..., n] -> [..., 1], the higher index among equals: what `top` leaves
-    out.
+    """Return the index of the lowest score [..., n] -> [..., 1]; among equals the higher index, the one that `top`
+    omits.
     """
     return score.shape[-1] - 1 - score.flip(-1).argmin(-1, keepdim=True)

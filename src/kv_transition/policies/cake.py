@@ -1,4 +1,4 @@
-"""CAKE: entries by the mean and the shift of attention, layers by its spread and its shift."""
+"""CAKE: entries with a large mean or variance of attention; layers by the spread and shift of attention."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from kv_transition.policies._scored import Scored
 
 @dataclass(frozen=True)
 class Cake(Scored):
-    """Keeps the last ``window`` entries and, of those before, the ones with the largest mean plus ``gamma`` variances
-    of the attention that they receive from the window's queries; mean over the group, pooled.
+    """Keeps the last ``window`` entries. Of the entries before them it keeps those with the largest sum of two terms:
+    the mean of the attention that the entry receives from the window's queries, and ``gamma`` times its variance over
+    these queries. The sum is averaged over the group and pooled over neighbours.
 
-    Layers share what their windows leave of the budget in proportion to H^(1 / tau1) V^(1 / tau2). H is the entropy of
-    the window's attention to the entries before it, summed over queries and heads (how far attention spreads), V its
-    variance over the queries, summed over entries and heads (how much it shifts). Shares are rounded down, and what
-    that leaves goes to the first layers, equally; what a layer cannot use is shared equally by those that can.
+    Each layer keeps its window; the rest of the total budget is shared among the layers in proportion to H^(1 / tau1)
+    V^(1 / tau2). H is the entropy of the window's attention to the entries before it, summed over queries and heads: it
+    measures how widely attention spreads. V is the variance over the queries, summed over entries and heads: it
+    measures how much attention shifts. Shares are rounded down, and the remainder is divided equally among the first
+    layers. Entries that a layer cannot use are divided equally among the layers that can use them.
 
     Source: Qin et al., "CAKE: cascading and adaptive KV cache eviction with layer preferences", arXiv 2503.12491.
 
-    Cost: two attentions of the window over all entries, O(w N d) time and O(w N) memory while they last.
+    Cost: the attention of the window to all entries is computed twice, O(w N d) time and O(w N) temporary memory.
 
-    Differences: the paper compresses layer by layer while the prompt is read, which has the same result and a lower
-    peak of memory; here the whole prompt is read first. The window takes at most half of a layer's budget, as in
-    snapkv. The authors choose ``tau1`` and ``tau2`` for each model.
+    Differences: the paper compresses layer by layer during the prefill, which gives the same result with a lower peak
+    of memory; here the whole prompt is read first. The window takes at most half of a layer's budget, as in snapkv. The
+    authors choose ``tau1`` and ``tau2`` for each model.
     """
 
     statistics = frozenset({"recent_queries"})
 
     window: Annotated[int, (1, 64)] = 32
-    """last queries that observe, and whose entries are kept"""
+    """last queries whose attention is used and whose entries are kept"""
     kernel: Literal[1, 3, 5, 7, 9, 11, 13, 15] = 5
-    """neighbours that are pooled"""
+    """width of the pooling, in entries"""
     pooling: Literal["max", "mean"] = "mean"
-    """how they are pooled"""
+    """method of pooling"""
     allocation: Literal["uniform", "pyramid", "cake", "adaptive", "global"] = "cake"
     """how layers and heads share the budget"""
     gamma: Annotated[float, (0, 1_000_000)] = 200.0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kv_transition.policies.base import Policy
 
 GROUP = "kv_transition.policies"
-"""of entry points"""
+"""group of the entry points that offer policies"""
 
 _FOLDER = Path(__file__).parent
 _NOT_KINDS = {"base", "catalog", "describe"}
@@ -47,7 +47,7 @@ class Field:
     default: Any
     annotation: ast.expr
     meaning: str
-    """the docstring below it"""
+    """the docstring below the field"""
 
     @property
     def allowed(self) -> tuple[Callable[[Any], bool], str] | None:
@@ -90,30 +90,30 @@ class Class:
     doc: str
     fields: Mapping[str, Field]
     variables: Mapping[str, Any]
-    """what the class says of itself: statistics, statistics_where, acts_each_step, ignores_budget"""
+    """class variables of the policy: statistics, statistics_where, acts_each_step, ignores_budget"""
     parents: tuple[Class, ...]
 
 
 def kinds() -> list[str]:
-    """Return every kind with a name of its own, sorted: those of this package and of installed packages.
+    """Return all names of kinds, sorted: those of this package and of installed packages.
 
-    Raises UserError if two of them have one name.
+    Raises UserError if two of them have the same name.
     """
     return sorted([*_built_in(), *_entry_points()])
 
 
 def hyper_parameters(kind: str) -> dict[str, Any]:
-    """Return names and defaults of a kind's hyper-parameters, with those of its parent; none are known of a press."""
+    """Return names and defaults of a kind's hyper-parameters, inherited ones included; empty for a press."""
     return {} if is_press(kind) else {name: field.default for name, field in describe(kind).fields.items()}
 
 
 def shared_parts() -> Class:
-    """What policies that score entries when compressing are made of; see `_scored`."""
+    """Return the class `_scored.Scored`, which all policies that score entries when compressing are derived from."""
     return _read(_FOLDER / "_scored.py", None)
 
 
 def own_fields(kind: str) -> dict[str, Field]:
-    """A kind's hyper-parameters but for those that it shares with all score policies as they are."""
+    """Return a kind's hyper-parameters without those that it inherits unchanged from `_scored.Scored`."""
     shared = shared_parts().fields
     return {name: field for name, field in describe(kind).fields.items() if field is not shared.get(name)}
 
@@ -153,7 +153,7 @@ def resolve(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 def ignores_budget(kind: str, hyper_parameters: Mapping[str, Any]) -> bool:
-    """Return whether the hyper-parameters alone determine the footprint: such a policy runs once, at budget r1."""
+    """Return whether the hyper-parameters alone determine the footprint; such a policy runs once, at budget r1."""
     declared = False if is_press(kind) else describe(kind).variables.get("ignores_budget", False)
     if isinstance(declared, bool):
         return declared
@@ -226,7 +226,7 @@ def create(kind: str, hyper_parameters: Mapping[str, Any]) -> Policy:
     else:
         try:
             module = _load(kind, found.file)
-        except Exception as error:  # whatever somebody else's code raises
+        except Exception as error:  # code from outside may raise anything
             raise UserError(f"{found.file} cannot be imported: {type(error).__name__}: {error}") from error
     return getattr(module, found.name)(**hyper_parameters)
 
@@ -265,7 +265,7 @@ def _entry_points() -> dict[str, metadata.EntryPoint]:
 
 @cache
 def describe(kind: str) -> Class:
-    """Return what the source says of a kind. Raises UserError if there is no such kind or its source defines none."""
+    """Return the definition of a kind as its source states it. Raises UserError if there is no such kind or policy."""
     if kind in _built_in():
         return _read(_FOLDER / f"{kind}.py", None)
     if match := _FILE.fullmatch(kind):
@@ -306,7 +306,7 @@ def _parsed(file: Path) -> ast.Module:
 
 @cache
 def _read(file: Path, name: str | None) -> Class:
-    """Return the policy that a file defines; ``name``: of its class, needed if there are several."""
+    """Return the policy that a file defines; ``name`` is its class, required if the file defines several."""
     tree = _parsed(file)
     imported = {
         alias.asname or alias.name: node.module
@@ -391,7 +391,7 @@ def _own_variables(policy: ast.ClassDef, file: Path) -> dict[str, Any]:
 
 
 def _plain(value: ast.expr) -> Any:
-    """The value of a literal, in which sets may be frozen. Raises ValueError or TypeError if it is none."""
+    """Return the value of a literal, which may contain frozensets. Raises ValueError or TypeError for anything else."""
     if isinstance(value, ast.Dict):
         return {_plain(key): _plain(of) for key, of in zip(value.keys, value.values, strict=True)}
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "frozenset":

@@ -19,29 +19,31 @@ from kv_transition.policies.catalog import Class, Field
 
 _HEAD = """# Policies
 
-What each policy keeps, exactly. This page is made from the source by `python -m kv_transition.policies.describe`.
+This page defines exactly which entries each policy keeps. It is generated from the source by
+`python -m kv_transition.policies.describe`.
 
-N entries are in the cache when it is compressed, and a budget keeps K of them in each KV head, protected ones included
-(K = ceil(r N), or a number of tokens). d is the number of channels of a head, H and Hkv the numbers of query and KV
-heads. Query heads that share a KV head form a group. For every policy:
+N is the number of entries in the cache when it is compressed. A budget keeps K of them in each KV head, protected
+entries included (K = ceil(r N), or a number of tokens). d is the number of channels of a head; H and Hkv are the
+numbers of query heads and KV heads. Query heads that share a KV head form a group. For every policy:
 
-- The K entries with the highest scores stay; equal scores go to the lower position. What stays keeps its statistics.
+- The K entries with the highest scores stay; equal scores go to the lower position. Entries that stay keep their
+  statistics.
 - Protected entries take at most half of K.
-- A policy that acts when compressing lets the cache grow by what is read and generated afterwards; one that acts at
-  each step holds it at K.
-- Where the last token of the prompt is read again (mode `after_prompt`), its entry stays whatever its score.
-- Layers with a sliding window are left alone.
+- A policy that acts when compressing lets the cache grow by the tokens that are read and generated afterwards; a policy
+  that acts at each step holds the cache at K.
+- If the last token of the prompt is read again (mode `after_prompt`), its entry stays whatever its score is.
+- Layers with a sliding window are not compressed.
 - kvpress keeps int(N (1 - compression_ratio)) entries, rounded down from the fraction removed; this project rounds the
   fraction kept up, so the two may differ by one entry at the same nominal budget.
 
-Statistics are kept up while reading, only those that a policy names:
+During the prefill, the statistics that a policy names are computed, and no others:
 
 | statistic | of each layer |
 |---|---|
 | `attn_sum` | attention that each entry received from all queries so far, mean over the group |
 | `query_entropy` | entropy of the attention of the query at each entry, nats, mean over the heads |
-| `recent_queries` | the last 64 queries, from which their attention is computed again |
-| `output_norm` | L1 norm of each value as the output projection makes it, mean over the group |
+| `recent_queries` | the last 64 queries, from which their attention can be computed again |
+| `output_norm` | L1 norm of each value after the output projection, mean over the group |
 | `reconstruction` | greatest attention that each entry received while the model repeated the text |
 | `query_mean`, `query_cov` | mean and covariance of the un-rotated queries after the first 4 |
 """
@@ -49,30 +51,30 @@ Statistics are kept up while reading, only those that a policy names:
 _TAIL = """
 ## From elsewhere
 
-- **A file**: `kind: path/to/file.py`, or `path/to/file.py:ClassName` where it defines several policies. It is read
-  without being run to check the configuration, and its content is part of what makes results stale. It may import
-  from this project and from installed packages, not from files beside it.
-- **An installed package**: its entry points in the group `kv_transition.policies` are kinds, by their names.
+- **A file**: `kind: path/to/file.py`, or `path/to/file.py:ClassName` if it defines several policies. To check the
+  configuration, the file is read but not run. A change of its content makes results stale. It may import from this
+  project and from installed packages, but not from files beside it.
+- **An installed package**: its entry points in the group `kv_transition.policies` are kinds, under their names.
 - **kvpress**: `kvpress.SnapKVPress` and so on name a press of the installed kvpress, with the arguments of its
-  constructor as hyper-parameters. It reads the prompt anew, since presses need the model's hidden states.
+  constructor as hyper-parameters. A press reads the prompt again, because it needs the model's hidden states.
 
-CONTRIBUTING.md says how a policy is written.
+CONTRIBUTING.md explains how to write a policy.
 
 ## Agreement with kvpress
 
-`tests/test_kvpress.py` (after `make bench-peers`) has kvpress 0.5.5 read 700 tokens with the same weights, and compares
-the sets of entries that stay in each head of each layer, at equal K, for random models of three families.
+`tests/test_kvpress.py` (after `make bench-peers`) lets kvpress 0.5.5 read 700 tokens with the same weights, and
+compares the sets of entries that stay in each head of each layer, at equal K, for random models of three families.
 
-| policy | press | where the sets are the same |
+| policy | press | conditions under which the sets are equal |
 |---|---|---|
 | `snapkv` | SnapKVPress | window 64, kernel 5, mean pooling; kernel 7 with max pooling of the group's mean |
 | `adakv` | AdaKVPress(SnapKVPress) | the same window and pooling |
 | `criticalkv` | CriticalKVPress(SnapKVPress) | the same window and pooling |
-| `chunkkv` | ChunkKVPress(SnapKVPress) | where window and K are whole chunks |
-| `lagkv` | LagKVPress | where K takes equally many of each partition |
-| `streaming_llm`, `tova`, `knorm`, `keydiff`, `expected_attention` | of the same name | everywhere |
+| `chunkkv` | ChunkKVPress(SnapKVPress) | window and K are multiples of the chunk |
+| `lagkv` | LagKVPress | K takes the same number of entries from each partition |
+| `streaming_llm`, `tova`, `knorm`, `keydiff`, `expected_attention` | of the same name | always |
 
-`kvzip`, `cake` and `r_kv` are held against their formulas, written out entry by entry
+`kvzip`, `cake` and `r_kv` are compared with their formulas, evaluated entry by entry
 (`tests/test_policies_reading.py`, `tests/test_policies_newer.py`); kvpress has no `cake` and no `r_kv`.
 """
 
@@ -81,7 +83,7 @@ _LABELS = ("Source", "Cost", "Differences")
 
 
 def page() -> str:
-    """Return the whole page."""
+    """Return the whole page in Markdown."""
     kinds = [kind for kind in catalog.kinds() if catalog.content(kind) is None]
     rows = [f"| [`{kind}`](#{kind}) | {_title(kind)} | {_acts(kind)} | {_statistics(kind)} |" for kind in kinds]
     table = ["", "| policy | in short | acts | statistics |", "|---|---|---|---|", *rows]
@@ -89,18 +91,18 @@ def page() -> str:
 
 
 def _parts() -> str:
-    """The section of what all policies have in common that score entries when compressing."""
+    """Return the section on the options that all score policies share."""
     shared = catalog.shared_parts()
     having = [kind for kind in catalog.kinds() if catalog.content(kind) is None and _scores(catalog.describe(kind))]
     names = ", ".join(f"[{kind}](#{kind})" for kind in having)
-    intro = f"Options of {names}, whose sections below list those that they set in their own way."
+    intro = f"These are options of {names}. The section of a policy lists the options whose defaults differ."
     return "\n\n".join(
-        ["\n## Parts of score policies", *map(_wrapped, [intro, *_definition(shared)]), _table(shared.fields)]
+        ["\n## Options of score policies", *map(_wrapped, [intro, *_definition(shared)]), _table(shared.fields)]
     )
 
 
 def _scores(found: Class) -> bool:
-    """Whether a kind is made of the parts of score policies."""
+    """Return whether a kind is a score policy, that is, derived from `_scored.Scored`."""
     return found.file == catalog.shared_parts().file or any(map(_scores, found.parents))
 
 
@@ -114,7 +116,7 @@ def _section(kind: str) -> str:
     parts = [_title(kind)]
     for parent in found.parents:
         if parent.file == catalog.shared_parts().file:
-            parts.append("Made of the [parts of score policies](#parts-of-score-policies).")
+            parts.append("It has the options of [score policies](#options-of-score-policies).")
         elif parent.file.stem.startswith("_"):
             parts += _definition(parent)
         else:
@@ -161,9 +163,9 @@ def _acts(kind: str) -> str:
 def _budget(found: Class) -> str:
     match found.variables.get("ignores_budget", False):
         case True:
-            return "; run once, whatever the budgets"
+            return "; runs once, for all budgets"
         case [name, value]:
-            return f"; run once, whatever the budgets, where `{name}: {value}`"
+            return f"; runs once, for all budgets, with `{name}: {value}`"
     return ""
 
 

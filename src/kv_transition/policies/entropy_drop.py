@@ -13,7 +13,7 @@ from kv_transition.policies._spans import EntropySpans, Plan
 
 @dataclass(frozen=True)
 class EntropyDrop(EntropySpans):
-    """Takes the spans of entropy_merge at the same footprint, and keeps of each span only the entry that received most
+    """Uses the spans of entropy_merge at the same footprint. Of each span it keeps only the entry that received most
     attention in its KV head (the first among equals), unchanged. The difference between the two policies is the effect
     of merging.
 

@@ -1,4 +1,4 @@
-"""Entropy recall: at uncertain steps, evicted entries are considered again."""
+"""Entropy recall: at steps with high token entropy, evicted entries can return to the cache."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ _INNER: dict[str, type[Policy]] = {"h2o": H2O, "h2o_heavy": H2OHeavy, "streaming
 
 @dataclass(frozen=True)
 class EntropyRecall(Policy):
-    """Entries that ``inner`` evicts are kept in host memory. A step reads one token. Before a step that recalls, each
-    layer selects its K entries anew from hot and cold ones together: those that the step's own query attends to most,
-    mean over the group, as if all were visible (one set a layer if ``inner`` is tova). Before other steps, and after
-    each step, ``inner`` acts. In mode after_prompt the first step reads the last token of the prompt again; in mode
-    before_question the question is read as one block, which is not a step.
+    """Keeps the entries that ``inner`` evicts in host memory (cold entries). A step reads one token. Before a step that
+    recalls, each layer selects its K entries again from hot and cold entries together: those with the most attention
+    from the step's own query, computed over all of them, mean over the group (one set a layer if ``inner`` is tova).
+    Before the other steps, and after each step, ``inner`` acts. In mode after_prompt the first step reads the last
+    token of the prompt again; in mode before_question the question is read as one block, which is not a step.
 
-    With moments entropy a step recalls if H >= tau. H is the entropy (nats, temperature 1) of the distribution that the
-    step's token was drawn from; for the first step it is that of the prompt, from the full cache if its last token is
-    read again. Tau 0 always recalls. The other moments are controls. random and periodic recall at as many of an
-    answer's first T steps as the policy ``like`` did in its T steps on the same example, at random or evenly spread
-    steps; in each further T steps again as many. always and never are the bounds.
+    With moments entropy, a step recalls if H >= tau. H is the entropy (nats, temperature 1) of the distribution that
+    the step's token was drawn from. For the first step it is the entropy after the prompt, computed with the full cache
+    if the last token is read again. With tau 0 every step recalls. The other values of ``moments`` are controls: random
+    and periodic recall as often as the policy ``like`` did on the same example, in its T steps, at random or evenly
+    spaced steps among the first T steps, and as often again in each further T steps. always and never are the bounds.
 
     A budget counts the hot entries. The whole cache stays in memory, so results are compared with other policies only
     with the total bytes and the moved bytes beside them.
 
     Source: the study of recall and entropy.
 
-    Cost: that of ``inner``; a step that recalls costs one query's attention over all N entries on the host, O(N d)
-    time, and moves at most K entries of each KV head each way. Memory is that of the full cache. One answer at a time.
+    Cost: as ``inner``; in addition, a step that recalls computes the attention of one query to all N entries on the
+    host, O(N d) time, and moves at most K entries of each KV head each way. Memory is that of the full cache. Answers
+    are decoded one at a time.
     """
 
     statistics = frozenset({"attn_sum", "recent_queries"})
@@ -55,9 +56,9 @@ class EntropyRecall(Policy):
     tau: Annotated[float | None, (0, None)] = None
     """moments entropy: least H in nats at which to recall; null: never"""
     tau_quantile: Annotated[float | None, (0, 1)] = None
-    """in place of tau: the share of steps with a lower H, on examples of the task that are in no bin"""
+    """instead of tau: tau becomes this quantile of H, measured on examples of the task that are in no bin"""
     like: str | None = None
-    """moments random and periodic: name of the policy with moments entropy whose number of moments they have"""
+    """moments random and periodic: name of the policy with moments entropy whose number of recalls is copied"""
 
     def protected(self, k: int) -> int:
         return self._policy.protected(k)
@@ -71,25 +72,28 @@ class EntropyRecall(Policy):
     def compress_layer(
         self, layer: LayerCache, index: int, k: int, length: int, seed: int, keep_last: bool
     ) -> TieredLayer:
-        """As ``inner``, with the evicted entries in host memory."""
+        """Return the layer compressed by ``inner``, with the evicted entries in host memory."""
         return offload(layer, self._policy.compress_layer(layer, index, k, length, seed, keep_last))
 
     def watch(self, seed: int, pace: tuple[int, int] | None = None) -> Watch:
-        """As for any policy; raises UserError if a value that determines the moments is unknown."""
+        """Return an observer of the steps, as `Policy.watch`. Raises UserError if tau or the number of recalls is
+        unknown.
+        """
         if self.moments == "entropy" and self.tau is None and self.tau_quantile is not None:
             raise UserError(
-                f"the policy entropy_recall has no tau for tau_quantile {self.tau_quantile} here; run it in the "
-                "workflow, which calibrates it, or give tau itself"
+                f"the policy entropy_recall has no tau for tau_quantile {self.tau_quantile}; run it in the "
+                "workflow, which calibrates tau, or give tau itself"
             )
         if self.moments in ("random", "periodic") and pace is None:
             raise UserError(
-                f"the policy entropy_recall with moments {self.moments} has as many moments as the answers of another "
-                "cell; run it in the workflow, with `like` naming that policy"
+                f"the policy entropy_recall with moments {self.moments} copies the number of recalls from another "
+                "cell; run it in the workflow, and name that cell's policy in `like`"
             )
         return Watch(self, seed, pace or (0, 0))
 
     def recalled(self, layer: LayerCache, queries: Tensor, keys: Tensor) -> LayerCache:
-        """Return the layer with those entries hot that the current token attends to most; as many as are hot now.
+        """Return the layer in which the entries with the most attention from the current token are hot; their number is
+        unchanged.
 
         queries [*B, H, 1, d] and keys [*B, Hkv, 1, d] are the token's own, rotated.
         """
@@ -98,7 +102,7 @@ class EntropyRecall(Policy):
         score = attention(layer, queries, keys)
         if self.inner == "tova":  # all heads hold the same entries, at the same places
             score = score.mean(-2, keepdim=True).expand_as(score)
-        # equal scores go to the lower position, wherever it lies
+        # equal scores go to the lower position, hot or cold
         order = positions(layer).argsort(-1)
         best = top(score.gather(-1, order), layer.n)
         return exchange(layer, order.gather(-1, best))
@@ -109,10 +113,12 @@ class EntropyRecall(Policy):
 
 
 class Watch:
-    """The steps of one answer under a policy that recalls: decides before each of them, and counts."""
+    """The steps of one answer under a policy that recalls: it decides before each step, and counts."""
 
     def __init__(self, policy: EntropyRecall, seed: int, pace: tuple[int, int]):
-        """pace: moments and steps of the answer whose number of moments random and periodic ones have."""
+        """Set the policy; pace: (number of recalls, number of steps) of the answer that random and periodic moments
+        copy.
+        """
         self._policy, self._seed, self._pace = policy, seed, pace
         self._steps = 0
         self._moments: list[int] = []
@@ -143,8 +149,8 @@ class Watch:
     def record(self, state: CacheState) -> dict[str, Any]:
         """Return facts to record about the answer that ends with ``state``.
 
-        Moments are numbers of steps; entries are those of single KV heads; bytes are those of keys and values in the
-        evictable layers, and of those moved between the tiers, evictions included.
+        Moments are step numbers. Entries are counted per KV head. Bytes count keys and values of the evictable layers;
+        moved bytes include evictions.
         """
         tiered = [layer for layer in state.layers if isinstance(layer, TieredLayer)]
         return {
@@ -167,5 +173,5 @@ def token_entropy(logits: Tensor) -> float:
 
 
 def random_moments(m: int, steps: int, seed: int, block: int) -> frozenset[int]:
-    """Return ``m`` of the numbers below ``steps``, drawn anew for each ``block``."""
+    """Return ``m`` random numbers below ``steps``, drawn independently for each ``block``."""
     return frozenset(random.Random(f"{seed} {block}").sample(range(steps), m))

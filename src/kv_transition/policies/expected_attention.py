@@ -1,4 +1,4 @@
-"""Expected attention: the attention that future queries are expected to pay."""
+"""Expected attention: entries that future queries are expected to attend to."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from kv_transition.policies._scored import Scored
 
 @dataclass(frozen=True)
 class ExpectedAttention(Scored):
-    """Keeps the entries with the most expected attention times the norm of their value. Future queries of a head are
-    taken to be normal with the mean and covariance of its queries so far (without the first 4 tokens'), turned by the
-    mean rotation R over the next ``n_future`` positions. A key k expects exp(s m.k + s^2 k.C k / 2), with m = R mean,
-    C = R cov R^T and s the scale of attention logits; this is normalised over the entries after the sinks, and averaged
-    over the group.
+    """Keeps the entries with the largest product of expected attention and norm of the value. The future queries of a
+    head are assumed to be normally distributed, with the mean and covariance of its queries so far (without the first 4
+    tokens), rotated by the mean rotation R over the next ``n_future`` positions. The expected weight of a key k is
+    exp(s m.k + s^2 k.C k / 2), with m = R mean, C = R cov R^T and s the scale of attention logits. It is normalised
+    over the entries after the sinks and averaged over the group.
 
     Source: Devoto, Jeblick and Jegou, "Expected attention: KV cache compression by estimating attention from future
     queries distribution", arXiv 2510.00636.
 
-    Cost: O(H N d^2) time, and the queries' moments while reading, O(H N d^2) time and O(H d^2) memory a layer.
+    Cost: O(H N d^2) time, and the moments of the queries during the prefill, O(H N d^2) time and O(H d^2) memory a
+    layer.
 
-    Differences: kvpress scales by 1 / sqrt(d) whatever the model's own scale, and keeps all 4 sinks however small K is;
-    here they take at most half of it.
+    Differences: kvpress scales by 1 / sqrt(d) whatever the model's own scale is, and keeps all 4 sinks however small K
+    is; here the sinks take at most half of K.
     """
 
     statistics = frozenset({"query_mean", "query_cov"})
@@ -35,14 +36,16 @@ class ExpectedAttention(Scored):
     n_sink: Annotated[int, (0, None)] = 4
     """first tokens of the text that are kept"""
     n_future: Annotated[int, (1, 65_536)] = 512
-    """positions ahead that are averaged over"""
+    """number of future positions that the rotation is averaged over"""
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """As for any policy; also raises UserError if the rotation of the model's queries is unknown."""
+        """Return the compressed state, as `Policy.compress`. Raises UserError also if the model's
+        rotation is unknown.
+        """
         if any(part.rotary is None for layer in state.evictable for part in layer.parts):
             raise UserError(
-                "the policy expected_attention turns queries to later positions, and how this model rotates its "
-                "queries is not known here; choose another policy for this model"
+                "the policy expected_attention rotates queries to later positions, but the rotary embedding of this "
+                "model is not known; choose another policy for this model"
             )
         return super().compress(state, k, seed=seed, keep_last=keep_last)
 

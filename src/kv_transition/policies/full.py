@@ -10,7 +10,7 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keeps every entry; the reference of every comparison.
+    """Keeps every entry. It is the reference of every comparison.
 
     Cost: none.
     """

@@ -14,18 +14,18 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Keeps the newest entries and, of the others, those with the largest sum of attention received from all queries so
+    """Keeps the newest entries and, of the others, those that received the largest sum of attention from all queries so
     far. The sums of kept entries grow with every token that is read or generated.
 
     Source: Zhang et al., "H2O: heavy-hitter oracle for efficient generative inference of large language models", arXiv
     2306.14048.
 
-    Cost: the sums are maintained while reading, O(N^2) time beside the attention itself and O(N) memory; a choice is a
-    sort, O(N log N).
+    Cost: the sums are maintained during the prefill, O(N^2) time in addition to the attention itself and O(N) memory;
+    one choice is a sort, O(N log N).
 
-    Differences: the heads of a group share their entries, so a KV head's sum is the mean over its query heads. kvpress
-    has no equivalent: its ObservedAttention divides each sum by the number of queries that could see the entry, keeps
-    no recent entries, and acts on the prompt only.
+    Differences: the query heads of a group share their entries, so the sum of a KV head is the mean over its query
+    heads. kvpress has no equivalent: its ObservedAttention divides each sum by the number of queries that could see the
+    entry, keeps no recent entries, and acts on the prompt only.
     """
 
     statistics = frozenset({"attn_sum"})

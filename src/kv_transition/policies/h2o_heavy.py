@@ -1,4 +1,4 @@
-"""H2O with heavy hitters only: the recall study's form."""
+"""H2O with heavy hitters only, as in the study of recall and entropy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kv_transition.policies.h2o import H2O
 
 @dataclass(frozen=True)
 class H2OHeavy(H2O):
-    """H2O whose whole budget goes to the entries with the highest accumulated attention.
+    """Spends the whole budget on the entries with the largest sum of received attention.
 
     Source: the study of recall and entropy; the sums are those of H2O, arXiv 2306.14048.
 

@@ -1,4 +1,4 @@
-"""LagKV: entries that the tokens after them do not foretell."""
+"""LagKV: entries whose keys and values differ most from those that follow."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from kv_transition.cache.state import LayerCache
 from kv_transition.policies._scored import Scored
 
 _TINY = 1e-6
-"""least range of a channel within a partition"""
+"""lower limit of the range of a channel within a partition"""
 
 
 @dataclass(frozen=True)
 class LagKV(Scored):
-    """No attention is read. The entries after the sinks are cut, from the front, into partitions of ``lag``; the next
-    partition is the reference of each. Keys, and values, are scaled channel by channel by the reference's least and
-    greatest value; an entry scores the standard deviation over its channels, put through a softmax over the partition;
-    keys and values count equally. Its importance is its rank within the partition, so that each partition keeps equally
-    many. The last whole partition and what is left behind it have no reference and are kept.
+    """Scores entries by their keys and values only; it reads no attention. The entries after the sinks are cut, from
+    the front, into partitions of ``lag`` entries. The reference of a partition is the next partition. The channels of
+    the keys are scaled by the minimum and maximum of the same channel in the reference; the standard deviation over an
+    entry's scaled channels, after a softmax over the partition, is the score of its key. The score of its value is
+    computed in the same way, and both count equally. The importance of an entry is its rank within its partition, so
+    that each partition keeps the same number of entries. The last whole partition and the entries after it have no
+    reference and are kept.
 
-    A partition is shorter than ``lag`` where K asks for it: what is kept without a score is at most half of K.
+    A partition is shorter than ``lag`` if K requires it, because the entries that are kept without a score take at most
+    half of K.
 
-    Source: Liang et al., "LagKV: lag-relative information of the KV cache tells which tokens are important",
-    arXiv 2504.04704.
+    Source: Liang et al., "LagKV: lag-relative information of the KV cache tells which tokens are important", arXiv
+    2504.04704.
 
     Cost: O(N d) time, no statistic.
 
-    Differences: the paper evicts partition by partition while it reads; here the whole prompt is read first. kvpress
-    keeps ``lag`` whatever K is, and gives equal ranks of several partitions in no order; here the lower position goes
-    first.
+    Differences: the paper evicts partition by partition during the prefill; here the whole prompt is read first.
+    kvpress keeps ``lag`` whatever K is, and does not define the order of equal ranks in several partitions; here the
+    lower position has priority.
     """
 
     n_sink: Annotated[int, (0, None)] = 4
@@ -44,11 +47,11 @@ class LagKV(Scored):
         return min(self.n_sink, k // 2)
 
     def partition(self, k: int) -> int:
-        """Entries of a partition when ``k`` are kept."""
+        """Return the number of entries of a partition when ``k`` are kept."""
         return max(1, min(self.lag, (k // 2 - self.sinks(k) + 1) // 2))
 
     def in_window(self, k: int) -> int:
-        """How many of the last entries are kept at most: a partition and what is left behind it."""
+        """Return the largest number of last entries that are kept: one partition and the entries after it."""
         return min(max(self.window, 2 * self.partition(k) - 1), k // 2 - self.sinks(k))
 
     def shielded(self, layer: LayerCache, k: int, length: int) -> Tensor:
@@ -72,12 +75,12 @@ class LagKV(Scored):
         return found
 
     def _leading(self, layer: LayerCache, k: int) -> int:
-        """Entries in front of the first partition: the sinks, as far as the cache still has them."""
+        """Return the number of entries before the first partition: the sinks that the cache still has."""
         return int((layer.positions < self.sinks(k)).sum(-1).amax())
 
 
 def _relative(x: Tensor, lag: int) -> Tensor:
-    """x [Hkv, parts lag, d] -> [Hkv, parts - 1, lag], of all partitions but the last."""
+    """Return the scores of all partitions but the last: x [Hkv, parts lag, d] -> [Hkv, parts - 1, lag]."""
     parts = x.unflatten(1, (-1, lag))
     before, after = parts[:, :-1], parts[:, 1:]
     least, most = after.amin(2, keepdim=True), after.amax(2, keepdim=True)

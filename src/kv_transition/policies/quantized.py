@@ -12,13 +12,13 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class Quantized(Policy):
-    """Evicts nothing, but stores keys (as rotated) and values in ``bits`` bits a channel, asymmetric, with a scale and
-    a zero point for each token and group of at most 64 channels. New tokens are quantized as they come. The footprint
-    follows from the bits, so there is one cell whatever the budgets, compared at equal bytes.
+    """Evicts nothing, but stores keys (after rotation) and values with ``bits`` bits a channel, asymmetrically, with a
+    scale and a zero point for each token and group of at most 64 channels. New tokens are quantized when they are read.
+    The footprint follows from the bits, so there is one cell for all budgets, which is compared at equal bytes.
 
     Source: rounding to the nearest level per token and group, as in Sheng et al., "FlexGen", arXiv 2303.06865.
 
-    Cost: O(N d) time once, and the whole cache is made dense again for each attention.
+    Cost: O(N d) time once, and the whole cache is dequantized for each attention.
 
     Differences: KIVI (arXiv 2402.02750) quantizes keys by channel rather than by token, and keeps the newest tokens in
     full precision; here every token is quantized, keys and values alike.
@@ -31,7 +31,7 @@ class Quantized(Policy):
     """bits of each channel"""
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """Return the state with all of its evictable layers packed, whatever ``k`` is; packed ones stay as they are."""
+        """Return the state with all evictable layers quantized, whatever ``k`` is; quantized layers are unchanged."""
         layers = (layer if layer.window is not None else self._packed(layer) for layer in state.layers)
         return replace(state, layers=tuple(layers))
 

@@ -1,4 +1,4 @@
-"""R-KV: entries that are attended to and say what no other entry says; for long reasoning."""
+"""R-KV: entries that receive attention and are not redundant; for long reasoning."""
 
 from __future__ import annotations
 
@@ -13,48 +13,50 @@ from kv_transition.cache.state import CacheState, LayerCache
 from kv_transition.policies._scored import Scored
 
 _ROWS = 256
-"""keys that are compared with others at a time"""
+"""number of keys that are compared with the others at a time"""
 
 
 @dataclass(frozen=True)
 class RKV(Scored):
-    """Keeps the last ``window`` entries and, of those before, the best by weight A - (1 - weight) S. A is the attention
-    of the window's queries to the entries before it: the greatest logit of the group, softmax, mean over the queries,
-    pooled. S is redundancy: an entry's mean cosine with all keys of its head, itself left out, softmax over the
-    entries. Of each key's cosines the one with the last entry that is more than ``similar`` to it is left out, or with
-    the first entry where there is none: of entries that say the same the newest stays.
+    """Keeps the last ``window`` entries. Of the entries before them it keeps those with the highest score weight A - (1
+    - weight) S. A is the attention of the window's queries to the entries before it: the greatest logit of the group,
+    softmax, mean over the queries, pooled over neighbours. S is redundancy: the mean cosine of an entry's key with all
+    other keys of its head, softmax over the entries. From the cosines of each key one is left out: the one with the
+    last entry whose cosine is above ``similar``, or with the first entry if there is none. Therefore, of several
+    similar entries the newest stays.
 
-    While decoding it waits until ``every`` entries more than K are there, and then evicts down to K.
+    While decoding, the policy waits until the cache has ``every`` entries more than K, and then evicts down to K.
 
     Source: Cai et al., "R-KV: redundancy-aware KV cache compression for training-free reasoning models acceleration",
     arXiv 2505.24133.
 
-    Cost: one attention of the window over all entries, and each key against the newest ``horizon``: O((w + horizon) N
-    d) time and O((w + horizon) N) memory while it lasts, once in ``every`` steps.
+    Cost: the attention of the window to all entries, and the cosines of each key with the newest ``horizon`` keys: O((w
+    + horizon) N d) time and O((w + horizon) N) temporary memory, once in ``every`` steps.
 
-    Differences: the authors look for the last similar entry among all, in O(N^2 d) time (``horizon`` null does); the
-    choice is the same where it is among the newest ``horizon``. Their code has weight 0.07, the paper 0.1, and scales
-    by 1 / sqrt(d) whatever the model's own scale. The window takes at most half of the budget, as in snapkv.
+    Differences: the authors search for the last similar entry among all entries, in O(N^2 d) time (as here with
+    ``horizon`` null); the choice is the same if that entry is among the newest ``horizon``. Their code has weight 0.07,
+    the paper 0.1, and the code scales by 1 / sqrt(d) whatever the model's own scale is. The window takes at most half
+    of the budget, as in snapkv.
     """
 
     statistics = frozenset({"recent_queries"})
     acts_each_step = True
 
     window: Annotated[int, (1, 64)] = 8
-    """last queries that observe, and whose entries are kept"""
+    """last queries whose attention is used and whose entries are kept"""
     kernel: Literal[1, 3, 5, 7, 9, 11, 13, 15] = 7
-    """neighbours whose attention is pooled"""
+    """width of the pooling of attention, in entries"""
     weight: Annotated[float, (0, 1)] = 0.07
-    """weight of attention beside redundancy"""
+    """weight of attention; redundancy has 1 minus this weight"""
     similar: Annotated[float, (-1, 1)] = 0.5
-    """cosine above which two keys say the same"""
+    """cosine above which two keys are similar"""
     horizon: Annotated[int | None, (1, 1_048_576)] = 512
-    """newest entries among which the last similar one is looked for; null: all"""
+    """number of newest entries that are searched for the last similar one; null: all"""
     every: Annotated[int, (1, 65_536)] = 128
-    """tokens that are generated between two evictions"""
+    """number of tokens that are generated between two evictions"""
 
     def hold(self, state: CacheState, k: int) -> CacheState:
-        """As any policy, once ``every`` entries more than ``k`` are there."""
+        """Return the state, compressed as by `Policy.hold` if it has at least ``every`` entries more than ``k``."""
         return state if state.entries < k + self.every else super().hold(state, k)
 
     def plain_score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
@@ -71,11 +73,11 @@ class RKV(Scored):
         return self._pooled(weights.mean(-2), shielded)
 
     def _redundancy(self, layer: LayerCache) -> Tensor:
-        """[*B, Hkv, n]: mean cosine of each key with the others, softmax over the entries."""
+        """Return the redundancy of each entry, [*B, Hkv, n]: mean cosine with the other keys, softmax over entries."""
         keys = layer.keys.float()
         unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
         n = layer.n
-        # the cosines of all keys with one, itself left out, without ever holding all pairs
+        # sum of each key's cosines with the other keys, computed without holding all pairs in memory
         sums = (unit @ unit.sum(-2, keepdim=True).mT).squeeze(-1) - unit.square().sum(-1)
         start = 0 if self.horizon is None else max(0, n - self.horizon)
         places = torch.arange(start, n, device=keys.device)

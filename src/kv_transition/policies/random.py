@@ -14,12 +14,13 @@ from kv_transition.policies._scored import Scored
 
 @dataclass(frozen=True)
 class Random(Scored):
-    """Keeps entries by uniform scores, drawn for each example, layer and KV head.
+    """Keeps the entries with the highest random scores, which are uniform and drawn for each example, layer and KV
+    head.
 
     Cost: O(N) time, no statistic.
 
-    Differences: kvpress' RandomPress draws the same pattern in every layer when it is given a seed, and without one
-    depends on the global generator.
+    Differences: with a seed, kvpress' RandomPress draws the same pattern in every layer; without one it depends on the
+    global generator.
     """
 
     draws: ClassVar[bool] = True

@@ -15,14 +15,14 @@ from kv_transition.policies.base import Policy, on_device_of
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """Keeps the first tokens of the text, which attention uses as a sink, and the newest ones.
+    """Keeps the first tokens of the text, which attention uses as sinks, and the newest tokens.
 
-    With ``positions: cache`` attention sees the distances between places in the cache, where the sinks stand right
-    before the recent tokens, so that no distance is longer than the cache. This is the paper's method, and it works
-    past the length that a model was trained for. Only the sinks are re-rotated after each step, always from their
-    original keys, because rotary attention depends on differences of positions only. When the next token's rotary
-    position reaches 2 K, all keys are rotated back so that it is K. This happens at most once to any key except a
-    sink's.
+    With ``positions: cache``, attention uses the distances between places in the cache: the sinks stand directly before
+    the recent tokens, so that no distance is longer than the cache. This is the paper's method, and it works beyond the
+    length that a model was trained for. After each step only the sinks are rotated again, always from their original
+    keys, because rotary attention depends on differences of positions only. When the rotary position of the next token
+    reaches 2 K, all keys are rotated back so that it is K. This happens at most once to any key except those of the
+    sinks.
 
     Source: Xiao et al., "Efficient streaming language models with attention sinks", arXiv 2309.17453.
 
@@ -30,7 +30,7 @@ class StreamingLLM(Policy):
 
     Differences: the prompt is read with the full cache before anything is evicted; the paper streams from the start.
     kvpress' StreamingLLMPress keeps the original positions, acts on the prompt only, and keeps all sinks however small
-    K is; here they take at most half of it.
+    K is; here the sinks take at most half of K.
     """
 
     acts_each_step = True
@@ -38,9 +38,9 @@ class StreamingLLM(Policy):
     n_sink: Annotated[int, (0, None)] = 4
     """first tokens of the text that are never evicted"""
     recent: Annotated[int | None, (1, None)] = None
-    """newest tokens kept; null: the rest of the budget. A count of both asks for a budget of as many tokens at least"""
+    """newest tokens kept; null: the rest of the budget. With a number, the budget should be at least n_sink + recent"""
     positions: Literal["original", "cache"] = "original"
-    """places that keys are rotated to: those in the text, or those in the cache"""
+    """positions that keys are rotated to: those in the text, or those in the cache"""
 
     def protected(self, k: int) -> int:
         rest = k // 2 if self.recent is None else max(k // 2, k - self.recent)
@@ -54,32 +54,35 @@ class StreamingLLM(Policy):
         return layer.positions.to(torch.float64).masked_fill(sinks, torch.inf)
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
-        """As for any policy; raises UserError if keys must be rotated and the model's rotation is unknown."""
+        """Return the compressed state, as `Policy.compress`; raises UserError if keys must be rotated and the rotation
+        is unknown.
+        """
         return self._placed(state, super().compress(state, k, seed=seed, keep_last=keep_last), k, in_place=False)
 
     def hold(self, state: CacheState, k: int) -> CacheState:
-        """As for any policy; raises UserError as `compress` does."""
+        """Return the compressed state, as `Policy.hold`; raises UserError as `compress` does."""
         if type(self).compress is not StreamingLLM.compress:
             return self.compress(state, k)
         return self._placed(state, self._thinned(state, k, self._one_less), k, in_place=True)
 
     def _placed(self, state: CacheState, kept: CacheState, k: int, *, in_place: bool) -> CacheState:
-        """Return the ``kept`` entries of a state, with rotated keys if requested; in place: the sinks' in their
-        storage.
+        """Return the ``kept`` entries of a state, with rotated keys if requested.
+
+        in_place: write the rotated sinks into their storage.
         """
         evicted = any(new is not old for new, old in zip(kept.layers, state.layers, strict=True))
         if self.positions == "original" or not evicted:
             return kept
         if any(layer.rotary is None for layer in kept.layers):
             raise UserError(
-                "the policy streaming_llm turns keys under positions: cache, and how this model rotates its keys is "
-                "not known here; use positions: original for this model"
+                "the policy streaming_llm rotates keys under positions: cache, but the rotary embedding of this model "
+                "is not known; use positions: original for this model"
             )
         k = self.keep(k)
         # fewer than protected if an earlier, smaller budget had no space for them
         sinks = int((kept.evictable[0].positions < self.protected(k)).sum(-1).amin())
         following = state.length - state.shift
-        # positions that all keys are rotated back: an int, or [B, 1, 1]
+        # number of positions by which all keys are rotated back: an int, or [B, 1, 1]
         back = (following - k) * (following >= 2 * k)
         if isinstance(back, Tensor) and not back.any():
             back = 0
@@ -102,7 +105,7 @@ def _turned_back(layer: LayerCache, back: int | Tensor) -> LayerCache:
 
 
 def _closed(layer: LayerCache, sinks: int, following: int | Tensor, back: int | Tensor, in_place: bool) -> LayerCache:
-    """Return the layer rotated back, without a gap between the sinks and the others."""
+    """Return the layer rotated back, and the sinks rotated to the places directly before the other entries."""
     anchors = _anchors(layer, sinks)
     layer = _turned_back(layer, back)
     n = layer.n
@@ -118,7 +121,7 @@ def _closed(layer: LayerCache, sinks: int, following: int | Tensor, back: int | 
 
 
 def _anchors(layer: LayerCache, sinks: int) -> Tensor:
-    """Return the original keys of the sinks: rotating rounded keys again and again would add up errors."""
+    """Return the original keys of the sinks, because repeated rotation of rounded keys would accumulate errors."""
     shape = (*layer.keys.shape[:-2], sinks, layer.keys.shape[-1])
     if layer.anchors is not None and layer.anchors.shape == shape:
         return layer.anchors

@@ -1,4 +1,4 @@
-"""TOVA: the entries that the last token attends to."""
+"""TOVA: entries that the last token attends to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kv_transition.policies.base import Policy
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """Keeps the entries that the last query attends to most, averaged over all heads of the layer: one set a layer.
-    The last token itself always stays.
+    """Keeps the entries that the last query attends to most, mean over all heads of the layer, so that all heads keep
+    the same entries. The last token itself always stays.
 
     Source: Oren et al., "Transformers are multi-state RNNs", arXiv 2401.06104.
 
-    Cost: one query's attention over all entries, O(N d) time and O(N) memory, again at each step.
+    Cost: the attention of one query to all entries at each step, O(N d) time and O(N) memory.
 
-    Differences: kvpress acts on the prompt only, and scales by 1 / sqrt(d) whatever the model's own scale.
+    Differences: kvpress acts on the prompt only, and scales by 1 / sqrt(d) whatever the model's own scale is.
     """
 
     statistics = frozenset({"recent_queries"})

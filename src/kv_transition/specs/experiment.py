@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def check(settings: Settings) -> None:
-    """Check combinations of keys. Raises UserError if keys contradict each other or name something that does not
-    exist.
-    """
+    """Check combinations of keys. Raises UserError for contradictions and for names of things that do not exist."""
     try:
         _check(settings)
-    except OSError as error:  # a name that no file system takes
-        raise UserError(f"{shown(error.filename)} can be no file ({error.strerror}); give another path") from None
+    except OSError as error:  # a name that the file system does not accept
+        raise UserError(
+            f"{shown(error.filename)} cannot be the name of a file ({error.strerror}); give another path"
+        ) from None
 
 
 def _check(settings: Settings) -> None:
@@ -33,7 +33,7 @@ def _check(settings: Settings) -> None:
         if kind == RECALL:
             _check_recall(settings, name)
     if FULL not in settings.kv.policies:
-        raise UserError("kv.policies: full is missing, against which all others are compared; add full: {}")
+        raise UserError("kv.policies: full is missing, with which all others are compared; add full: {}")
     for study in registry.studies():
         study.check(settings)
     _check_model_folder(settings)
@@ -59,17 +59,19 @@ def resolved(settings: Settings) -> dict[str, Any]:
 def _check_model_folder(settings: Settings) -> None:
     name = settings.model.name
     if gguf.is_gguf(name):
-        gguf.gguf_file(name)  # raises where there is none, or none that can be read
+        gguf.gguf_file(name)  # raises if there is no such file, or if it cannot be read
         if settings.model.revision is not None:
-            raise UserError("model.revision: a GGUF file has no revisions, its content counts; leave it out")
+            raise UserError(
+                "model.revision: a GGUF file has no revisions, because its content identifies it; remove this key"
+            )
         return
     folder = Path(name).expanduser()
     if folder.exists():
-        # an endpoint has the weights; here the tokenizer counts
+        # an endpoint has the weights; only the tokenizer is needed here
         if settings.engine.kind == "local" and not (folder / "config.json").is_file():
-            raise UserError(f"model.name: the folder {name} holds no config.json; give a transformers model folder")
+            raise UserError(f"model.name: the folder {name} contains no config.json; give a transformers model folder")
         return
-    # org/model is a hub id, unless the first part is a folder here: then a path was meant
+    # org/model is a hub id, unless the first part is an existing folder: then it is a path
     if name.count("/") != 1 or name[0] in "./~" or Path(name.split("/")[0]).is_dir():
         raise UserError(
             f"model.name: there is no folder {name}; give a model folder, a .gguf file or a hub id such as org/model "
@@ -80,27 +82,27 @@ def _check_model_folder(settings: Settings) -> None:
 def _check_output(folder: str) -> None:
     there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
     if not there.is_dir():
-        raise UserError(f"output.dir: {there} is a file, so {folder} can be no folder; give another one")
+        raise UserError(f"output.dir: {there} is a file, so {folder} cannot be a folder; give another one")
 
 
 def _check_recall(settings: Settings, name: str) -> None:
-    """Check that the moments of an entropy_recall are defined once, and that a control names its reference."""
+    """Check that tau of an entropy_recall is given once, and that a control names its reference."""
     own = recall_of(settings, name)
     given = [key for key in ("tau", "tau_quantile") if own[key] is not None]
     if own["moments"] == "entropy" and len(given) != 1:
         raise UserError(
             f"kv.policies.{name}: moments entropy need either tau (nats) or tau_quantile, and not both; "
-            "moments: never is the policy that never recalls"
+            "use moments: never for a policy that never recalls"
         )
     if own["moments"] != "entropy" and given:
-        raise UserError(f"kv.policies.{name}.{given[0]}: moments {own['moments']} have no tau; leave it out")
+        raise UserError(f"kv.policies.{name}.{given[0]}: moments {own['moments']} have no tau; remove this key")
     if own["moments"] not in ("random", "periodic"):
         if own["like"] is not None:
-            raise UserError(f"kv.policies.{name}.like: only moments random and periodic have it; leave it out")
+            raise UserError(f"kv.policies.{name}.like: only moments random and periodic use it; remove this key")
         return
     treated = recall_of(settings, own["like"])
     if treated is None or treated["moments"] != "entropy" or treated["inner"] != own["inner"]:
         raise UserError(
-            f"kv.policies.{name}.like: {own['like']!r} is no entropy_recall with moments entropy and inner "
-            f"{own['inner']}; name the one whose number of moments this control has"
+            f"kv.policies.{name}.like: {own['like']!r} is not an entropy_recall with moments entropy and inner "
+            f"{own['inner']}; name the policy whose number of recalls this control copies"
         )

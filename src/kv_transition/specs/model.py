@@ -33,7 +33,9 @@ def content(path: str) -> str:
 
 @cache
 def tokenizer_content(name: str) -> str | None:
-    """Return the digest of a local model's folder without its weights; None for a hub id, which has a revision."""
+    """Return the digest of a local model's folder without its weights; None for a hub id, which is identified by its
+    revision.
+    """
     if gguf.is_gguf(name):
         return gguf.content_sha256(name)
     return content_digest(name, (".json", ".model", ".jinja")) if Path(name).is_dir() else None
@@ -41,7 +43,9 @@ def tokenizer_content(name: str) -> str | None:
 
 @cache
 def _fingerprint(name: str, revision: str | None) -> str:
-    """Return what identifies a model: a hub id and its revision, or the content of a folder or GGUF file."""
+    """Return the identity of a model: a digest of a hub id and its revision, or of the content of a folder or GGUF
+    file.
+    """
     if gguf.is_gguf(name):
         return gguf.content_sha256(name)[:16]
     if not Path(name).is_dir():

@@ -16,7 +16,7 @@ RECALL = "entropy_recall"
 
 
 def resolve(settings: Settings, policy: str) -> tuple[str, dict[str, Any]]:
-    """Return kind and hyper-parameters of a policy; those of a kind of the endpoint's own are returned as given."""
+    """Return kind and hyper-parameters of a policy; if only the endpoint knows the kind, they are returned as given."""
     options = settings.kv.policies[policy]
     if endpoints_own(settings, policy):
         return options.get("kind", policy), {key: value for key, value in options.items() if key != "kind"}
@@ -24,7 +24,7 @@ def resolve(settings: Settings, policy: str) -> tuple[str, dict[str, Any]]:
 
 
 def endpoints_own(settings: Settings, policy: str) -> bool:
-    """Return whether a policy is one of the endpoint's, which this project knows by name only."""
+    """Return whether only the endpoint implements a policy, and this project knows nothing of it but its name."""
     declared = settings.engine.kind == "openai" and not settings.engine.serves
     kind = settings.kv.policies[policy].get("kind", policy)
     return declared and isinstance(kind, str) and kind not in catalog.kinds()
@@ -33,8 +33,8 @@ def endpoints_own(settings: Settings, policy: str) -> bool:
 def endpoint(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
     """Return ``base_url``, ``model`` and ``extra_body`` of the endpoint for a (policy, budget).
 
-    The full cache, and a server that takes the policy with the request, use the engine's own address; every other pair
-    needs an entry. Raises UserError if it has none.
+    The full cache uses the engine's own address, as does every policy if the server accepts policies in requests; every
+    other pair needs an entry. Raises UserError if it has none.
     """
     engine = settings.engine
     key = next((key for key in (f"{policy}@{budget}", policy) if key in engine.endpoints), None)
@@ -60,7 +60,9 @@ def recall_of(settings: Settings, policy: str | None) -> dict[str, Any] | None:
 
 
 def once(settings: Settings, policy: str) -> bool:
-    """Return whether a policy has a footprint of its own, so that it is run once rather than at each budget."""
+    """Return whether a policy runs only once instead of at each budget, because its hyper-parameters determine the
+    footprint.
+    """
     if policy == FULL or endpoints_own(settings, policy):
         return False
     return catalog.ignores_budget(*catalog.resolve(policy, settings.kv.policies[policy]))
@@ -69,8 +71,8 @@ def once(settings: Settings, policy: str) -> bool:
 def budgeted(settings: Settings, policies: list[str]) -> list[tuple[str, str]]:
     """Return each (policy, budget) that is run.
 
-    The full cache, and policies whose footprint is their own, are run once, as budget r1; all others at each budget
-    below 1.
+    The full cache, and policies whose hyper-parameters determine the footprint, run once, at budget r1; all others run
+    at each budget below 1.
     """
     grid = []
     for policy in policies:
@@ -84,4 +86,4 @@ def budgeted(settings: Settings, policies: list[str]) -> list[tuple[str, str]]:
 def needs_the_model(settings: Settings, key: str) -> None:
     """Raise UserError if answers come from an endpoint, for a study that reads the model's own cache."""
     if settings.engine.kind == "openai":
-        raise UserError(f"{key}: this needs the model itself; set engine.kind to local, or leave it out")
+        raise UserError(f"{key}: this needs the model itself; set engine.kind to local, or remove this key")
