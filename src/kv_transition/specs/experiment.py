@@ -97,8 +97,12 @@ def _check_recall(settings: Settings, name: str) -> None:
     if own["moments"] != "entropy" and given:
         raise UserError(f"kv.policies.{name}.{given[0]}: moments {own['moments']} have no tau; remove this key")
     if own["moments"] not in ("random", "periodic"):
+        if given := [key for key in ("like", "share") if own[key] is not None]:
+            raise UserError(f"kv.policies.{name}.{given[0]}: only moments random and periodic use it; remove this key")
+        return
+    if own["share"] is not None:
         if own["like"] is not None:
-            raise UserError(f"kv.policies.{name}.like: only moments random and periodic use it; remove this key")
+            raise UserError(f"kv.policies.{name}: give like or share, and not both")
         return
     treated = recall_of(settings, own["like"])
     if treated is None or treated["moments"] != "entropy" or treated["inner"] != own["inner"]:
