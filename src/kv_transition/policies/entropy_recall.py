@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -180,6 +181,7 @@ def token_entropy(logits: Tensor) -> float:
     return max(0.0, float(torch.special.entr(logits.float().softmax(-1)).sum()))
 
 
+@lru_cache(maxsize=16)  # asked for at each step of a block
 def random_moments(m: int, steps: int, seed: int, block: int) -> frozenset[int]:
     """Return ``m`` random numbers below ``steps``, drawn independently for each ``block``."""
     return frozenset(random.Random(f"{seed} {block}").sample(range(steps), m))
