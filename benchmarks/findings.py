@@ -5,6 +5,7 @@ python benchmarks/findings.py
 
 from __future__ import annotations
 
+import findings_chat as chat
 import findings_perplexity as perplexity
 import findings_sections as sections
 from document import put
@@ -14,13 +15,15 @@ STUDIES = {
     "one_hop": sections.full_cache,
     "transition": sections.transition,
     "entropy": sections.entropy,
+    "recall": perplexity.recall,
     "merging": perplexity.merging,
     "ablation": perplexity.ablation,
     "sinks": perplexity.sinks,
     "agreement": sections.agreement,
-    "memory": None,
+    "rules": chat.rules,
+    "memory": chat.memory,
 }
-"""folder below benchmarks/results/real: its section, None where no run was kept"""
+"""folder below benchmarks/results/real: its section"""
 NOT_RUN = {
     "one_hop": "What the model can do with its full cache: `config/experiments/real_one_hop.yaml` and, for the ruler "
     "tasks, `config/experiments/real_lengths.yaml`.",
@@ -31,9 +34,9 @@ NOT_RUN = {
     "ablation": "Where merging loses: `config/experiments/real_merging_ablation.yaml`.",
     "sinks": "Sinks: `config/experiments/real_sinks.yaml`.",
     "agreement": "Agreement with kvpress: `benchmarks/real_agreement.py`.",
-    "memory": "Conversations with a failing memory: `config/experiments/real_rules.yaml` says first which rules "
-    "the model "
-    "follows with its full cache.",
+    "recall": "Recall at uncertain moments: `config/experiments/real_recall.yaml`.",
+    "rules": "Which rules the model follows with its full cache: `config/experiments/real_rules.yaml`.",
+    "memory": "Conversations with a failing memory: `config/experiments/real_memory.yaml`.",
 }
 HEAD = """# Findings on a real language model
 
@@ -61,7 +64,7 @@ def excerpt(name: str) -> str:
 
 def page() -> str:
     """Return the whole page, and write the figures."""
-    there = [name for name in STUDIES if STUDIES[name] and (sections.KEPT / name).is_dir()]
+    there = [name for name in STUDIES if (sections.KEPT / name).is_dir()]
     parts = [HEAD, *("\n".join(STUDIES[name]()) for name in there)]
     if missing := [NOT_RUN[name] for name in STUDIES if name not in there]:
         parts.append("\n".join(["## Not run", "", *(f"- {text}" for text in missing)]))

@@ -182,3 +182,59 @@ def over(windows: pl.DataFrame, policy: str, reference: str) -> tuple[float, flo
     difference = (both["nll_sum"] - both["nll_sum_other"]).to_numpy()
     found = share(difference, both["n_tokens"].cast(float).to_numpy(), book, Statistics(0.95, 10_000, 0)).exp()
     return found.value, found.low, found.high
+
+
+MOMENTS = {
+    "recall_entropy": "where entropy is high",
+    "recall_random": "random",
+    "recall_periodic": "evenly spread",
+    "recall_always": "always",
+    "recall_never": "never (h2o)",
+}
+
+
+def recall() -> list[str]:
+    """Whether recalling evicted entries helps more at uncertain moments than at others."""
+    windows = kept("recall", "windows")
+    found = kept("recall", "perplexity").filter(pl.col("bin").is_null())
+    rows = [found.filter(policy=name).to_dicts()[0] for name in MOMENTS]
+    share = {name: _moments(windows.filter(policy=name)) for name in MOMENTS}
+    against = {
+        name: over(windows, "recall_entropy", name)
+        for name in ("recall_random", "recall_periodic", "recall_always", "recall_never")
+    }
+    figures.dots(
+        [{"moments": MOMENTS[r["policy"]], "ratio": r["ratio"], "low": r["ratio_low"], "high": r["ratio_high"]}
+         for r in rows],
+        "moments", "ratio", title="perplexity over the full cache's, 95 % interval", reference=1,
+        head=("Recalling evicted entries at chosen moments",
+              f"h2o at 20 %; n = {rows[0]['n']} windows of {rows[0]['clusters']} books"),
+        output=IMAGES / "real_recall.svg",
+    )  # fmt: skip
+    chance = [against[name] for name in ("recall_random", "recall_periodic")]
+    better, worse = all(high < 1 for _, _, high in chance), any(low > 1 for _, low, _ in chance)
+    helps = against["recall_never"][2] < 1
+    answer = "Yes" if better else "No" if worse else "Undecided"
+    lines = [
+        "## Does it help to look again at what was evicted when entropy is high?",
+        "",
+        f"{answer}: perplexity with recalls at high entropy is {interval(*against['recall_random'])} of that with as "
+        f"many random ones and {interval(*against['recall_periodic'])} of that with evenly spread ones. "
+        + ("Recalling helps: " if helps else "That recalling helps at all is not shown: ")
+        + f"it is {interval(*against['recall_never'])} of that with no recall.",
+        *picture("real_recall", "perplexity over the full cache's by the moments of recall"),
+        table(
+            ["recalls", "share of the steps", "perplexity", "over the full cache's"],
+            [[MOMENTS[r["policy"]], f"{share[r['policy']]:.0%}", f"{r['perplexity']:.2f}", _ratio(r)] for r in rows],
+        ),
+        "",
+        f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books, exploratory, intervals not adjusted; context of "
+        "1,024 tokens, 64 scored one by one, 20 % of the entries held by h2o.",
+    ]  # fmt: skip
+    not_shown = "other thresholds of entropy, budgets, inner policies and models; answers to questions."
+    return lines + ending("recall", not_shown, "books")
+
+
+def _moments(windows: pl.DataFrame) -> float:
+    """Return the share of the steps at which evicted entries were recalled."""
+    return windows["triggers"].sum() / windows["steps"].sum()

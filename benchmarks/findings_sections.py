@@ -19,7 +19,7 @@ from kv_transition import labels
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "real"
 IMAGES = ROOT / "docs" / "images"
-SETS = {"books": "perplexity.path=BOOKS", "records": "dataset.path=DATA"}
+SETS = {"books": "perplexity.path=BOOKS", "records": "dataset.path=DATA", "rules": "chat.path=DATA"}
 Row = dict[str, Any]
 
 
@@ -153,9 +153,8 @@ def transition() -> list[str]:
     ]  # fmt: skip
     return lines + ending(
         "transition",
-        "more than two lengths, so that a zone can hardly be located; tova, pyramidkv, adakv, "
-        "expected_attention, keydiff, "
-        "knorm; budgets of 10 %, 128 and 512 tokens; other tasks.",
+        f"other tasks, models and lengths: with {stats['bin'].n_unique()} lengths a zone is located along budgets "
+        "rather than along lengths.",
     )
 
 
@@ -219,9 +218,8 @@ def entropy() -> list[str]:
     ]  # fmt: skip
     return lines + ending(
         "entropy",
-        "whether acting on entropy helps (entropy_recall was not run), PG-19 and MuSiQue, sets for each head, "
-        "the entropy "
-        "gap, and with so few texts anything that is called undecided.",
+        "sets for each head, an irreversible memory and the entropy gap, which were not run; longer texts; and with so "
+        "few texts anything that is called undecided.",
         "records",
     )
 

@@ -21,8 +21,11 @@ import yaml
 KEPT = Path(__file__).parent / "results" / "real"
 TABLES = ("bin_stats", "transition", "entropy_recall", "perplexity", "perplexity_pairs", "retention")
 SCORES = ["task", "mode", "policy", "budget", "bin", "example_id", "score", "failure", "alias"]
+RECALLS = ("steps", "triggers")
 WINDOWS = ["corpus", "policy", "budget", "bin", "book_id", "window", "context_tokens", "nll_sum", "n_tokens",
-           "bytes_before", "bytes_after", "kept_mean", "cache_bytes", "full_bytes"]  # fmt: skip
+           "bytes_before", "bytes_after", "kept_mean", "cache_bytes", "full_bytes", *RECALLS]  # fmt: skip
+VERDICTS = ["conversation_id", "turn", "policy", "budget", "check_id", "asks", "standing", "since", "rule", "chance",
+            "chat_set"]  # fmt: skip
 OBSERVED = ["example_id", "prompt_kind", "policy", "budget", "granularity", "memory", "step", "entropy", "n", "recall"]
 PROCESSOR_TIME = re.compile(r": ([\d.]+) s of processor time")
 
@@ -37,10 +40,20 @@ def placeless(table: pa.Table) -> pa.Table:
 
 def reduced(files: list[Path], columns: list[str]) -> pa.Table:
     """Return the rows of all files with those of ``columns`` that they have, and the first file's metadata."""
-    parts = [pq.read_table(file) for file in files]
+    parts = [with_recalls(pq.read_table(file)) for file in files]
     there = [column for column in columns if column in parts[0].column_names]
     metadata = parts[0].schema.metadata
     return pa.concat_tables([part.select(there).replace_schema_metadata(metadata) for part in parts])
+
+
+def with_recalls(table: pa.Table) -> pa.Table:
+    """Return the table with the numbers of steps and recalls that a policy said of itself, null where it said none."""
+    if "raw" not in table.column_names:
+        return table
+    said = [json.loads(raw or "{}") for raw in table["raw"].to_pylist()]
+    for name in RECALLS:
+        table = table.append_column(name, pa.array([one.get(name) for one in said], pa.int64()))
+    return table
 
 
 def processor_seconds(results: Path) -> float:
@@ -58,6 +71,7 @@ def keep(results: Path, name: str) -> None:
     rows = {
         "answers": ([results / "scores.parquet"], SCORES),
         "windows": (sorted(results.glob("perplexity/*/*/*/bin*.parquet")), WINDOWS),
+        "verdicts": ([results / "chat_verdicts.parquet"], VERDICTS),
         "observations": (sorted(results.glob("observations/*/bin*.parquet")), OBSERVED),
     }
     for table, (files, columns) in rows.items():

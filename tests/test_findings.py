@@ -20,13 +20,14 @@ ANSWERS = sorted(path.parent.name for path in KEPT.glob("*/answers.parquet"))
 def findings(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import findings
+    import findings_chat
     import findings_perplexity
     import findings_sections
 
-    monkeypatch.setattr(findings_sections, "IMAGES", tmp_path)
-    monkeypatch.setattr(findings_perplexity, "IMAGES", tmp_path)
+    for module in (findings_sections, findings_perplexity, findings_chat):
+        monkeypatch.setattr(module, "IMAGES", tmp_path)
     yield findings
-    for name in ("findings", "findings_perplexity", "findings_sections", "findings_figures", "document"):
+    for name in [name for name in sys.modules if name.startswith("findings")] + ["document"]:
         sys.modules.pop(name, None)
 
 
@@ -81,3 +82,28 @@ def test_scores_are_means_of_the_kept_answers(name):
         assert np.isclose(row["estimate"], own["score"].mean())
         assert row["ci_low"] <= row["estimate"] <= row["ci_high"]
         assert f"{row['estimate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" in page
+
+
+@pytest.mark.parametrize("name", [name for name in ("rules", "memory") if (KEPT / name).is_dir()])
+def test_retention_is_the_share_of_the_kept_verdicts(name):
+    verdicts = pl.read_parquet(KEPT / name / "verdicts.parquet").filter(pl.col("standing"))
+    table = pl.read_parquet(KEPT / name / "retention.parquet").filter(by="rule", statistic="retention")
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    assert table.height
+    for row in table.to_dicts():
+        own = verdicts.filter(policy=row["policy"], budget=row["budget"])
+        own = own if row["turn"] is None else own.filter(turn=row["turn"])
+        assert np.isclose(row["estimate"], own["rule"].mean())
+        assert row["ci_low"] <= row["estimate"] <= row["ci_high"]
+    for rule in verdicts["check_id"].unique() if name == "rules" else ():
+        assert f"| {verdicts.filter(check_id=rule)['rule'].mean():.2f} [" in page
+
+
+@pytest.mark.skipif(not (KEPT / "recall").is_dir(), reason="no run of real_recall is kept")
+def test_moments_of_recall_are_counted_in_the_kept_windows():
+    windows = pl.read_parquet(KEPT / "recall" / "windows.parquet")
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    triggers, steps = (windows.filter(policy="recall_entropy")[name].sum() for name in ("triggers", "steps"))
+    assert f"| where entropy is high | {triggers / steps:.0%} |" in page
+    assert windows.filter(policy="recall_always").select((pl.col("triggers") == pl.col("steps")).all()).item()
+    assert windows.filter(policy="recall_never")["triggers"].sum() == 0

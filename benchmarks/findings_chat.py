@@ -1,0 +1,100 @@
+"""The sections of docs/findings.md on conversations: which rules the model follows, and what eviction does to that."""
+
+from __future__ import annotations
+
+import findings_figures as figures
+import polars as pl
+from document import table
+from findings_sections import IMAGES, Row, ending, interval, kept, picture
+
+from kv_transition import labels
+from kv_transition.stats.examples import Statistics
+from kv_transition.studies.chat.analysis import retention
+
+ENOUGH = 0.8
+"""share of the answers that follow a rule; a rule with less says nothing about eviction"""
+
+
+def _cell(row: Row) -> str:
+    return interval(row["estimate"], row["ci_low"], row["ci_high"], 2)
+
+
+def rules() -> list[str]:
+    """Which rules the model follows with its full cache."""
+    verdicts = kept("rules", "verdicts").with_columns(
+        cluster="conversation_id",
+        judge=pl.lit(None, pl.Boolean),
+        judge_error=pl.lit(None, pl.String),
+        overrides=pl.lit(None, pl.String),
+        overridden_by=pl.lit(None, pl.String),
+    )
+    rows = []
+    for name in verdicts["check_id"].unique(maintain_order=True):
+        own = verdicts.filter(check_id=name)
+        found = retention(own, Statistics())
+        one = next(r for r in found if r["statistic"] == "retention" and r["turn"] is None)
+        rows.append(one | {"rule": name, "asks": own["asks"][0], "without": own["chance"].mean()})
+    rows.sort(key=lambda r: -r["estimate"])
+    good = [r["rule"] for r in rows if r["estimate"] >= ENOUGH]
+    conversations, turns = rows[0]["clusters"], verdicts["turn"].max()
+    lines = [
+        "## Which instructions does the model follow at all?",
+        "",
+        f"With its full cache its answers follow {', '.join(good) or 'no rule'} in {ENOUGH:.0%} of the cases or more, "
+        f"of {len(rows)} rules that were tried. What eviction does to a rule can be seen only where the full cache "
+        "follows it.",
+        "",
+        table(
+            ["rule", "what it asks", "answers that follow it", "without the rule"],
+            [[r["rule"], r["asks"], _cell(r), f"{r['without']:.2f}"] for r in rows],
+        ),
+        "",
+        f"n = {conversations} conversations a rule, {turns} turns each; the rule is given in the first turn. `without "
+        "the rule`: share of the answers of the other conversations that happen to follow it.",
+    ]
+    return lines + ending("rules", "other wordings of the rules, system messages, longer conversations.", "rules")
+
+
+def memory() -> list[str]:
+    """Whether answers follow the first turn's rule when the cache is evicted between turns."""
+    found = kept("memory", "retention").filter(by="rule")
+    last = found.filter(statistic="last_turn").sort("budget", "estimate", descending=True).to_dicts()
+    apart = {(r["policy"], r["budget"]): r for r in found.filter(statistic="last_turn_difference").to_dicts()}
+    turns = found.filter(pl.col("turn").is_not_null(), statistic="retention").sort("policy", "budget", "turn")
+    n = last[0]["n"]
+    figures.lines(
+        [r | {"low": r["ci_low"], "high": r["ci_high"], "cell": _name(r)} for r in turns.to_dicts()],
+        "turn", "estimate", "cell", titles=("turn", "share of answers that follow the rule"),
+        head=("Does an answer still follow the first turn's rule?", f"SmolLM2-135M-Instruct, n = {n} conversations"),
+        output=IMAGES / "real_memory.svg",
+    )  # fmt: skip
+    below = [_name(r) for r in apart.values() if r["ci_high"] < 0]
+    unclear = [_name(r) for r in apart.values() if r["ci_low"] <= 0 <= r["ci_high"]]
+    answer = "No" if apart and not unclear else "Undecided" if not below else "Not always"
+    lines = [
+        "## Does the model follow its instruction when its memory fails?",
+        "",
+        f"{answer}: at the last turn fewer answers follow the rule than with the full cache, the interval of the "
+        f"difference below 0, under {', '.join(below) or 'no policy'}; undecided: {', '.join(unclear) or 'none'}.",
+        *picture("real_memory", "share of the answers that follow the first turn's rule, by turn"),
+        table(
+            ["policy", "kept", "answers of the last turn that follow the rule", "minus the full cache's", "p (Holm)"],
+            [[r["policy"], labels.budget(r["budget"]), _cell(r), *_difference(apart.get((r["policy"], r["budget"])))]
+             for r in last],
+        ),
+        "",
+        f"n = {n} conversations of {turns['turn'].max()} turns, with rules that the model follows with its full cache; "
+        "each turn ends with a compression of the cache. `text_drop` shortens the text instead and reads it again.",
+    ]  # fmt: skip
+    return lines + ending(
+        "memory", "longer conversations, other rules and models, MT-bench and MT-Eval, how good the answers are.",
+        "rules",
+    )  # fmt: skip
+
+
+def _name(row: Row) -> str:
+    return row["policy"] if row["policy"] == "full" else f"{row['policy']} at {labels.budget(row['budget'])}"
+
+
+def _difference(row: Row | None) -> tuple[str, str]:
+    return ("–", "–") if row is None else (_cell(row), f"{row['p_holm']:.3f}")
