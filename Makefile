@@ -111,7 +111,7 @@ bench: $(VENV)/ready .venv-kvpress/ready
 
 # known weaknesses of the pinned packages; in an environment of its own, since the project does not need it
 audit: .venv-audit/ready
-	.venv-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+	@python tests/audit.py requirements.lock --pip-audit .venv-audit/bin/pip-audit
 
 .venv-audit/ready:
 	$(PYTHON) -m venv .venv-audit

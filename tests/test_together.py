@@ -12,6 +12,7 @@ from models import engine as tiny
 from models import sliding_model, tokens
 
 from kv_transition.budget import Budget
+from kv_transition.engines import several
 from kv_transition.engines.local import LocalEngine
 from kv_transition.engines.several import treat_tokens_alone
 from kv_transition.policies import catalog
@@ -36,6 +37,7 @@ CASES = st.tuples(
 def fresh(model="qwen2", eos=()):
     engine = LocalEngine(tiny(model).model)
     engine.eos = frozenset(eos)
+    engine.share_passes()
     return engine
 
 
@@ -94,6 +96,7 @@ def test_models_of_other_kinds(model):
     cases = [("h2o", "after_prompt", 40, 3, 8, 0.0, 0), ("full", "before_question", 9, 2, 12, 0.0, 1),
              ("snapkv", "after_prompt", 25, 1, 3, 0.0, 0)]  # fmt: skip
     engine = sliding_model()[0] if model == "sliding" else fresh(model)
+    engine.share_passes()
     assert [facts(a) for a in together(engine, cases)] == [facts(alone(engine, *each)) for each in enumerate(cases)]
 
 
@@ -155,17 +158,47 @@ def test_one_pass_serves_all(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries may round in another way")
-@pytest.mark.parametrize(("inner", "outer"), [(64, 97), (512, 512), (512, 2048), (2048, 512), (512, 130)])
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(("inner", "outer"), [(64, 97), (512, 512), (512, 2048), (2048, 512), (512, 130), (96, 700)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_of_several_tokens_are_those_of_each_to_the_last_bit(inner, outer, bias):
-    """Or an answer would depend on its neighbours wherever two logits nearly tie."""
+def test_products_of_several_tokens_are_those_of_each_to_the_last_bit(inner, outer, bias, packs, monkeypatch):
+    """Or an answer would depend on its neighbours wherever two logits nearly tie. 19 rows: more than one product."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(inner, outer, bias=bias)
-    tokens_of_eight = torch.randn(8, 1, inner)
+    rows = torch.randn(19, 1, inner)
+    if not packs:
+        monkeypatch.setattr(several, "_packed", lambda *_: None)
     with torch.inference_mode():
-        each = torch.cat([layer(token) for token in tokens_of_eight.split(1)])
+        by_torch = torch.cat([layer(token) for token in rows.split(1)])
         treat_tokens_alone(layer)
-        assert torch.equal(layer(tokens_of_eight), each)
+        each = torch.cat([layer(token) for token in rows.split(1)])
+        for some in (rows, rows[:8], rows[3:5], rows[7:14]):
+            at = (some.data_ptr() - rows.data_ptr()) // (4 * inner)
+            assert torch.equal(layer(some), each[at : at + len(some)])
+        assert torch.allclose(each, by_torch, atol=1e-5)
+        if not packs:
+            assert torch.equal(each, by_torch)
+        assert torch.equal(
+            layer(rows.transpose(0, 1)), torch.nn.functional.linear(rows[:, 0], layer.weight, layer.bias)[None]
+        )
+
+
+def test_a_model_of_real_width_says_the_same_together():
+    """Its products are packed; of the tiny models' they are not."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=None,
+    )  # fmt: skip
+    engine = LocalEngine(Qwen2ForCausalLM(config))
+    engine.eos = frozenset()
+    engine.share_passes()
+    cases = [(kind, "after_prompt", 20 + i, 2, 12, 0.0, i % 2) for i, kind in enumerate(["full", "h2o", "snapkv"] * 3)]
+    answers = together(engine, cases)
+    assert max(answer.batch_size for answer in answers) > 4
+    assert [facts(a) for a in answers] == [facts(alone(engine, *each)) for each in enumerate(cases)]
 
 
 def test_two_continuations_of_one_prefill_never_meet():

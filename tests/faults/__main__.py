@@ -1,7 +1,8 @@
 """The fault campaign: a small experiment is run while things go wrong, and has to end with the same tables each time.
 
-    python -m tests.faults --kills 100 --disks 20 --output FILE.json      # an hour or two on one core
-    python -m tests.faults --kills 2 --disks 0 --others none              # the cut that tests/test_faults.py runs
+    python -m tests.faults --output FILE.json            # all of it: an hour or two on one core
+    python -m tests.faults --kills 3 --served-kills 0 --disks 0 --others two_on_one     # as in tests/test_faults.py
+    python -m tests.faults --docs FILE.json FILE.json    # figures of several runs, added up, into docs/reliability.md
 
 For each kind: tries, after how many of them a plain rerun went on (``survived``), and how many finished runs had the
 tables of an undisturbed one (``identical`` of ``finished``).
@@ -20,7 +21,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
 
-from faults import disks, kills, others  # noqa: E402
+from faults import disks, kills, others, page, served  # noqa: E402
 from faults.experiment import Experiment  # noqa: E402
 
 from kv_transition.provenance import git_commit, write_json  # noqa: E402
@@ -28,14 +29,19 @@ from kv_transition.provenance import git_commit, write_json  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="times that something is killed")
+    parser.add_argument("--kills", type=int, default=70, help="times that something is killed")
+    parser.add_argument("--served-kills", type=int, default=30, help="the same with a server: it, a client, or all")
     parser.add_argument("--disks", type=int, default=20, help="times that the disk is full (as root: it mounts one)")
     parser.add_argument("--others", default="all", help=f"all, none, or names of {', '.join(others.KINDS)}")
     parser.add_argument("--step", default="all", help="command of the command line that is run: score ends early")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless given")
     parser.add_argument("--output", type=Path, help="JSON file with the figures")
+    parser.add_argument("--docs", type=Path, nargs="+", help="write the page instead, from such files")
     arguments = parser.parse_args()
+    if arguments.docs:
+        page.write(arguments.docs, arguments.output)
+        return 0
     chosen = {"all": [*others.KINDS], "none": []}.get(arguments.others, arguments.others.split(","))
     rng, started, found = random.Random(arguments.seed), time.time(), {}
 
@@ -50,10 +56,17 @@ def main() -> int:
         experiment = Experiment((arguments.folder or Path(temporary)).absolute(), arguments.step)
         for name in chosen:
             record(name, others.KINDS[name](experiment))
-        if arguments.disks:
-            record("disk full", disks.fill(experiment, arguments.disks, rng))
+        late = arguments.disks // 2
+        if arguments.disks - late:
+            record("disk full", disks.Disks(experiment, rng).fill(arguments.disks - late, late=False))
+        if late:
+            record("disk full late", disks.Disks(experiment, rng).fill(late, late=True))
+        if arguments.served_kills:
+            with served.running(experiment) as server:
+                campaign = kills.Campaign(experiment, rng, server)
+                campaign.kill(arguments.served_kills, lambda figures: record("kill -9 served", figures))
         if arguments.kills:
-            kills.campaign(experiment, arguments.kills, rng, lambda figures: record("kill -9", figures))
+            kills.Campaign(experiment, rng).kill(arguments.kills, lambda figures: record("kill -9", figures))
     return 0 if all(figures["identical"] == figures["finished"] for figures in found.values()) else 1
 
 

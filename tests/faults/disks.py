@@ -1,57 +1,112 @@
-"""Full disks: results lie on a small file system that grows bit by bit; each run goes on from the last one."""
+"""Full disks: results lie on a small file system; each run goes on from the last one."""
 
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import subprocess
+from collections import Counter
+from pathlib import Path
 
 from faults.experiment import Experiment
 
 STEP = 120_000
 """bytes of room that a run gets at most, beside what is there"""
+LATE = ("plots", "tables", "report.md", "report.html", "kv_transition.sqlite", "summary.json", "matched_budget.json")
+"""what is made of the tables: figures, report and exports"""
+PLENTY = 64_000_000
+FILE, PLACE = "disk.yaml", "disk"
 
 
-def fill(experiment: Experiment, n: int, rng: random.Random) -> dict:
-    """Run out of room ``n`` times and then finish; a finished run before that is compared and forgotten.
-
-    ``sentence``: how many of them said which file, how much is needed and how much there is, without a traceback.
+class Disks:
+    """Runs that fill their disk. The figures: ``sentence``: how many of them said which file, how much is needed and
+    how much there is, without a traceback. ``lost``: files that were there before and not after. ``where``: at which
+    file.
     """
-    place = experiment.folder / "disk"
-    place.mkdir(exist_ok=True)
-    experiment.configure("disk", "disk.yaml")
-    figures = {"tries": 0, "survived": 0, "sentence": 0, "finished": 0, "identical": 0, "half_written": 0}
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], check=True)
-    try:
-        while figures["tries"] < n:
-            _resize(place, shutil.disk_usage(place).used + rng.randrange(STEP))
-            done = experiment.finish("disk.yaml")
-            if done.returncode == 0:
-                _settle(experiment, figures)
-                continue
-            figures["tries"] += 1
-            said = done.stdout
-            full = "the disk is full" in said or "are needed" in said or "No space left" in said
-            figures["sentence"] += full and "Traceback" not in said
-            if not full or "Traceback" in said:
-                print(said[-1500:], flush=True)
-            figures["survived"] += full
-            figures["half_written"] += len(experiment.half_written("disk"))
-        _resize(place, 64_000_000)
-        if experiment.finish("disk.yaml").returncode == 0:
-            _settle(experiment, figures)
-    finally:
-        subprocess.run(["umount", "-l", place], check=False)
-    return figures
+
+    def __init__(self, experiment: Experiment, rng: random.Random):
+        self.experiment, self.rng = experiment, rng
+        self.place: Path = experiment.folder / PLACE
+        self.place.mkdir(exist_ok=True)
+        experiment.configure(PLACE, FILE)
+        keys = ("tries", "survived", "sentence", "finished", "identical", "half_written", "lost")
+        self.counts = Counter(dict.fromkeys(keys, 0))
+        self.where: Counter[str] = Counter()
+
+    @property
+    def figures(self) -> dict:
+        return dict(self.counts) | {"where": dict(self.where)}
+
+    def fill(self, n: int, late: bool) -> dict:
+        """Run out of room ``n`` times and then finish. late: of figures, report and exports, after all else is done;
+        else from the first file on, with room that grows bit by bit."""
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={PLENTY}", "tmpfs", self.place], check=True)
+        try:
+            if late:
+                self.experiment.finish(FILE)
+            while self.counts["tries"] < n:
+                room = self._without_late() if late else STEP
+                self._resize(shutil.disk_usage(self.place).used + self.rng.randrange(room))
+                self._one()
+                if late and self.rng.random() < 0.5:
+                    self._finish()
+            self._finish()
+        finally:
+            subprocess.run(["umount", "-l", self.place], check=False)
+        return self.figures
+
+    def _one(self) -> None:
+        before = self._files()
+        done = self.experiment.finish(FILE)
+        if done.returncode == 0:
+            self._settle()
+            return
+        said, full = done.stdout, _says_full(done.stdout)
+        if not full or "Traceback" in said:
+            print(said[-1500:], flush=True)
+        self.counts["tries"] += 1
+        self.counts["survived"] += full
+        self.counts["sentence"] += full and "Traceback" not in said
+        self.counts["half_written"] += len(self.experiment.half_written(PLACE))
+        self.counts["lost"] += len(before - self._files())
+        self.where[_where(said)] += 1
+
+    def _finish(self) -> None:
+        self._resize(PLENTY)
+        if self.experiment.finish(FILE).returncode == 0:
+            self._settle()
+
+    def _settle(self) -> None:
+        self.counts["finished"] += 1
+        self.counts["identical"] += self.experiment.identical(PLACE)
+
+    def _files(self) -> set[str]:
+        root = self.experiment.results(PLACE)
+        return {str(path) for path in root.rglob("*.parquet") if not path.name.startswith(".")}
+
+    def _without_late(self) -> int:
+        """Remove some of what is made last; return its bytes."""
+        before = shutil.disk_usage(self.place).used
+        names = self.rng.sample(LATE, self.rng.randrange(1, len(LATE) + 1))
+        for name in names:
+            path = self.experiment.results(PLACE) / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        return max(1, before - shutil.disk_usage(self.place).used)
+
+    def _resize(self, size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={max(size, 65_536)}", self.place], check=True)
 
 
-def _resize(place, size: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={max(size, 65_536)}", place], check=True)
+def _says_full(said: str) -> bool:
+    return "the disk is full" in said or "are needed" in said or "No space left" in said
 
 
-def _settle(experiment: Experiment, figures: dict) -> None:
-    figures["finished"] += 1
-    figures["identical"] += experiment.identical("disk")
-    for path in (experiment.folder / "disk").iterdir():
-        shutil.rmtree(path)
-    shutil.rmtree(experiment.folder / ".snakemake", ignore_errors=True)
+def _where(said: str) -> str:
+    found = re.search(r"(\S+): the disk is full", said.replace("\n", " "))
+    if found:
+        return "".join(c if not c.isdecimal() else "N" for c in Path(found[1]).name)
+    return "before the first job" if "are needed" in said else "elsewhere"

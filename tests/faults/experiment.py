@@ -1,4 +1,4 @@
-"""A very small experiment in a checkout of its own: run it, compare its tables with those of an undisturbed run."""
+"""Very small experiments in a checkout of their own: run them, compare their tables with those of undisturbed runs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ TINY = SMALL | {
     "kv": {"modes": ["before_question"], "policies": {"full": {}, "h2o": {}}, "budgets": [0.5]},
     "prefill": {"store": "always"},
 }
+MARK = "KVT_FAULTS"
+"""environment variable of all processes of a run, wherever they work: the folder of the campaign"""
 MEASURED = ("load_s", "prefill_s", "compress_s", "ttft_s", "decode_s", "latency_s", "peak_mem_mb")
 """columns that no two runs have in common"""
 TIMED = ("latency", "ttft", "tokens_per_s", "speedup", "peak_mem")
@@ -30,9 +32,9 @@ TIMED = ("latency", "ttft", "tokens_per_s", "speedup", "peak_mem")
 
 
 class Experiment:
-    """The experiment ``small`` of TINY in ``folder``; ``truth``: its tables after an undisturbed run, by name.
+    """The experiment ``small`` of TINY in ``folder``.
 
-    step: the command of the command line that is run.
+    step: the command of the command line that is run. truth: by experiment file, the tables after an undisturbed run.
     """
 
     def __init__(self, folder: Path, step: str = "all"):
@@ -40,12 +42,17 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         self.project = Project(folder)
         self.folder = folder
+        self.truth: dict[str, dict[str, str]] = {}
         self.configure("results")
-        done = self.finish()
+        self.learn()
+
+    def learn(self, place: str = "results", name: str = "small.yaml") -> None:
+        """Run an experiment file undisturbed and keep what its tables say."""
+        done = self.finish(name)
         if done.returncode:
             raise SystemExit(f"the undisturbed run failed:\n{done.stdout}\n{done.stderr}")
-        self.truth = tables(self.results())
-        self.reset()
+        self.truth[name] = tables(self.results(place))
+        self.reset(place)
 
     def results(self, place: str = "results") -> Path:
         return self.folder / place / "small"
@@ -56,10 +63,14 @@ class Experiment:
 
         (self.folder / name).write_text(yaml.safe_dump(TINY | {"output": {"dir": place}} | sections, sort_keys=False))
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PYTHONPATH": str(self.folder / "src"), "KVT_WORKER_IDLE_S": "5"}
+
     def start(self, name: str = "small.yaml") -> subprocess.Popen:
         """Start the command line in a session of its own; its output goes to screen.txt."""
         command = [sys.executable, "-m", "kv_transition", self.step, "-c", name, "--cores", "2"]
-        known = os.environ | {"PYTHONPATH": str(self.folder / "src"), "KVT_WORKER_IDLE_S": "5"}
+        known = self.environment | {MARK: str(self.folder)}
         with (self.folder / f"{name}.screen.txt").open("wb") as screen:
             return subprocess.Popen(
                 command, cwd=self.folder, env=known, stdout=screen, stderr=screen, start_new_session=True
@@ -79,12 +90,12 @@ class Experiment:
         shutil.rmtree(self.folder / place, ignore_errors=True)
         shutil.rmtree(self.folder / ".snakemake", ignore_errors=True)
 
-    def identical(self, place: str = "results") -> bool:
-        """Return whether the tables are those of the undisturbed run."""
-        found = tables(self.results(place))
-        if found == self.truth:
+    def identical(self, place: str = "results", name: str = "small.yaml") -> bool:
+        """Return whether the tables are those of the undisturbed run of an experiment file."""
+        found, truth = tables(self.results(place)), self.truth[name]
+        if found == truth:
             return True
-        names = [name for name in found.keys() | self.truth.keys() if found.get(name) != self.truth.get(name)]
+        names = [name for name in found.keys() | truth.keys() if found.get(name) != truth.get(name)]
         print(f"different: {', '.join(sorted(names))}", flush=True)
         return False
 
@@ -115,4 +126,8 @@ def _content(path: Path) -> str:
     if "statistic" in table.column_names:
         timed = pa.array([str(name).startswith(TIMED) for name in table["statistic"].to_pylist()], pa.bool_())
         table = table.filter(pc.invert(timed))
-    return sha256(json.dumps(table.to_pylist(), sort_keys=True, default=str).encode()).hexdigest()
+    rows = table.to_pylist()
+    for row in rows:
+        if row.get("raw"):  # how an endpoint was asked: attempts, seconds
+            row["raw"] = {key: value for key, value in json.loads(row["raw"]).items() if key != "http"}
+    return sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,82 +1,133 @@
-"""kill -9 at random moments: of the whole run, of Snakemake, of the command line, or of whichever process there is."""
+"""kill -9 at random moments: of the whole run, of Snakemake, the command line, a client, the server, or any process."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from faults.experiment import Experiment
+from faults.experiment import MARK, Experiment
+from faults.served import FILE, PLACE, Server
 
 VICTIMS = ("everything", "snakemake", "command line", "any process")
+SERVED_VICTIMS = ("server", "client", "server and everything")
 WAIT_S = 120.0
 """seconds in which a job may end that was under way, and the worker that has no run any more"""
 LATEST_S = 25.0
 """seconds after the lock is there, at the latest, that something is killed"""
+GONE_S = 10.0
+"""seconds, at the most, until a killed server is started again"""
 
 
-def campaign(experiment: Experiment, n: int, rng: random.Random, report: Callable[[dict], None]) -> dict:
-    """Kill ``n`` times; a run goes on from what the last one left, and a finished one is compared and forgotten."""
-    figures = {"tries": 0, "survived": 0, "finished": 0, "identical": 0, "half_written": 0, "orphans": 0}
-    victims: Counter[str] = Counter()
-    while figures["tries"] < n:
-        process = experiment.start()
+class Campaign:
+    """Kills of one experiment file; a run goes on from what the last one left, and a finished one is compared.
+
+    figures: ``left`` names the processes of a killed run that were there after `WAIT_S`. server: what the experiment
+    asks for its answers, None where it has a model of its own.
+    """
+
+    def __init__(self, experiment: Experiment, rng: random.Random, server: Server | None = None):
+        self.experiment, self.rng, self.server = experiment, rng, server
+        self.name, self.place = (FILE, PLACE) if server else ("small.yaml", "results")
+        self.counts = Counter(dict.fromkeys(("tries", "survived", "finished", "identical", "half_written"), 0))
+        self.victims: Counter[str] = Counter()
+        self.left: list[str] = []
+
+    @property
+    def figures(self) -> dict:
+        own = {"orphans": len(self.left), "left": self.left, "victims": dict(self.victims)}
+        return dict(self.counts) | own | ({"server_starts": self.server.starts} if self.server else {})
+
+    def kill(self, n: int, report: Callable[[dict], None]) -> None:
+        """Kill ``n`` times, and let the last run end."""
+        while self.counts["tries"] < n and self._one():
+            report(self.figures)
+        if self.counts["tries"] >= n and self.experiment.finish(self.name).returncode == 0:
+            self._settle()
+        report(self.figures)
+
+    def _one(self) -> bool:
+        """Start a run and kill some of it, unless it ends before; whether the campaign can go on."""
+        rng, process = self.rng, self.experiment.start(self.name)
         early = rng.random() < 0.25
         if not early:
-            _wait_for_lock(experiment.folder, process)
+            _wait_for_lock(self.experiment.folder, process)
         deadline = time.monotonic() + rng.uniform(0, 6.0 if early else LATEST_S)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        if process.poll() is None:
-            victim = rng.choice(VICTIMS)
-            _kill(process.pid, victim, rng)
-            victims[victim] += 1
-            figures["tries"] += 1
+        victim = self.rng.choice(SERVED_VICTIMS if self.server else VICTIMS)
+        killed = process.poll() is None and self._kill(process, victim)
+        if killed:
+            self.victims[victim] += 1
+            self.counts["tries"] += 1
             process.wait()
-            figures["orphans"] += clear(experiment.folder)
-            figures["half_written"] += len(experiment.half_written())
-            figures["survived"] += "LockException" not in experiment.screen()
-        elif process.returncode == 0:
-            _settle(experiment, figures)
-        else:
-            print(experiment.screen()[-2000:], flush=True)
-            break  # a rerun that does not go on is what this looks for
-        report(figures | {"victims": dict(victims)})
-    if figures["tries"] >= n and experiment.finish().returncode == 0:
-        _settle(experiment, figures)
-    report(figures | {"victims": dict(victims)})
-    return figures
+            self.left += clear(self.experiment.folder)
+            self.counts["half_written"] += len(self.experiment.half_written(self.place))
+            self.counts["survived"] += "LockException" not in self._said() and "Traceback" not in self._said()
+        if process.poll() == 0:
+            self._settle()
+        elif not killed:
+            process.wait()
+            print(self._said()[-2000:], flush=True)  # a rerun that does not go on is what this looks for
+            return False
+        return True
+
+    def _said(self) -> str:
+        return self.experiment.screen(self.name)
+
+    def _settle(self) -> None:
+        self.counts["finished"] += 1
+        self.counts["identical"] += self.experiment.identical(self.place, self.name)
+        self.experiment.reset(self.place)
+
+    def _kill(self, process: subprocess.Popen, victim: str) -> bool:
+        """Kill; false where the run ended before there was such a process."""
+        if victim == "client":
+            return self._kill_client(process)
+        if victim in ("server", "server and everything"):
+            self.server.kill()
+        if victim != "server":
+            for each in _chosen(process.pid, victim, self.rng):
+                _end(each)
+        if victim in ("server", "server and everything"):
+            self.server.again(self.rng.uniform(0, GONE_S))
+        return True
+
+    def _kill_client(self, process: subprocess.Popen) -> bool:
+        """Kill a job while it asks the server."""
+        while process.poll() is None:
+            jobs = [each for each in _family(process.pid) if b"grid.remote" in _command(each)]
+            if jobs:
+                time.sleep(self.rng.uniform(0, 3))
+                _end(self.rng.choice(jobs))
+                return True
+            time.sleep(0.02)
+        return False
 
 
-def _settle(experiment: Experiment, figures: dict) -> None:
-    figures["finished"] += 1
-    figures["identical"] += experiment.identical()
-    experiment.reset()
+def _chosen(pid: int, victim: str, rng: random.Random) -> list[int]:
+    family = _family(pid)
+    if victim == "command line":
+        return [pid]
+    if victim == "snakemake":
+        return [p for p in family if b"snakemake" in _command(p) and p != pid][:1] or [pid]
+    return [rng.choice(family)] if victim == "any process" else family
 
 
-def _wait_for_lock(folder: Path, process) -> None:
+def _end(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _wait_for_lock(folder: Path, process: subprocess.Popen) -> None:
     while process.poll() is None and not any((folder / ".snakemake/locks").glob("*")):
         time.sleep(0.02)
-
-
-def _kill(pid: int, victim: str, rng: random.Random) -> None:
-    family = _family(pid)
-    if victim == "everything":
-        chosen = family
-    elif victim == "command line":
-        chosen = [pid]
-    elif victim == "snakemake":
-        chosen = [p for p in family if b"snakemake" in _command(p) and p != pid][:1] or [pid]
-    else:
-        chosen = [rng.choice(family)]
-    for each in chosen:
-        with suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
 
 
 def _family(pid: int) -> list[int]:
@@ -100,34 +151,43 @@ def _command(pid: int) -> bytes:
     return b""
 
 
-def clear(folder: Path) -> int:
-    """Wait for what is left of a killed run in its folder; kill what stays, and count it.
+def clear(folder: Path) -> list[str]:
+    """Wait for what is left of a killed run; kill what stays, and return its command lines.
 
     A Snakemake whose command line was killed goes on by right, so it is killed as well and not counted.
     """
     for each in _running(folder):
         if b"snakemake" in _command(each):
-            with suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
+            _end(each)
     deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        left = _running(folder)
-        if not left:
-            return 0
+    while left := _running(folder):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.2)
+    names = []
     for each in left:
-        print(f"left: {_command(each)[:200]!r}", flush=True)
-        with suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
-    return len(left)
+        said = _command(each).replace(b"\0", b" ").decode(errors="replace").strip()
+        state = Path(f"/proc/{each}/wchan")
+        names.append(f"{said[:300]} (parent {_parent(Path(f'/proc/{each}'))}, in {_read(state) or '?'})")
+        print(f"left: {names[-1]}", flush=True)
+        _end(each)
+    return names
+
+
+def _read(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(errors="replace")
+    return ""
 
 
 def _running(folder: Path) -> list[int]:
-    found = []
+    """Return the living processes that work in the folder, or that say in their environment that they are a run's."""
+    found, mark = [], f"{MARK}={folder}".encode()
     for process in Path("/proc").iterdir():
-        if process.name.isdecimal() and int(process.name) != os.getpid():
-            with suppress(OSError):
-                if (process / "cwd").resolve() == folder and _parent(process) >= 0:
-                    state = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-                    found += [int(process.name)] if state != "Z" else []
+        if not process.name.isdecimal() or int(process.name) == os.getpid():
+            continue
+        with suppress(OSError):
+            mine = (process / "cwd").resolve() == folder or mark in (process / "environ").read_bytes().split(b"\0")
+            state = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            found += [int(process.name)] if mine and state != "Z" else []
     return found

@@ -242,6 +242,16 @@ class LocalEngine:
         )
         return after, logits
 
+    def share_passes(self) -> None:
+        """Let `extend_each` read all its tokens with one pass; from now on `extend` treats a single token alike.
+
+        On a CPU in fp32 this takes the memory of the linear layers once more, and results of a single token may differ
+        in the last bit from those before.
+        """
+        if not self._treats_tokens_alone and not self._reads_alone:
+            treat_tokens_alone(self.model)
+            self._treats_tokens_alone = True
+
     @torch.inference_mode()
     def extend_each(
         self,
@@ -251,18 +261,16 @@ class LocalEngine:
         rooms: Sequence[int],
         before_attention: Sequence[BeforeAttention | None],
     ) -> list[CacheState]:
-        """Read one token on top of each of several states of single sequences, with one pass through the weights.
+        """Read one token on top of each of several states of single sequences: after `share_passes`, with one pass
+        through the weights.
 
         The states may have any lengths, kinds of layers and statistics; arguments are those of `extend`, one for each.
-        The result is that of as many calls of `extend`, but for the rounding of matrix products of more rows, which are
-        products of one row on a CPU in fp32.
+        The result is that of as many calls of `extend`: to the last bit on a CPU in fp32, elsewhere but for the
+        rounding of matrix products of more rows.
         """
-        if self._reads_alone:
+        if self._reads_alone or not self._treats_tokens_alone:
             each = zip(states, tokens, statistics, rooms, before_attention, strict=True)
             return [self.extend(s, [token], kept, room, None, before) for s, token, kept, room, before in each]
-        if not self._treats_tokens_alone:
-            treat_tokens_alone(self.model)
-            self._treats_tokens_alone = True
         own = zip(states, statistics, rooms, before_attention, strict=True)
         readings = [self._reading(state, 1, kept, room, None, before) for state, kept, room, before in own]
         ids = torch.tensor(tokens, device=self.device).view(-1, 1)

@@ -12,31 +12,93 @@ from torch.nn import functional
 
 from kv_transition.engines.reading import Reading
 
+_ROWS = 8
+"""Rows of one product: more come in several"""
+
 _BLOCK = 2**19
 """Bytes of weights that stay in a core's cache while the tokens of all sequences pass them"""
 
 _SMALL = 2**16
-"""Weights of fewer numbers are multiplied row by row: torch has other kernels for small batched products"""
+"""Weights of fewer numbers are multiplied row by row: a product of several rows would cost more to prepare"""
 
 
 def treat_tokens_alone(model: nn.Module) -> None:
     """Let the linear layers of a model treat each of several single tokens as if it had come alone.
 
-    A matrix product of eight rows adds up in another order than eight products of one row, and an answer would depend
-    on what is decoded beside it wherever two logits, or two scores of a policy, nearly tie. On a CPU in fp32 the
-    products are of one row each, a block of weights at a time, which all rows read from the core's cache. Elsewhere,
-    and for tokens of one sequence, nothing changes.
+    A matrix product of eight rows may add up in another order than eight products of one row, and an answer would
+    depend on what is decoded beside it wherever two logits, or two scores of a policy, nearly tie. On a CPU in fp32,
+    single tokens take products that give each row the same bits, whatever is beside it: oneDNN's over weights that
+    were packed for eight rows, which costs their memory once more, if a trial shows that they do; else products of
+    one row, a block of weights at a time, which all rows read from the core's cache. Elsewhere, and for several tokens
+    of one sequence, nothing changes.
     """
+    tried: dict[torch.Size, int | None] = {}
     for module in model.modules():
         if type(module) is nn.Linear and not hasattr(module, "_hf_hook"):
-            module.forward = partial(_linear, module)
+            packed = _packed(module, tried)
+            module.forward = partial(_linear, module) if packed is None else partial(_linear_packed, module, *packed)
+
+
+def _in_cpu_fp32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+@torch.inference_mode()
+def _packed(module: nn.Linear, tried: dict[torch.Size, int | None]) -> tuple[Tensor, int] | None:
+    """Return the weight packed for `_ROWS` rows, and the fewest rows that a product has to have; None: it cannot be.
+
+    tried: such numbers by the shape of the weight, for which oneDNN chooses its order of summation.
+    """
+    weight, kernels = module.weight, torch.ops.mkldnn
+    if not _in_cpu_fp32(weight) or weight.numel() < _SMALL or not hasattr(kernels, "_reorder_linear_weight"):
+        return None
+    if weight.shape in tried and tried[weight.shape] is None:
+        return None
+    packed = kernels._reorder_linear_weight(weight, _ROWS)
+    if weight.shape not in tried:
+        tried[weight.shape] = _fewest_rows(packed, weight.shape[1])
+    fewest = tried[weight.shape]
+    return None if fewest is None else (packed, fewest)
+
+
+def _fewest_rows(packed: Tensor, width: int) -> int | None:
+    """Return from how many rows on each row of a product has the same bits, at any place; None: from none."""
+    x = torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(0))
+    expected = _product(x, packed, None)
+    same = torch.equal(_product(x.flip(0), packed, None).flip(0), expected)
+    if not same:
+        return None
+    fewest = _ROWS
+    while fewest > 1 and all(
+        torch.equal(_product(x[i : i + fewest - 1], packed, None), expected[i : i + fewest - 1])
+        for i in range(_ROWS - fewest + 2)
+    ):
+        fewest -= 1
+    return fewest
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _linear_packed(module: nn.Linear, packed: Tensor, fewest: int, x: Tensor) -> Tensor:
+    """x [B, q, in] -> [B, q, out]"""
+    if x.dim() != 3 or x.shape[1] != 1:
+        return functional.linear(x, module.weight, module.bias)
+    products = []
+    for rows in x[:, 0].split(_ROWS):
+        n = len(rows)
+        if n < fewest:
+            rows = torch.cat([rows, rows.new_zeros(fewest - n, rows.shape[1])])
+        products.append(_product(rows, packed, module.bias)[:n])
+    return (products[0] if len(products) == 1 else torch.cat(products)).unsqueeze(1)
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     """x [B, q, in] -> [B, q, out]"""
     weight, bias = module.weight, module.bias
     tokens = x.dim() == 3 and x.shape[0] > 1 and x.shape[1] == 1
-    if not tokens or x.device.type != "cpu" or x.dtype != torch.float32:
+    if not tokens or not _in_cpu_fp32(x):
         return functional.linear(x, weight, bias)
     if weight.numel() < _SMALL:
         return torch.cat([functional.linear(row, weight, bias) for row in x.split(1)])

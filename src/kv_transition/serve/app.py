@@ -49,6 +49,8 @@ def create_app(
     api_key: the bearer token that requests need; None: none. files: of policies that requests may name, beside the
     kinds that have a name.
     """
+    if batch > 1:
+        served.engine.share_passes()
     worker = Worker(served.step, limit=queue, batch=batch)
     # one thread: a prompt that is long to tokenize keeps other prompts waiting, and neither answers nor the loop
     reader = ThreadPoolExecutor(1, thread_name_prefix="prompts")

@@ -1,0 +1,82 @@
+"""The figures of campaigns, added up and written into docs/reliability.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kv_transition.provenance import write_json, write_text
+
+PAGE = Path(__file__).parents[2] / "docs/reliability.md"
+BEGIN, END = "<!-- figures of tests/faults: python -m tests.faults --docs -->", "<!-- end of these figures -->"
+NAMES = {
+    "kill -9": "kill -9 at random moments: everything, Snakemake, the command line, any process",
+    "kill -9 served": "kill -9 while a server of this project is asked: the server (started again within "
+    "10 s), a client, or the server and everything",
+    "disk full": "disk full from the first file on (a small file system that grows bit by bit)",
+    "disk full late": "disk full at figures, report, SQLite and exports",
+    "two_on_one": "two runs on the same results",
+    "two_side_by_side": "two runs from one folder, results of their own",
+    "seen_a_second_late": "files are seen a second after they were written",
+    "rename_not_atomic": "renaming copies, and one copy in six dies halfway",
+    "clock_goes_back": "clock put back by a day",
+    "read_only": "results on a disk that became read-only",
+}
+
+
+def write(sources: Sequence[Path], output: Path | None = None) -> None:
+    """Replace the figures on the page. output: where the sum is written, the first source unless given."""
+    read = [json.loads(source.read_text()) for source in sources]
+    kinds = {name: added([each["kinds"][name] for each in read if name in each["kinds"]]) for name in NAMES}
+    facts = {key: sorted({str(each[key]) for each in read}) for key in ("commit", "date", "seed")}
+    facts["seconds"] = sum(each["seconds"] for each in read)
+    kinds = {name: figures for name, figures in kinds.items() if figures}
+    output = output or sources[0]
+    write_json(output, facts | {"kinds": kinds})
+    text = PAGE.read_text(encoding="utf-8")
+    own = "\n".join([BEGIN, "", *table(kinds), "", *sentences(kinds), "", END])
+    write_text(PAGE, re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: own, text, flags=re.DOTALL))
+
+
+def added(figures: Sequence[Any]) -> Any:
+    """Return the sum of numbers, of lists, and of such things by their names."""
+    if not figures:
+        return None
+    if isinstance(figures[0], dict):
+        names = dict.fromkeys(name for each in figures for name in each)
+        return {name: added([each[name] for each in figures if name in each]) for name in names}
+    return sum(figures[1:], figures[0])
+
+
+def table(kinds: dict[str, Any]) -> list[str]:
+    rows = [
+        f"| {NAMES[name]} | "
+        + " | ".join(str(found[key]) for key in ("tries", "survived", "finished", "identical"))
+        + " |"
+        for name, found in kinds.items()
+    ]
+    return ["| fault | tries | survived | finished | identical |", "|---|---|---|---|---|", *rows]
+
+
+def sentences(kinds: dict[str, Any]) -> list[str]:
+    said = []
+    killed = [kinds[name] for name in ("kill -9", "kill -9 served") if name in kinds]
+    if killed:
+        all_of_them = added(killed)
+        victims = ", ".join(f"{name} {n}" for name, n in sorted(all_of_them["victims"].items(), key=lambda v: -v[1]))
+        said += [
+            f"After {all_of_them['tries']} kills ({victims}), {all_of_them['half_written']} half-written files stood "
+            f"under their final names, and {all_of_them['orphans']} processes were left two minutes later.",
+        ]
+    full = [kinds[name] for name in ("disk full", "disk full late") if name in kinds]
+    if full:
+        all_of_them = added(full)
+        where = ", ".join(f"{name} {n}" for name, n in sorted(all_of_them["where"].items(), key=lambda w: -w[1]))
+        said += [
+            f"Of {all_of_them['tries']} full disks, {all_of_them['sentence']} ended with the sentence and without a "
+            f"traceback; {all_of_them['lost']} tables were lost. Where the room ended: {where}.",
+        ]
+    return said
