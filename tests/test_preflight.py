@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from project import SMALL
+from project import SMALL, Project
 
 from kv_transition import locks, preflight, provenance, settings
 from kv_transition.errors import UserError
@@ -210,3 +210,43 @@ def test_a_cell_of_a_bin_without_examples_is_done(tmp_path):
     provenance.write_table(path, provenance.rows_to_table([], CELLS), {})
     item = Item("cells", "answers", (Job(str(path), "hash", 0, 0, 0, 0),), "cell_hash")
     assert [job.path for job in item.state["done"]] == [str(path)]
+
+
+@pytest.mark.slow
+def test_plain_snakemake_says_what_the_command_line_says(tmp_path, disk):
+    """One sentence and status 2, with no traceback, and nothing is changed."""
+    (tmp_path / "a project").mkdir()
+    project = Project(tmp_path / "a project")
+    manifest = project.results / "data/reader_qa/manifest.json"
+    config = project.folder / "resources/tiny-reader/config.json"
+
+    def both(changes):
+        project.configure(SMALL | changes)
+        environment = os.environ | {"PYTHONPATH": str(project.folder / "src")}
+        command = [sys.executable, "-m", "kv_transition", "all", "-c", "small.yaml"]
+        cli = subprocess.run(command, cwd=project.folder, env=environment, capture_output=True, text=True, timeout=300)
+        plain = project.snakemake("--quiet", "all")
+        assert (cli.returncode, plain.returncode) == (2, 2)
+        (sentence,) = cli.stderr.strip().splitlines()
+        assert plain.stderr.strip().splitlines()[-1] == sentence
+        assert "File " not in plain.stderr
+        assert "Traceback" not in plain.stderr
+        assert not (project.folder / ".snakemake/locks").exists()
+        return sentence
+
+    (project.folder / "file").write_text("")
+    assert both({"output": {"dir": "file"}}).startswith("output.dir: file is a file")
+    assert both({"kv": {"policies": {"nothing": {}}, "budgets": [0.5]}}).startswith("kv.policies")
+    (disk / "ballast").write_bytes(b"x" * 250_000)
+    assert "are needed" in both({"output": {"dir": str(disk)}})
+    (disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert "cannot be written to" in both({"output": {"dir": str(disk)}})
+
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{")
+    assert "manifest.json" in both({})
+    assert manifest.read_text() == "{"
+    manifest.unlink()
+    config.write_text("{")
+    assert "config.json" in both({})

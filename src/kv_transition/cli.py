@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,6 @@ def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
     settings = _checked(config, set_)
     with _refusing():
         preflight.check(settings)
-        preflight.check_manifests(settings)
         warn(preflight.too_long(settings))
         found = work(settings)
     jobs = ", ".join(f"{len(item.jobs)} {item.name}" for item in found.items)
@@ -323,7 +323,6 @@ def _snakemake(
         preflight.check_cores(cores)
         _check_machine(profile, sdm)
         preflight.check(settings)
-        preflight.check_manifests(settings)
         if not dry_run:
             warn(preflight.unlock(settings, config))
             warn(preflight.mend_times(settings))
@@ -347,7 +346,7 @@ def _snakemake(
         command += ["--until", *until]
     if outdated:
         command += ["--forcerun", *outdated]
-    return subprocess.call(command)
+    return subprocess.call(command, env=os.environ | {preflight.CHECKED: "1"})
 
 
 def warn(sentence: str | None) -> None:

@@ -19,14 +19,17 @@ from kv_transition.settings import Settings
 OWN_BYTES = 1_000_000
 """least number of bytes that Snakemake itself writes: its locks, its log and a record of each job"""
 DAMAGED = ".damaged"
+CHECKED = "KVT_CHECKED"
+"""environment variable that tells the workflow that this check was done"""
 
 
 def check(settings: Settings) -> None:
-    """Check the folder of results and the model. Raises UserError if the folder is full or not writable, or a file is
-    damaged.
+    """Check the folder of results, the model and the manifests. Raises UserError if the folder is full or not writable,
+    or a file is damaged.
     """
     check_folder(settings)
     model_files.check(settings.model.name, settings.model.revision, weights=settings.engine.kind == "local")
+    check_manifests(settings)
 
 
 def check_folder(settings: Settings) -> None:

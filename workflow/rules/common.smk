@@ -10,7 +10,7 @@ from snakemake.settings.types import DeploymentMethod
 
 from kv_transition import settings as settings_module
 from kv_transition import paths as paths_module
-from kv_transition import locks, specs, yaml_text
+from kv_transition import locks, preflight, specs, yaml_text
 from kv_transition.studies.grid import specs as grid_specs
 from kv_transition.errors import UserError
 from kv_transition.paths import Paths
@@ -23,25 +23,40 @@ from kv_transition.provenance import code_hash, content_digest, digest, read_met
 def experiment():
     """The checked configuration; `--config set='model.device=cpu ...'` changes single keys of it."""
     plain = dict(config)
-    try:
-        for file in workflow.configfiles:  # Snakemake has read it, and overlooks a key that is given twice
-            yaml_text.read_yaml(file, "experiment file")
-        given = plain.pop("set", "")  # text, or a list where values hold blanks
-        assignments = [str(a) for a in given] if isinstance(given, list) else shlex.split(str(given))
-        settings = settings_module.parse(settings_module.override(plain, assignments))
-        specs.check(settings)
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
+    for file in workflow.configfiles:  # Snakemake has read it, and overlooks a key that is given twice
+        yaml_text.read_yaml(file, "experiment file")
+    given = plain.pop("set", "")  # text, or a list where values hold blanks
+    assignments = [str(a) for a in given] if isinstance(given, list) else shlex.split(str(given))
+    settings = settings_module.parse(settings_module.override(plain, assignments))
+    specs.check(settings)
     return settings
 
 
-SETTINGS = experiment()
+def refusing(work, *arguments):
+    """Return what a function returns; on bad input end with its sentence and status 2, as the command line does."""
+    try:
+        return work(*arguments)
+    except UserError as error:
+        if not workflow.is_main_process:
+            raise WorkflowError(str(error)) from None
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+SETTINGS = refusing(experiment)
 POLICIES = {name: dict(options or {}) for name, options in SETTINGS.kv.policies.items()}
 FILES = Paths(SETTINGS.output.dir, SETTINGS.experiment)
 
 # A run that is killed leaves Snakemake's lock behind; this tells the next one that nobody holds it any more.
 if workflow.is_main_process and not workflow.dryrun:
     locks.enter(FILES.root)
+
+
+# The command line has looked already.
+onstart:
+    if not os.environ.get(preflight.CHECKED):
+        refusing(preflight.check, SETTINGS)
+
 
 REPO = os.path.dirname(os.path.dirname(workflow.current_basedir.get_path_or_uri(secret_free=True)))
 TASKS = SETTINGS.tasks
