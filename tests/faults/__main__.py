@@ -1,7 +1,7 @@
 """The fault campaign: a small experiment is run while things go wrong, and has to end with the same tables each time.
 
     python -m tests.faults --output FILE.json            # all of it: an hour or two on one core
-    python -m tests.faults --kills 3 --served-kills 0 --disks 0 --others two_on_one     # as in tests/test_faults.py
+    python -m tests.faults --kills 3 --served-kills 2 --disks 0 --requests 200 --others two_on_one     # in the tests
     python -m tests.faults --docs FILE.json FILE.json    # figures of several runs, added up, into docs/reliability.md
 
 For each kind: tries, after how many of them a plain rerun went on (``survived``), and how many finished runs had the
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
 
-from faults import disks, kills, others, page, served  # noqa: E402
+from faults import disks, kills, others, page, requests, served  # noqa: E402
 from faults.experiment import Experiment  # noqa: E402
 
 from kv_transition.provenance import git_commit, write_json  # noqa: E402
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=70, help="times that something is killed")
     parser.add_argument("--served-kills", type=int, default=30, help="the same with a server: it, a client, or all")
     parser.add_argument("--disks", type=int, default=20, help="times that the disk is full (as root: it mounts one)")
+    parser.add_argument("--requests", type=int, default=6000, help="mutated requests to a server")
     parser.add_argument("--others", default="all", help=f"all, none, or names of {', '.join(others.KINDS)}")
     parser.add_argument("--step", default="all", help="command of the command line that is run: score ends early")
     parser.add_argument("--seed", type=int, default=0)
@@ -52,6 +53,8 @@ def main() -> int:
             facts = {"commit": git_commit(), "date": datetime.now(UTC).date().isoformat(), "seed": arguments.seed}
             write_json(arguments.output, facts | {"seconds": round(time.time() - started), "kinds": found})
 
+    if arguments.requests:
+        record("requests", requests.fuzz(arguments.requests, rng))
     with tempfile.TemporaryDirectory(prefix="kvt-faults-") as temporary:
         experiment = Experiment((arguments.folder or Path(temporary)).absolute(), arguments.step)
         for name in chosen:
@@ -67,7 +70,14 @@ def main() -> int:
                 campaign.kill(arguments.served_kills, lambda figures: record("kill -9 served", figures))
         if arguments.kills:
             kills.Campaign(experiment, rng).kill(arguments.kills, lambda figures: record("kill -9", figures))
-    return 0 if all(figures["identical"] == figures["finished"] for figures in found.values()) else 1
+    return 0 if all(map(_good, found.values())) else 1
+
+
+def _good(figures: dict) -> bool:
+    if "memory_mb" in figures:
+        memory = figures["memory_mb"]
+        return figures["healthy"] and not figures["faults"] and memory["after"] <= 1.2 * memory["before"]
+    return figures["identical"] == figures["finished"] and not figures.get("orphans")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ NAMES = {
     "rename_not_atomic": "renaming copies, and one copy in six dies halfway",
     "clock_goes_back": "clock put back by a day",
     "read_only": "results on a disk that became read-only",
+    "requests": "mutated requests to a server",
 }
 
 
@@ -57,6 +58,7 @@ def table(kinds: dict[str, Any]) -> list[str]:
         + " | ".join(str(found[key]) for key in ("tries", "survived", "finished", "identical"))
         + " |"
         for name, found in kinds.items()
+        if name != "requests"
     ]
     return ["| fault | tries | survived | finished | identical |", "|---|---|---|---|---|", *rows]
 
@@ -79,4 +81,12 @@ def sentences(kinds: dict[str, Any]) -> list[str]:
             f"Of {all_of_them['tries']} full disks, {all_of_them['sentence']} ended with the sentence and without a "
             f"traceback; {all_of_them['lost']} tables were lost. Where the room ended: {where}.",
         ]
-    return said
+    if sent := kinds.get("requests"):
+        statuses = ", ".join(f"{status} {n:,}" for status, n in sorted(sent["statuses"].items(), key=lambda s: -s[1]))
+        before, after = sent["memory_mb"]["before"], sent["memory_mb"]["after"]
+        said += [
+            f"Of {sent['tries']:,} mutated requests to a server, four at a time ({statuses}), {sent['faults']} were a "
+            f"fault of the server or hung; the slowest took {sent['slowest_s']} s. Its resident memory was {before} MB after "
+            f"the first tenth and {after} MB at the end ({100 * (after / before - 1):+.0f} %).",
+        ]
+    return "\n\n".join(said).splitlines()
