@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import engine as tiny
-from models import sliding_model, tokens
+from models import random_model, sliding_model, tokens
 
 from kv_transition.budget import Budget
 from kv_transition.engines import several
 from kv_transition.engines.local import LocalEngine
+from kv_transition.engines.reading import ATTENTION
 from kv_transition.engines.several import treat_tokens_alone
 from kv_transition.policies import catalog
 from kv_transition.run.decode import Answer, Setting, answer_all, begin
@@ -185,15 +186,10 @@ def test_products_of_several_tokens_are_those_of_each_to_the_last_bit(inner, out
 
 def test_a_model_of_real_width_says_the_same_together():
     """Its products are packed; of the tiny models' they are not."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=None,
-    )  # fmt: skip
-    engine = LocalEngine(Qwen2ForCausalLM(config))
-    engine.eos = frozenset()
+    model = random_model("qwen2", hidden_size=256, intermediate_size=1024)
+    fresh()  # which makes our attention known
+    model.set_attn_implementation(ATTENTION)
+    engine = LocalEngine(model)
     engine.share_passes()
     cases = [(kind, "after_prompt", 20 + i, 2, 12, 0.0, i % 2) for i, kind in enumerate(["full", "h2o", "snapkv"] * 3)]
     answers = together(engine, cases)

@@ -86,7 +86,7 @@ def sentences(kinds: dict[str, Any]) -> list[str]:
         before, after = sent["memory_mb"]["before"], sent["memory_mb"]["after"]
         said += [
             f"Of {sent['tries']:,} mutated requests to a server, four at a time ({statuses}), {sent['faults']} were a "
-            f"fault of the server or hung; the slowest took {sent['slowest_s']} s. Its resident memory was {before} MB after "
-            f"the first tenth and {after} MB at the end ({100 * (after / before - 1):+.0f} %).",
+            f"fault of the server or hung; the slowest took {sent['slowest_s']} s. Its resident memory was {before} MB "
+            f"after the first tenth and {after} MB at the end ({100 * (after / before - 1):+.0f} %).",
         ]
     return "\n\n".join(said).splitlines()
