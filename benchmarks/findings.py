@@ -8,12 +8,13 @@ from __future__ import annotations
 import findings_chat as chat
 import findings_perplexity as perplexity
 import findings_sections as sections
+import findings_transition as transition
 from document import put
 
 PAGE = sections.ROOT / "docs" / "findings.md"
 STUDIES = {
     "one_hop": sections.full_cache,
-    "transition": sections.transition,
+    "transition": transition.transition,
     "entropy": sections.entropy,
     "recall": perplexity.recall,
     "merging": perplexity.merging,

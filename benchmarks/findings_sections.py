@@ -14,8 +14,6 @@ import findings_figures as figures
 import polars as pl
 from document import table
 
-from kv_transition import labels
-
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "real"
 IMAGES = ROOT / "docs" / "images"
@@ -104,63 +102,6 @@ def full_cache() -> list[str]:
         "do not show.",
         "records",
     )
-
-
-def transition() -> list[str]:
-    """The grid on the needle."""
-    stats = kept("transition", "bin_stats").filter(statistic="score_mean")
-    cells = stats.filter(pl.col("policy") != "full").sort(
-        "mode", "budget", "bin", "policy", descending=[False, True] + [False] * 2
-    )
-    full = stats.filter(policy="full")
-    n = int(stats["n"].min())
-    table_rows, best_rows = [], []
-    for (mode, budget, b), group in cells.group_by("mode", "budget", "bin", maintain_order=True):
-        rows = group.sort("estimate", descending=True).to_dicts()
-        first, second = rows[0], rows[1]
-        best_rows.append((mode, budget, b, first, second))
-        for row in sorted(rows, key=lambda r: -r["estimate"]):
-            table_rows.append([labels.mode(mode), labels.budget(budget), str(row["token_max"]), row["policy"],
-                               interval(row["estimate"], row["ci_low"], row["ci_high"], 2)])  # fmt: skip
-    apart = [one for one in best_rows if one[3]["ci_low"] > one[4]["ci_high"]]
-    below = sum(_below(row, full) for row in cells.to_dicts())
-    of_full = ", ".join(f"{r['estimate']:.2f} at {r['token_max']}" for r in full.filter(mode="after_prompt").to_dicts())
-    figures.dots(
-        [r | {"label": f"{labels.mode(r['mode'])}, {labels.budget(r['budget'])}, {r['token_max']} tokens",
-              "low": r["ci_low"], "high": r["ci_high"]} for r in cells.to_dicts()],
-        "label", "estimate", group="policy", title="mean score, 95 % interval", output=IMAGES / "real_transition.svg",
-        head=("A needle under eviction", f"niah_single, n = {n} a row; full cache after the prompt: {of_full}"),
-    )  # fmt: skip
-    leaders = "; ".join(
-        f"{first['policy']} {labels.mode(mode)} at {labels.budget(budget)} and {first['token_max']} tokens"
-        for mode, budget, _, first, _ in apart
-    )
-    outcomes = kept("transition", "transition").filter(detector="definition")
-    counted = outcomes.group_by("outcome").len().sort("len", descending=True).to_dicts()
-    lines = [
-        "## Where does the answer break, and which policy holds longest?",
-        "",
-        f"Of {cells.height} cells (policy, budget, mode, length) {below} are below the full cache's score, "
-        f"their intervals "
-        f"apart. "
-        + (f"A single policy is best, its interval above the second's, in {len(apart)} of {len(best_rows)} settings: "
-           f"{leaders}." if apart else "In no setting is one policy's interval above all others'."),
-        *picture("real_transition", "mean score of policies on the needle task"),
-        table(["compressed", "kept", "tokens", "policy", f"mean score [95 %], n = {n}"], table_rows),
-        "",
-        "Transition zones by the definition in docs/statistics.md: "
-        + ", ".join(f"{r['len']} {r['outcome']}" for r in counted) + " (policy, budget and mode).",
-    ]  # fmt: skip
-    return lines + ending(
-        "transition",
-        f"other tasks, models and lengths: with {stats['bin'].n_unique()} lengths a zone is located along budgets "
-        "rather than along lengths.",
-    )
-
-
-def _below(row: Row, full: pl.DataFrame) -> bool:
-    own = full.filter(mode=row["mode"], bin=row["bin"]).to_dicts()[0]
-    return row["ci_high"] < own["ci_low"]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -23,8 +23,9 @@ def findings(monkeypatch, tmp_path):
     import findings_chat
     import findings_perplexity
     import findings_sections
+    import findings_transition
 
-    for module in (findings_sections, findings_perplexity, findings_chat):
+    for module in (findings_sections, findings_perplexity, findings_chat, findings_transition):
         monkeypatch.setattr(module, "IMAGES", tmp_path)
     yield findings
     for name in [name for name in sys.modules if name.startswith("findings")] + ["document"]:
