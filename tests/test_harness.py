@@ -8,21 +8,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
+from functools import cache
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 import yaml
-from models import random_model, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import random_model, sliding_model, tokens
+from project import ROOT
 from serving import words
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed here; `make test-harness` runs these tests")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.model import LM  # noqa: E402
+from lm_eval.api.registry import Registry  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import kv_transition as kvt  # noqa: E402
+from kv_transition.engines.local import LocalEngine  # noqa: E402
 from kv_transition.harness.model import CompressedLM  # noqa: E402
+from kv_transition.policies.catalog import create, hyper_parameters, kinds  # noqa: E402
 
 WORDS = words()
 
@@ -71,6 +81,10 @@ def policy_of(policy):
     return {"policy.tau": 1.0} if policy == "entropy_recall" else {}
 
 
+def acts_each_step(policy):
+    return create(policy, hyper_parameters(policy)).acts_each_step
+
+
 # -- at policy full: the harness's own model
 
 
@@ -82,20 +96,22 @@ def test_responses_are_those_of_hf(model, batch_size):
     ).generate_until(requests)
 
 
-def test_log_likelihoods_are_those_of_hf(model):
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_log_likelihoods_are_those_of_hf(model, batch_size):
     requests = asked("loglikelihood", *PAIRS)
-    mine, own = ours(model).loglikelihood(requests), theirs(model).loglikelihood(requests)
+    mine = ours(model, batch_size=batch_size).loglikelihood(requests)
+    own = theirs(model, batch_size=batch_size).loglikelihood(requests)
     assert [p for p, _ in mine] == pytest.approx([p for p, _ in own], abs=1e-5)
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in own]
 
 
 @pytest.mark.parametrize("max_length", [None, 16])
-def test_texts_are_rolled_as_by_hf(model, max_length):
-    requests = asked("loglikelihood_rolling", *[(text(n, n),) for n in (1, 15, 60)])
-    mine = ours(model, max_length=max_length).loglikelihood_rolling(requests)
-    assert mine == pytest.approx(
-        theirs(model, max_length=max_length).loglikelihood_rolling(requests), rel=1e-6, abs=1e-5
-    )
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_texts_are_rolled_as_by_hf(model, max_length, batch_size):
+    requests = asked("loglikelihood_rolling", *[(text(n, n),) for n in (1, 15, 60, 61)])
+    options = {"max_length": max_length, "batch_size": batch_size}
+    mine = ours(model, **options).loglikelihood_rolling(requests)
+    assert mine == pytest.approx(theirs(model, **options).loglikelihood_rolling(requests), rel=1e-6, abs=1e-5)
 
 
 def task(folder, name, **changes):
@@ -186,14 +202,74 @@ def test_log_likelihoods_are_those_of_the_tokens_that_are_drawn(model, policy):
         assert found[0][0] == pytest.approx(float(logits.max(-1).values.sum()), abs=1e-5)
 
 
-def test_a_shared_context_is_read_once(model, monkeypatch):
-    lm, fed = ours(model, "snapkv", 0.3), []
-    extend = lm._engine.extend
-    monkeypatch.setattr(lm._engine, "extend", lambda state, ids, *more, **named: (
-        fed.append(len(ids)) or extend(state, ids, *more, **named)
-    ))  # fmt: skip
-    lm.loglikelihood(asked("loglikelihood", *[(text(25, 1), f" w{i}") for i in range(4)]))
-    assert fed == [25, 1]
+@cache
+def compared(policy, mode):
+    """The model at batch sizes of 1 and of many."""
+    model = random_model("llama")
+    model.set_attn_implementation("sdpa")
+    options = {"mode": mode, "separator": "w89"} | policy_of(policy)
+    return [ours(model, policy, budget_of(policy), batch_size=size, **options) for size in (1, 5)]
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(3, 40), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4),
+    seed=st.integers(0, 9),
+)
+@pytest.mark.parametrize("mode", ["after_prompt", "before_question"])
+@pytest.mark.parametrize("policy", kinds())
+def test_batches_of_log_likelihoods_are_those_of_single_requests(policy, mode, lengths, seed):
+    """Contexts of any lengths, and continuations of several lengths that share them."""
+    requests = []
+    for i, (n, question, continuations) in enumerate(lengths * 2):  # so that some are equally long
+        context = f"{text(n, seed + i)} w89 {text(question, seed + i + 50)}"
+        requests += [(context, " " + text(1 + j % 3, seed + 90 + j)) for j in range(continuations)]
+    one, several = (lm.loglikelihood(asked("loglikelihood", *requests)) for lm in compared(policy, mode))
+    assert [p for p, _ in several] == pytest.approx([p for p, _ in one], abs=1e-5)
+    assert [greedy for _, greedy in several] == [greedy for _, greedy in one]
+
+
+@pytest.mark.parametrize(
+    "policy", ["full", *(kind for kind in kinds() if create(kind, hyper_parameters(kind)).acts_each_step)]
+)
+def test_batches_of_texts_are_those_of_single_texts(policy):
+    texts = asked("loglikelihood_rolling", *[(text(n, n),) for n in (1, 9, 30, 30, 31)])
+    one, several = (lm.loglikelihood_rolling(texts) for lm in compared(policy, "after_prompt"))
+    assert several == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "batch_size", "readings"),
+    [
+        # of each context all tokens, then the last one again; continuations of one token need no further reading
+        ("snapkv", 0.3, 1, [(1, 25), (1, 1), (1, 25), (1, 1), (1, 20), (1, 1)]),
+        # equally long contexts together, since what pads one would enter the statistics
+        ("snapkv", 0.3, 8, [(2, 25), (2, 1), (1, 20), (1, 1)]),
+        ("full", None, 8, [(3, 25), (3, 1)]),
+    ],
+)
+def test_a_context_is_read_once_and_with_others(model, monkeypatch, policy, budget, batch_size, readings):
+    fed, read = [], LocalEngine._read
+
+    def counted(self, state, ids, *more):
+        fed.append(tuple(ids.shape))
+        return read(self, state, ids, *more)
+
+    monkeypatch.setattr(LocalEngine, "_read", counted)
+    contexts = [text(25, 1), text(20, 2), text(25, 3)]
+    lm = ours(model, policy, budget, batch_size=batch_size)
+    lm.loglikelihood(asked("loglikelihood", *[(context, f" w{i}") for context in contexts for i in range(4)]))
+    assert fed == readings
+
+
+def test_windows_and_moments_keep_prompts_apart():
+    """A shorter prompt is not padded where padding would push entries out of a window."""
+    _, plain = sliding_model()
+    plain.set_attn_implementation("sdpa")
+    pairs = asked("loglikelihood", *[(text(n, n), f" {text(3, i)}") for n in (20, 33, 33, 40) for i in range(2)])
+    for policy, budget in (("full", None), ("h2o", "t12"), ("expected_attention", 0.4)):
+        one, several = (ours(plain, policy, budget, batch_size=size).loglikelihood(pairs) for size in (1, 8))
+        assert [p for p, _ in several] == pytest.approx([p for p, _ in one], abs=1e-5)
 
 
 def test_a_text_is_held_at_its_budget_from_its_first_token(model):
@@ -224,15 +300,26 @@ def test_bad_use_is_a_sentence(model):
         )
 
 
+def test_the_entry_point_is_the_model_type():
+    """What lm-eval after 0.4.13 does with it: the name stands in its registry until the class is asked for."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]
+    registry = Registry("model", base_cls=LM)
+    for name, value in declared.items():
+        registry.register(name, target=EntryPoint(name, value, "lm_eval.models"))
+    assert {name: registry.get(name) for name in registry} == {"kv_transition": CompressedLM}
+
+
+# without a device the harness's command line says cuda:0, on any machine
 @pytest.mark.slow
-def test_the_command_line_knows_the_model(tmp_path, tasks):
+@pytest.mark.parametrize("device", ["", ",device=cpu"])
+def test_the_command_line_knows_the_model(tmp_path, tasks, device):
     folder, _ = tasks
     random_model("llama").save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    arguments = f"pretrained={tmp_path / 'model'},policy=snapkv,budget=0.3,device=cpu"
+    arguments = f"pretrained={tmp_path / 'model'},policy=snapkv,budget=0.3{device}"
     command = [
         sys.executable, "-m", "kv_transition.harness", "run", "--model", "kv_transition", "--model_args", arguments,
-        "--tasks", "choice", "--include_path", str(folder), "--output_path", str(tmp_path / "out"),
+        "--tasks", "choice", "--include_path", str(folder), "--output_path", str(tmp_path / "out"), "--batch_size", "4",
     ]  # fmt: skip
     got = subprocess.run(command, capture_output=True, text=True)
     assert got.returncode == 0, got.stderr

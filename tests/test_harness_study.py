@@ -20,7 +20,7 @@ from kv_transition.errors import UserError
 from kv_transition.provenance import read_metadata, rows_to_table, write_table
 from kv_transition.report.section import Source
 from kv_transition.stats import paired
-from kv_transition.studies.harness import report, run, study
+from kv_transition.studies.harness import plots, report, run, study
 from kv_transition.studies.harness.tables import DOCUMENTS
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -215,6 +215,42 @@ def test_the_section_shows_score_difference_and_n(made):
     assert report.build(Source(None, {})) is None
 
 
+# -- the figure
+
+
+def test_the_figure_shows_scores_with_the_intervals_of_the_harness(made, tmp_path):
+    files, path = made
+    report.write_harness(list(files), path, files, 0.9)
+    spec = plots.scores_figure(pl.read_parquet(path), 0.9)
+    drawn = [row for rows in spec["datasets"].values() for row in rows]
+    for metric, mode in (("acc", "after_prompt"), ("acc", "before_question"), ("word_perplexity", "after_prompt")):
+        assert any(row["metric"] == metric and row["mode"] == mode for row in drawn)
+    own = next(row for row in drawn if row["metric"] == "acc" and row["mode"] == "after_prompt")
+    # the 95th percentile of the normal distribution is 1.644854
+    assert (own["estimate"], own["n"], own["kept"]) == (0.5, 20, "50 %")
+    assert own["high"] - 0.5 == pytest.approx(0.5 - own["low"]) == pytest.approx(1.644854 * 0.11, rel=1e-6)
+    bare = next(row for row in drawn if row["metric"] == "word_perplexity" and row["policy"] == "h2o")
+    assert (bare["estimate"], bare["low"], bare["high"]) == (2.5, None, None)
+    panels = [panel["title"] for row in spec["vconcat"] for panel in row["hconcat"]]
+    assert [(panel["text"], panel["subtitle"]) for panel in panels] == [
+        ("choice: acc", ["after the prompt, n = 20"]), ("choice: acc", ["before the question, n = 20"]),
+        ("choice: word_perplexity", ["after the prompt, n = 20"]),
+        ("choice: word_perplexity", ["before the question, n = 20"]),
+    ]  # fmt: skip
+    assert "90 % intervals from the standard errors" in spec["title"]["subtitle"][0]
+    plots.write_harness_plots(path, 0.9, {"harness_scores_svg": str(tmp_path / "drawn.svg")})
+    drawing = (tmp_path / "drawn.svg").read_text()
+    assert "choice: acc" in drawing
+    assert "h2o" in drawing
+
+
+def test_a_figure_without_policies_says_so(tmp_path):
+    files = dict([job(tmp_path, "after_prompt", "full", "r1", output([1, 1, 0, 0], 0.5, 0.29))])
+    report.write_harness(list(files), str(tmp_path / "out.parquet"), files, 0.95)
+    spec = plots.scores_figure(pl.read_parquet(tmp_path / "out.parquet"), 0.95)
+    assert "No policy was run beside the full cache." in spec["description"]
+
+
 # -- the workflow, where lm-eval is installed
 
 
@@ -264,4 +300,6 @@ def test_the_workflow_runs_the_tasks(tmp_path, monkeypatch):
         answered[row["policy"]] = rows.sort("doc_id")["response"].to_list()
         assert answered[row["policy"]] == answers
     assert answered["full"] != answered["snapkv"]
-    assert "## Tasks of lm-evaluation-harness" in (project.results / "report.md").read_text()
+    page = (project.results / "report.md").read_text()
+    assert "## Tasks of lm-evaluation-harness" in page
+    assert "plots/harness_scores.svg" in page

@@ -40,5 +40,22 @@ rule harness_table:
         "../../scripts/call.py"
 
 
-TARGETS += [list(HARNESS), rules.harness_table.output]
+rule harness_plots:
+    input:
+        table=rules.harness_table.output.output,
+    output:
+        **figures(("harness_scores",)),
+    log:
+        FILES.log("harness_plots"),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        **calling("kv_transition.studies.harness.plots:write_harness_plots"),
+        confidence=SETTINGS.statistics.confidence,
+    script:
+        "../../scripts/call.py"
+
+
+TARGETS += [list(HARNESS), rules.harness_plots.output]
 TABLES["harness"] = FILES.table("harness")
+BEFORE_REPORT += rules.harness_plots.output

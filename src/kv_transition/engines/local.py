@@ -184,13 +184,16 @@ class LocalEngine:
     def logits(
         self,
         state: CacheState | None,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | Sequence[Sequence[int]],
         statistics: frozenset[str] = STATISTICS,
         before_attention: BeforeAttention | None = None,
     ) -> tuple[CacheState, Tensor]:
-        """Return the state after reading ``tokens`` as `extend` does, and the logits fp32 [n, V] after each of them."""
+        """Return the state after reading ``tokens`` as `extend` does, and the logits after each of them, fp32 [n, V]
+        (of a batch [B, n, V]).
+        """
         pieces = [*self._pieces(state, tokens, statistics, 0, None, before_attention, _SCORED)]
-        return pieces[-1][0], torch.cat([logits[0] for _, logits in pieces])
+        logits = torch.cat([own for _, own in pieces], 1)
+        return pieces[-1][0], logits[0] if _is_flat(tokens) else logits
 
     def _pieces(
         self,

@@ -8,29 +8,24 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from tqdm import tqdm
 
 from kv_transition.api.chosen import setting_of
 from kv_transition.api.evicting_cache import EvictingCache
 from kv_transition.api.model import load
-from kv_transition.cache.state import CacheState
-from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
-from kv_transition.policies.base import Watcher
-from kv_transition.run.decode import Setting
+from kv_transition.harness.likelihood import Likelihoods, Prompt
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """the texts of context and continuation (None of a text that is read from its beginning), and the tokens of both"""
 
 _OPTION = "policy."
-_PIECE = 256
-"""tokens whose logits are held at a time"""
 
 
 @register_model("kv_transition")
@@ -64,10 +59,20 @@ class CompressedLM(HFLM):
         self._policy, self._budget = {"kind": policy} | own, budget
         self._setting = setting_of(self._policy, budget, mode)
         self._separator, self._seed = separator, seed
-        device = "auto" if device is None else device
+        # the harness's command line says cuda:0 unless it is told otherwise, and `hf` then takes what there is
+        device = "auto" if device is None or ("cuda" in device and not torch.cuda.is_available()) else device
         loaded = load(pretrained, tokenizer, chat=False, revision=revision, dtype=dtype, device=device)
-        self._engine: LocalEngine = loaded.engine
+        self._likelihoods = Likelihoods(loaded.engine, self._setting, seed)
         super().__init__(loaded.engine.model, tokenizer=loaded.tokenizer, **options)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> CompressedLM:
+        """Return the model of the harness's command line; arguments of the model have precedence over its own."""
+        return super().create_from_arg_obj(
+            arg_dict, {name: value for name, value in (additional_config or {}).items() if name not in arg_dict}
+        )
 
     # -- answers
 
@@ -124,77 +129,37 @@ class CompressedLM(HFLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return log p of each continuation, and whether greedy decoding gives it."""
+        prompts = [self._prompt(number, *request) for number, request in enumerate(requests)]
+        continuations = [continuation for _, _, continuation in requests]
+        size = self.batch_size
+        if not isinstance(size, int):  # auto, which the harness's own requests measure
+            size = override_bs or self._detect_batch_size()
         found: dict[int, tuple[float, bool]] = {}
-        shared: tuple[list[int], _Begun] | None = None
-        for number in sorted(range(len(requests)), key=lambda i: requests[i][1]):
-            texts, context, continuation = requests[number]
-            context = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
-            if texts is None:
-                found[number] = self._whole(context, continuation)
-                continue
-            # what watches the steps of an answer is of that answer alone
-            if shared is None or shared[0] != context or shared[1].watcher:
-                shared = context, self._begun(context)
-            found[number] = self._follow(shared[1], continuation)
-            self.cache_hook.add_partial("loglikelihood", texts, found[number])
+        done = self._likelihoods.of(prompts, continuations, size)
+        quiet = disable_tqdm or self.rank != 0
+        for number, result in tqdm(done, "Running loglikelihood requests", len(requests), disable=quiet):
+            found[number] = result
+            if texts := requests[number][0]:
+                self.cache_hook.add_partial("loglikelihood", texts, result)
         return [found[number] for number in range(len(requests))]
 
-    def _begun(self, context: list[int]) -> _Begun:
-        """Return a context as it is after compression and the reading of its last tokens."""
-        setting, engine, place = self._setting, self._engine, self._place(context)
-        whole = place is None
-        statistics = setting.policy.statistics if setting.evicts else frozenset()
-        state = engine.extend(None, context[:place], statistics)
-        k = setting.entries(state.length)
-        left = setting.compress(state, k, self._seed, keep_last=whole)
-        watcher = setting.policy.watch(self._seed) if setting.evicts else None
-        before = None
-        if whole:  # the last token is read again, so that nothing is drawn from the full cache
-            left, place = left.without_last(), -1
-            before = watcher.before_attention(state.logits[None]) if watcher else None
-        state = engine.extend(left, context[place:], setting.while_decoding, before_attention=before)
-        return _Begun(setting.hold(state, k), k, setting, watcher)
+    def _prompt(
+        self, number: int, texts: tuple[str, str] | None, context: list[int], continuation: list[int]
+    ) -> Prompt:
+        """Return what a continuation follows, cut from the left to the model's length.
 
-    def _follow(self, begun: _Begun, tokens: list[int]) -> tuple[float, bool]:
-        """Return log p of tokens that follow, and whether each is the most likely one."""
-        state, k, setting, watcher = begun.state, begun.k, begun.setting, begun.watcher
-        logits = [state.logits.float()[None]]
-        step = 1 if setting.evicts and setting.policy.acts_each_step else _PIECE
-        for start in range(0, len(tokens) - 1, step):
-            piece = tokens[start : min(start + step, len(tokens) - 1)]
-            before = watcher.before_attention(state.logits[None]) if watcher else None
-            state, read = self._engine.logits(state, piece, setting.while_decoding, before_attention=before)
-            state = setting.hold(state, k, given_up=True)
-            logits.append(read)
-        return _log_p(torch.cat(logits), tokens)
-
-    def _whole(self, context: list[int], tokens: list[int]) -> tuple[float, bool]:
-        """Return log p of a text that is read from its beginning, held at the budget of the whole of it."""
+        Raises UserError for a text by itself under a policy that only compresses prompts.
+        """
         setting = self._setting
-        if setting.evicts and not setting.policy.acts_each_step:
+        context = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
+        if texts is None and setting.evicts and not setting.policy.acts_each_step:
             raise UserError(
                 f"policy: {self._policy['kind']} compresses a prompt, and loglikelihood_rolling has none; choose full, "
                 "or a policy that acts at each token, such as streaming_llm, h2o or tova"
             )
-        state = self._engine.extend(None, context, setting.while_decoding)
-        k = setting.entries(len(context) + len(tokens))
-        watcher = setting.policy.watch(self._seed) if setting.evicts else None
-        return self._follow(_Begun(setting.hold(state, k), k, setting, watcher), tokens)
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A context that continuations follow."""
-
-    state: CacheState
-    k: int
-    """entries per KV head that the budget allows"""
-    setting: Setting
-    watcher: Watcher | None
-
-
-def _log_p(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
-    """Return log p of tokens by the logits [n, V] that each was drawn from, and whether each is the most likely."""
-    wanted = torch.tensor(tokens, device=logits.device)
-    nats = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
-    return -float(nats), bool((logits.argmax(-1) == wanted).all())
+        # what watches the steps of an answer is of that answer alone
+        alone = number if setting.evicts and setting.policy.one_at_a_time else None
+        if texts is None:
+            over = len(context) + (len(continuation) if setting.evicts else 0)
+            return Prompt(tuple(context), held_over=over, number=alone)
+        return Prompt(tuple(context), self._place(context), number=alone)

@@ -17,9 +17,9 @@ from kv_transition.stats import frames, intervals, paired
 from kv_transition.stats.examples import FULL, inherited
 from kv_transition.stats.intervals import finite
 from kv_transition.stats.multiplicity import adjust
+from kv_transition.studies.harness.plots import FIGURE, METRIC, named
 from kv_transition.studies.harness.tables import HARNESS
 
-METRIC = ("task", "metric", "filter")
 Row = dict[str, Any]
 
 
@@ -99,14 +99,13 @@ def build(source: Source) -> dict[str, Any] | None:
             "difference is the policy's mean score minus that of the full cache on the same documents, with the "
             "interval of the paired test; p after Holm over the policies, budgets and modes of a task and metric.",
         ],
+        "figures": list(FIGURES),
         "tables": tables,
     }
 
 
 def _heading(metric: Sequence[str], higher: bool | None) -> str:
-    task, name, chosen = metric
-    better = "" if higher is None else f", {'higher' if higher else 'lower'} is better"
-    return f"{task}: {name}{'' if chosen == 'none' else f' ({chosen})'}{better}"
+    return named(*metric) + ("" if higher is None else f", {'higher' if higher else 'lower'} is better")
 
 
 def _order(row: Mapping[str, Any]) -> tuple:
@@ -133,4 +132,7 @@ def _shown(row: Mapping[str, Any]) -> list[Any]:
 
 
 SECTIONS = (Section("harness", "Tasks of lm-evaluation-harness", build),)
-FIGURES: dict[str, tuple[str, str]] = {}
+FIGURES = {
+    FIGURE: ("Scores against what is kept", "The harness's own scores, with normal intervals from its standard errors; "
+             "grey is the full cache."),
+}  # fmt: skip

@@ -106,7 +106,7 @@ STUDY = Study(
     there=lambda settings: settings.harness is not None,
     lacking="the experiment runs no task of lm-evaluation-harness; add the section harness, such as "
     "harness: {tasks: [gsm8k]}",
-    rules={"run": ("harness",), "harness": ("harness_table",)},
+    rules={"run": ("harness",), "harness": ("harness_table", "harness_plots")},
     command="harness",
     help="Run tasks of lm-evaluation-harness on compressed caches.",
     check=check,
