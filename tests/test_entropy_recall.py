@@ -23,7 +23,7 @@ from kv_transition.stats.frames import read_table
 from kv_transition.studies.recall import plots
 from kv_transition.studies.recall.analysis import analyse, entropy_recall, write_entropy_recall
 from kv_transition.studies.recall.moments import answer, pairs_of, points, recall_moments, write_recall_moments
-from kv_transition.studies.recall.observations import cells, levels, read_observations
+from kv_transition.studies.recall.observations import COLUMNS, cells, levels, read_observations
 from kv_transition.studies.recall.tables import ENTROPY_RECALL
 from kv_transition.studies.recall.verdict import (
     AFTER_CONTROLLING,
@@ -144,6 +144,39 @@ def test_copies_of_steps_within_examples_add_no_certainty():
     one, two = (analyse(s, FAST).estimates for s in (steps, changed(steps, **fields)))
     for name in ("pearson", "trend", "slope", "partial", "auroc"):
         assert (one[name].low, one[name].high) == pytest.approx((two[name].low, two[name].high), abs=1e-9)
+
+
+def with_questions(truth: str, n: int, questions: int, shared: bool):
+    """n examples, each of them ``questions`` times under another name, with their context as cluster or without."""
+    rows = [
+        own | {"example_id": f"{own['example_id']}-{q}", "cluster": own["example_id"] if shared else None}
+        for own in rows_of(made(truth, n=n, steps=10))
+        for q in range(questions)
+    ]
+    frame = pl.from_arrow(table(rows)).select(COLUMNS)
+    [(_, steps)] = cells(frame.sample(fraction=1, shuffle=True, seed=1))
+    return analyse(steps, FAST)
+
+
+def test_copies_of_examples_about_one_context_add_no_certainty():
+    """Three questions with the same steps are worth one; as contexts of their own they would look like three."""
+    one, three, apart = (with_questions("weak", 12, *q) for q in ((1, False), (3, True), (3, False)))
+    for name in ("pearson", "spearman", "pearson_within", "spearman_within", "trend", "slope", "partial", "auroc"):
+        single, shared, own = (cell.estimates[name] for cell in (one, three, apart))
+        assert shared.value == pytest.approx(single.value, abs=1e-9)
+        assert (shared.low, shared.high) == pytest.approx((single.low, single.high), abs=1e-9)
+        assert own.high - own.low < 0.8 * (shared.high - shared.low)
+    means = [{r["statistic"]: r for r in cell.rows} for cell in (one, three, apart)]
+    single, shared, own = (found["recall"] for found in means)
+    assert (shared["ci_low"], shared["ci_high"]) == pytest.approx((single["ci_low"], single["ci_high"]), abs=1e-9)
+    assert own["ci_high"] - own["ci_low"] < 0.8 * (shared["ci_high"] - shared["ci_low"])
+    assert (shared["n"], shared["clusters"]) == (36, 12)
+    assert (own["n"], own["clusters"]) == (36, 36)
+    assert means[1]["verdict"]["n"] == 36
+    assert means[1]["verdict"]["clusters"] == 12
+    low = means[1]["recall_low"]
+    assert low["n"] == 3 * low["clusters"] > 0
+    assert f"n = {low['n']} from {low['clusters']} documents" in means[1]["verdict"]["reason"]
 
 
 def test_entropy_bins_are_those_of_the_definition():

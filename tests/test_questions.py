@@ -11,6 +11,7 @@ from data_helpers import example, word_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from models import engine, tokens
+from safetensors.torch import load_file
 from serving import words
 
 from kv_transition.cache.store import PrefillStore
@@ -21,10 +22,12 @@ from kv_transition.data.prepare import prepare
 from kv_transition.data.tasks import get_task
 from kv_transition.errors import UserError
 from kv_transition.policies.catalog import hyper_parameters, kinds
-from kv_transition.run import prefill
+from kv_transition.run import job, prefill
 from kv_transition.studies.grid import run as cell
+from kv_transition.tables import cluster_of
 
 DECODING = {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0}
+KV = ("keys", "values")
 MEASURED = {"load_s", "prefill_s", "compress_s", "ttft_s", "decode_s", "latency_s", "peak_mem_mb", "batch_size"}
 
 
@@ -103,11 +106,43 @@ def test_a_context_is_read_once_in_a_cell(model, tmp_path, fed):
 
 def test_a_context_is_read_once_by_the_prefill_job(model, tmp_path, fed):
     store = PrefillStore(tmp_path / "model", mode="always")
-    prefill.read(model, store, EXAMPLES)
+    prefill.read(model, store, list(prefill.missing(store, EXAMPLES, frozenset())))
     assert fed.count(50) == 3
-    assert all(one["prompt_sha256"] in store for one in EXAMPLES)
     cell.rows(model, EXAMPLES, spec("knorm", "before_question"), store)
+    cell.rows(model, EXAMPLES, spec("knorm", "after_prompt"), store)
     assert fed.count(50) == 3
+    assert list(prefill.missing(store, EXAMPLES, frozenset())) == []
+
+
+def test_a_context_is_stored_once(model, tmp_path, monkeypatch, fed):
+    """Keys and values of each context once; the one that is asked about once has its question beside it."""
+    monkeypatch.setenv(job.STATISTICS_VARIABLE, "attn_sum")
+    store, alone = (PrefillStore(tmp_path / name / "model", mode="always") for name in ("together", "alone"))
+    prefill.read(model, store, list(prefill.missing(store, EXAMPLES, frozenset({"attn_sum"}))))
+    files = sorted(store.root.glob("*.safetensors"))
+    assert len(files) == 3
+    entries = 3 * 50 + len(asked(2, 0)["question_ids"])
+    config = model.model.config
+    size = (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * (config.hidden_size // config.num_attention_heads)
+        * 4
+    )
+    held = [tensor for file in files for name, tensor in load_file(file).items() if name.split(".")[-1] in KV]
+    assert sum(tensor.nbytes for tensor in held) == entries * size
+
+    # cells answer from these files as from prompts that were stored one by one
+    fed.clear()
+    for kind, mode in (("h2o", "before_question"), ("h2o", "after_prompt"), ("full", "after_prompt")):
+        shared = cell.rows(model, EXAMPLES, spec(kind, mode), store)
+        assert fed.count(50) == 0
+        single = [row for one in EXAMPLES for row in cell.rows(model, [one], spec(kind, mode), alone)]
+        assert told(shared) == told(single)
+        fed.clear()
+    assert len(list(alone.root.glob("*.safetensors"))) == len(EXAMPLES)
+    assert sorted(store.root.glob("*.safetensors")) == files
 
 
 @pytest.mark.parametrize(("kind", "times"), [("snapkv", 3), ("h2o", 3), ("random", 7)])
@@ -183,23 +218,27 @@ def test_a_malformed_line_is_named(tmp_path, changes, message):
         rows_of(tmp_path, [shared(1) | changes])
 
 
-def prepared(tmp_path, records, n_per_bin, max_length=200):
+def prepared_lines(tmp_path, records, n_per_bin, max_length=200):
     data = {"name": "jsonl", "path": str(write_jsonl(tmp_path / "mine.jsonl", records))}
-    download({"dataset": data}, "mine", str(tmp_path / "source.parquet"))
+    return prepared(tmp_path, data, "mine", n_per_bin, max_length)
+
+
+def prepared(tmp_path, data, task, n_per_bin, max_length=200, n_bins=2):
+    download({"dataset": data}, task, str(tmp_path / "source.parquet"))
     about = {
         "dataset": data, "modes": ["before_question"], "decoding": {"max_tokens": 8},
         "model": {"name": str(word_tokenizer(tmp_path / "model")), "revision": None, "max_length": max_length},
-        "binning": {"n_bins": 2, "edges": None, "n_per_bin": n_per_bin, "strict": False, "seed": 0},
+        "binning": {"n_bins": n_bins, "edges": None, "n_per_bin": n_per_bin, "strict": False, "seed": 0},
     }  # fmt: skip
-    prepare(about, "mine", str(tmp_path / "source.parquet"), str(tmp_path / "out"))
-    return [pq.read_table(tmp_path / f"out/bin{b}.parquet").to_pylist() for b in range(2)]
+    prepare(about, task, str(tmp_path / "source.parquet"), str(tmp_path / "out"))
+    return [pq.read_table(tmp_path / f"out/bin{b}.parquet").to_pylist() for b in range(n_bins)]
 
 
 def test_the_questions_of_a_line_stay_together(tmp_path):
     records = [shared(i, 3, context=" ".join(f"w{(i + j) % 50}" for j in range(20 + i)), id=f"c{i}") for i in range(12)]
     for one in records:  # one of the questions is longer than all contexts differ by
         one["questions"][1]["question"] = " ".join(f"w{j}" for j in range(30)) + " ?"
-    for rows in prepared(tmp_path, records, n_per_bin=9):
+    for rows in prepared_lines(tmp_path, records, n_per_bin=9):
         names = [row["example_id"].rpartition("-")[0] for row in rows]
         assert len(rows) == 9
         assert {names.count(name) for name in names} == {3}
@@ -211,9 +250,29 @@ def test_a_truncated_context_is_still_one_document(tmp_path):
     records = [shared(i, 2, context=" ".join(f"w{(i + j) % 50}" for j in range(100))) for i in range(4)]
     for one in records:
         one["questions"][0]["question"] = " ".join(f"w{j}" for j in range(9)) + " ?"
-    rows = [row for rows in prepared(tmp_path, records, n_per_bin=9, max_length=80) for row in rows]
+    rows = [row for rows in prepared_lines(tmp_path, records, n_per_bin=9, max_length=80) for row in rows]
     assert len({tuple(row["context_ids"]) for row in rows}) == 8
     assert len({row["context_sha256"] for row in rows}) == 4
+
+
+@pytest.mark.parametrize("task", ["hotpotqa", "musique"])
+def test_records_that_share_a_context_are_found_by_themselves(model, tmp_path, fed, task):
+    """In LongBench's own format, without any word about it: three contexts with two questions each, and two alone."""
+    contexts = [" ".join(f"w{(7 * c + j) % 50}" for j in range(40)) for c in range(5)]
+    places = [0, 1, 2, 0, 3, 2, 1, 4]
+    records = [
+        {"_id": f"r{i}", "input": f"w{i} w{i + 1} ?", "context": contexts[c], "answers": ["w1"], "dataset": task}
+        for i, c in enumerate(places)
+    ]
+    write_jsonl(tmp_path / f"data/{task}.jsonl", records)
+    (rows,) = prepared(tmp_path, {"name": "longbench", "path": str(tmp_path / "data")}, task, 8, n_bins=1)
+    clusters = {row["example_id"]: cluster_of(row) for row in rows}
+    assert len(set(clusters.values())) == 5
+    assert all((clusters[f"r{i}"] == clusters[f"r{j}"]) == (places[i] == places[j]) for i in range(8) for j in range(8))
+    read = len(rows[0]["context_ids"])
+    assert {len(row["context_ids"]) for row in rows} == {read}
+    cell.rows(model, rows, spec("snapkv", "before_question"), PrefillStore(tmp_path, mode="never"))
+    assert fed.count(read) == 5
 
 
 @given(

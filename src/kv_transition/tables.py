@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow as pa
 
 TEXT, TEXTS, INT, INTS, FLOAT = pa.string(), pa.list_(pa.string()), pa.int64(), pa.list_(pa.int32()), pa.float64()
@@ -41,6 +44,12 @@ BIN = pa.schema(
         pa.field("max_new_tokens", INT),
     ]
 )
+
+
+def cluster_of(example: Mapping[str, Any]) -> str | None:
+    """Return the cluster of an example of `BIN`: examples about one context are not independent."""
+    return (example.get("context_sha256") or "")[:16] or None
+
 
 # n: number of examples. clusters: number of documents; equal to n if each example has its own document.
 ESTIMATE = {"estimate": FLOAT, "ci_low": FLOAT, "ci_high": FLOAT, "n": INT, "method": TEXT, "clusters": INT}

@@ -212,8 +212,10 @@ def _read_s(path: Path) -> float:
 
 def _flatten(prefill: Prefill) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of both states, each once, and the JSON description of the rest of the prefill."""
-    context_tensors, context = file.flatten(prefill.context, "context.")
     tensors, prompt = file.flatten(prefill.prompt, "prompt.")
+    if prefill.prompt is prefill.context:  # without a question there is one moment
+        return tensors, _described(prefill, prompt, prompt)
+    context_tensors, context = file.flatten(prefill.context, "context.")
     for number, layer in enumerate(prefill.context.layers):
         if layer.window is not None:
             continue  # holds its last entries at either moment
@@ -222,7 +224,11 @@ def _flatten(prefill: Prefill) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if "tensor" in own.get(name, {}) and "tensor" in longer.get(name, {}):
                 del context_tensors[own[name]["tensor"]]
                 own[name] = longer[name] | {"first": layer.n, "dim": dim}
-    return tensors | context_tensors, {
+    return tensors | context_tensors, _described(prefill, context, prompt)
+
+
+def _described(prefill: Prefill, context: dict[str, Any], prompt: dict[str, Any]) -> dict[str, Any]:
+    return {
         "context": context,
         "prompt": prompt,
         "context_s": prefill.context_s,

@@ -8,9 +8,11 @@ a cache that may be deleted.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +35,19 @@ def store_of(model: dict[str, Any], code: str, bin_path: str) -> PrefillStore:
 
 
 def read_once(
-    engine: LocalEngine,
-    store: PrefillStore,
-    example: dict[str, Any],
-    statistics: frozenset[str],
-    context: Prefill | None = None,
+    engine: LocalEngine, store: PrefillStore, example: dict[str, Any], statistics: frozenset[str]
 ) -> tuple[Prefill, float]:
     """Return the prefill of an example, from the store or by reading the prompt, and the seconds of loading it.
 
     statistics: those that the prefill must have. A prefill that is computed now also gets the statistics that other
-    cells of the experiment read, and those of the stored prefill that it replaces. context: the prefill of another
-    question about the same context, which is not read again unless a statistic is missing in it.
+    cells of the experiment read, and those of the stored prefill that it replaces.
     """
     started = engine.clock()
     prefill = store.load(example["prompt_sha256"], engine.layer_devices, statistics)
     if prefill is not None:
         return prefill, engine.clock() - started
     wanted = statistics | job.statistics() | (store.statistics(example["prompt_sha256"]) or frozenset())
-    there = context is not None and wanted <= statistics_of(context.context)
-    read = (context.context, context.context_s) if there else None
-    prefill = engine.prefill(example["context_ids"], example["question_ids"], wanted, read)
+    prefill = engine.prefill(example["context_ids"], example["question_ids"], wanted)
     store.save(example["prompt_sha256"], prefill)
     return prefill, 0.0
 
@@ -62,10 +57,21 @@ def key_of(example: dict[str, Any]) -> tuple[int, ...]:
     return tuple(example["context_ids"])
 
 
-def by_context(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the examples with those of one context next to each other, else in their order."""
-    first: dict[tuple[int, ...], int] = {}
-    return sorted(examples, key=lambda example: first.setdefault(key_of(example), len(first)))
+def as_stored(examples: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return what is stored for each prompt, by its hash: the prompt, or where several share a context, that alone.
+
+    Questions are short, so that reading one again costs less than storing its context once more.
+    """
+    prompts: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
+    for example in examples:
+        prompts.setdefault(key_of(example), {})[example["prompt_sha256"]] = example
+    found = {}
+    for key, own in prompts.items():
+        # named as a prompt without a question
+        alone = {"prompt_sha256": sha256(json.dumps([key, []]).encode()).hexdigest(), "question_ids": []}
+        alone |= {"prompt_len": len(key)} if len(own) > 1 else {}
+        found |= {name: example | alone if len(own) > 1 else example for name, example in own.items()}
+    return found
 
 
 class Reader:
@@ -74,9 +80,10 @@ class Reader:
     It holds the last such context until another one is asked about, and nothing of a context that nobody shares.
     """
 
-    def __init__(self, engine: LocalEngine, store: PrefillStore, examples: Iterable[dict[str, Any]]):
+    def __init__(self, engine: LocalEngine, store: PrefillStore, examples: Sequence[dict[str, Any]]):
         times = Counter(map(key_of, examples))
         self._shared = {key for key, number in times.items() if number > 1}
+        self._stored = as_stored(examples)
         self.engine, self._store = engine, store
         self._key: tuple[int, ...] | None = None
         self._held: Prefill | None = None
@@ -87,22 +94,28 @@ class Reader:
 
     def prefill(self, example: dict[str, Any], statistics: frozenset[str]) -> tuple[Prefill, float]:
         """Return the prefill of an example and the seconds that loading it took, as `read_once` does."""
-        if not self.holds(example):
+        stored, seconds = self._stored[example["prompt_sha256"]], 0.0
+        if not self.holds(example) or not statistics <= statistics_of(self._held.context):
             self._held = None  # before another one takes its memory
-        found = read_once(self.engine, self._store, example, statistics, self._held)
-        if self._held is None and key_of(example) in self._shared:
-            self._key, self._held = key_of(example), found[0]
-        return found
+            found, seconds = read_once(self.engine, self._store, stored, statistics)
+            if key_of(example) not in self._shared:
+                return found, seconds
+            self._key, self._held = key_of(example), found
+        if stored["prompt_sha256"] == example["prompt_sha256"]:
+            return self._held, seconds
+        read = self._held.context, self._held.context_s
+        return self.engine.prefill(example["context_ids"], example["question_ids"], statistics, read), seconds
 
 
 def missing(
-    store: PrefillStore, examples: list[dict[str, Any]], statistics: frozenset[str]
+    store: PrefillStore, examples: Iterable[dict[str, Any]], statistics: frozenset[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the examples that have no stored prefill with these statistics; none if nothing is stored."""
-    for example in examples if store.mode != "never" else []:
-        there = store.statistics(example["prompt_sha256"])
+    """Yield what is to be stored of the examples and is not, with these statistics; nothing if nothing is stored."""
+    wanted = {stored["prompt_sha256"]: stored for stored in as_stored(examples).values()}
+    for name, stored in wanted.items() if store.mode != "never" else ():
+        there = store.statistics(name)
         if there is None or not statistics <= there:
-            yield example
+            yield stored
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,14 +132,13 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def read(engine: LocalEngine, store: PrefillStore, examples: list[dict[str, Any]]) -> None:
+def read(engine: LocalEngine, store: PrefillStore, examples: Sequence[dict[str, Any]]) -> None:
     """Read and store prompts until the store is full."""
     import torch
 
-    reader = Reader(engine, store, examples)
-    for number, example in enumerate(by_context(examples), 1):
+    for number, example in enumerate(examples, 1):
         try:
-            reader.prefill(example, job.statistics())
+            read_once(engine, store, example, job.statistics())
         except (torch.OutOfMemoryError, MemoryError):
             # The cell meets the same example and makes it a row with its failure.
             print(f"{example['example_id']}: out of memory, left to the cells", file=sys.stderr)

@@ -1,6 +1,7 @@
 """How two measurements of a step go together, when the steps of an example are alike: the cluster bootstrap.
 
-Every statistic is a function of sums over whole examples, so a bootstrap sample is a weight for each example:
+An example here is whatever is independent of the others: a context, where several questions are about it. Every
+statistic is a function of sums over whole examples, so a bootstrap sample is a weight for each example:
 ``weights [samples + 1, examples]`` from `resample_weights`, whose first row, all ones, gives the estimate itself.
 The interval is estimate -+ t * standard error on a scale on which the estimate is roughly normal (Fisher's z for
 correlations, the logit for AUROC). Degrees of freedom count the examples that carry the regressor: few do where
@@ -155,12 +156,14 @@ def moments2(
     return _moments2(both, _size(both), basis, example, weights, spent)
 
 
-def moments2_within(x: np.ndarray, y: np.ndarray, example: np.ndarray, weights: np.ndarray) -> Moments2:
-    """The same around the means of each example: what is constant within an example plays no part."""
-    examples = weights.shape[1]
+def moments2_within(
+    x: np.ndarray, y: np.ndarray, part: np.ndarray, example: np.ndarray, weights: np.ndarray
+) -> Moments2:
+    """The same around the means of each ``part`` [steps] of an example: what is constant within it plays no role."""
+    parts = int(part.max()) + 1
     both = np.column_stack([x, y])
-    means = _by_example(both, example, examples) / np.bincount(example, minlength=examples)[:, None]
-    inside = both - means[example]
+    means = _by_example(both, part, parts) / np.bincount(part, minlength=parts)[:, None]
+    inside = both - means[part]
     return _moments2(inside, _size(both), np.empty((len(x), 0)), example, weights, 0)
 
 

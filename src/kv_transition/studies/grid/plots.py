@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import altair as alt
+import numpy as np
 import polars as pl
 
 from kv_transition import labels
@@ -174,10 +175,14 @@ def failure_rows(results: Results) -> tuple[list[dict[str, Any]], list[dict[str,
         named = dict(zip(group, key, strict=True))
         failed, honest = pl.col("failure").is_not_null(), pl.col("failure").is_in(labels.HONEST).fill_null(False)
         kinds = {"rate": failed, "unknown": honest, "broken": failed & ~honest}
-        per_example = cell.group_by("bin", "example_id").agg(**{name: of.mean() for name, of in kinds.items()})
-        rates = intervals.bounded_mean(per_example.select(*kinds).to_numpy().T, results.confidence)
+        cluster = pl.coalesce("cluster", "example_id").first().alias("cluster")
+        per_example = cell.group_by("bin", "example_id").agg(cluster, **{name: of.mean() for name, of in kinds.items()})
+        values = per_example.select(*kinds).to_numpy().T
+        codes = np.broadcast_to(per_example["cluster"].rank("dense").to_numpy() - 1, values.shape)
+        rates = intervals.bounded_mean(values, results.confidence, clusters=codes)
         whole = rates.row(0)
-        text = f"{labels.interval(whole['estimate'], whole['ci_low'], whole['ci_high'])}, n = {whole['n']}"
+        counted = labels.count(whole["n"], whole["clusters"])
+        text = f"{labels.interval(whole['estimate'], whole['ci_low'], whole['ci_high'])}, {counted}"
         totals.append({**named, **whole, "text": text, "unknown": rates.row(1), "broken": rates.row(2)})
         counts = dict(cell["failure"].drop_nulls().value_counts().iter_rows())
         for label in LABELS:

@@ -17,6 +17,7 @@ from kv_transition.data.tasks import Task, get_task
 from kv_transition.errors import UserError
 from kv_transition.eval import failures, metrics
 from kv_transition.studies.grid import tables
+from kv_transition.tables import cluster_of
 
 _EXAMPLE_FIELDS = ("token_len", "question", "answers", "meta")
 _EXAMPLE_COLUMNS = ["example_id", "prompt_sha256", "context_sha256", "all_classes", *_EXAMPLE_FIELDS]
@@ -229,15 +230,10 @@ def _score(cell: Cell, examples: Mapping[str, Example], task: Task) -> pa.Table:
             grades = grade(*answer, example, task)
         except UserError as error:
             raise UserError(f"task {cell.key['task']}, example {example_id}: {error}") from None
-        described = {field: example[field] for field in _EXAMPLE_FIELDS} | {"cluster": _cluster(example)}
+        described = {field: example[field] for field in _EXAMPLE_FIELDS} | {"cluster": cluster_of(example)}
         rows.append(described | grades | {"alias": False})
     added = provenance.rows_to_table(rows, pa.schema(list(tables.SCORES)[len(tables.CELLS) :]))
     return pa.table([*cell.answers.columns, *added.columns], schema=tables.SCORES)
-
-
-def _cluster(example: Example) -> str | None:
-    """Return the cluster of an example: examples about one document are not independent."""
-    return (example["context_sha256"] or "")[:16] or None
 
 
 def _alias(full: pa.Table, policy: str, budget: str) -> pa.Table:

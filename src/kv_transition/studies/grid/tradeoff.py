@@ -11,7 +11,7 @@ from kv_transition import labels
 from kv_transition.plotting import marks, panels, theme
 from kv_transition.plotting.panels import Datasets, Spec
 from kv_transition.stats import intervals
-from kv_transition.stats.examples import FULL, held_share, padded
+from kv_transition.stats.examples import FULL, by_cell, held_share, padded
 from kv_transition.studies.grid.results import BYTES_IN_ALL, Results, Row
 
 ALL_LENGTHS = "all lengths"
@@ -21,18 +21,21 @@ DIFFERENCES = {"score": "Score", "failure_rate": "Failure rate"}
 def footprints(results: Results) -> dict[tuple[str, str, str, str], Row]:
     """Return bytes kept (in any memory) over bytes of the full cache, by (task, mode, policy, budget).
 
-    The mean over an answer if its course is known, else at its end; over all lengths; the example is the unit. Rows
+    The mean over an answer if its course is known, else at its end; over all lengths; the context is the cluster. Rows
     have estimate, ci_low, ci_high, n, method.
     """
     key = ["task", "mode", "policy", "budget"]
     share = held_share(results.scores, pl.coalesce(BYTES_IN_ALL, "cache_bytes"))
+    cluster = pl.coalesce("cluster", "example_id").first().alias("cluster")
     examples = (
-        results.scores.group_by(*key, "bin", "example_id").agg(share=share.mean()).sort(*key, "bin", "example_id")
+        results.scores.group_by(*key, "bin", "example_id")
+        .agg(cluster, share=share.mean())
+        .sort(*key, "bin", "example_id")
     )
-    lists = examples.group_by(key, maintain_order=True).agg("share")
+    lists = by_cell(examples.select(*key, "cluster", "share"), key)
     if not lists.height:
         return {}
-    found = intervals.mean(padded(lists["share"]), results.confidence)
+    found = intervals.mean(padded(lists["share"]), results.confidence, padded(lists["cluster"]))
     return {tuple(row): found.row(i) for i, row in enumerate(lists.select(key).iter_rows())}
 
 

@@ -1,8 +1,8 @@
 """The analysis of entropy against recall: does uncertainty tell when a policy has evicted what is needed?
 
 For every task, policy, budget, granularity and memory: means by entropy bin, correlations (raw, within examples, and
-after controls), the trend over the bins, AUROC of entropy for a failed recall, and a verdict. The example is the unit:
-its steps are dependent, so intervals resample whole examples (docs/entropy_recall.md).
+after controls), the trend over the bins, AUROC of entropy for a failed recall, and a verdict. The steps of an example
+are dependent, and so are examples about one context: intervals resample whole contexts (docs/entropy_recall.md).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Cell:
 
     @property
     def size(self) -> Row:
-        return {"n": len(self.steps.examples), "steps": len(self.steps)}
+        return {"n": len(self.steps.examples), "clusters": self.steps.clusters, "steps": len(self.steps)}
 
 
 def analyse(steps: Steps, statistics: Statistics) -> Cell:
@@ -87,12 +87,16 @@ def _row(name: str, found: Estimate) -> Row:
     return {"statistic": name, "method": found.method} | {column: finite(value) for column, value in bounds.items()}
 
 
-def _mean_row(name: str, found: Interval, i: int) -> Row:
-    """Return the i-th mean over steps, with examples as clusters."""
+def _mean_row(name: str, found: Interval, i: int, examples: int) -> Row:
+    """Return the i-th mean over the steps of so many ``examples``, with contexts as clusters."""
     row = found.row(i)
-    steps, n = row["n"], row.pop("clusters")
-    method = row["method"] if steps else "no step has such an entropy"
-    return {"statistic": name} | row | {"n": n, "steps": steps, "method": method}
+    method = row["method"] if row["n"] else "no step has such an entropy"
+    return {"statistic": name} | row | {"n": examples, "steps": row["n"], "method": method}
+
+
+def _examples(steps: Steps, values: np.ndarray) -> list[int]:
+    """Return how many examples have a value in each row of ``values`` [rows, steps]."""
+    return [len(np.unique(steps.example[~np.isnan(row)])) for row in values]
 
 
 def _means(steps: Steps, confidence: float) -> tuple[dict[str, Bin], list[Row]]:
@@ -101,15 +105,16 @@ def _means(steps: Steps, confidence: float) -> tuple[dict[str, Bin], list[Row]]:
     """
     names = [*(f"recall_{level}" for level in LEVELS), "recall", "failed_recall"]
     if not len(steps):
-        empty = {"n": 0, "steps": 0, "method": NO_STEPS}
+        empty = {"n": 0, "clusters": 0, "steps": 0, "method": NO_STEPS}
         return dict.fromkeys(LEVELS, empty_bin()), [{"statistic": name} | empty for name in names]
     inside = steps.level == np.arange(len(LEVELS))[:, None]
     failed = (steps.recall < FAILED_BELOW).astype(float)
     values = np.stack([*np.where(inside, steps.recall, np.nan), steps.recall, failed])
-    found = intervals.bounded_mean(values, confidence, clusters=np.broadcast_to(steps.example, values.shape))
-    rows = [_mean_row(name, found, i) for i, name in enumerate(names)]
+    found = intervals.bounded_mean(values, confidence, clusters=np.broadcast_to(steps.cluster, values.shape))
+    examples = _examples(steps, values)
+    rows = [_mean_row(name, found, i, examples[i]) for i, name in enumerate(names)]
     bins = {
-        level: Bin(found.estimate[i], found.low[i], found.high[i], rows[i]["n"], rows[i]["steps"])
+        level: Bin(found.estimate[i], found.low[i], found.high[i], *(rows[i][k] for k in ("n", "steps", "clusters")))
         for i, level in enumerate(LEVELS)
     }
     return bins, rows
@@ -124,25 +129,26 @@ def _varying(steps: Steps) -> str:
 
 def _controls(steps: Steps) -> dict[str, np.ndarray]:
     """Return the regressors [steps, k] of possible confounders: piecewise linear in step and length, and kinds."""
-    examples = len(steps.examples)
+    clusters = steps.clusters
     kinds = (steps.kind[:, None] == np.arange(1, len(steps.kinds))).astype(float)
-    found = {"step": bent(steps.step, examples), "length": bent(steps.length, examples), "kind": kinds}
+    found = {"step": bent(steps.step, clusters), "length": bent(steps.length, clusters), "kind": kinds}
     return found | {"": np.column_stack(list(found.values()))}
 
 
 def _estimates(steps: Steps, statistics: Statistics) -> dict[str, Estimate]:
-    confidence, example, recall = statistics.confidence, steps.example, steps.recall
-    weights = resample_weights(len(steps.examples), statistics.resamples, statistics.seed)
+    confidence, cluster, recall = statistics.confidence, steps.cluster, steps.recall
+    weights = resample_weights(steps.clusters, statistics.resamples, statistics.seed)
 
     def both(x: np.ndarray, y: np.ndarray = recall, controls: np.ndarray | None = None) -> Moments2:
-        return moments2(x, y, example, weights, controls)
+        return moments2(x, y, cluster, weights, controls)
 
     plain = both(steps.entropy)
-    spearman, auroc = rank_statistics(steps.entropy, recall, recall < FAILED_BELOW, example, weights, confidence)
+    spearman, auroc = rank_statistics(steps.entropy, recall, recall < FAILED_BELOW, cluster, weights, confidence)
     found = {"pearson": plain.correlation(confidence), "spearman": spearman}
-    found["pearson_within"] = moments2_within(steps.entropy, recall, example, weights).correlation(confidence)
-    ranks = (ranks_within(values, example) for values in (steps.entropy, recall))
-    found["spearman_within"] = moments2_within(*ranks, example, weights).correlation(confidence)
+    within = steps.example, cluster, weights
+    found["pearson_within"] = moments2_within(steps.entropy, recall, *within).correlation(confidence)
+    ranks = (ranks_within(values, steps.example) for values in (steps.entropy, recall))
+    found["spearman_within"] = moments2_within(*ranks, *within).correlation(confidence)
     for name, controls in _controls(steps).items():
         label = f"partial_{name}".rstrip("_")
         found[label] = both(steps.entropy, controls=controls).correlation(confidence)
@@ -164,11 +170,12 @@ def _kinds(steps: Steps, confidence: float) -> list[Row]:
     if len(steps.kinds) < 2:
         return []
     inside = steps.kind == np.arange(len(steps.kinds))[:, None]
-    codes = np.broadcast_to(steps.example, inside.shape)
+    codes = np.broadcast_to(steps.cluster, inside.shape)
+    examples = _examples(steps, np.where(inside, steps.recall, np.nan))
     entropy = intervals.mean(np.where(inside, steps.entropy, np.nan), confidence, codes)
     recall = intervals.bounded_mean(np.where(inside, steps.recall, np.nan), confidence, clusters=codes)
     return [
-        _mean_row(f"{name}_of_kind:{kind}", found, i)
+        _mean_row(f"{name}_of_kind:{kind}", found, i, examples[i])
         for name, found in (("entropy", entropy), ("recall", recall))
         for i, kind in enumerate(steps.kinds)
     ]
@@ -198,7 +205,7 @@ def _sensitivity(found: Mapping[str, Cell], confidence: float) -> Iterator[Row]:
         slopes = np.stack([cell.slope.draws for cell in shares.values()], axis=1) * scale
         around = r - r.mean()
         draws = slopes @ around / (around @ around)
-        by = Carriers(size["n"], min(cell.slope.by.effective for cell in shares.values()))
+        by = Carriers(size["clusters"], min(cell.slope.by.effective for cell in shares.values()))
         yield _row(name, summarised(draws, by, confidence)) | size
 
 

@@ -13,7 +13,7 @@ from kv_transition.errors import UserError
 from kv_transition.stats import frames
 
 CELL = ["task", "policy", "budget", "granularity", "memory"]
-COLUMNS = [*CELL, "example_id", "prompt_kind", "step", "n", "entropy", "recall"]
+COLUMNS = [*CELL, "example_id", "cluster", "prompt_kind", "step", "n", "entropy", "recall"]
 
 # Bins of entropy in nats: low < 1 <= medium <= 2.5 < high.
 LOW_BELOW, HIGH_ABOVE = 1.0, 2.5
@@ -22,11 +22,11 @@ LEVELS = ("low", "medium", "high")
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one task, policy, budget, granularity and memory, grouped by example.
+    """The steps of one task, policy, budget, granularity and memory, grouped by context and example.
 
     ``example`` [steps] int codes 0, 1, ... of ``examples``; ``entropy`` (nats), ``recall``, ``step``, ``length``
     (entries in the cache) [steps] float; ``kind`` [steps] int codes of ``kinds``, kinds of prompt; ``left_out``: number
-    of steps without entropy or recall.
+    of steps without entropy or recall; ``context`` [steps] int codes of contexts, rising, where examples share them.
     """
 
     examples: list[str]
@@ -38,6 +38,17 @@ class Steps:
     kind: np.ndarray
     kinds: list[str]
     left_out: int = 0
+    context: np.ndarray | None = None
+
+    @property
+    def cluster(self) -> np.ndarray:
+        """The codes of what is independent: contexts, or examples where each has its own."""
+        return self.example if self.context is None else self.context
+
+    @property
+    def clusters(self) -> int:
+        """How many of them there are."""
+        return int(self.cluster.max()) + 1 if len(self) else 0
 
     @cached_property
     def level(self) -> np.ndarray:
@@ -92,14 +103,19 @@ def cells(frame: pl.DataFrame) -> Iterator[tuple[dict[str, str], Steps]]:
 
 
 def steps_of(rows: pl.DataFrame) -> Steps:
-    """Return the steps of one cell, sorted by example and step, without rows that lack entropy or recall."""
-    whole = rows.drop_nulls(["entropy", "recall"])
-    example, kind = (whole[name].fill_null("").rank("dense").to_numpy() for name in ("example_id", "prompt_kind"))
+    """Return the steps of one cell, sorted by context, example and step, without rows that lack entropy or recall."""
+    # a context is named after the first of its examples: the order is that of examples where each has its own
+    first = pl.col("example_id").min().over(pl.coalesce("cluster", "example_id"))
+    whole = rows.drop_nulls(["entropy", "recall"]).with_columns(first=first)
+    whole = whole.sort("first", "example_id", "prompt_kind", "step")
+    codes = (whole[name].fill_null("").rank("dense").to_numpy() for name in ("example_id", "prompt_kind", "first"))
+    example, kind, context = (code.astype(int) - 1 for code in codes)
     return Steps(
         whole["example_id"].unique().sort().to_list(),
-        example.astype(int) - 1,
+        example,
         *(whole[name].cast(pl.Float64).to_numpy() for name in ("entropy", "recall", "step", "n")),
-        kind.astype(int) - 1,
+        kind,
         whole["prompt_kind"].fill_null("").unique().sort().to_list(),
         rows.height - whole.height,
+        context,
     )

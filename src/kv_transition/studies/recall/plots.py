@@ -11,7 +11,6 @@ import polars as pl
 from kv_transition import labels, parsing
 from kv_transition.plotting import marks, panels, save, theme
 from kv_transition.plotting.panels import Datasets, Row, Spec
-from kv_transition.stats import intervals
 from kv_transition.stats.examples import FULL, example_values, is_full
 from kv_transition.stats.frames import read_table
 from kv_transition.studies.recall import moments as recall_moments
@@ -52,7 +51,7 @@ def bin_rows(table: pl.DataFrame) -> list[Row]:
             **{k: row[k] for k in KEY}, "budget": labels.budget(row["budget"]), "bin": LEVELS[at],
             "x": at + (budgets.index(row["budget"]) - (len(budgets) - 1) / 2) * 0.07,
             "estimate": row["estimate"], "low": row["ci_low"], "high": row["ci_high"], "n": row["n"],
-            "steps": row["steps"], "method": row["method"],
+            "clusters": row["clusters"], "steps": row["steps"], "method": row["method"],
             "interval": labels.interval(row["estimate"], row["ci_low"], row["ci_high"]),
         })  # fmt: skip
     return sorted(rows, key=lambda r: r["x"])
@@ -81,7 +80,7 @@ def _bin_layers(table: pl.DataFrame, rows: list[Row], data: Datasets) -> list[al
     y_scale, scales = marks.unit_scale(), _budget_scales(table)
     y = alt.Y("estimate:Q", scale=y_scale, axis=alt.Axis(title="recall, mean", tickCount=5))
     fields = {"budget": "cache kept", "bin": "entropy", "interval": "recall [interval]", "n": "examples",
-              "steps": "steps", "method": "method"}  # fmt: skip
+              "clusters": "contexts", "steps": "steps", "method": "method"}  # fmt: skip
     return [
         data.chart(_chance(rows)).mark_rule(strokeDash=[2, 4], strokeWidth=1.2, opacity=0.8)
         .encode(y=alt.Y("chance:Q", scale=y_scale), color=scales[0]),
@@ -96,6 +95,8 @@ _BINS_TITLE = "What the cache would have held, by the model's uncertainty"
 
 def _bins_note(rows: list[Row], confidence: float) -> tuple[str, str]:
     n = f"n = {panels.span([row['n'] for row in rows])} examples a point"
+    if any(row["clusters"] != row["n"] for row in rows):
+        n += f" from {panels.span([row['clusters'] for row in rows])} contexts"
     return (
         f"share of the needed entries that the policy holds; {panels.share(confidence)}, {n}",
         f"dotted: chance level; black: the criteria, at least {HOLDS:g} at low and below {FAILS:g} at high entropy",
@@ -223,8 +224,7 @@ def _full_scores(scores: Any, confidence: float) -> list[Row]:
     frame = example_values(scores).filter(is_full())
     found = []
     for (task, mode), own in frame.group_by("task", "mode", maintain_order=True):
-        mean = intervals.bounded_mean(own["score"].to_numpy()[None], confidence)
-        found.append({"task": task, "mode": mode, "policy": FULL["policy"], "estimate": float(mean.estimate[0])})
+        found.append({"task": task, "mode": mode, "policy": FULL["policy"], "estimate": own["score"].mean()})
     return found
 
 

@@ -103,7 +103,8 @@ def _groups(table: pl.DataFrame) -> list[Row]:
             raw, after = cell["verdict"], cell["verdict_controlled"]
             rows.append({
                 "policy": policy, "budget": labels.budget(budget), "outcome": after["outcome"],
-                "raw": raw["outcome"], "reason": sentence(after["reason"]), "n": after["n"], "steps": after["steps"],
+                "raw": raw["outcome"], "reason": sentence(after["reason"]), "n": _counted(after),
+                "steps": after["steps"],
                 "cells": [_number(cell.get(name), signed=name.startswith(("p",))) for name in SHOWN],
                 "controls": [_number(cell.get(name), signed=True) for name in CONTROLS],
                 "trend_p": p_value(cell["trend"]["p_holm"]) if "trend" in cell else DASH,
@@ -146,8 +147,13 @@ def _sensitivity(table: pl.DataFrame) -> list[Row]:
         plain, corrected = cell["sensitivity"], cell["sensitivity_corrected"]
         said = f"{_steeper(plain)}; corrected for chance: {_steeper(corrected)}."
         numbers = [_number(cell[name], 3, signed=True) for name in ("sensitivity", "sensitivity_corrected")]
-        rows.append({"task": key[0], "policy": key[1], "numbers": numbers, "n": plain["n"], "said": sentence(said)})
+        own = {"task": key[0], "policy": key[1], "n": _counted(plain), "said": sentence(said)}
+        rows.append(own | {"numbers": numbers})
     return rows
+
+
+def _counted(row: Row) -> str:
+    return labels.count(row["n"], row["clusters"]).removeprefix("n = ")
 
 
 def _steeper(row: Row) -> str:

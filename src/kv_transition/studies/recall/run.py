@@ -29,6 +29,7 @@ from kv_transition.run import job
 from kv_transition.run.prefill import Reader, store_of
 from kv_transition.studies.recall.shadow import ORACLE, Oracle, Shadow, as_rows, best, shadow, thinned
 from kv_transition.studies.recall.tables import OBSERVATION_LAYERS, OBSERVATIONS
+from kv_transition.tables import cluster_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -260,6 +261,7 @@ def steps_table(example: dict[str, Any], prompt_kind: str, trace: Trace) -> pa.T
         "bin": [example["bin"]] * (steps * width),
         "example_id": [example["example_id"]] * (steps * width),
         "prompt_kind": [prompt_kind] * (steps * width),
+        "cluster": [cluster_of(example)] * (steps * width),
         **{name: [key[i] for key in trace.keys] * steps for i, name in enumerate(_KEY)},
         "step": of_steps(range(steps)),
         "token_id": of_steps(trace.token_id),

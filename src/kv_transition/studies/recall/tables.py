@@ -7,14 +7,16 @@ import pyarrow as pa
 from kv_transition.tables import FLOAT, INT, TEXT
 
 # The entries that a policy would hold and that a step needed: a row for each sequence (example_id, prompt_kind),
-# step, policy, budget, granularity and memory. Nats; n entries before the step's token, of which k may be held. Shares
-# of those k (recall; gold_new: not gold at the step before) and of the attention that the n receive (gold_mass_kept).
-# Gaps: KL of the next token's distribution by what is held alone, and without the gold entries, from the full cache's.
+# step, policy, budget, granularity and memory. cluster: the context, which examples may share. Nats; n entries before
+# the step's token, of which k may be held. Shares of those k (recall; gold_new: not gold at the step before) and of the
+# attention that the n receive (gold_mass_kept). Gaps: KL of the next token's distribution by what is held alone, and
+# without the gold entries, from the full cache's.
 _SET_KEY = {"policy": TEXT, "budget": TEXT, "granularity": TEXT, "memory": TEXT}
 _SEQUENCE_KEY = {"task": TEXT, "bin": INT, "example_id": TEXT, "prompt_kind": TEXT}
 OBSERVATIONS = pa.schema(
     {
         **_SEQUENCE_KEY,
+        "cluster": TEXT,
         **_SET_KEY,
         "step": INT,
         "token_id": INT,
@@ -61,8 +63,9 @@ OBSERVATION_CHECKS = pa.schema(
     }
 )
 
-# How entropy and recall go together, a statistic a row. n counts examples, `steps` their steps. Rows of `verdict` and
-# `verdict_controlled` have an outcome and its reason; rows without a budget are over all budgets.
+# How entropy and recall go together, a statistic a row. n counts examples, `clusters` the contexts that they are about,
+# `steps` their steps. Rows of `verdict` and `verdict_controlled` have an outcome and its reason; rows without a budget
+# are over all budgets.
 ENTROPY_RECALL = pa.schema(
     {
         "task": TEXT,
@@ -75,6 +78,7 @@ ENTROPY_RECALL = pa.schema(
         "ci_low": FLOAT,
         "ci_high": FLOAT,
         "n": INT,
+        "clusters": INT,
         "steps": INT,
         "method": TEXT,
         "p_value": FLOAT,

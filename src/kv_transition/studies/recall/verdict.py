@@ -21,16 +21,20 @@ FAILS = 0.5  # recall at high entropy is to be below this
 
 @dataclass(frozen=True)
 class Bin:
-    """Mean recall of an entropy bin and its interval, from ``steps`` steps of ``n`` examples; NaN if it is empty."""
+    """Mean recall of an entropy bin and its interval, from ``steps`` steps of ``n`` examples; NaN if it is empty.
+
+    clusters: the contexts that the examples are about; None: each has its own.
+    """
 
     estimate: float
     low: float
     high: float
     n: int
     steps: int
+    clusters: int | None = None
 
     def __str__(self) -> str:
-        return f"{shown(self)} ({counted(self.n, self.steps)})"
+        return f"{shown(self)} ({counted(self.n, self.steps, self.clusters)})"
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ def shown(value: Bin | Estimate) -> str:
     return text.replace("-0.00", "0.00").replace("-", "−")
 
 
-def counted(n: int, steps: int) -> str:
-    return f"n = {n}, {steps} step{'s' * (steps != 1)}"
+def counted(n: int, steps: int, clusters: int | None = None) -> str:
+    return f"{labels.count(n, clusters)}, {steps} step{'s' * (steps != 1)}"
 
 
 def judge(trend: Estimate, low: Bin, high: Bin, what: str = "the trend over the bins") -> Verdict:
