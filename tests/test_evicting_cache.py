@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, engine, random_model, sliding_model, tokens
 from serving import NAME, ask, words
@@ -91,15 +91,37 @@ def client(family):
     return TestClient(create_app(Served(NAME, own, Prefills(own, 10**9, EVERY), 1024)))
 
 
+def by_cell(folder, family, context, question, policy, budget, mode):
+    """The text of a cell's only row; the seed of its answer is `answer_seed`."""
+    spec = {
+        "mode": mode, "policy": "mine", "kind": policy["kind"], "budget": str(budget_of(budget, policy_of(policy))),
+        "first_token": "compressed", "hyper_parameters": catalog.resolve(policy["kind"], policy)[1],
+        "decoding": {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0},
+    }  # fmt: skip
+    example = {
+        "task": "t", "example_id": "e0", "bin": 0, "prompt_sha256": "sha", "prompt_len": len(context + question),
+        "context_ids": context, "question_ids": question, "max_new_tokens": NEW,
+    }  # fmt: skip
+    (row,) = cell.rows(told(family), [example], spec, PrefillStore(folder, mode="never"))
+    return row["text"]
+
+
+def by_server(family, context, question, policy, budget, mode, seed):
+    """The tokens of the answer to a request."""
+    chosen = catalog.resolve(policy["kind"], policy)[1] | {"kind": policy["kind"]}
+    asked = {"kv_policy": chosen, "kv_mode": mode, "kv_seed": seed, "kv_context": len(context), "max_tokens": NEW}
+    asked |= {} if budget is None else {"kv_budget": budget}
+    return ask(client(family), prompt=context + question, **asked)["kv"]["token_ids"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: "-".join(map(str, policy.values())))
-def test_every_way_gives_the_same_tokens(tmp_path, monkeypatch, family, mode, policy):
+def test_every_way_gives_the_same_tokens(tmp_path, family, mode, policy):
     context, question = tokens(64, seed=1), tokens(7, seed=2)
     seed = answer_seed(0, "e0", 0)
     budget = budget_for(policy, 0.3)
     expected = by_engine(family, context, question, policy, budget, mode, seed)
-    name = "r1" if budget is None else "r0.3"
 
     at = len(context) if mode == "before_question" else None
     held = kvt.EvictingCache(plain(family), policy, budget, context_tokens=at, tokenizer=words(), seed=seed)
@@ -113,26 +135,17 @@ def test_every_way_gives_the_same_tokens(tmp_path, monkeypatch, family, mode, po
     assert list(by_name.tokens) == expected.tokens
     assert by_name.cache_bytes == expected.cache_bytes
 
-    monkeypatch.setattr(engine(family), "tokenizer", words())
-    spec = {
-        "mode": mode, "policy": "mine", "kind": policy["kind"], "budget": name, "first_token": "compressed",
-        "hyper_parameters": catalog.resolve(policy["kind"], policy)[1],
-        "decoding": {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0},
-    }  # fmt: skip
-    example = {
-        "task": "t", "example_id": "e0", "bin": 0, "prompt_sha256": "sha", "prompt_len": 71,
-        "context_ids": context, "question_ids": question, "max_new_tokens": NEW,
-    }  # fmt: skip
-    (row,) = cell.rows(engine(family), [example], spec, PrefillStore(tmp_path, mode="never"))
-    assert row["text"] == words().decode(expected.tokens)
-
-    asked = {"kv_policy": spec["hyper_parameters"] | {"kind": policy["kind"]}, "kv_mode": mode, "kv_seed": seed}
-    asked |= {} if budget is None else {"kv_budget": budget}
-    got = ask(client(family), prompt=context + question, kv_context=64, max_tokens=NEW, **asked)
-    assert got["kv"]["token_ids"] == expected.tokens
+    said = words().decode(expected.tokens)
+    assert by_cell(tmp_path, family, context, question, policy, budget, mode) == said
+    assert by_server(family, context, question, policy, budget, mode, seed) == expected.tokens
 
 
-@settings(max_examples=40, deadline=None)
+def test_every_policy_is_among_them():
+    newer = {"kvzip", "cake", "r_kv", "criticalkv", "lagkv", "chunkkv"}
+    assert {policy["kind"] for policy in POLICIES} == set(kinds()) >= newer
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     family=st.sampled_from(FAMILIES),
     policy=st.sampled_from(POLICIES),
@@ -142,15 +155,19 @@ def test_every_way_gives_the_same_tokens(tmp_path, monkeypatch, family, mode, po
     chunk=st.sampled_from([None, 1, 7, 64]),
     seed=st.integers(0, 5),
 )
-def test_any_prompt_in_any_pieces_at_any_budget(family, policy, sizes, budget, mode, chunk, seed):
+def test_any_prompt_in_any_pieces_at_any_budget(tmp_path, family, policy, sizes, budget, mode, chunk, seed):
     context, question = tokens(sizes[0], seed=seed), tokens(sizes[1], seed=seed + 50)
-    budget = budget_for(policy, budget)
-    expected = from_whole_prompt(family, context, question, policy, budget, mode, seed)
+    budget, drawn = budget_for(policy, budget), answer_seed(0, "e0", 0)
+    expected = by_engine(family, context, question, policy, budget, mode, drawn)
+    in_one_piece = from_whole_prompt(family, context, question, policy, budget, mode, drawn)
     at = len(context) if mode == "before_question" else None
-    options = {"chunk_tokens": chunk, "tokenizer": words(), "seed": seed}
+    options = {"chunk_tokens": chunk, "tokenizer": words(), "seed": drawn}
     held = kvt.EvictingCache(plain(family), policy, budget, context_tokens=at, **options)
-    assert generated(plain(family), [context + question], held) == [expected.tokens]
+    assert generated(plain(family), [context + question], held) == [in_one_piece.tokens]
     assert held.get_seq_length() == sum(sizes) + NEW - 1
+    said = words().decode(expected.tokens)
+    assert by_cell(tmp_path, family, context, question, policy, budget, mode) == said
+    assert by_server(family, context, question, policy, budget, mode, drawn) == expected.tokens
 
 
 def test_sliding_window_layers_are_left_to_themselves():
