@@ -14,11 +14,12 @@ import kv_transition as kvt
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/python.md"
 LONGEST = 10
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
 def blocks():
     """Return the Python blocks of the page, in order."""
-    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    return BLOCK.findall(PAGE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -44,6 +45,18 @@ def test_examples_are_short():
 def test_the_page_names_all_that_is_public():
     text = PAGE.read_text(encoding="utf-8")
     assert [name for name in kvt.__all__ if f"`{name}`" not in text and f"kvt.{name}" not in text] == []
+
+
+@pytest.mark.slow
+def test_an_answer_and_a_grid_with_its_plot_take_ten_lines_each(monkeypatch):
+    """From nothing: neither uses a name of another example."""
+    monkeypatch.chdir(ROOT)
+    for heading, names in (("One answer", {"reply"}), ("Policies and budgets", {"table", "chart"})):
+        part = PAGE.read_text(encoding="utf-8").split(f"## {heading}\n")[1]
+        code, space = BLOCK.search(part).group(1), {"__name__": "__main__"}
+        assert len([line for line in code.splitlines() if line.strip()]) <= LONGEST
+        exec(compile(code, str(PAGE), "exec"), space)
+        assert names <= space.keys()
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from kv_transition.errors import UserError
 from kv_transition.policies.catalog import hyper_parameters, kinds
 from kv_transition.run import job, prefill
 from kv_transition.studies.grid import run as cell
+from kv_transition.studies.recall import run as observe
 from kv_transition.tables import cluster_of
 
 DECODING = {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0}
@@ -102,6 +103,20 @@ def test_batches_of_questions_about_one_context(model, tmp_path, mode):
 def test_a_context_is_read_once_in_a_cell(model, tmp_path, fed):
     cell.rows(model, EXAMPLES, spec("snapkv", "before_question"), PrefillStore(tmp_path, mode="never"))
     assert fed.count(50) == 3
+
+
+def test_a_context_is_read_once_where_it_is_observed(model, tmp_path, fed):
+    about = {
+        "policies": {"h2o": {"kind": "h2o", "hyper_parameters": hyper_parameters("h2o")}}, "budgets": ["r0.3"],
+        "granularities": ["global"], "memories": ["ideal"], "seed": 0, "max_tokens": "task", "entropy_gap_every": 0,
+        "continuations": False, "reasoning": False,
+    }  # fmt: skip
+    examples = [one | {"meta": None, "context_sha256": f"{one['example_id'][:2]}..."} for one in EXAMPLES]
+    found = list(observe.observed(model, examples, about, PrefillStore(tmp_path, mode="never")))
+    assert sorted(example["example_id"] for example, _, _ in found) == sorted(one["example_id"] for one in EXAMPLES)
+    assert fed.count(50) == 3
+    tables = [observe.steps_table(*one) for one in found]
+    assert len({name for table in tables for name in table["cluster"].to_pylist()}) == 3
 
 
 def test_a_context_is_read_once_by_the_prefill_job(model, tmp_path, fed):

@@ -57,6 +57,12 @@ def key_of(example: dict[str, Any]) -> tuple[int, ...]:
     return tuple(example["context_ids"])
 
 
+def by_context(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the examples with those of one context next to each other, else in their order."""
+    first: dict[tuple[int, ...], int] = {}
+    return sorted(examples, key=lambda example: first.setdefault(key_of(example), len(first)))
+
+
 def as_stored(examples: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return what is stored for each prompt, by its hash: the prompt, or where several share a context, that alone.
 

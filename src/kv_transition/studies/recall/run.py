@@ -26,7 +26,7 @@ from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create
 from kv_transition.provenance import digest, write_table
 from kv_transition.run import job
-from kv_transition.run.prefill import Reader, store_of
+from kv_transition.run.prefill import Reader, by_context, store_of
 from kv_transition.studies.recall.shadow import ORACLE, Oracle, Shadow, as_rows, best, shadow, thinned
 from kv_transition.studies.recall.tables import OBSERVATION_LAYERS, OBSERVATIONS
 from kv_transition.tables import cluster_of
@@ -226,7 +226,7 @@ def observed(
     """Yield each example, the kind of its prompt and its trace; with continuations also without its question."""
     statistics = frozenset({"attn_sum"}).union(*(s.policy.statistics for s in shadows_of(spec, 0)))
     reader = Reader(engine, store, examples)
-    for number, example in enumerate(examples, 1):
+    for number, example in enumerate(by_context(examples), 1):
         prefill, _ = reader.prefill(example, statistics)
         kind = str(json.loads(example["meta"] or "{}").get("kind") or example["task"])
         prompts = [(kind, prefill.prompt)]
