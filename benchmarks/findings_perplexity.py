@@ -8,8 +8,7 @@ from document import table
 from findings_sections import IMAGES, Row, ending, interval, kept, picture
 
 from kv_transition import labels
-from kv_transition.stats.examples import Statistics
-from kv_transition.studies.perplexity.analysis import share
+from kv_transition.stats.quotients import quotient
 
 
 def merging() -> list[str]:
@@ -180,7 +179,7 @@ def over(windows: pl.DataFrame, policy: str, reference: str) -> tuple[float, flo
     both = windows.filter(policy=policy).join(windows.filter(policy=reference), on=key, suffix="_other")
     book = both["book_id"].rank("dense").to_numpy() - 1
     difference = (both["nll_sum"] - both["nll_sum_other"]).to_numpy()
-    found = share(difference, both["n_tokens"].cast(float).to_numpy(), book, Statistics(0.95, 10_000, 0)).exp()
+    found = quotient(difference, both["n_tokens"].cast(float).to_numpy(), book, 0.95).exp()
     return found.value, found.low, found.high
 
 

@@ -33,9 +33,10 @@ from kv_transition.run import job
 from kv_transition.run.prefill import store_of
 from kv_transition.settings import parse
 from kv_transition.stats.examples import Statistics
+from kv_transition.stats.quotients import quotient
 from kv_transition.studies.perplexity import run, windows
 from kv_transition.studies.perplexity import specs as perplexity_specs
-from kv_transition.studies.perplexity.analysis import merge_against_drop, perplexity, read_windows, share
+from kv_transition.studies.perplexity.analysis import merge_against_drop, perplexity, read_windows
 from kv_transition.tables import PERPLEXITY
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -143,7 +144,7 @@ def sinks() -> list[Row]:
             both = own.join(four, on=["book_id", "window"], suffix="_four")
             difference = (both["nll_sum"] - both["nll_sum_four"]).to_numpy()
             codes = both["book_id"].rank("dense").to_numpy() - 1
-            against = share(difference, both["n_tokens"].cast(float).to_numpy(), codes, statistics).exp()
+            against = quotient(difference, both["n_tokens"].cast(float).to_numpy(), codes, statistics.confidence).exp()
             found.append({"how": name} | row | against.columns("over_four"))
     return found
 

@@ -27,8 +27,8 @@ class Paired:
     """Mean differences [cells] and the test of them; see `difference`.
 
     ``sd`` [cells]: of a cluster's sum over the mean size of a cluster, or of single differences.
-    ``lost`` and ``gained``: mean and standard error [cells] after the additional pair; ``clusters`` of them are there,
-    one fewer than values, so that they are the degrees of freedom too. ``ends``: the smallest and the largest mean.
+    ``lost`` and ``gained``: mean and standard error [cells] after the additional pair. ``degrees`` [cells]: of freedom.
+    ``ends``: the smallest and the largest mean.
     """
 
     estimate: np.ndarray
@@ -38,7 +38,8 @@ class Paired:
     sd: np.ndarray
     lost: tuple[np.ndarray, np.ndarray]
     gained: tuple[np.ndarray, np.ndarray]
-    ends: tuple[float, float]
+    degrees: np.ndarray
+    ends: tuple[float, float] = (-np.inf, np.inf)
 
     @property
     def p_above(self) -> np.ndarray:
@@ -58,7 +59,7 @@ class Paired:
 
     def interval(self, confidence: float | np.ndarray) -> Interval:
         """Return the interval of each cell; ``confidence`` may differ between the cells [cells]."""
-        t = stats.t.ppf((1 + np.asarray(confidence)) / 2, np.maximum(self.clusters, 1))
+        t = stats.t.ppf((1 + np.asarray(confidence)) / 2, self.degrees)
         low = np.maximum(self.lost[0] - t * self.lost[1], self.ends[0])
         high = np.minimum(self.gained[0] + t * self.gained[1], self.ends[1])
         low, high = np.fmin(low, self.estimate), np.fmax(high, self.estimate)
@@ -78,12 +79,12 @@ class Paired:
         part = slice(i, i + 1)
         arrays = (self.estimate[part], self.n[part], self.clusters[part], self.method[part], self.sd[part])
         lost, gained = ((mean[part], error[part]) for mean, error in (self.lost, self.gained))
-        return Paired(*arrays, lost, gained, self.ends)
+        return Paired(*arrays, lost, gained, self.degrees[part], self.ends)
 
     def _p(self, mean: np.ndarray, error: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             t = np.where(error > 0, mean / error, np.where(mean == 0, 0, np.sign(mean) * np.inf))
-        return np.where(self.n > 0, stats.t.sf(t, np.maximum(self.clusters, 1)), np.nan)
+        return np.where(self.n > 0, stats.t.sf(t, self.degrees), np.nan)
 
 
 def difference(values: np.ndarray, clusters: np.ndarray | None = None, ends: tuple[float, float] = (-1, 1)) -> Paired:
@@ -94,24 +95,31 @@ def difference(values: np.ndarray, clusters: np.ndarray | None = None, ends: tup
     """
     count, total = sums(values, clusters)
     n, present = count.sum(axis=1), (count > 0).sum(axis=1)
-    size = _mean_size(count, n)
-    lost, gained = (_mean_and_error(count, total, size, end * size, present) for end in ends)
+    size = mean_size(count)
+    lost, gained = (with_one_more(count, total, end * size) for end in ends)
     method = np.where(moments(values, clusters).single, METHOD, METHOD + CLUSTERED).astype(object)
     mean = divide(total.sum(axis=1), n)
     squares = np.where(count > 0, (total - count * mean[:, None]) ** 2, 0).sum(axis=1)
     sd = np.sqrt(divide(squares, np.maximum(present - 1, 1))) / size[:, 0]
-    return Paired(mean, n.astype(int), present, method, sd, lost, gained, ends)
+    # one fewer than values, the additional pair among them
+    degrees = np.maximum(present, 1)
+    return Paired(mean, n.astype(int), present, method, sd, lost, gained, degrees, ends)
 
 
-def _mean_size(count: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Examples of the cluster that an example is in, on average, as a column; 1 where there is none."""
+def mean_size(count: np.ndarray) -> np.ndarray:
+    """Return how many examples the cluster of an example has, on average, as a column [cells, 1]; 1 without any."""
+    n = count.sum(axis=1)
     return np.where(n > 0, divide((count**2).sum(axis=1), n), 1)[:, None]
 
 
-def _mean_and_error(
-    count: np.ndarray, total: np.ndarray, size: np.ndarray, sum_of: np.ndarray, present: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    count, total = np.hstack([count, size]), np.hstack([total, sum_of])
+def with_one_more(count: np.ndarray, total: np.ndarray, sum_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard error [cells] of examples in clusters after one more cluster, which is of mean size.
+
+    ``count`` and ``total``: number and sum of the examples of each cluster [cells, clusters]; ``sum_of``: the sum of
+    the additional one [cells, 1].
+    """
+    present = (count > 0).sum(axis=1)
+    count, total = np.hstack([count, mean_size(count)]), np.hstack([total, sum_of])
     n = count.sum(axis=1)
     mean = total.sum(axis=1) / n
     squares = ((total - count * mean[:, None]) ** 2).sum(axis=1)
@@ -155,7 +163,7 @@ def ratio(
     count, x = sums(np.where(missing, np.nan, numerator), clusters)
     y = sums(np.where(missing, np.nan, denominator), clusters)[1]
     n, present = count.sum(axis=1).astype(int), (count > 0).sum(axis=1)
-    estimate, size = divide(x.sum(axis=1), y.sum(axis=1)), _mean_size(count, n)
+    estimate, size = divide(x.sum(axis=1), y.sum(axis=1)), mean_size(count)
     t2 = stats.t.ppf((1 + confidence) / 2, np.maximum(present, 1)) ** 2
     low = _bounds(count, x, y, size, (0 * size, size), present, t2)[0]
     high = _bounds(count, x, y, size, (size, 0 * size), present, t2)[1]

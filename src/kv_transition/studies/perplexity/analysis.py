@@ -1,14 +1,13 @@
 """Perplexity of each policy and budget, and its ratio to the full cache's, from the scored windows.
 
-Perplexity is exp(sum of nll / number of tokens). Windows of one book depend on each other, so whole books are
-resampled: intervals are estimate -+ t standard errors of the cluster bootstrap, for perplexities and ratios on the
-logarithm. Policies are compared on the windows that both scored (docs/perplexity.md).
+Perplexity is exp(sum of nll / number of tokens). Windows of one book depend on each other, so books are the clusters
+of every interval and test (`stats.quotients`), for perplexities and ratios on the logarithm. Policies are compared on
+the windows that both scored (docs/perplexity.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,10 @@ from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import rows_to_table, write_table
 from kv_transition.stats import frames
-from kv_transition.stats.association import METHOD, Carriers, kish, resample_weights, summarised
-from kv_transition.stats.clusters import divide
 from kv_transition.stats.examples import FULL, Statistics, inherited, is_full
 from kv_transition.stats.intervals import finite
 from kv_transition.stats.multiplicity import adjust
+from kv_transition.stats.quotients import Quotient, quotient
 from kv_transition.studies.perplexity.tables import PERPLEXITY_PAIRS, PERPLEXITY_STATS
 
 CELL = ["corpus", "policy", "budget", "bin"]
@@ -34,49 +32,10 @@ COLUMNS = [*WINDOW, "policy", "budget", "context_tokens", "nll_sum", "n_tokens",
            "peak_mem_mb", "perplexity_hash", *MEANS]  # fmt: skip
 MERGE, DROP = "entropy_merge", "entropy_drop"
 EXPLORATORY = 20  # fewer books than these are labelled so
+METHOD = "Student t by book, with one more book as far out as the farthest"
 ONE_BOOK = "; no interval from one book"
 Options = Mapping[str, Mapping[str, Any] | None]
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Share:
-    """A sum over windows divided by another: ``value`` and bounds, NaN where one book cannot give them.
-
-    ``p``: two-sided, that it is 0 (of a ratio, `exp`, that it is 1); below 1 - confidence just where the interval
-    excludes that.
-    """
-
-    value: float
-    low: float
-    high: float
-    p: float = np.nan
-
-    def columns(self, name: str) -> Row:
-        return {name: finite(self.value), f"{name}_low": finite(self.low), f"{name}_high": finite(self.high)}
-
-    def exp(self) -> Share:
-        return Share(*(float(np.exp(end)) for end in (self.value, self.low, self.high)), self.p)
-
-    def rest(self) -> Share:
-        """1 minus the share."""
-        return Share(1 - self.value, 1 - self.high, 1 - self.low)
-
-
-def share(top: np.ndarray, bottom: np.ndarray, book: np.ndarray, statistics: Statistics) -> Share:
-    """Return sum(top) / sum(bottom) over windows [n], with books resampled; ``book`` [n]: codes 0, 1, ...
-
-    Windows without either number are left out.
-    """
-    there = np.isfinite(top) & np.isfinite(bottom)
-    if not there.any():
-        return Share(np.nan, np.nan, np.nan)
-    _, book = np.unique(book[there], return_inverse=True)
-    books = int(book.max()) + 1
-    sums = np.column_stack([np.bincount(book, weights=column[there], minlength=books) for column in (top, bottom)])
-    drawn = resample_weights(books, statistics.resamples, statistics.seed) @ sums
-    found = summarised(divide(*drawn.T), Carriers(books, kish(sums[:, 1])), statistics.confidence)
-    return Share(found.value, found.low, found.high, found.p)
 
 
 def read_windows(paths: Sequence[str], expected: Mapping[str, str] | None = None) -> pl.DataFrame:
@@ -130,7 +89,7 @@ def _floats(frame: pl.DataFrame, *columns: str) -> list[np.ndarray]:
 
 
 def _method(books: int) -> str:
-    return f"{METHOD} by book, Student t" + (ONE_BOOK if books == 1 else "")
+    return METHOD + (ONE_BOOK if books == 1 else "")
 
 
 def perplexity(windows: pl.DataFrame, statistics: Statistics) -> pa.Table:
@@ -158,15 +117,15 @@ def _cell(own: pl.DataFrame, statistics: Statistics) -> Row:
     nll, tokens, seconds = _floats(scored, "nll_sum", "n_tokens", "score_s")
     before, after, end, full = _floats(scored, "bytes_before", "bytes_after", "cache_bytes", "full_bytes")
     book = _codes(scored)
-    found = share(nll, tokens, book, statistics).exp().columns("perplexity")
-    found |= share(after, before, book, statistics).rest().columns("compression")
-    found |= share(end, full, book, statistics).rest().columns("compression_end")
-    found |= share(tokens, seconds, book, statistics).columns("tokens_per_s")
+    found = quotient(nll, tokens, book, statistics.confidence).exp().columns("perplexity")
+    found |= quotient(after, before, book, statistics.confidence).rest().columns("compression")
+    found |= quotient(end, full, book, statistics.confidence).rest().columns("compression_end")
+    found |= quotient(tokens, seconds, book, statistics.confidence).columns("tokens_per_s")
     if own["policy"][0] == FULL["policy"]:
-        ratio = Share(1.0 if scored.height else np.nan, np.nan, np.nan)
+        ratio = Quotient(1.0 if scored.height else np.nan, np.nan, np.nan)
     else:
         nll, reference, tokens = _floats(paired, "nll_sum", "nll_full", "n_tokens")
-        ratio = share(nll - reference, tokens, _codes(paired), statistics).exp()
+        ratio = quotient(nll - reference, tokens, _codes(paired), statistics.confidence).exp()
     books = scored["book_id"].n_unique()
     return found | ratio.columns("ratio") | {
         "p_value": finite(ratio.p),
@@ -225,7 +184,7 @@ def merge_against_drop(windows: pl.DataFrame, policies: Options, statistics: Sta
 def _pair(own: pl.DataFrame, statistics: Statistics) -> Row:
     nll, other, tokens = _floats(own, "nll_sum", "nll_sum_other", "n_tokens")
     book, books = _codes(own), own["book_id"].n_unique()
-    ratio = share(nll - other, tokens, book, statistics).exp()
+    ratio = quotient(nll - other, tokens, book, statistics.confidence).exp()
 
     def gone(suffix: str) -> float | None:
         before, after = (own[f"{name}{suffix}"].sum() for name in ("bytes_before", "bytes_after"))
