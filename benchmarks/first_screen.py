@@ -2,12 +2,13 @@
 
     python benchmarks/first_screen.py [--experiments 200] [--write docs/statistics.md]
 
-Each experiment has a full cache and seven policies at two budgets in four bins, of each kind of truth one: nothing is
-lost; 1 or 2 % is; 6 % is, just more than is called no loss; a moderate loss, from the third bin on; failures that grow;
-a collapse; chance level. Scores and failures are drawn, the tables are made, the page is rendered, and its verdicts are
-read from the HTML: the word in each cell with where it begins, and the headline. A sentence is wrong where its truth
-contradicts it. Exit status 1 if more than 5 % of the sentences of a kind are wrong by more than chance (a binomial test
-at 1 %).
+Each experiment has a full cache and policies at two budgets in four bins. *Mixed*: seven policies, of each kind of
+truth one: nothing is lost; 1 or 2 % is; 6 % is, just more than is called no loss; a moderate loss, from the third bin
+on; failures that grow; a collapse; chance level. *All lose*: four policies that lose a fifth or more, so that a loss is
+shown for everything. *One spared*: the same, but one of them loses nothing at the larger budget. Scores and failures
+are drawn, the tables are made, the page is rendered, and its verdicts are read from the HTML: the word in each cell
+with where it begins, and the headline. A sentence is wrong where its truth contradicts it. Exit status 1 if more than
+5 % of the sentences of a kind are wrong by more than chance (a binomial test at 1 %).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ from kv_transition.studies.grid.tables import SCORES
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "benchmarks" / "results" / "first_screen.json"
-SIZES = (20, 50)
+SIZES = (20, 50, 150)
 BAR, LUCK, RESAMPLES = 0.05, 0.01, 100
 LENGTHS = (256, 512, 1024, 2048)
 BUDGETS = ("r0.5", "r0.2")
@@ -49,7 +51,8 @@ FULL_RIGHT, FULL_FAILED = 0.95, 0.02
 # by bin: how often a right answer stays right, and how often an answer fails (which loses it)
 Truth = tuple[tuple[float, ...], tuple[float, ...]]
 NEVER = (0.0,) * 4
-TRUTHS: dict[str, tuple[Truth, Truth]] = {
+Truths = dict[str, tuple[Truth, Truth]]
+TRUTHS: Truths = {
     "nothing": (((1.0,) * 4, NEVER), ((1.0,) * 4, NEVER)),
     "little": (((0.99,) * 4, NEVER), ((0.98,) * 4, NEVER)),
     "margin": (((0.94,) * 4, NEVER), ((0.94,) * 4, NEVER)),
@@ -57,6 +60,17 @@ TRUTHS: dict[str, tuple[Truth, Truth]] = {
     "failing": (((1.0,) * 4, (0.0, 0.0, 0.1, 0.2)), ((1.0,) * 4, (0.0, 0.1, 0.2, 0.3))),
     "falling": (((1.0, 1.0, 0.9, 0.3), NEVER), ((1.0, 0.8, 0.2, 0.1), NEVER)),
     "chance": (((0.5, 0.4, 0.3, 0.2), NEVER), ((0.1,) * 4, NEVER)),
+}
+LOSING: Truths = {
+    "first": (((0.8,) * 4, NEVER), ((0.7,) * 4, NEVER)),
+    "second": (((0.8, 0.75, 0.7, 0.65), NEVER), ((0.7, 0.65, 0.6, 0.5), NEVER)),
+    "falling": (((0.8, 0.7, 0.6, 0.3), NEVER), ((0.7, 0.6, 0.2, 0.1), NEVER)),
+    "chance": TRUTHS["chance"],
+}
+WORLDS = {
+    "mixed": TRUTHS,
+    "all lose": LOSING,
+    "one spared": LOSING | {"first": (TRUTHS["nothing"][0], LOSING["first"][1])},
 }
 
 
@@ -77,7 +91,7 @@ def known(truth: Truth) -> Known:
     return Known(mean, failed, FULL_RIGHT * (1 - FULL_FAILED), FULL_FAILED)
 
 
-def simulated(rng: np.random.Generator, n: int) -> pa.Table:
+def simulated(rng: np.random.Generator, n: int, truths: Truths = TRUTHS) -> pa.Table:
     """Scores of one experiment: 0 or 1, the policies on the full cache's examples."""
     columns: dict[str, list] = {name: [] for name in ("policy", "budget", "bin", "example_id", "score", "failure")}
 
@@ -93,7 +107,7 @@ def simulated(rng: np.random.Generator, n: int) -> pa.Table:
         failed = rng.random(n) < FULL_FAILED
         right = (rng.random(n) < FULL_RIGHT) & ~failed
         add("full", "r1", b, right, failed)
-        for policy, by_budget in TRUTHS.items():
+        for policy, by_budget in truths.items():
             for budget, (stays, fails) in zip(BUDGETS, by_budget, strict=True):
                 lost = failed | (rng.random(n) < fails[b])
                 add(policy, budget, b, right & (rng.random(n) < stays[b]) & ~lost, lost)
@@ -132,10 +146,10 @@ def plain(text: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", "", text)).replace("\u00a0", " ").split())
 
 
-def judged(policy: str, budget: str, words: str) -> Iterator[tuple[str, bool]]:
+def judged(policy: str, budget: str, words: str, truths: Truths = TRUTHS) -> Iterator[tuple[str, bool]]:
     """Kinds of sentence and whether they are right: the word of a cell, and where it begins."""
     word = next(word for word in scale.SCALE if words.startswith(word))
-    truth = known(TRUTHS[policy][BUDGETS.index(budget)])
+    truth = known(truths[policy][BUDGETS.index(budget)])
     loses = (truth.mean < truth.full_mean - 1e-9) | (truth.failed > truth.full_failed + 1e-9)
     unstable = truth.failed > truth.full_failed + 1e-9
     collapsed = truth.mean < 0.5 * truth.full_mean
@@ -149,32 +163,33 @@ def judged(policy: str, budget: str, words: str) -> Iterator[tuple[str, bool]]:
             yield f"{word} from", bool(state[word][at])
 
 
-def headline_right(text: str, shown: list[tuple[str, str, str]]) -> tuple[str, bool]:
+def headline_right(text: str, shown: list[tuple[str, str, str]], truths: Truths = TRUTHS) -> tuple[str, bool]:
     """The kind of headline and whether it is right."""
     if " enough, with " in text:
         budget, names = re.match(r"(\d+) % of the cache is enough, with (.*)\.", text).groups()
         key = f"r{int(budget) / 100:g}"
         right = all(
-            known(TRUTHS[name][BUDGETS.index(key)]).mean.mean() >= KEPT * FULL_RIGHT * (1 - FULL_FAILED)
+            known(truths[name][BUDGETS.index(key)]).mean.mean() >= KEPT * FULL_RIGHT * (1 - FULL_FAILED)
             for name in re.split(r", | and ", names)
         )
         return "headline: enough", right
     if "too few examples" in text:
         return "headline: too few examples", any(words.startswith(scale.UNDECIDED) for *_, words in shown)
     return "headline: a loss for everything", all(
-        (known(TRUTHS[p][BUDGETS.index(b)]).mean < FULL_RIGHT * (1 - FULL_FAILED)).any() for p, b, _ in shown
+        (known(truths[p][BUDGETS.index(b)]).mean < FULL_RIGHT * (1 - FULL_FAILED)).any() for p, b, _ in shown
     )
 
 
 def screens(experiments: Iterable[int], n: int) -> tuple[Counter, Counter, Counter]:
     """Sentences said, wrong ones, and words of cells, over experiments (by their number) with n examples a bin."""
     said, wrong, words = Counter(), Counter(), Counter()
-    for number in experiments:
-        (_, _, lead), *cells = read(rendered(simulated(np.random.default_rng([7, n, number]), n)))
-        found = [pair for cell in cells for pair in judged(*cell)]
-        for policy, budget, text in cells:
+    for number, (world, truths) in product(experiments, enumerate(WORLDS.values())):
+        seed = [7, n, number, world] if world else [7, n, number]
+        (_, _, lead), *cells = read(rendered(simulated(np.random.default_rng(seed), n, truths)))
+        found = [pair for cell in cells for pair in judged(*cell, truths)]
+        for policy, budget, text in cells if world == 0 else ():
             words[policy, budget, next(word for word in scale.SCALE if text.startswith(word))] += 1
-        for kind, right in [*found, headline_right(lead, cells)]:
+        for kind, right in [*found, headline_right(lead, cells, truths)]:
             said[kind] += 1
             wrong[kind] += not right
     return said, wrong, words
@@ -205,7 +220,11 @@ def main() -> int:
     text = table(["sentence", *(f"n = {n} a bin" for n in kept)], lines)
     print(text)
     if arguments.write:
-        put(arguments.write, "first screen", f"{text}\n\n{arguments.experiments} experiments for each n.")
+        put(
+            arguments.write,
+            "first screen",
+            f"{text}\n\n{arguments.experiments} experiments of each of the {len(WORLDS)} kinds for each n.",
+        )
     return int(not ok)
 
 

@@ -288,6 +288,17 @@ class TestRows:
     def store(self, tmp_path):
         return PrefillStore(tmp_path / "store", "never")
 
+    def test_bytes_are_matched_between_policies_that_act_each_step_and_others(self, store):
+        shares = {}
+        for match in ("mean", "none"):
+            for kind in ("h2o", "streaming_llm", "snapkv", "random"):
+                spec = SPEC | {"kind": kind, "budget": "r0.5", "match": match}
+                (row,) = job.rows(engine("llama"), [window(context=200)], spec, store)
+                shares[match, kind] = row["kept_mean"] / row["full_mean"]
+        matched = [share for (match, _), share in shares.items() if match == "mean"]
+        assert matched == pytest.approx([0.5] * 4, rel=0.01)
+        assert shares["none", "snapkv"] > 1.05 * shares["none", "h2o"]
+
     def test_what_a_row_says(self, store):
         reader = engine("llama")
         (row,) = job.rows(reader, [window()], SPEC, store)

@@ -256,7 +256,10 @@ def test_differences_at_the_last_turn_are_paired_and_held_to_holm():
         assert row["n"] == len(ids) == (29 if row["policy"] == "random" else 30)
         assert row["estimate"] == pytest.approx(fmean(last[row["policy"], i] - last["full", i] for i in ids))
         assert (row["reference_policy"], row["reference_budget"]) == ("full", "r1")
+        apart = row["ci_low"] > 0 or row["ci_high"] < 0
+        assert apart == (row["p_value"] < 0.05)
     p = [row["p_value"] for row in found]
+    assert min(p) < 0.05 < max(p)
     assert [row["p_holm"] for row in found] == pytest.approx(multipletests(p, method="holm")[1])
     assert only(found, policy="random")["p_holm"] < 0.01
     assert only(found, policy="snapkv")["p_holm"] > 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from simulated_scores import cell_rows, table
@@ -148,3 +148,25 @@ def test_in_the_table_each_interval_agrees_with_the_p_beside_it(seed):
             apart = (frame[low] > 0) | (frame[high] < 0)
             assert (apart == (frame[p] < 0.05)).all()
             assert 0 < apart.sum() < frame.height
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(30, 120), confidence=st.sampled_from([0.8, 0.95]))
+def test_the_smallest_budget_is_down_to_where_the_ratio_lies_above_the_margin(seed, n, confidence):
+    """Of each policy, in a bin and over all, by the intervals that stand in the table, before Holm's adjustment."""
+    rng, rows, none = np.random.default_rng(seed), [], np.zeros((n, 1), bool)
+    shares = ("r0.8", "r0.5", "r0.2", "r0.1")
+    for bin in range(2):
+        full = (rng.random((n, 1)) < 0.95).astype(float)
+        rows += cell_rows(full, none, bin=bin)
+        for policy, lost in (("good", 0.005), ("fair", 0.03)):
+            for steps, budget in enumerate(shares):
+                score = np.where(rng.random((n, 1)) < lost * steps, rng.choice([0, 0.9], (n, 1)), full)
+                rows += cell_rows(score, none, policy=policy, budget=budget, bin=bin)
+    how = Statistics(confidence)
+    tested = ni.noninferiority(table(rows), how)
+    ratios = {(r["policy"], r["bin"], r["budget"]): r["ratio_low"] for r in tested.to_pylist()}
+    for row in ni.smallest_budgets(tested, how).to_pylist():
+        above = [ratios[row["policy"], row["bin"], budget] > ni.KEPT for budget in shares]
+        passed = shares[: above.index(False)] if False in above else shares
+        assert row["budget_unadjusted"] == (passed[-1] if passed else None)

@@ -8,8 +8,9 @@ import altair as alt
 
 from kv_transition.stats.examples import FULL
 
-# Okabe and Ito (2008): distinguishable with the common colour-vision deficiencies. Shapes repeat what colours say.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D1F")
+# Six of Okabe and Ito (2008), then two dark ones: distinguishable with each colour-vision deficiency, which
+# tests/test_palette.py simulates. Shapes repeat what colours say.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#331199", "#773311")
 # One shape fewer than colours: a pair of colour and shape comes again only after 56 policies.
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 NEUTRAL, INK, FAINT, MUTED = "#6B7280", "#1F2937", "#E5E7EB", "#4B5563"

@@ -157,7 +157,7 @@ def along_length(results: Results, figure: str) -> Spec:
 FAILURE_COLORS = dict(
     zip(
         LABELS,
-        ("#000000", "#7F0000", "#8C6D1F", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#009E73"),
+        ("#000000", "#773311", "#331199", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#009E73"),
         strict=True,
     )
 )
