@@ -90,6 +90,14 @@ def test_what_is_not_there(name, sentence):
         gguf.gguf_file(name)
 
 
+def test_what_transformers_needs_is_asked_for(tmp_path, models, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else there(name))
+    with pytest.raises(UserError, match=r"needs the package accelerate, .*pip install '.\[gguf\]' installs it"):
+        dequantize.model_folder(empty_file(tmp_path / "a.gguf"), "float32")
+    assert [p for p in models.rglob("*") if p.is_file()] == []
+
+
 def test_content_counts_and_not_the_name(tmp_path):
     a, b = empty_file(tmp_path / "a.gguf"), tmp_path / "b.gguf"
     b.write_bytes(Path(a).read_bytes())

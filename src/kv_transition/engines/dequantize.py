@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from kv_transition.data import gguf, gguf_tokenizer
@@ -21,6 +22,11 @@ def _write_model(name: str, dtype: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     gguf.header(name)  # raises where the file is damaged
+    if importlib.util.find_spec("accelerate") is None:  # by which transformers reads GGUF
+        raise UserError(
+            f"model.name: {name} needs the package accelerate, which is not installed; "
+            "pip install '.[gguf]' installs it"
+        )
     file = gguf.gguf_file(name)
     with gguf_tokenizer.without_progress_bars():
         try:
