@@ -14,7 +14,6 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from tqdm import tqdm
 
 from kv_transition.api.chosen import setting_of
 from kv_transition.api.evicting_cache import EvictingCache
@@ -135,9 +134,7 @@ class CompressedLM(HFLM):
         if not isinstance(size, int):  # auto, which the harness's own requests measure
             size = override_bs or self._detect_batch_size()
         found: dict[int, tuple[float, bool]] = {}
-        done = self._likelihoods.of(prompts, continuations, size)
-        quiet = disable_tqdm or self.rank != 0
-        for number, result in tqdm(done, "Running loglikelihood requests", len(requests), disable=quiet):
+        for number, result in self._likelihoods.of(prompts, continuations, size):
             found[number] = result
             if texts := requests[number][0]:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
