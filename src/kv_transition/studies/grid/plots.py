@@ -163,6 +163,9 @@ FAILURE_COLORS = dict(
 )
 
 
+_STACK_PX = 300
+
+
 def failure_rows(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the share of each failure by task, mode, budget and policy, and the overall rates with intervals.
 
@@ -209,11 +212,13 @@ def failure_stack(results: Results) -> Spec:
     shown = [label for label in LABELS if any(row["order"] == LABELS.index(label) for row in parts)]
     scale = alt.Scale(domain=[labels.failure(f) for f in shown], range=[FAILURE_COLORS[f] for f in shown])
     top = max(row["ci_high"] or row["estimate"] for row in totals)
+    # for the numbers behind the longest bar
+    room = min(6 + 5.5 * max(len(row["text"]) for row in totals), 0.7 * _STACK_PX)
     data, drawn = Datasets(), []
     for task, mode in dict.fromkeys(panel[:2] for panel in results.panels):
         own, whole = ([r for r in rows if (r["task"], r["mode"]) == (task, mode)] for rows in (parts, totals))
         y = alt.Y("name:N", sort=names, title=None, axis=alt.Axis(labelLimit=200, domain=False, ticks=False))
-        x_scale = alt.Scale(domain=[0, top * 1.55])
+        x_scale = alt.Scale(domain=[0, top * _STACK_PX / (_STACK_PX - room)])
         axis = alt.Axis(title="share of answers", values=[i / 10 for i in range(11)], format=".1f", grid=False)
         bars = (
             data.chart(own)
@@ -229,7 +234,7 @@ def failure_stack(results: Results) -> Spec:
         rules = base.mark_rule(color=theme.INK, strokeWidth=1).encode(y=y, x=alt.X("ci_low:Q"), x2="ci_high:Q")
         text = base.mark_text(align="left", dx=6, fontSize=10, color=theme.INK)
         layers = (bars, rules, text.encode(y=y, x="ci_high:Q", text="text:N"))
-        drawn.append(panels.panel(layers, 300, {"step": 19}, panels.title(_head(results, task, mode))))
+        drawn.append(panels.panel(layers, _STACK_PX, {"step": 19}, panels.title(_head(results, task, mode))))
     return panels.figure(drawn, 2, data, title, share)
 
 
