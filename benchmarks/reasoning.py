@@ -1,10 +1,12 @@
 """Memory and speed of a long answer under a held budget: 4,096 generated tokens on a small random model, one thread.
 
-    python benchmarks/reasoning.py [--tokens 4096] [--budget 256] [--output FILE.json]
+    python benchmarks/reasoning.py [--tokens 4096] [--budget 256] [--output FILE.json] [--render docs/benchmarks.md]
 
 For each policy: entries, bytes of the cache's storage (with the room behind it) and the process's resident memory over
-the answer, and tokens a CPU second in spans of 256 tokens. Under a held budget all are to be flat from the 500th token;
-the full cache stands beside, whose memory grows and whose speed falls.
+the answer, and tokens a CPU second in spans of 256 tokens. Before each step the same cache of ``budget`` entries reads
+a token, so that a neighbour on the machine slows both alike: ``relative`` is the span's time over that of these
+reference steps, by the medians of steps that do not compress and by the totals. Under a held budget all are to be flat
+from the 500th token; the full cache stands beside, whose memory grows and whose speed falls.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
+import numpy as np
+from document import put, table
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "src"))
 
@@ -29,8 +34,7 @@ CASES = {
     "r_kv": ("r_kv", None),
     "h2o": ("h2o", None),
     "streaming_llm": ("streaming_llm", None),
-    "snapkv, every 128": ("snapkv", 128),
-    "lagkv, every 128": ("lagkv", 128),
+    **{f"{kind}, every 128": (kind, 128) for kind in ("snapkv", "lagkv", "chunkkv", "cake", "criticalkv", "kvzip")},
 }
 PROMPT, SETTLED, SPAN = 512, 500, 256
 
@@ -67,15 +71,20 @@ def measure(kind: str, every: int | None, tokens: int, budget: int) -> dict[str,
     prompt = torch.randint(1, VOCABULARY, (PROMPT,), generator=generator).tolist()
     state = engine.extend(None, prompt, setting.policy.statistics)
     k = setting.entries(PROMPT)
-    batch = Stacked(engine, [setting.compress(state, k)], setting, k, 0 if setting.while_decoding else tokens)
-    rows, most = [], 0.0
-    started = time.process_time()
+    batch = Stacked(engine, [setting.compress(state, k)], setting, k, setting.room(tokens))
+    reference = engine.extend(None, prompt[:budget], frozenset(), room=1)
+    rows, most, own, bare = [], 0.0, [], []
     for step in range(1, tokens + 1):
         # tokens are drawn: a greedy answer of a random model is soon one token again and again
-        batch.read({0: int(torch.randint(1, VOCABULARY, (), generator=generator))})
+        token = int(torch.randint(1, VOCABULARY, (), generator=generator))
+        begun = time.process_time()
+        engine.extend(reference, [token], frozenset())
+        between = time.process_time()
+        batch.read({0: token})
+        bare.append(between - begun)
+        own.append(time.process_time() - between)
         most = max(most, batch.entries(0))
         if step % SPAN == 0:
-            spent = time.process_time() - started
             gc.collect()
             rows.append(
                 {
@@ -85,18 +94,46 @@ def measure(kind: str, every: int | None, tokens: int, budget: int) -> dict[str,
                     "most_entries": most,
                     "storage_mb": round(storage_bytes(batch.state(0)) / 2**20, 3),
                     "resident_mb": round(resident_mb(), 1),
-                    "tokens_per_s": round(SPAN / spent, 1),
+                    "tokens_per_s": round(SPAN / sum(own), 1),
+                    "relative": round(float(np.median(own) / np.median(bare)), 4),
+                    "relative_total": round(sum(own) / sum(bare), 4),
                 }
             )
-            started, most = time.process_time(), 0.0
+            most, own, bare = 0.0, [], []
     settled = [row for row in rows if row["step"] - SPAN >= SETTLED - SPAN // 2]
     ratio = {
         name: round(max(r[name] for r in settled) / min(r[name] for r in settled) - 1, 4)
-        for name in ("storage_mb", "resident_mb", "tokens_per_s")
+        for name in ("storage_mb", "resident_mb", "tokens_per_s", "relative", "relative_total")
     }
     half = len(settled) // 2
-    early, late = (sorted(r["tokens_per_s"] for r in some)[half // 2] for some in (settled[:half], settled[-half:]))
-    return {"policy": kind, "every": every, "spread": ratio, "late_over_early": round(late / early, 3), "rows": rows}
+    late = {
+        name: round(
+            float(np.median([r[name] for r in settled[-half:]]) / np.median([r[name] for r in settled[:half]])), 3
+        )
+        for name in ("tokens_per_s", "relative", "relative_total")
+    }
+    return {"policy": kind, "every": every, "spread": ratio, "late_over_early": late, "rows": rows}
+
+
+def rendered(found: dict[str, Any], date: str, commit: str) -> str:
+    rows = []
+    for name, row in found.items():
+        settled = [own for own in row["rows"] if own["step"] - SPAN >= SETTLED - SPAN // 2]
+        rows.append(
+            [
+                name,
+                f"{max(own['most_entries'] for own in settled):.0f}",
+                f"{settled[0]['storage_mb']:.2f} to {settled[-1]['storage_mb']:.2f}",
+                f"{settled[0]['resident_mb']:.0f} to {settled[-1]['resident_mb']:.0f}",
+                f"{float(np.median([own['tokens_per_s'] for own in settled])):.0f}",
+                f"{settled[0]['relative']:.2f} to {settled[-1]['relative']:.2f}",
+                f"{row['late_over_early']['relative']:.3f}",
+                f"{100 * row['spread']['relative']:.0f} %",
+            ]
+        )
+    head = ["policy", "most entries", "cache, MB", "process, MB", "tokens a CPU s", "over the reference step"]
+    head += ["later half over earlier", "greatest over least span"]
+    return f"{table(head, rows)}\n\nMeasured on {date}, commit {commit}."
 
 
 def main() -> None:
@@ -105,15 +142,22 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--render", type=Path)
     arguments = parser.parse_args()
+    from kv_transition.provenance import git_commit
+
     found = {name: measure(*CASES[name], arguments.tokens, arguments.budget) for name in arguments.cases}
     print(
         f"spread (max / min - 1) from about the {SETTLED}th token, and median speed of the later half over the earlier"
     )
     for name, row in found.items():
         print(f"{name:20} {row['spread']} late/early {row['late_over_early']}")
+    date, commit = time.strftime("%Y-%m-%d"), git_commit()
     if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"date": date, "commit": commit, "cases": found}, indent=1)
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    if arguments.render:
+        put(arguments.render, "reasoning", rendered(found, date, commit))
 
 
 if __name__ == "__main__":

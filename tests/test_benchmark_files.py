@@ -26,7 +26,7 @@ CASES = {
     ("math", "gsm8k"): ({"question": "1 + 1?", "answer": "1 and 1\n#### 1,002"}, "so\n#### 1002", "#### 3"),
     ("math", "math_500"): (
         {"unique_id": "m", "problem": "p", "answer": "\\frac{1}{2}", "level": 3}, "\\boxed{0.5}", "2"),
-    ("ifeval", "ifeval"): (IFEVAL, "none", "a, b"),
+    ("ifeval", "ifeval"): (IFEVAL, "Das ist ein kurzer Satz auf Deutsch.", "This, too, is a short sentence."),
 }  # fmt: skip
 
 
@@ -59,10 +59,12 @@ def test_the_choices_stand_in_the_question(tmp_path):
     assert example["example_id"] == "v"
 
 
-def test_instructions_that_cannot_be_checked_are_counted(tmp_path):
+def test_the_instructions_are_the_answers(tmp_path):
     (example,) = examples(tmp_path, "ifeval", "ifeval", IFEVAL)
-    assert json.loads(example["meta"]) == {"unchecked": 1}
-    assert [json.loads(answer)["id"] for answer in example["answers"]] == ["punctuation:no_comma"]
+    assert [json.loads(answer) for answer in example["answers"]] == [
+        {"id": "punctuation:no_comma", "kwargs": {}},
+        {"id": "language:response_language", "kwargs": {"language": "de"}},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,7 @@ def test_instructions_that_cannot_be_checked_are_counted(tmp_path):
         ("math", "gsm8k", {"question": "x", "answer": "3"}, "must end with '#### '"),
         ("math", "math_500", {"problem": ["x"], "answer": "3"}, "problem must be a text"),
         ("ifeval", "ifeval", IFEVAL | {"kwargs": []}, "lists of the same length"),
+        ("ifeval", "ifeval", IFEVAL | {"instruction_id_list": [], "kwargs": []}, "at least one instruction"),
     ],
 )
 def test_a_damaged_record_is_named_with_its_place(tmp_path, data, task, record, words):

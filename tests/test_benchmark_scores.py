@@ -196,6 +196,25 @@ ASKED = [
     ("change_case:english_capital", {}, "ALL OF IT 1!", "ALL of it"),
     ("change_case:english_lowercase", {}, "all of it 1!", "All of it"),
     ("punctuation:no_comma", {}, "none; here", "one, here"),
+    (
+        "language:response_language",
+        {"language": "de"},
+        "Heute regnet es den ganzen Tag, und wir bleiben zu Hause.",
+        "It has been raining all day, and we stay at home.",
+    ),
+    (
+        "language:response_language",
+        {"language": "hi"},
+        "आज पूरे दिन बारिश हो रही है और हम घर पर हैं।",
+        "Aujourd'hui il pleut toute la journée et nous restons à la maison.",
+    ),
+    (
+        "language:response_language",
+        {"language": "ru"},
+        "Сегодня весь день идёт дождь.",
+        "Сьогодні весь день іде дощ, і ми вдома.",
+    ),
+    ("language:response_language", {"language": "kn"}, "1 + 1 = 2", "Oggi piove tutto il giorno."),
 ]
 
 
@@ -254,6 +273,7 @@ def test_an_answers_score_is_the_share_of_its_instructions():
         ({"id": "other:thing"}, "not known"),
         ({"id": "length_constraints:number_words", "kwargs": {"relation": "at least"}}, "num_words"),
         ({"id": "length_constraints:number_words", "kwargs": {"relation": "over", "num_words": 3}}, "less than"),
+        ({"id": "language:response_language", "kwargs": {"language": "tlh"}}, "language is one of"),
     ],
 )
 def test_an_instruction_that_cannot_be_checked_is_named(gold, words):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from models import engine, tokens
+import torch
+from models import engine, reference, tokens
 from policy_states import positions_of
 
 from kv_transition.budget import Budget
+from kv_transition.cache.room import SLACK
 from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create, hyper_parameters
-from kv_transition.run.decode import Answer, Setting, answer_all
+from kv_transition.run.decode import Answer, Setting, answer_all, begin, decode
 from kv_transition.run.paced import Paced, over_time, with_pace
 from kv_transition.settings import Settings
 from kv_transition.studies.grid.run import batches
@@ -58,6 +60,88 @@ def test_every_m_tokens_the_cache_goes_back_to_its_budget_and_the_answer_is_that
     assert got.kept == entries
     assert entries[:12] == [12, 13, 14, 15, 16, 12, 13, 14, 15, 16, 12, 13]
     assert isinstance(setting.policy, Paced)
+
+
+def test_before_kvzip_compresses_again_the_model_repeats_what_it_has_generated(monkeypatch):
+    """The attention while it repeats is that of an eager model; then the answer is that of a plain loop."""
+    model, policy, k, every = engine("qwen2"), create("kvzip", {}), PROMPT, 6
+    asked, plainly = [], model.repeated
+
+    def repeated(state, tokens):
+        asked.append((list(tokens), plainly(state, tokens)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(model, "repeated", repeated)
+    (got,), _ = answered("kvzip", f"t{k}", {"compress_every": every})
+    asked = [call for call in asked if len(call[0]) <= every + 1 and call[1].length > PROMPT]
+    prompt = tokens(PROMPT - 4, seed=0) + tokens(4, seed=9)
+    # the last token of the prompt is read again, and repeated with what follows it
+    assert [said for said, _ in asked] == [
+        prompt[-1:] + got.tokens[:6],
+        *(got.tokens[i : i + 6] for i in range(6, STEPS - 1, 6) if i + 6 < STEPS),
+    ]
+    ids = prompt + got.tokens[:6]
+    for (weights, *_), layer in zip(reference("qwen2", [*ids, *ids[PROMPT - 1 :]])[1], asked[0][1].layers, strict=True):
+        columns = [*range(4), *range(PROMPT - 1, 2 * len(ids) - PROMPT + 1)]
+        rows = weights[:, len(ids) :, columns]
+        most = (rows / rows.sum(-1, keepdim=True))[:, :, 4 : 4 + every + 1].amax(1)
+        expected = most.view(2, -1, every + 1).amax(1)
+        found = torch.cat([part.reconstruction[:, PROMPT - 1 :] for part in layer.parts])
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-5)
+
+    # context and question are each repeated by itself
+    prefill = model.prefill(prompt[:-4], prompt[-4:], policy.statistics)
+    state = model.extend(prefill.prompt.without_last(), prompt[-1:], policy.statistics)
+    said, entries, new = [], [], prompt[-1:]
+    for _ in range(STEPS):
+        entries.append(state.entries)
+        said.append(int(state.logits.argmax()))
+        new.append(said[-1])
+        state = model.extend(state, said[-1:], policy.statistics)
+        if state.entries >= k + every:
+            state, new = policy.compress(plainly(state, new), k), []
+    assert got.tokens == said
+    assert got.kept == entries
+    assert all(layer.reconstruction.isfinite().all() for layer in asked[0][1].layers)
+
+
+@pytest.mark.parametrize("mode", ["after_prompt", "before_question"])
+def test_kvzip_evicts_of_what_is_generated_too(mode):
+    """Were answers never repeated, the last 24 tokens would take the whole budget."""
+    model, policy, question = engine("qwen2"), create("kvzip", {}), tokens(4, seed=9)
+    setting = with_pace(Setting(policy, Budget.parse("t12"), mode), {"compress_every": 4})
+    prefill = model.prefill(tokens(PROMPT - 4, seed=0), question, policy.statistics)
+    one = Answer(0, 24)
+    state = begin(model, prefill, question, setting, one)
+    (state,) = decode(model, [state], setting, [one])
+    held = {place for layer in positions_of(state) for head in layer for place in head}
+    assert max(one.kept) <= 12 + 4
+    assert any(4 <= place < PROMPT - 4 for place in held)  # beside the sinks
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "every"),
+    [
+        ("streaming_llm", {}, None),
+        ("h2o", {}, None),
+        ("r_kv", {"every": 8}, None),
+        ("snapkv", {}, 8),
+        ("lagkv", {}, 8),
+        ("kvzip", {}, 8),
+    ],
+)
+def test_a_held_cache_takes_no_storage_for_what_it_will_never_hold(kind, options, every):
+    """However long the answer may become."""
+    model, policy = engine("qwen2"), create(kind, hyper_parameters(kind) | options)
+    setting = with_pace(Setting(policy, Budget.parse("t12"), "after_prompt"), {"compress_every": every})
+    prefill = model.prefill(tokens(PROMPT - 4), tokens(4, seed=9), policy.statistics)
+    one = Answer(0, 4000, listener=lambda said: len(said) == STEPS)
+    (state,) = decode(model, [begin(model, prefill, tokens(4, seed=9), setting, one)], setting, [one])
+    for layer in state.layers:
+        for part in layer.parts:
+            heads, n, d = part.keys.shape
+            capacity = part.keys.untyped_storage().nbytes() / (heads * d * part.keys.element_size())
+            assert n <= capacity <= n + 8 + 1 + SLACK
 
 
 def test_a_budget_may_grow_with_what_is_generated_up_to_a_cap():

@@ -93,6 +93,7 @@ def main() -> None:
         if folder not in models:
             models[folder] = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
         model = models[folder]
+        model.config.name_or_path = f"{folder}/tokenizer"  # where KVzipPress looks for the tokenizer
         # CriticalKVPress reads it, and not every family's config has it
         config = model.config
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -150,7 +150,7 @@ class EvictingCache(Cache):
         watched = self._watcher is not None and not (first and self._context_tokens is not None)
         state, statistics = self._state, self._setting.while_decoding
         before = self._watcher.before_attention(state.logits) if watched else None
-        room = 0 if statistics else _ROOM
+        room = self._setting.room(_ROOM)
         self._reading = self._engine.reading(state, tokens.shape[1], statistics, room, before)
         self._first = first
         self._seen = ids.shape[1] if first else self._seen + 1

@@ -112,19 +112,18 @@ def _math(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _ifeval(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The instructions that are checked are the answers; see `eval.ifeval`, which has no check of languages."""
+    """The instructions are the answers; see `eval.ifeval`."""
     require(record, ("prompt", "instruction_id_list", "kwargs"), where)
     names, kwargs = record["instruction_id_list"], record["kwargs"]
     if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs):
         raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length")
-    checked = [
+    asked = [
         json.dumps({"id": name, "kwargs": {k: v for k, v in (own or {}).items() if v is not None}}, sort_keys=True)
         for name, own in zip(names, kwargs, strict=True)
-        if name != "language:response_language"
     ]
-    if not checked:
-        checked = [json.dumps({"id": "keywords:existence", "kwargs": {"keywords": []}})]
-    return _example(record, _text(record["prompt"], "prompt", where), "", checked, unchecked=len(names) - len(checked))
+    if not asked:
+        raise UserError(f"{where}: instruction_id_list is empty; at least one instruction was expected")
+    return _example(record, _text(record["prompt"], "prompt", where), "", asked)
 
 
 _NORMALIZED = {

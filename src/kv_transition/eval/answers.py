@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 _LETTER = re.compile(r"The correct answer is (?:\(([A-D])\)|([A-D])(?![A-Za-z]))")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"-?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}|(-?)\\[dt]?frac(\d)(\d)")
 _BETWEEN = str.maketrans(dict.fromkeys("\n:\"'.,?!{}", " "))
 """what stands between the words of an answer, as InfiniteBench says"""

@@ -1,8 +1,8 @@
 """IFEval's checkable instructions: whether an answer follows each of them.
 
 Source: Zhou et al., "Instruction-following evaluation for large language models", arXiv 2311.07911, strict form. What
-differs: sentences and capital words are found by regular expressions rather than by nltk's models, and case is checked
-without first telling the language. The instruction language:response_language is not checked (see `CHECKS`).
+differs: sentences and capital words are found by regular expressions rather than by nltk's models, languages by
+py3langid rather than by langdetect, and case is checked without first telling the language.
 """
 
 from __future__ import annotations
@@ -13,11 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kv_transition.errors import UserError
+from kv_transition.eval.language import most_likely
 from kv_transition.parsing import parse_json
 
 Check = Callable[[str, Mapping[str, Any]], bool]
 
 _SAID = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+
+
+_LANGUAGES = (
+    *("ar", "bg", "bn", "de", "en", "es", "fa", "fi", "fr", "gu", "he", "hi", "it", "ja", "kn", "ko", "ml", "mr"),
+    *("ne", "pa", "pl", "pt", "ru", "sw", "ta", "te", "th", "uk", "ur", "vi"),
+)
+"""those that an answer may be asked for in"""
 
 
 def instruction(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
@@ -157,6 +165,13 @@ def _quoted(text: str, a: Mapping[str, Any]) -> bool:
     return len(bare) > 1 and bare[0] == bare[-1] == '"'
 
 
+def _language(text: str, a: Mapping[str, Any]) -> bool:
+    """Whether the asked language is the most likely one; a text without letters is in every language."""
+    if a["language"] not in _LANGUAGES:
+        raise ValueError(f"language is one of {', '.join(_LANGUAGES)}, not {a['language']!r}")
+    return not re.search(r"[^\W\d_]", text) or most_likely(text, _LANGUAGES) == a["language"]
+
+
 CHECKS: dict[str, Check] = {
     "keywords:existence": _keywords,
     "keywords:frequency": _keyword_frequency,
@@ -182,5 +197,5 @@ CHECKS: dict[str, Check] = {
     "change_case:english_capital": lambda text, a: text.isupper(),
     "change_case:english_lowercase": lambda text, a: text.islower(),
     "punctuation:no_comma": lambda text, a: "," not in text,
+    "language:response_language": _language,
 }
-"""what can be checked; language:response_language would need a model that tells languages apart"""

@@ -54,8 +54,12 @@ def by_preference(k: int, preferences: Sequence[float], sizes: Sequence[int], ba
         preferences, total = [1.0] * layers, float(layers)
     all_shares = min((k - base) * layers, sum(max(n - base, 0) for n in sizes))
     limits = [max(n - base, 0) for n in sizes]
-    shares = [min(int(p / total * ((k - base) * layers)), limit) for p, limit in zip(preferences, limits, strict=True)]
-    while (left := all_shares - sum(shares)) > 0:
+    wanted = [int(p / total * ((k - base) * layers)) for p in preferences]
+    shares = [min(*pair) for pair in zip(wanted, limits, strict=True)]
+    # first what layers cannot use, then what rounding down left, as the authors do
+    unused = sum(wanted) - sum(shares)
+    while (rest := all_shares - sum(shares)) > 0:
+        left, unused = min(unused, rest) or rest, 0
         able = [i for i in range(layers) if shares[i] < limits[i]]
         each, more = divmod(left, len(able))
         for rank, i in enumerate(able):

@@ -166,8 +166,10 @@ class Scored(Policy):
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
         """Return the compressed state, as `Policy.compress` does."""
-        if self.allocation != "global" or state.entries <= k:
+        if self.allocation != "global":
             return super().compress(state, k, seed=seed, keep_last=keep_last)
+        if state.entries <= k:
+            return state  # as a whole, although a layer may hold more than K
         of_layers, scores = {}, []
         for number, layer in enumerate(state.layers):
             if layer.window is None:

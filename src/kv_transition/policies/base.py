@@ -119,6 +119,14 @@ class Policy:
             return self.compress(state, k)
         return self._thinned(state, k, self._one_less)
 
+    def due(self, state: CacheState, k: int) -> bool:
+        """Return whether `hold` would evict."""
+        return state.entries > self.keep(k)
+
+    def growth(self, tokens: int) -> int:
+        """Return how many entries a cache may hold beyond its budget while ``tokens`` more are read."""
+        return 0 if self.acts_each_step else tokens
+
     def _thinned(self, state: CacheState, k: int, thin: Callable[[Layer, int, int, int], Layer]) -> CacheState:
         """Return the state after ``thin(layer, index, K, length)`` for each layer that holds more than its budget."""
         k = self.keep(k)

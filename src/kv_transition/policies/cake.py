@@ -30,7 +30,8 @@ class Cake(Scored):
 
     Differences: the paper compresses layer by layer during the prefill, which gives the same result with a lower peak
     of memory; here the whole prompt is read first. The window takes at most half of a layer's budget, as in snapkv. The
-    authors choose ``tau1`` and ``tau2`` for each model.
+    authors choose ``tau1`` and ``tau2`` for each model, do not compress a prompt that is not longer than K plus the
+    window, and hold each layer at its budget while they decode.
     """
 
     statistics = frozenset({"recent_queries"})

@@ -18,15 +18,17 @@ class KVzip(Scored):
     repeated; the attention is computed over the sinks, that piece and the repeated tokens. The question is not used, so
     one compressed cache serves any question. All heads of all layers share the budget, and each keeps at least one
     entry. Entries that were not repeated, such as the tokens of an answer, are kept. In a conversation each turn is
-    repeated when it is over, with its answer.
+    repeated when it is over, with its answer. With ``decoding.compress_every`` the model repeats
+    what it has generated since the last compression before the next one.
 
     Source: Kim et al., "KVzip: query-agnostic KV cache compression with context reconstruction", arXiv 2505.23416.
 
     Cost: the text is read twice more, once to repeat it and once for its attention to itself, and the cache is copied
     meanwhile; O(N d) per token of a piece. Decoding computes attention head by head.
 
-    Differences: the authors never evict the tokens before the context in the prompt template; here these tokens are
-    repeated with the rest, and the first ``n_sink`` tokens are kept. kvpress masks the entries that it evicts and does
+    Differences: the authors never evict the tokens before the context in the prompt template, and these are the sinks
+    in their scores; here these tokens are repeated with the rest, and the first ``n_sink`` tokens are kept. A head of
+    theirs may lose all of its entries. kvpress repeats 2048 tokens at a time, masks the entries that it evicts and does
     not free them.
     """
 

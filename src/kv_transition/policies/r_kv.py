@@ -59,6 +59,9 @@ class RKV(Scored):
         """Return the state, compressed as by `Policy.hold` if it has at least ``every`` entries more than ``k``."""
         return state if state.entries < k + self.every else super().hold(state, k)
 
+    def growth(self, tokens: int) -> int:
+        return min(self.every, tokens)
+
     def plain_score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         shielded = self.shielded(layer, k, length)
         score = self.weight * self._attention(layer, shielded, k) - (1 - self.weight) * self._redundancy(layer)

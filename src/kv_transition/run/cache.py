@@ -90,7 +90,7 @@ def continue_from(
     tokens = engine.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     setting = replace(cache.setting, temperature=temperature)
     answer = Answer(seed, max_new_tokens, budget_entries=cache.k)
-    room = 0 if setting.while_decoding else max_new_tokens
+    room = setting.room(max_new_tokens)
     state = setting.hold(engine.extend(cache.state, tokens, setting.while_decoding, room), cache.k)
     (state,) = decode(engine, [state], setting, [answer])
     answer.cache_bytes, answer.total_bytes = state.nbytes, state.total_nbytes

@@ -57,6 +57,10 @@ class Setting:
         """Return the statistics that are read after the question."""
         return self.policy.statistics if self.evicts and self.policy.acts_each_step else frozenset()
 
+    def room(self, tokens: int) -> int:
+        """Return the entries to leave space for behind a compressed cache, for ``tokens`` that follow."""
+        return self.policy.growth(tokens) if self.evicts else tokens
+
     def compress(self, state: CacheState, k: int, seed: int = 0, *, keep_last: bool = False) -> CacheState:
         return self.policy.compress(state, k, seed=seed, keep_last=keep_last) if self.evicts else state
 
@@ -92,6 +96,8 @@ class Answer:
     budget_entries: int = 0
     kept: list[float] = field(default_factory=list)
     """entries per KV head before each token"""
+    unrepeated: Sequence[int] = ()
+    """last tokens of the prompt that the model did not repeat, for a policy that reads ``reconstruction``"""
     record: dict[str, Any] = field(default_factory=dict)
     """what the policy says of its compression and of its steps"""
     listener: Callable[[Sequence[int]], bool] | None = None
@@ -190,8 +196,8 @@ def let_in(
     before_attention: BeforeAttention | None = None,
 ) -> CacheState:
     """Return the state after the last tokens of the prompt were read against the compressed cache."""
-    # Only a cache that grows needs space for the answer.
-    room = 0 if setting.while_decoding else answer.max_new_tokens
+    room = setting.room(answer.max_new_tokens)
+    answer.unrepeated = tokens if len(tokens) == 1 else ()  # see `LocalEngine.extend`
     started = engine.clock()
     state = engine.extend(state, tokens, setting.while_decoding, room, before_attention=before_attention)
     state = setting.hold(state, answer.budget_entries)
@@ -210,12 +216,14 @@ class Stacked:
         k: int,
         room: int,
         watcher: Watcher | None = None,
+        unrepeated: Sequence[int] = (),
     ):
         self._engine, self._setting, self._k, self._room = engine, setting, k, room
         self._watcher = watcher
         self._batch = stack(states, setting.while_decoding)
         self._padding = [self._batch.entries - own.entries for own in states]
         self.live = list(range(len(states)))
+        self._unrepeated = list(unrepeated)
 
     @property
     def logits(self) -> Tensor:
@@ -235,7 +243,19 @@ class Stacked:
         tokens = [[token] for token in said.values()]
         statistics = self._setting.while_decoding
         grown = self._engine.extend(self._batch, tokens, statistics, self._room, before_attention=before)
+        if "reconstruction" in statistics and len(self.live) == 1:  # a batch is not repeated
+            grown = self._repeated(grown, *tokens)
         self._batch = self._setting.hold(grown, self._k, given_up=True)
+
+    def _repeated(self, grown: CacheState, tokens: list[int]) -> CacheState:
+        """Return the batch of one sequence, in which the model has repeated all that it read since the last
+        compression, if it is about to be compressed again.
+        """
+        self._unrepeated += tokens
+        if not self._setting.policy.due(grown, self._k):
+            return grown
+        said, self._unrepeated = self._unrepeated, []
+        return stack([self._engine.repeated(row(grown, 0), said)], self._setting.while_decoding)
 
 
 def decode(
@@ -287,8 +307,9 @@ def _loaded(
             return decoder
         # Python's filter says it once
         warnings.warn(f"decoding.compile: {reason}, so answers are decoded without", stacklevel=2)
-    room = 0 if setting.while_decoding else room
-    return Stacked(engine, states, setting, answers[0].budget_entries, room, watcher)
+    return Stacked(
+        engine, states, setting, answers[0].budget_entries, setting.room(room), watcher, answers[0].unrepeated
+    )
 
 
 def finish(

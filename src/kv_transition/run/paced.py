@@ -57,18 +57,28 @@ class Paced(Policy):
 
     def hold(self, state: CacheState, k: int) -> CacheState:
         """The state, compressed to its budget if ``every`` entries more than that are there."""
-        batched = isinstance(state.length, Tensor)
-        if self.budget is not None:
-            k = self.budget.kept(int(state.length.flatten()[0]) if batched else state.length)
-        k = self.keep(k)
-        if state.entries < k + self.every:
+        if not self.due(state, k):
             return state
+        k = self._allowed(state, k)
         if self.inner.acts_each_step:
             # not in place: what is held in between has grown by more than one entry
             return self.inner.compress(state, k)
-        if not batched:
+        if not isinstance(state.length, Tensor):
             return self.inner.compress(state, k)
         return stack([self.inner.compress(row(state, 0), k)], self.statistics)
+
+    def growth(self, tokens: int) -> int:
+        return min(self.every, tokens)
+
+    def due(self, state: CacheState, k: int) -> bool:
+        """Return whether `hold` with the same arguments compresses."""
+        return state.entries >= self._allowed(state, k) + self.every
+
+    def _allowed(self, state: CacheState, k: int) -> int:
+        """Return the entries that are kept of ``state``, if ``k`` is what the prompt allows."""
+        if self.budget is not None:
+            k = self.budget.kept(int(state.length.flatten()[0]) if isinstance(state.length, Tensor) else state.length)
+        return self.keep(k)
 
     def record(self, state: CacheState, k: int, *, keep_last: bool = False) -> dict[str, Any]:
         return self.inner.record(state, self.capped(k), keep_last=keep_last)

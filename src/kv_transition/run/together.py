@@ -21,7 +21,7 @@ class Going:
         self._engine, self._state = engine, state
         self._generator = torch.Generator().manual_seed(answer.seed)
         self._watcher = setting.watch(answer)
-        self._room = 0 if setting.while_decoding else answer.max_new_tokens
+        self._room = setting.room(answer.max_new_tokens)
         self._token = 0
         self._before: BeforeAttention | None = None
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from functools import cache
 from typing import Any
 
 from kv_transition.errors import shown
+from kv_transition.eval.language import most_likely
 from kv_transition.eval.metrics import exact_match
 from kv_transition.studies.chat.checks import KINDS, LANGUAGES, Check, at_turn, describe, of_conversation, validate
 
@@ -131,15 +131,6 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=CONFIDENCE)
-    identifier.set_languages(LANGUAGES)
-    return identifier
-
-
 def detect_language(text: str) -> str:
     """Return the ISO 639-1 code of the most likely language of ``LANGUAGES``, or ``und`` if none is likely enough."""
-    return _identifier().classify(text)[0]
+    return most_likely(text, LANGUAGES, CONFIDENCE)
