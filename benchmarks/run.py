@@ -91,22 +91,23 @@ def cells_table(figures: dict[str, Any]) -> str:
     by_name = ", ".join(f"{name} {ratio:.2f}" for name, ratio in share["ratio"].items())
     rows = [
         [
-            f"reading {share['length']} tokens with statistics over without ({share['model']}, {share['computed_by']})",
+            f"time to prefill {share['length']} tokens with statistics, divided by the time without ({share['model']}, "
+            f"{share['computed_by']})",
             by_name,
         ],
         [
-            f"a cell over its floor ({cell['model']}, {cell['length']} tokens, {cell['examples']} examples, "
-            f"{cell['policy']} {cell['budget']}; same answers {cell['same_answers']})",
-            f"{cell['ratio']:.2f}: {seconds(cell['cell'])} s over {seconds(cell['floor'])} s",
+            f"time of a cell divided by its floor ({cell['model']}, {cell['length']} tokens, "
+            f"{cell['examples']} examples, {cell['policy']} {cell['budget']}; same answers {cell['same_answers']})",
+            f"{cell['ratio']:.2f}: {seconds(cell['cell'])} s / {seconds(cell['floor'])} s",
         ],
         [
-            "start of a cell's process over importing torch and loading the model",
-            f"{start['ratio']:.2f}: {seconds(start['cell'])} s over {seconds(start['import'])} s",
+            "start of a cell's process divided by importing torch and loading the model",
+            f"{start['ratio']:.2f}: {seconds(start['cell'])} s / {seconds(start['import'])} s",
         ],
         [
             f"growth with the prompt's length, {length['rows'][0]['length']} to {length['rows'][-1]['length']} tokens "
             f"({length['model']}), exponents",
-            f"reading {length['prefill_exponent']:.2f}, cell {length['cell_exponent']:.2f}",
+            f"prefill {length['prefill_exponent']:.2f}, cell {length['cell_exponent']:.2f}",
         ],
         [
             f"planning {cells['planned_cells'][0]} to {cells['planned_cells'][-1]} cells",
@@ -115,15 +116,16 @@ def cells_table(figures: dict[str, Any]) -> str:
         ],
         [
             f"running {cells['run_cells'][0]} to {cells['run_cells'][-1]} cells",
-            f"{cells['s_per_cell']:.3g} s a cell, exponent {cells['running_exponent']:.2f}",
+            f"{cells['s_per_cell']:.3g} s per cell, exponent {cells['running_exponent']:.2f}",
         ],
         [
             "a stored prefill",
-            f"{store['bytes_per_example'] / 1e6:.1f} MB an example, {store['over_kv_bytes']:.3f} of its keys and "
-            f"values; read at {store['load_mb_per_cpu_s']} MB/s, the bare file at {store['file_mb_per_cpu_s']} MB/s",
+            f"{store['bytes_per_example'] / 1e6:.1f} MB per example, {store['over_kv_bytes']:.3f} times the bytes of "
+            f"its keys and values; loaded at {store['load_mb_per_cpu_s']} MB/s, the file alone at "
+            f"{store['file_mb_per_cpu_s']} MB/s",
         ],
     ]
-    return table(["what", "measured"], rows)
+    return table(["quantity", "measured"], rows)
 
 
 def statistics_table(figures: dict[str, Any]) -> str:
@@ -166,8 +168,8 @@ def serving_table(figures: dict[str, Any]) -> str:
     about = figures["full_is"]
     return (
         f"{table(head, grids)}\n\nThe full cache, {about['model']}, {about['length']} tokens, "
-        f"{about['max_new_tokens']} new ones:\n\n"
-        + table(["engine", "same answers", "all of it, CPU s / wall s", "one request, s"], full)
+        f"{about['max_new_tokens']} new tokens:\n\n"
+        + table(["engine", "same answers", "total, CPU s / wall s", "one request, s"], full)
     )
 
 

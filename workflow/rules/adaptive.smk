@@ -1,5 +1,5 @@
-# Adaptive allocation: after each round a look says which bins get another shard of examples (docs/statistics.md).
-# Shards are fixed slices of a bin's order of choice, so that no look changes what an earlier one had run.
+# Adaptive allocation: after each round, a look determines which bins get another shard of examples (docs/statistics.md).
+# Shards are fixed parts of a bin's order of choice, so no look changes what ran before it.
 import pyarrow.parquet
 
 
@@ -116,5 +116,5 @@ def CELLS(wildcards):
 
 def STATISTICS(wildcards, input):
     """Everything is stated at the last look's confidence."""
-    with open(input.scores, "rb") as scores:  # whose absence Snakemake understands, unlike pyarrow's error
+    with open(input.scores, "rb") as scores:  # Snakemake handles a missing file, but not pyarrow's error
         return SETTINGS.statistics.model_dump() | {"confidence": float(read_metadata(scores)["confidence"])}

@@ -1,4 +1,4 @@
-# Conversations, played turn by turn on one growing cache under every policy and budget.
+# Conversations: each runs turn by turn on one growing cache, under every policy and budget.
 from kv_transition.studies.chat import specs as chat_specs
 
 CHAT_SET = SETTINGS.chat.set

@@ -1,4 +1,4 @@
-# The experiment, its paths and its grid, for the rules.
+# The experiment, its paths and its grid, as the rules use them.
 import json
 import os
 import shlex
@@ -23,9 +23,9 @@ from kv_transition.provenance import code_hash, content_digest, digest, read_met
 def experiment():
     """The checked configuration; `--config set='model.device=cpu ...'` changes single keys of it."""
     plain = dict(config)
-    for file in workflow.configfiles:  # Snakemake has read it, and overlooks a key that is given twice
+    for file in workflow.configfiles:  # Snakemake has read it, but does not detect duplicate keys
         yaml_text.read_yaml(file, "experiment file")
-    given = plain.pop("set", "")  # text, or a list where values hold blanks
+    given = plain.pop("set", "")  # text, or a list if values contain blanks
     assignments = [str(a) for a in given] if isinstance(given, list) else shlex.split(str(given))
     settings = settings_module.parse(settings_module.override(plain, assignments))
     specs.check(settings)
@@ -47,7 +47,7 @@ SETTINGS = refusing(experiment)
 POLICIES = {name: dict(options or {}) for name, options in SETTINGS.kv.policies.items()}
 FILES = Paths(SETTINGS.output.dir, SETTINGS.experiment)
 
-# A run that is killed leaves Snakemake's lock behind; this tells the next one that nobody holds it any more.
+# A killed run leaves Snakemake's lock behind. This record shows the next run that no process holds the lock.
 if workflow.is_main_process and not workflow.dryrun:
     locks.enter(FILES.root)
 
@@ -62,12 +62,12 @@ REPO = os.path.dirname(os.path.dirname(workflow.current_basedir.get_path_or_uri(
 TASKS = SETTINGS.tasks
 BINS = range(SETTINGS.binning.n_bins)
 
-# Under adaptive allocation bins are run in shards, each in a folder of its own; otherwise in one piece.
+# With adaptive allocation a bin runs in shards, each in its own folder; otherwise it runs as a whole.
 ADAPTIVE = SETTINGS.adaptive.enabled
 SHARDS = SETTINGS.adaptive.shards
 PIECES = FILES.shard("{shard}") if ADAPTIVE else FILES
 
-# Answers of an endpoint need no GPU of ours, and no prefill.
+# Answers of an endpoint need no GPU on this machine and no prefill.
 REMOTE = SETTINGS.engine.kind == "openai"
 ON_GPU = SETTINGS.model.device != "cpu" and not REMOTE
 GPU = (
@@ -92,16 +92,15 @@ wildcard_constraints:
     look=paths_module.LOOK,
 
 
-# How an endpoint is asked: no answer depends on it. Where jobs that ask it go one by one (the resource "endpoint" has the
-# limit 1), what they measure is their own.
+# How requests are sent to an endpoint; no answer depends on it. If the resource "endpoint" has the limit 1, one job sends
+# requests at a time, and its measured times do not include other jobs.
 REQUEST = SETTINGS.engine.request
 ALONE = getattr(workflow.global_resources.get("endpoint"), "value", None) == 1
 
 
-# Jobs import the package from the checkout, whichever environment they run in: that of conda where it is asked for,
-# else that of snakemake itself. Where prefills are stored, and which statistics they hold beyond those that a cell asks
-# for, changes no result, so it travels beside the params.
-# A worker that carries jobs of this run out ends with it.
+# Jobs import the package from the checkout in every environment: conda's if it is enabled, otherwise Snakemake's own. The
+# location of prefills and their additional statistics change no result, so they are environment variables, not params.
+# A worker that runs jobs of this run ends with it.
 os.environ[runs.VARIABLE] = runs.current()
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 shell.prefix(
@@ -135,8 +134,8 @@ def as_json(value):
     return json.dumps(value, sort_keys=True)
 
 
-# What the studies of the experiment add to the whole: files that are wanted, tables that the report shows by name, and
-# files that have to be there before the report is written.
+# What each study adds: result files, tables that the report shows by name, and files that must exist before the report
+# is written.
 TARGETS = []
 TABLES = {}
 BEFORE_REPORT = []

@@ -1,4 +1,5 @@
-# Examples: fetched or generated, made into prompts, counted, binned by length; then the model reads each prompt once.
+# Examples are downloaded or generated, converted to prompts, counted and binned by length. The model then prefills each
+# prompt once.
 from kv_transition.studies.grid import specs as grid_specs
 
 
@@ -47,7 +48,7 @@ rule prefill:
         PIECES.prefill_index("{task}", "{bin}"),
     log:
         PIECES.log("prefill", "{task}", "bin{bin}"),
-    # The longest bins first: they take longest, and nothing then waits for them at the end.
+    # The longest bins run first, so no job waits for them at the end.
     priority: lambda wildcards: 100 + int(wildcards.bin)
     conda:
         "../../envs/inference.yaml"

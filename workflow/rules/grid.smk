@@ -1,4 +1,4 @@
-# The grid: every cell forgets in its own way and answers; answers become scores, estimates, a transition zone.
+# The grid: every cell compresses the cache and answers. The answers give scores, estimates and the transition zone.
 
 
 include: "grid_cells.smk"
@@ -58,8 +58,8 @@ localrules:
     grid,
 
 
-# The hash that each cell's rows must carry. The .snakemake folder, which knows what is stale, can get lost; a grid
-# that changed has another name here, so that scoring runs again all the same and compares.
+# The hash that each cell's rows must have. The folder .snakemake, which records what is stale, can be lost. The name of
+# this file changes with the grid, so scoring still runs again and compares the hashes.
 GRID = {
     files.cell(task, *key, bin): digest(cell_spec(*key))
     for files in ([FILES.shard(number) for number in range(len(SHARDS))] if ADAPTIVE else [FILES])
@@ -95,7 +95,7 @@ else:
     rule score:
         input:
             grid=rules.grid.output[0],
-            # as a function: a named list would be hashed whole for each of its files
+            # a function, because Snakemake would hash a named list once for each of its files
             cells=lambda wildcards: CELLS,
             bins=[FILES.bin(task, bin) for task in TASKS for bin in BINS],
             manifests=[FILES.manifest(task) for task in TASKS],

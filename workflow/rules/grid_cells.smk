@@ -1,4 +1,4 @@
-# The cells of the grid, and the files that a cell needs beside its bin and prefills.
+# The cells of the grid, and the files that a cell needs in addition to its bin and prefills.
 from kv_transition.specs.policies import recall_of
 from kv_transition.studies.grid import specs as grid_specs
 
@@ -6,12 +6,12 @@ CELLS = [FILES.cell(task, *key, bin) for task in TASKS for key in grid_specs.cel
 CALIBRATION = FILES.file("calibration/{task}.json")
 
 
-# Whether some cell takes the output of another job: else no function is called for each of them.
+# Whether any cell needs the output of another job. If not, no function is called for each cell.
 RECALLING = any(recall_of(SETTINGS, policy) is not None for policy in POLICIES)
 
 
-# What cells of entropy_recall take from other jobs: a tau calibrated on examples that no cell sees, and, for controls,
-# the cell whose number of moments they have. Other cells take nothing.
+# Cells of entropy_recall need files of other jobs: a tau calibrated on examples that no cell uses, and, for controls, the
+# cell with the same number of recalls. Other cells need none.
 def calibration_of(wildcards):
     return CALIBRATION.format(task=wildcards.task) if grid_specs.calibrated(SETTINGS, wildcards.policy) else []
 

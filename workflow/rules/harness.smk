@@ -34,7 +34,7 @@ rule harness_table:
     params:
         **calling("kv_transition.studies.harness.report:write_harness"),
         confidence=SETTINGS.statistics.confidence,
-        # the .snakemake folder, which knows what is stale, can get lost
+        # the folder .snakemake, which records what is stale, can be lost
         expected={path: digest(harness_study.spec(SETTINGS, *key)) for path, key in HARNESS.items()},
     script:
         "../../scripts/call.py"

@@ -1,7 +1,7 @@
-# A language model judges the answers of conversations beside the rules.
+# A language model judges the answers of conversations, in addition to the rules.
 
 
-# It is elsewhere, so this waits for the network: it runs where snakemake runs, which has the key.
+# This job needs the network and the API key, so it runs on the machine that runs Snakemake.
 localrules:
     judge,
 
@@ -17,7 +17,7 @@ rule judge:
         "../../envs/analysis.yaml"
     params:
         spec=as_json(chat_specs.judge(SETTINGS)),
-        # verdicts stay here whatever becomes of the output, so that a rerun asks only for those that are missing
+        # stores every verdict, so a rerun requests only the missing ones
         store=FILES.file("chat/judge.sqlite"),
     shell:
         "python -m kv_transition.studies.chat.judge --spec {params.spec:q} --store {params.store:q}"

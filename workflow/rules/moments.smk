@@ -1,4 +1,4 @@
-# Whether recalling at the moments that entropy chooses helps: answers of entropy_recall against its controls.
+# Does recalling at steps chosen by entropy help? Compares answers of entropy_recall with its controls.
 
 
 rule recall_moments:

@@ -1,4 +1,4 @@
-# Text scored token by token from a compressed cache: windows of books, a length bin each, under every policy and budget.
+# Perplexity: windows of books are scored token by token with a compressed cache, for each length bin, policy and budget.
 
 from kv_transition.studies.perplexity import specs as perplexity_specs
 
@@ -38,7 +38,7 @@ rule perplexity:
         FILES.perplexity("{corpus}", "{policy}", "{budget}", "{bin}"),
     log:
         FILES.log("perplexity", "{corpus}", "{policy}-{budget}", "bin{bin}"),
-    # the longest contexts first, as for cells
+    # the longest contexts run first, as for cells
     priority: lambda wildcards: int(wildcards.bin)
     conda:
         "../../envs/inference.yaml"
@@ -66,7 +66,7 @@ rule perplexity_stats:
         **calling("kv_transition.studies.perplexity.analysis:write_perplexity"),
         statistics=SETTINGS.statistics.model_dump(),
         policies=POLICIES,
-        # the .snakemake folder, which knows what is stale, can get lost
+        # the folder .snakemake, which records what is stale, can be lost
         expected={
             FILES.perplexity(CORPUS, *key, bin): digest(perplexity_specs.cell(SETTINGS, *key))
             for key in perplexity_specs.cells(SETTINGS)

@@ -1,4 +1,4 @@
-# What policies would hold beside a full cache, and what each step needed; does entropy tell when a cache fails?
+# Which entries would each policy keep, and which entries does each step need? Does entropy show when a cache fails?
 from kv_transition.studies.recall import specs as recall_specs
 
 OBSERVATIONS = [FILES.observations(task, bin) for task in TASKS for bin in BINS]
@@ -7,7 +7,7 @@ OBSERVATIONS = [FILES.observations(task, bin) for task in TASKS for bin in BINS]
 rule observe:
     input:
         bin=FILES.bin("{task}", "{bin}"),
-        # under adaptive allocation a bin is read in shards, and the job reads what is left
+        # with adaptive allocation a bin is prefilled in shards, and this job prefills the rest
         index=[] if ADAPTIVE else FILES.prefill_index("{task}", "{bin}"),
     output:
         steps=FILES.observations("{task}", "{bin}"),
@@ -42,7 +42,7 @@ rule observation_checks:
         "../../scripts/call.py"
 
 
-# The studies' own layout: {task}_budget_{ratio}_{timestamp}.jsonl and {task}_budget_{ratio}/logs.json with plots.
+# The layout of the original study: {task}_budget_{ratio}_{timestamp}.jsonl and {task}_budget_{ratio}/logs.json with plots.
 rule observation_logs:
     input:
         observations=[FILES.observations("{task}", bin) for bin in BINS],

@@ -1,6 +1,6 @@
-# Tables and figures become a report, and files for other programs.
+# The report, and files for other programs, from tables and figures.
 
-# What came of the tasks' answers, in an experiment that has tasks.
+# Files about answers, if the experiment has tasks.
 ANSWERED = (
     {
         "scores": rules.score.output[0],
