@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import socket
 import threading
@@ -200,6 +201,19 @@ def test_an_endpoint_that_is_not_there_is_one_sentence():
     with pytest.raises(UserError, match=rf"^{url} cannot be reached: .*is the server running there\?$") as error:
         Client(url, retries=1).complete(MODEL, 5, prompt="x")
     assert "\n" not in str(error.value)
+
+
+def test_a_server_that_is_back_after_the_last_attempt_is_asked_once_more(monkeypatch):
+    """Or the answer would be recorded as a failure, and the rerun would keep it."""
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+
+        async def comes_back(*_):
+            stack.enter_context(serving(port=port))
+
+        monkeypatch.setattr(Client, "_demand_reachable", comes_back)
+        reply = Client(f"http://127.0.0.1:{port}/v1", retries=0).complete(MODEL, 5, prompt="no 5")
+    assert (reply.text, reply.error, reply.attempts) == (answer_to("no 5"), None, 2)
 
 
 def test_an_endpoint_that_comes_up_late_is_waited_for(monkeypatch):

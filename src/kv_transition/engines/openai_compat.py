@@ -160,6 +160,9 @@ class Client:
                     raise UserError(f"{self.base_url} allows no more requests for now: {failure}{tried}") from None
                 if not failure.connected:
                     await self._demand_reachable(client, f"{failure}{tried}")
+                    # A server that was restarted meanwhile is asked once more, so that its absence costs no answer.
+                    with contextlib.suppress(FailureError):
+                        return replace(await self._exchange(client, request, live), attempts=attempts + 1)
             kind = "" if str(failure).startswith(("TIMEOUT: ", "OOM: ")) else "ENGINE_ERROR: "
             return Reply(error=f"{kind}{failure}{tried}", attempts=attempts)
         return replace(reply, attempts=trying.statistics["attempt_number"])
