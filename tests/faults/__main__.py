@@ -2,7 +2,9 @@
 
     python -m tests.faults --output FILE.json            # all of it: an hour or two on one core
     python -m tests.faults --kills 3 --served-kills 2 --disks 0 --requests 200 --others two_on_one     # in the tests
-    python -m tests.faults --docs FILE.json FILE.json    # figures of several runs, added up, into docs/reliability.md
+    python -m tests.faults --docs FILE.json --output benchmarks/results/2026-11-30-faults.json
+
+The last one adds a campaign to those that are kept and writes the sums into docs/reliability.md.
 
 For each kind: tries, after how many of them a plain rerun went on (``survived``), and how many finished runs had the
 tables of an undisturbed one (``identical`` of ``finished``).
@@ -38,7 +40,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless given")
     parser.add_argument("--output", type=Path, help="JSON file with the figures")
-    parser.add_argument("--docs", type=Path, nargs="+", help="write the page instead, from such files")
+    parser.add_argument("--docs", type=Path, nargs="+", help="keep the campaigns of these files instead, in --output")
     arguments = parser.parse_args()
     if arguments.docs:
         page.write(arguments.docs, arguments.output)
@@ -77,7 +79,7 @@ def _good(figures: dict) -> bool:
     if "memory_mb" in figures:
         memory = figures["memory_mb"]
         return figures["healthy"] and not figures["faults"] and memory["after"] <= 1.2 * memory["before"]
-    return figures["identical"] == figures["finished"] and not figures.get("orphans")
+    return figures["identical"] == figures["finished"] and not figures.get("left")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class Campaign:
 
     @property
     def figures(self) -> dict:
-        own = {"orphans": len(self.left), "left": self.left, "victims": dict(self.victims)}
+        orphans = {"tries": self.counts["tries"], "orphans": len(self.left)}
+        own = {"orphans_of": orphans, "left": self.left, "victims": dict(self.victims)}
         return dict(self.counts) | own | ({"server_starts": self.server.starts} if self.server else {})
 
     def kill(self, n: int, report: Callable[[dict], None]) -> None:

@@ -28,15 +28,17 @@ NAMES = {
 }
 
 
-def write(sources: Sequence[Path], output: Path | None = None) -> None:
-    """Replace the figures on the page. output: where the sum is written, the first source unless given."""
-    read = [json.loads(source.read_text()) for source in sources]
-    kinds = {name: added([each["kinds"][name] for each in read if name in each["kinds"]]) for name in NAMES}
-    facts = {key: sorted({str(each[key]) for each in read}) for key in ("commit", "date", "seed")}
-    facts["seconds"] = sum(each["seconds"] for each in read)
+def write(sources: Sequence[Path], kept: Path) -> None:
+    """Add campaigns to the file in which they are kept, and replace the figures on the page."""
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    campaigns = known.get("campaigns", [])
+    for source in sources:
+        campaign = json.loads(source.read_text(encoding="utf-8"))
+        if campaign not in campaigns:
+            campaigns.append(campaign)
+    write_json(kept, known | {"campaigns": campaigns})
+    kinds = {name: added([each["kinds"][name] for each in campaigns if name in each["kinds"]]) for name in NAMES}
     kinds = {name: figures for name, figures in kinds.items() if figures}
-    output = output or sources[0]
-    write_json(output, facts | {"kinds": kinds})
     text = PAGE.read_text(encoding="utf-8")
     own = "\n".join([BEGIN, "", *table(kinds), "", *sentences(kinds), "", END])
     write_text(PAGE, re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: own, text, flags=re.DOTALL))
@@ -71,7 +73,9 @@ def sentences(kinds: dict[str, Any]) -> list[str]:
         victims = ", ".join(f"{name} {n}" for name, n in sorted(all_of_them["victims"].items(), key=lambda v: -v[1]))
         said += [
             f"After {all_of_them['tries']} kills ({victims}), {all_of_them['half_written']} half-written files stood "
-            f"under their final names, and {all_of_them['orphans']} processes were left two minutes later.",
+            f"under their final names. In the {all_of_them['orphans_of']['tries']} that were watched for it, "
+            f"{all_of_them['orphans_of']['orphans']} processes were left two minutes later (a Snakemake whose command "
+            "line was killed goes on by right, and is not one of them).",
         ]
     full = [kinds[name] for name in ("disk full", "disk full late") if name in kinds]
     if full:
@@ -79,7 +83,8 @@ def sentences(kinds: dict[str, Any]) -> list[str]:
         where = ", ".join(f"{name} {n}" for name, n in sorted(all_of_them["where"].items(), key=lambda w: -w[1]))
         said += [
             f"Of {all_of_them['tries']} full disks, {all_of_them['sentence']} ended with the sentence and without a "
-            f"traceback; {all_of_them['lost']} tables were lost. Where the room ended: {where}.",
+            f"traceback; {all_of_them['lost']} tables were lost in the {sum(all_of_them['where'].values())} that were "
+            f"watched for it. There the room ended at: {where}.",
         ]
     if sent := kinds.get("requests"):
         statuses = ", ".join(f"{status} {n:,}" for status, n in sorted(sent["statuses"].items(), key=lambda s: -s[1]))
