@@ -18,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -55,23 +56,26 @@ def main() -> int:
             facts = {"commit": git_commit(), "date": datetime.now(UTC).date().isoformat(), "seed": arguments.seed}
             write_json(arguments.output, facts | {"seconds": round(time.time() - started), "kinds": found})
 
-    if arguments.requests:
-        record("requests", requests.fuzz(arguments.requests, rng))
+    def recorder(name: str) -> Callable[[dict], None]:
+        return lambda figures: record(name, figures)
+
     with tempfile.TemporaryDirectory(prefix="kvt-faults-") as temporary:
         experiment = Experiment((arguments.folder or Path(temporary)).absolute(), arguments.step)
-        for name in chosen:
-            record(name, others.KINDS[name](experiment))
-        late = arguments.disks // 2
-        if arguments.disks - late:
-            record("disk full", disks.Disks(experiment, rng).fill(arguments.disks - late, late=False))
-        if late:
-            record("disk full late", disks.Disks(experiment, rng).fill(late, late=True))
         if arguments.served_kills:
             with served.running(experiment) as server:
                 campaign = kills.Campaign(experiment, rng, server)
-                campaign.kill(arguments.served_kills, lambda figures: record("kill -9 served", figures))
+                campaign.kill(arguments.served_kills, recorder("kill -9 served"))
+        late = arguments.disks // 2
+        if late:
+            disks.Disks(experiment, rng).fill(late, recorder("disk full late"), late=True)
         if arguments.kills:
-            kills.Campaign(experiment, rng).kill(arguments.kills, lambda figures: record("kill -9", figures))
+            kills.Campaign(experiment, rng).kill(arguments.kills, recorder("kill -9"))
+        if early := arguments.disks - late:
+            disks.Disks(experiment, rng).fill(early, recorder("disk full"), late=False)
+        for name in chosen:
+            record(name, others.KINDS[name](experiment))
+    if arguments.requests:
+        record("requests", requests.fuzz(arguments.requests, rng))
     return 0 if all(map(_good, found.values())) else 1
 
 

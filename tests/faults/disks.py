@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from faults.experiment import Experiment
@@ -38,7 +39,7 @@ class Disks:
     def figures(self) -> dict:
         return dict(self.counts) | {"where": dict(self.where)}
 
-    def fill(self, n: int, late: bool) -> dict:
+    def fill(self, n: int, report: Callable[[dict], None], late: bool) -> None:
         """Run out of room ``n`` times and then finish. late: of figures, report and exports, after all else is done;
         else from the first file on, with room that grows bit by bit."""
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={PLENTY}", "tmpfs", self.place], check=True)
@@ -49,12 +50,13 @@ class Disks:
                 room = self._without_late() if late else STEP
                 self._resize(shutil.disk_usage(self.place).used + self.rng.randrange(room))
                 self._one()
+                report(self.figures)
                 if late and self.rng.random() < 0.5:
                     self._finish()
             self._finish()
         finally:
             subprocess.run(["umount", "-l", self.place], check=False)
-        return self.figures
+        report(self.figures)
 
     def _one(self) -> None:
         before = self._files()
