@@ -245,6 +245,18 @@ def test_a_weight_of_another_shape_is_one_sentence(folder):
         loading.load_model(folder, device="cpu")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_one_sentence(folder, value):
+    from safetensors.torch import load_file, save_file
+
+    file = f"{folder}/model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4:6] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"damaged, 2 entries of model\.layers\.1\.mlp\.up_proj\.weight are NaN or inf"):
+        loading.load_model(folder, device="cpu")
+
+
 def test_a_model_that_does_not_fit_is_told_what_would(folder, monkeypatch):
     def full(self, *_, **__):
         raise torch.OutOfMemoryError("no memory left")

@@ -22,6 +22,9 @@ from typer.testing import CliRunner
 from kv_transition import cli
 from kv_transition.cache.state import CacheState
 from kv_transition.serve.app import create_app
+from kv_transition.serve.prompts import prompt_of
+from kv_transition.serve.refusals import RefusalError
+from kv_transition.serve.schema import CompletionRequest
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +232,22 @@ def test_paths_and_methods_that_are_not_there(client):
         got = client.request(method, path)
         assert (got.status_code, "message" in got.json()["error"]) == (status, True)
     assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+
+
+def test_a_text_that_is_too_long_is_tokenized_no_further_than_needed():
+    """All tokens of 7 MB at once would take a gigabyte, which the process then keeps."""
+    own, tokenized = served(max_length=64), []
+    tokenizer = own.engine.tokenizer
+
+    def counting(text, **options):
+        tokenized.append(len(text))
+        return tokenizer(text, **options)
+
+    own.engine.tokenizer = counting
+    with pytest.raises(RefusalError, match="is longer than 64") as error:
+        prompt_of(own.engine, CompletionRequest(model=NAME, prompt="w5 " * 2_300_000), 64)
+    assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
+    assert sum(tokenized) <= 10_000
 
 
 def test_a_large_body_is_not_read(model):
