@@ -147,8 +147,8 @@ def _sensitivity(table: pl.DataFrame) -> list[Row]:
         plain, corrected = cell["sensitivity"], cell["sensitivity_corrected"]
         said = f"{_steeper(plain)}; corrected for chance: {_steeper(corrected)}."
         numbers = [_number(cell[name], 3, signed=True) for name in ("sensitivity", "sensitivity_corrected")]
-        own = {"task": key[0], "policy": key[1], "n": _counted(plain), "said": sentence(said)}
-        rows.append(own | {"numbers": numbers})
+        row = {"task": key[0], "policy": key[1], "n": _counted(plain), "said": sentence(said)}
+        rows.append(row | {"numbers": numbers})
     return rows
 
 
