@@ -37,7 +37,7 @@ NOT_RUN = {
     "agreement": "Agreement with kvpress: `benchmarks/real_agreement.py`.",
     "recall": "Recall at uncertain moments: `config/experiments/real_recall.yaml`.",
     "rules": "Which rules the model follows with its full cache: `config/experiments/real_rules.yaml`.",
-    "memory": "Conversations with a failing memory: `config/experiments/real_memory.yaml`.",
+    "memory": "Conversations on a compressed cache: `config/experiments/real_memory.yaml`.",
 }
 HEAD = """# Findings on a real language model
 

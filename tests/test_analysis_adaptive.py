@@ -86,7 +86,7 @@ def test_only_open_bins_get_more():
     assert found.schema.names == ALLOCATION.names
     assert found.column("wanted").to_pylist() == [5, 10, 10]
     reasons = found.column("reason").to_pylist()
-    assert reasons[0].startswith("decided here")
+    assert reasons[0].startswith("decided in this bin")
     assert "snapkv at 20 %" in reasons[1]
 
 

@@ -144,7 +144,7 @@ def test_what_is_kept_in_other_memory_is_not_saved(tmp_path):
     assert tradeoff.footprints(results)["reader_qa", "after_prompt", "snapkv", "r0.2"]["estimate"] < 0.25
     for words in (*verdict.answer(results, "reader_qa", "after_prompt"), *findings.findings(results)[0]["sentences"]):
         assert "h2o" not in words
-    assert any("h2o evicts stays in host memory" in words for words in experiment.limits({}, results))
+    assert any("h2o evicts stay in host memory" in words for words in experiment.limits({}, results))
 
 
 def test_a_policy_with_a_footprint_of_its_own_is_no_alias(tmp_path):

@@ -219,7 +219,7 @@ def test_the_grid_after_the_prompt_is_what_asking_gives(context):
     asked = context.ask(QUESTION, Oldest, 0.5, mode="after_prompt", max_new_tokens=4)
     assert table.filter(policy="mine")["text"].to_list() == [asked.text]
     assert table["score"].null_count() == len(table)
-    with says("no scores to draw; give grid"):
+    with says("no scores to draw; give the right answers to grid"):
         kvt.plot(table)
 
 
@@ -239,11 +239,11 @@ def test_the_plot_shows_mean_scores_against_bytes():
 
 
 def test_bad_use_is_a_sentence(model, context):
-    with says("say how much snapkv keeps"):
+    with says("snapkv needs a budget"):
         context.compress("snapkv")
-    with says("what quantized keeps follows from itself"):
+    with says("the hyper-parameters of quantized determine what it keeps"):
         context.compress("quantized", 0.2)
-    with says(r"budget: 2 is no fraction in \(0, 1\]"):
+    with says(r"budget: 2 is not in \(0, 1\]"):
         context.compress("snapkv", 2)
     with says("there is no policy 'snap'"):
         context.compress("snap", 0.2)
@@ -261,9 +261,9 @@ def test_bad_use_is_a_sentence(model, context):
         context.compress("full").score([3])
     with says("loaded without a tokenizer; give one to load"):
         kvt.load(engine("qwen2").model).read("w1")
-    with says(r"it must hold \{input\}"):
+    with says(r"it must contain \{input\}"):
         kvt.load(random_model("llama"), words(), template="{context} w1")
-    with says("no language model of transformers"):
+    with says("not a language model of transformers"):
         kvt.load(3)
 
 
@@ -276,5 +276,5 @@ def test_a_grid_that_cannot_be_made_is_a_sentence(context):
         kvt.grid(context, [QUESTION], ["snapkv"], [0.2], answers=["a"])
     with says("metric: there is no 'f1'"):
         kvt.grid(context, [QUESTION], ["snapkv"], [0.2], metric="f1")
-    with says("policies: snapkv is there twice"):
+    with says("policies: snapkv occurs twice"):
         kvt.grid(context, [QUESTION], ["snapkv", {"kind": "snapkv", "window": 4}], [0.2])

@@ -280,5 +280,5 @@ def test_what_cannot_serve_is_refused_by_its_key(gpu, implementation, device, dt
 
 def test_a_refused_call_raises():
     queries, keys, _ = Case().tensors()
-    with pytest.raises(UserError, match=r"model\.attention_statistics: flash knows no sliding window"):
+    with pytest.raises(UserError, match=r"model\.attention_statistics: flash does not support a sliding window"):
         attention_statistics(queries, keys, 0.2, **BOTH, window=8, implementation="flash")

@@ -191,17 +191,17 @@ DAMAGE = {
     "config cut": (lambda f: _cut(f / "config.json"), "malformed JSON"),
     "config in UTF-16": (
         lambda f: (f / "config.json").write_bytes((f / "config.json").read_text().encode("utf-16")), "UTF-16"),
-    "weights cut": (lambda f: _cut(f / "model.safetensors"), "cut short"),
-    "weights of nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), "cut short"),
+    "weights cut": (lambda f: _cut(f / "model.safetensors"), "truncated"),
+    "weights of nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), "truncated"),
     "weights with a long header": (
-        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"), "cut short"),
+        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"), "truncated"),
     "weights with a header that is no JSON": (
         lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"nope"), "damaged"),
     "index that names what is not there": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part1.safetensors"}}'),
         "part1.safetensors is missing"),
     "tokenizer cut": (lambda f: _cut(f / "tokenizer/tokenizer.json"), "malformed JSON"),
-    "tokenizer of something else": (lambda f: (f / "tokenizer/tokenizer.json").write_text("{}"), "no tokenizer"),
+    "tokenizer of something else": (lambda f: (f / "tokenizer/tokenizer.json").write_text("{}"), "not a tokenizer"),
 }  # fmt: skip
 
 

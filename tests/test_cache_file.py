@@ -103,16 +103,18 @@ def test_a_cache_of_something_else_is_refused(tmp_path, name):
     file.save(random_state(["plain"]), tmp_path / "cache", FACTS)
     with pytest.raises(UserError) as error:
         file.load(tmp_path / "cache", expect=FACTS | {name: "other"})
-    assert f"{tmp_path / 'cache'} was made with another {name} ({FACTS[name]}, not other); make" in str(error.value)
+    assert f"{tmp_path / 'cache'} was computed with another {name} ({FACTS[name]}, not other); create" in str(
+        error.value
+    )
 
 
 def test_another_kind_of_file_is_refused(tmp_path):
     save_file({"weights": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="not a whole file of the kind 'kv_transition cache 1' but 'something else'"):
+    with pytest.raises(UserError, match="not a complete file of the kind 'kv_transition cache 1' but 'something else'"):
         file.load(tmp_path / "model.safetensors")
     later = file.lay_out("kv_transition cache 2", *file.flatten(random_state(["plain"])), FACTS)
     file.write(tmp_path / "later", *later)
-    with pytest.raises(UserError, match="but 'kv_transition cache 2'; make the cache again"):
+    with pytest.raises(UserError, match="but 'kv_transition cache 2'; create the cache again"):
         file.load(tmp_path / "later")
 
 
@@ -142,7 +144,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
             "header": whole[:40] + b"\xff\xff" + whole[42:],
         }
         path.write_bytes(damaged[damage])
-    with pytest.raises(UserError, match="make the cache again") as error:
+    with pytest.raises(UserError, match="create the cache again") as error:
         file.load(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)

@@ -578,11 +578,11 @@ def test_the_grid_of_conversations():
     ("changes", "said"),
     [
         ({"kv": {"policies": {"full": {}, "text_drop": {}}, "budgets": [0.5]}}, "chat.controls: [text_drop]"),
-        ({"kv": {"policies": {"full": {}, "a": {"kind": "text_drop"}}, "budgets": [0.5]}}, "no cache policy"),
+        ({"kv": {"policies": {"full": {}, "a": {"kind": "text_drop"}}, "budgets": [0.5]}}, "not a cache policy"),
         ({"kv": {"policies": {"full": {}, "kvpress.KnormPress": {}}, "budgets": [0.5]}}, "kvpress.KnormPress"),
         (
             {"kv": {"policies": {"full": {}, "entropy_recall": {"tau_quantile": 0.5}}, "budgets": [0.5]}},
-            "nothing to calibrate on",
+            "cannot be calibrated on conversations",
         ),
         (
             {"kv": {"policies": {"full": {}}, "budgets": [0.5]}, "chat": {"source": "turns", "path": "no.json"}},

@@ -176,7 +176,7 @@ def test_an_empty_answer_follows_nothing(kind, text):
         ({"kind": "language", "value": "xx"}, "ISO 639-1"),
         ({"kind": "matches", "value": "("}, "regular expression"),
         ({"kind": "json", "value": "a"}, "list of the keys"),
-        ({"kind": "lines", "value": 2, "since": 3, "until": 2}, "before the turn 3"),
+        ({"kind": "lines", "value": 2, "since": 3, "until": 2}, "begins at turn 3"),
         ({"kind": "lines", "value": 2, "size": 3}, "there is no key 'size'; allowed are kind, value"),
         ({"kind": "lines", "value": 2, "case_sensitive": True}, "has no case_sensitive"),
         ({"kind": "lines", "value": 2, "id": "a", "overrides": "a"}, "cannot override itself"),
@@ -224,11 +224,14 @@ def test_defaults_follow_from_where_a_check_stands():
 @pytest.mark.parametrize(
     ("turns", "said"),
     [
-        ([user("?", {"kind": "lines", "value": 1, "overrides": "c9"})], "overrides 'c9', which is no check"),
-        ([user("?", {"kind": "lines", "value": 1, "id": "a"}, {"kind": "lines", "value": 2, "id": "a"})], "called a"),
+        ([user("?", {"kind": "lines", "value": 1, "overrides": "c9"})], "overrides 'c9', which is not a check"),
+        (
+            [user("?", {"kind": "lines", "value": 1, "id": "a"}, {"kind": "lines", "value": 2, "id": "a"})],
+            "have the id a",
+        ),
         ([user("?", {"kind": "lines", "value": 1, "since": 4})], "begins at turn 4, but the user has 1 turns"),
         ([user(), {"role": "assistant", "checks": [{"kind": "lines", "value": 1}]}], "belong to a message of the user"),
-        ([user() | {"checks": "short"}], "checks is a list"),
+        ([user() | {"checks": "short"}], "checks must be a list"),
     ],
 )
 def test_checks_of_a_conversation_must_agree(turns, said):

@@ -127,7 +127,7 @@ def bare_path(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--sdm", "conda"], "--sdm conda: there is no conda here"),
+        (["--sdm", "conda"], "--sdm conda: conda is not installed"),
         (["--software-deployment-method", "apptainer"], "--sdm: 'apptainer' is not allowed"),
         (["--profile", "profiles/nowhere"], "--profile: there is no profiles/nowhere/config.yaml"),
     ],

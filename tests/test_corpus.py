@@ -56,13 +56,13 @@ class TestSources:
         assert set(texts(path=str(tmp_path), text_field="body").values()) == {"a\nb", "c"}
         with pytest.raises(UserError, match=r"perplexity\.text_field: .*(row|line) 1 has no 'text'; .* book, body"):
             texts(path=str(path))
-        with pytest.raises(UserError, match=r"'book' holds no text but int"):
+        with pytest.raises(UserError, match=r"'book' must be a text, not int"):
             texts(path=str(path), text_field="book")
 
     def test_what_is_wrong_is_named(self, tmp_path):
         with pytest.raises(UserError, match=r"perplexity\.path: there is no file or folder .*nowhere"):
             books(section(path=str(tmp_path / "nowhere")), 0)
-        with pytest.raises(UserError, match=r"holds no book, no file ending in \.txt, \.txt\.gz"):
+        with pytest.raises(UserError, match=r"contains no book: no file ends in \.txt, \.txt\.gz"):
             books(section(path=str(tmp_path)), 0)
         (tmp_path / "a.md").write_text("x")
         with pytest.raises(UserError, match=r"a\.md must end in \.txt"):
@@ -125,7 +125,7 @@ class TestSources:
             raise OSError("no route")
 
         monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
-        with pytest.raises(UserError, match=r"^perplexity\.path: some/books at .* cannot be had .*: no route"):
+        with pytest.raises(UserError, match=r"^perplexity\.path: some/books at .* cannot be downloaded .*: no route"):
             texts(path="some/books", revision=COMMIT)
 
     def test_synthetic_documents(self):
@@ -134,7 +134,7 @@ class TestSources:
         assert first == again
         assert len(set(first.values())) == 2
         assert set(books(own | {"seed": 1}, 200)).isdisjoint(first)
-        with pytest.raises(UserError, match=r"perplexity\.context_tokens: .* 4352 tokens at most"):
+        with pytest.raises(UserError, match=r"perplexity\.context_tokens: .* at most 4352 tokens"):
             books(own, 5000)
         with pytest.raises(UserError, match=r"perplexity\.split: .*not 'dev'"):
             books(own | {"split": "dev"}, 200)
@@ -278,7 +278,7 @@ class TestWindows:
         assert 1 not in without["context_ids"]
 
     def test_no_book_is_long_enough(self, tokenizer, corpus):
-        with pytest.raises(UserError, match=r"perplexity\.context_tokens: a window takes 916 tokens .* of 6 has 800"):
+        with pytest.raises(UserError, match=r"perplexity\.context_tokens: a window needs 916 tokens .* of 6 has 800"):
             cut(section(**corpus | {"context_tokens": [900]}), tokenizer)
 
     def test_as_a_job(self, tmp_path, corpus, capsys):

@@ -159,13 +159,13 @@ class TestWarnings:
         assert len(examples) == 30
         assert [len(rows) for rows in bins] == [6, 0, 6]
         assert manifest["bins"][1]["token_min"] is None
-        assert "10 of 30 examples are left out" in manifest["warnings"][0]
+        assert "10 of 30 examples are not used" in manifest["warnings"][0]
         assert pq.read_schema(tmp_path / "out" / "bin1.parquet").remove_metadata() == tables.BIN
 
     def test_truncation_is_told(self, tmp_path, spec):
         spec["model"]["max_length"] = 20
         manifest, examples, bins = prepared(tmp_path, spec)
-        assert manifest["warnings"] == ["20 of 30 prompts are longer than 20 tokens and lost their middle."]
+        assert manifest["warnings"] == ["20 of 30 prompts are longer than 20 tokens, so their middle was removed."]
         assert {(e["token_len"], e["prompt_len"]) for e in examples} == {(15, 15), (25, 20), (35, 20)}
         assert manifest["edges"] == [15, 25, 35, 35]
         assert {len(row["context_ids"]) for rows in bins for row in rows} == {11, 16}
@@ -224,7 +224,7 @@ class TestWording:
             ("[]", "JSON object"),
             ('{"a": "{context} {input}", "b": "x"}', "no entry for 'mine'; it has a, b"),
             ('{"mine": 5}', "must be a text"),
-            ('{"mine": "{context} only"}', r"must hold \{input\}"),
+            ('{"mine": "{context} only"}', r"must contain \{input\}"),
             ('{"mine": "{input} {context} x"}', "before any"),
         ],
     )

@@ -112,7 +112,7 @@ class TestOwnData:
             (example(9, id=1.5), "the field 'id' must be a text or a whole number"),
             (example(9, id=True), "the field 'id' must be a text or a whole number"),
             (example(9, meta=["x"]), "meta must be a JSON object"),
-            (example(9, id="e0"), "'e0' is taken already at"),
+            (example(9, id="e0"), "'e0' is already used at"),
             (example(0, id="other"), "same question and context"),
             ('{"question": "\\ud800", "context": "c", "answers": ["a"]}', "surrogate"),
         ],
@@ -127,7 +127,7 @@ class TestOwnData:
 
     def test_the_first_of_two_duplicates_is_named(self, tmp_path):
         path = write_jsonl(tmp_path / "bad.jsonl", [example(0), example(1), example(1)])
-        with pytest.raises(UserError, match=r"line 3: the id 'e1' is taken already at .*line 2"):
+        with pytest.raises(UserError, match=r"line 3: the id 'e1' is already used at .*line 2"):
             run(tmp_path, own(path), "mine")
 
     def test_bytes_that_are_not_utf8(self, tmp_path):
@@ -149,7 +149,7 @@ class TestOwnData:
         write_jsonl(tmp_path / "d" / "other.jsonl", [example(0)])
         for path, message in [
             (tmp_path / "nowhere", "no file or folder"),
-            (tmp_path / "d", r"no mine\.jsonl or mine\.jsonl\.gz; there is other\.jsonl"),
+            (tmp_path / "d", r"no mine\.jsonl or mine\.jsonl\.gz; it contains other\.jsonl"),
             (write_jsonl(tmp_path / "mine.txt", [example(0)]), "must end in"),
             (write_jsonl(tmp_path / "empty.jsonl", [""]), "no examples"),
         ]:
@@ -157,7 +157,7 @@ class TestOwnData:
                 run(tmp_path, own(path), "mine")
         write_jsonl(tmp_path / "d" / "mine.jsonl", [example(0)])
         write_jsonl(tmp_path / "d" / "mine.jsonl.gz", [example(0)])
-        with pytest.raises(UserError, match="holds both"):
+        with pytest.raises(UserError, match="contains both"):
             run(tmp_path, own(tmp_path / "d"), "mine")
 
 
@@ -254,7 +254,7 @@ class TestHub:
         self.archive(root, {"data/hotpotqa.jsonl": json.dumps(longbench_record(0)) + "\n{\n"})
         with pytest.raises(UserError, match=r"data\.zip/data/hotpotqa\.jsonl, line 2: malformed"):
             run(tmp_path, self.dataset, "hotpotqa")
-        with pytest.raises(UserError, match=r"holds no data/musique\.jsonl"):
+        with pytest.raises(UserError, match=r"has no data/musique\.jsonl"):
             run(tmp_path, self.dataset, "musique")
         (root / "THUDM/LongBench/data.zip").write_bytes(b"x")
         with pytest.raises(UserError, match=r"data\.zip cannot be read"):
@@ -296,7 +296,7 @@ class TestHub:
             raise error
 
         monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
-        with pytest.raises(UserError, match=f"cannot be had from the hub: {error}"):
+        with pytest.raises(UserError, match=f"cannot be downloaded from the hub: {error}"):
             run(tmp_path, self.dataset, "hotpotqa")
 
 

@@ -127,7 +127,7 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(parsed):
 
 @pytest.mark.parametrize(
     ("status", "state", "words"),
-    [(200, "warn", "is on the hub"), (401, "fail", "refuses"), (403, "fail", "refuses"), (404, "fail", "knows no")],
+    [(200, "warn", "is on the hub"), (401, "fail", "refuses"), (403, "fail", "refuses"), (404, "fail", "has no")],
 )
 def test_what_the_hub_says_of_a_model(status, state, words, parsed, server, monkeypatch):
     server.status = status

@@ -235,8 +235,8 @@ GOOD_HIGH, POOR_HIGH, OPEN_HIGH = mean(0.4, 0.3, 0.49), mean(0.6, 0.5, 0.7), mea
         (UP, GOOD_LOW, GOOD_HIGH, NOT_CONFIRMED, "is upward"),
         (DOWN, POOR_LOW, GOOD_HIGH, NOT_CONFIRMED, "is below 0.8"),
         (DOWN, GOOD_LOW, POOR_HIGH, NOT_CONFIRMED, "is not below 0.5"),
-        (DOWN, OPEN_LOW, GOOD_HIGH, UNDECIDED, "either side of 0.8: n is too small"),
-        (DOWN, GOOD_LOW, OPEN_HIGH, UNDECIDED, "either side of 0.5: n is too small"),
+        (DOWN, OPEN_LOW, GOOD_HIGH, UNDECIDED, "may be above or below 0.8: n is too small"),
+        (DOWN, GOOD_LOW, OPEN_HIGH, UNDECIDED, "may be above or below 0.5: n is too small"),
         (FLAT, OPEN_LOW, OPEN_HIGH, NOT_CONFIRMED, "is not downward"),
         (DOWN, GOOD_LOW, Bin(np.nan, np.nan, np.nan, 0, 0), UNDECIDED, "no step has an entropy above 2.5 nats"),
         (DOWN, Bin(np.nan, np.nan, np.nan, 0, 0), GOOD_HIGH, UNDECIDED, "no step has an entropy below 1 nat"),
@@ -258,7 +258,7 @@ def test_the_rule_after_controlling():
     assert after(DOWN).outcome == CONFIRMED
     assert "with step held constant" in after(DOWN).reason
     assert after(estimate(0.0, -0.2, 0.2)).outcome == AFTER_CONTROLLING
-    assert after(estimate(-0.2, -0.7, 0.2)).outcome == UNDECIDED, "nothing, or all of it, may be left"
+    assert after(estimate(-0.2, -0.7, 0.2)).outcome == UNDECIDED, "the association may be gone or unchanged"
     assert after(FLAT, controls="") == raw, "without anything to control for the first verdict stands"
     flat = judge(FLAT, GOOD_LOW, GOOD_HIGH)
     assert after(DOWN, flat).outcome == NOT_CONFIRMED
@@ -319,7 +319,7 @@ def test_nan_and_null_steps_are_left_out_and_counted(tmp_path):
     pq.write_table(table(rows), tmp_path / "o.parquet")
     found = pl.from_arrow(entropy_recall([str(tmp_path / "o.parquet")], FAST))
     assert row(found, "recall")["steps"] == len(steps) - 3
-    assert row(found, "verdict")["reason"].startswith("3 steps without entropy or recall left out; ")
+    assert row(found, "verdict")["reason"].startswith("3 steps without entropy or recall omitted; ")
 
 
 def test_a_cell_without_any_recall_is_in_the_table(tmp_path):
@@ -334,10 +334,10 @@ def test_a_cell_without_any_recall_is_in_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"recall": 1.2}, "has a recall outside of 0 and 1"),
+        ({"recall": 1.2}, "has a recall outside"),
         ({"entropy": -0.1}, "negative or infinite"),
         ({"entropy": float("inf")}, "negative or infinite"),
-        ({"step": 0, "example_id": "e000"}, "stands more than once"),
+        ({"step": 0, "example_id": "e000"}, "occurs more than once"),
     ],
 )
 def test_impossible_rows_are_named(tmp_path, change, words):
@@ -401,7 +401,7 @@ def test_sensitivity_is_the_slope_of_slopes(files):
     slopes = [row(found, "slope", budget=f"r{x}", **cell)["estimate"] for x in r]
     got = row(found.filter(pl.col("budget").is_null()), "sensitivity", **cell)
     assert got["estimate"] == pytest.approx(stats.linregress(r, slopes).slope)
-    assert got["ci_low"] > 0, "recall falls faster where less is kept"
+    assert got["ci_low"] > 0, "recall falls faster at smaller budgets"
     corrected = found.filter(statistic="sensitivity_corrected", **cell)["estimate"][0]
     assert corrected == pytest.approx(stats.linregress(r, [s / (1 - x) for s, x in zip(slopes, r, strict=True)]).slope)
 
@@ -409,7 +409,7 @@ def test_sensitivity_is_the_slope_of_slopes(files):
 def test_one_budget_has_no_sensitivity(tmp_path):
     pq.write_table(table(rows_of(made("driven", n=4))), tmp_path / "o.parquet")
     found = pl.from_arrow(entropy_recall([str(tmp_path / "o.parquet")], FAST))
-    assert row(found, "sensitivity")["method"] == "needs two budgets that are shares"
+    assert row(found, "sensitivity")["method"] == "needs two budgets that are fractions"
 
 
 def test_the_same_observations_give_the_same_table(files):
@@ -483,7 +483,8 @@ def test_controls_and_bounds_belong_to_their_policy():
 
 
 @pytest.mark.parametrize(
-    ("gain", "said"), [(0.35, "Yes: score 0."), (0.0, "Not shown: score"), (-0.35, "No, worse ones: score −0.")]
+    ("gain", "said"),
+    [(0.35, "Yes: score 0."), (0.0, "Not shown: score"), (-0.35, "No, entropy chooses worse moments: score −0.")],
 )
 def test_whether_entropy_chooses_better_moments(gain, said):
     found = pl.from_arrow(recall_moments(recalled_scores(gain, n=80), POLICIES, FAST)).filter(budget="r0.2")
@@ -565,7 +566,8 @@ def test_the_report_has_a_section_where_the_table_is(files, tmp_path, monkeypatc
     assert f"of {sum(n for _, n in counts)} combinations" in text
     start = text.index("## Entropy and recall")
     own = text[start : text.index("\n## ", start + 5)]
-    for part in ("One set for all heads, ideal memory", "Possible confounders", "Does it depend on the budget?",
+    for part in ("One set for all heads, ideal memory", "Possible confounders",
+                 "Does the association depend on the budget?",
                  "plots/entropy_bins.svg", "mean entropy, a, nats"):  # fmt: skip
         assert part in own
     assert "- entropy_recall, 20 % kept, after the prompt: Yes: score" in own

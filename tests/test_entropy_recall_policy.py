@@ -498,7 +498,7 @@ def test_a_calibrated_policy_recalls_above_its_quantile(tmp_path):
     assert calibrated(recall(tau=0.5), str(file)).tau == 0.5
     assert calibrated(create("h2o", {}), str(file)) == create("h2o", {})
     file.write_text(json.dumps({"entropies": []}))
-    with pytest.raises(UserError, match="holds no step"):
+    with pytest.raises(UserError, match="contains no decode step"):
         calibrated(recall(tau_quantile=0.75), str(file))
 
 

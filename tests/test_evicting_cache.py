@@ -294,36 +294,36 @@ def says(pattern):
 
 def test_what_cannot_be_made_is_refused_in_a_sentence():
     model = plain("llama")
-    with says("say how much snapkv keeps: a fraction such as budget=0.2"):
+    with says("snapkv needs a budget: a fraction such as budget=0.2"):
         kvt.EvictingCache(model, "snapkv")
-    with says("kvzip asks the model in words to repeat the prompt; give tokenizer="):
+    with says("kvzip asks the model to repeat the prompt; give tokenizer="):
         kvt.EvictingCache(model, "kvzip", 0.2)
-    with says("what full keeps follows from itself"):
+    with says("the hyper-parameters of full determine what it keeps"):
         kvt.EvictingCache(model, "full", 0.2)
-    with says(r'128 is no fraction in \(0, 1\]; a number of tokens is {"tokens": 128}'):
+    with says(r'128 is not in \(0, 1\]; a number of tokens is {"tokens": 128}'):
         kvt.EvictingCache(model, "snapkv", 128)
     with says("there is no policy 'snapvk'; choose one of"):
         kvt.EvictingCache(model, "snapvk", 0.2)
     with says("snapkv has no such hyper-parameter"):
         kvt.EvictingCache(model, {"kind": "snapkv", "windows": 3}, 0.2)
-    with says("3 is no policy"):
+    with says("3 is not a policy"):
         kvt.EvictingCache(model, 3, 0.2)
-    with says("reads the prompt in its own way"):
+    with says("prefills the prompt itself"):
         kvt.EvictingCache(model, "kvpress.KnormPress", 0.2)
-    with says("no language model of transformers"):
+    with says("not a language model of transformers"):
         kvt.EvictingCache("model", "snapkv", 0.2)
 
 
 def test_a_model_that_cannot_be_evicted_is_refused():
     shape = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MistralConfig(**shape, intermediate_size=16, num_key_value_heads=2, sliding_window=8)
-    with says("every layer of 'MistralForCausalLM' has a sliding window and forgets by itself"):
+    with says("every layer of 'MistralForCausalLM' has a sliding window, so there is nothing to evict"):
         kvt.EvictingCache(MistralForCausalLM(config), "snapkv", 0.2)
 
     class Closed(GPT2LMHeadModel):
         _supports_attention_backend = False
 
-    with says("Closed computes attention in a way that cannot be replaced"):
+    with says("the attention of Closed cannot be replaced"):
         kvt.EvictingCache(Closed(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=30)), "snapkv", 0.2)
 
 
@@ -331,9 +331,9 @@ def test_a_cache_is_for_one_prompt():
     model, held = plain("llama"), kvt.EvictingCache(plain("llama"), "snapkv", 0.3)
     generated(model, [tokens(30)], held)
     for prompt in (tokens(30), tokens(90)):
-        with says("holds a prompt already; make a new one for each prompt"):
+        with says("already contains a prompt; create a new one for each prompt"):
             generated(model, [prompt], held)
-    with says("by its chunk_tokens rather than prefill_chunk_size"):
+    with says("use chunk_tokens instead of prefill_chunk_size"):
         generated(model, [tokens(30)], kvt.EvictingCache(model, "snapkv", 0.3), prefill_chunk_size=10)
 
 
@@ -341,15 +341,15 @@ def test_what_generate_cannot_do_with_it_is_refused():
     model, prompt = plain("llama"), [tokens(30)]
     with says("num_beams must be 1"):
         generated(model, prompt, kvt.EvictingCache(model, "snapkv", 0.3), num_beams=2)
-    with says("cannot take tokens back"):
+    with says("cannot remove tokens"):
         generated(model, prompt, kvt.EvictingCache(model, "snapkv", 0.3), prompt_lookup_num_tokens=3)
-    with says("made for another model"):
+    with says("belongs to another model"):
         generated(random_model("qwen2"), prompt, kvt.EvictingCache(model, "snapkv", 0.3))
-    with says("inputs_embeds cannot be evicted"):
+    with says("inputs_embeds are not supported"):
         model(inputs_embeds=torch.zeros(1, 4, 32), past_key_values=kvt.EvictingCache(model, "snapkv", 0.3))
     with says("the prompt is empty"):
         generated(model, [[]], kvt.EvictingCache(model, "snapkv", 0.3))
-    with says("does not lie inside of every prompt"):
+    with says("must be smaller than the prompt"):
         generated(model, prompt, kvt.EvictingCache(model, "snapkv", 0.3, context_tokens=30))
 
 
@@ -358,7 +358,7 @@ def test_batches_that_do_not_fit_together_are_refused():
     mask = torch.tensor([[1] * 30, [1] * 20 + [0] * 10])
     with says("pad batches on the left"):
         generated(model, [long, short + [0] * 10], kvt.EvictingCache(model, "snapkv", 0.3), attention_mask=mask)
-    with says("h2o acts at each token, so a batch must hold equally many entries"):
+    with says("h2o acts at each token, so all sequences of a batch must hold the same number of entries"):
         generated(model, [long, short], kvt.EvictingCache(model, "h2o", 0.3))
     with says("entropy_recall decodes one answer at a time"):
         generated(model, [long, long], kvt.EvictingCache(model, "entropy_recall", 0.3))

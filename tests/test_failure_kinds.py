@@ -50,5 +50,5 @@ def test_table_and_findings_say_both(results):
     assert failure_rows(results)[1][1]["broken"]["n"] == 20
     (group,) = findings.findings(results)
     said = next(s for s in group["sentences"] if "answers failed" in s)
-    assert "10 of 40 answers failed: 6 “unknown” where the answer was there, 4 broken" in said
+    assert "10 of 40 answers failed: 6 say “unknown” although the document contains the answer, 4 are broken" in said
     assert "most often as “empty output” (3)" in said

@@ -59,7 +59,7 @@ def test_a_truncated_file_is_one_sentence(tmp_path):
     name = empty_file(tmp_path / "one.gguf")
     content = Path(name).read_bytes()
     Path(name).write_bytes(content[:-4096])
-    with pytest.raises(UserError, match="cut short or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         gguf.header(name)
 
 
@@ -145,4 +145,4 @@ def test_perplexity_of_the_full_cache_is_that_of_a_plain_forward_pass(models, tm
     small = {"corpus": "synthetic", "context_tokens": [256], "stride": 32, "books": 2, "windows_per_book": 1}
     monkeypatch.setattr(quickstart, "EXPERIMENT", quickstart.EXPERIMENT | {"perplexity": small})
     assert quickstart.main(["--output", str(tmp_path), "--model", gguf.SMOLLM2]) == 0
-    assert "All four hold" in capsys.readouterr().out
+    assert "All four checks passed" in capsys.readouterr().out

@@ -132,7 +132,7 @@ def test_quickstart_holds_on_it(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "EXPERIMENT", quickstart.EXPERIMENT | {"perplexity": small})
     assert quickstart.main(["--output", str(tmp_path), "--model", name]) == 0
     said = capsys.readouterr().out
-    assert "All four hold" in said
+    assert "All four checks passed" in said
     assert "test instrument" not in said
 
 

@@ -61,7 +61,7 @@ def test_policies_budgets_and_modes_are_chosen():
         ({"tasks": ["a", "a"]}, "harness.tasks: a name is listed twice in a, a; give each once"),
         ({"policies": ["tova"]}, "harness.policies: there is no 'tova'; choose from full, snapkv, h2o"),
         ({"budgets": ["r0.3"]}, "harness.budgets: there is no 'r0.3'; choose from r0.5, t16"),
-        ({"include_path": "no/such"}, "harness.include_path: there is no folder no/such; give one that holds task"),
+        ({"include_path": "no/such"}, "harness.include_path: there is no folder no/such; give one with task files"),
     ],
 )
 def test_bad_settings_are_a_sentence(changes, sentence):
@@ -87,7 +87,7 @@ def test_a_spec_notices_the_content_of_task_files(tmp_path):
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed here")
 def test_without_the_harness_a_job_says_how_to_get_it(tmp_path):
     spec = study.spec(parsed(), "after_prompt", "h2o", "r0.5")
-    with pytest.raises(UserError, match="with the extra lm-eval \\(`make lm-eval` makes one\\)"):
+    with pytest.raises(UserError, match="with the extra lm-eval \\(`make lm-eval` creates one\\)"):
         run.main(["--spec", json.dumps(spec), "--output", str(tmp_path / "out.parquet")])
     assert not list(tmp_path.iterdir())
 
@@ -196,7 +196,7 @@ def test_values_outside_of_0_and_1_have_an_interval_and_no_p():
 def test_a_file_of_other_settings_is_named(made):
     files, path = made
     first = next(iter(files))
-    with pytest.raises(UserError, match=f"{first} was made under other settings"):
+    with pytest.raises(UserError, match=f"{first} was computed with other settings"):
         report.write_harness(list(files), path, files | {first: "another"}, 0.95)
 
 

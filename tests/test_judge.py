@@ -188,12 +188,12 @@ def half_a_body(handler):
         (late, "TIMEOUT: "),
         (500, "ENGINE_ERROR: status 500"),
         (half_a_body, "ENGINE_ERROR: the connection broke"),
-        (events(json.dumps(GOOD), finish=None, done=False), "ENGINE_ERROR: the answer is not whole"),
+        (events(json.dumps(GOOD), finish=None, done=False), "ENGINE_ERROR: the answer is incomplete"),
         (b'data: {"choices": [{"ind', "ENGINE_ERROR: "),
         (b"data: []\n\ndata: [DONE]\n\n", "ENGINE_ERROR: "),
-        ("The answer does follow it.", "MALFORMED: no JSON object but 'The answer does follow it.'"),
+        ("The answer does follow it.", "MALFORMED: the reply is not a JSON object but 'The answer does follow it.'"),
         ('{"follows": true', "MALFORMED: "),
-        ("", "MALFORMED: the judge said nothing"),
+        ("", "MALFORMED: the reply of the judge is empty"),
         ({"follows": "yes"}, "SCHEMA: follows: "),
         ({"follows": 1}, "SCHEMA: follows: "),
         ({"follows": None}, "SCHEMA: follows: "),
@@ -274,7 +274,7 @@ def test_what_was_said_before_the_server_went_away_is_kept(tmp_path):
         return 401 if len(asked) > 4 else fair(question)
 
     with endpoint(until_four) as there:
-        with pytest.raises(UserError, match="asks for an API key"):
+        with pytest.raises(UserError, match="requires an API key"):
             write_judge(*files, there.settings | {"concurrency": 1})
         assert not Path(files[1]).exists()
         asked.clear()

@@ -196,11 +196,11 @@ ADAPTED = {
     "AdaKVPress(SnapKVPress)": {"kernel_size": 3},
 }
 REFUSED = {
-    "KeyRerotationPress(KnormPress)": ({}, "no place in the text"),
+    "KeyRerotationPress(KnormPress)": ({}, "no position in the text"),
     "ThinKPress": ({}, "cannot be given a budget"),
     "AbsentPress": ({}, "kvpress 0.5.5 has no AbsentPress; it has AdaKVPress"),
-    "SnapKVPress": ({"window": 32}, "cannot be made from {'window': 32}"),
-    "KnormPress": ({"compression_ratio": 0.5}, "compression_ratio: leave it out"),
+    "SnapKVPress": ({"window": 32}, "cannot be constructed from {'window': 32}"),
+    "KnormPress": ({"compression_ratio": 0.5}, "compression_ratio: remove this key"),
 }
 
 
@@ -278,7 +278,7 @@ def test_entries_are_found_again_in_whatever_order_they_are_kept(n, seed, dtype)
         assert torch.equal(layer.keys[head], full[head, layer.positions[head]])
     changed = full.gather(1, wide).clone()
     changed[1, k - 1, 3] += 1
-    with pytest.raises(UserError, match="no place in the text"):
+    with pytest.raises(UserError, match="no position in the text"):
         kvpress_press._found(changed, changed, full, 1.0, "kvpress.P")
 
 

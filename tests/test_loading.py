@@ -241,7 +241,7 @@ def test_a_missing_weight_is_not_made_up(folder, tmp_path):
 def test_a_weight_of_another_shape_is_one_sentence(folder):
     file = Path(folder) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 40}))
-    with pytest.raises(UserError, match=r"model\.name: .*do not fit its config\.json"):
+    with pytest.raises(UserError, match=r"model\.name: .*do not match its config\.json"):
         loading.load_model(folder, device="cpu")
 
 

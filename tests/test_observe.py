@@ -543,7 +543,7 @@ def test_what_can_be_observed_is_observed():
     [
         ({"policies": ["full"]}, "observe.policies: full keeps everything"),
         ({"policies": ["nope"]}, "observe.policies: there is no 'nope'"),
-        ({"budgets": [1.0]}, "observe.budgets: 1.0 lies outside"),
+        ({"budgets": [1.0]}, "observe.budgets: 1.0 is not in"),
         ({"budgets": [0.1, 0.1]}, "observe.budgets: a value is listed twice"),
         ({"max_tokens": 0}, "observe.max_tokens: 0 is not allowed"),
         ({"granularities": ["heads"]}, "observe.granularities"),

@@ -87,11 +87,11 @@ def test_what_fails_twice_is_tried_a_third_time(server, fault):
         ("error500", "status 500: something broke"),
         ("error503", "overloaded"),
         ("conflict409", "locked"),
-        ("not_json", "not what the protocol says"),
+        ("not_json", "does not match the protocol"),
         ("html", None),
-        ("shape", "not what the protocol says"),
+        ("shape", "does not match the protocol"),
         ("error200", "out of cheese"),
-        ("no_choices", "holds no choice"),
+        ("no_choices", "contains no choice"),
     ],
 )
 def test_what_fails_each_time_is_a_failure_with_its_reason(server, fault, reason, stream):
@@ -129,7 +129,7 @@ def test_one_limit_covers_all_of_an_answer(server, fault):
     started = time.monotonic()
     reply = ask(server, prompt, timeout_s=0.4)
     assert time.monotonic() - started < 5
-    assert reply.error == "TIMEOUT: no whole answer within 0.4 s"
+    assert reply.error == "TIMEOUT: no complete answer within 0.4 s"
     assert server.asked[prompt] == 1
 
 
@@ -243,9 +243,9 @@ def test_a_wrong_model_is_one_sentence(server):
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
-        ("PLANTED_KEY", "sk-another-key", "does not accept that of the environment variable PLANTED_KEY"),
+        ("PLANTED_KEY", "sk-another-key", "does not accept the one in the environment variable PLANTED_KEY"),
         ("NOT_THERE", None, "the environment variable NOT_THERE is not set"),
-        (None, None, "and none is named"),
+        (None, None, "but api_key_env names none"),
     ],
 )
 def test_a_wrong_key_is_one_sentence_without_the_key(monkeypatch, variable, value, sentence):

@@ -467,14 +467,17 @@ class TestSettings:
         ("sections", "sentence"),
         [
             ({"perplexity": {"policies": ["h20"]}}, r"perplexity\.policies: there is no 'h20'; choose from full, "),
-            ({"kv": {"policies": {"full": {}, "p": {"kind": "kvpress.KnormPress"}}}}, r"kv\.policies\.p: a press acts"),
+            (
+                {"kv": {"policies": {"full": {}, "p": {"kind": "kvpress.KnormPress"}}}},
+                r"kv\.policies\.p: a press compresses",
+            ),
             (
                 {"kv": {"policies": {"full": {}, "e": {"kind": "entropy_recall", "tau_quantile": 0.9}}}},
-                r"kv\.policies\.e: its moments follow from the answers to a task",
+                r"kv\.policies\.e: its moments depend on the answers to a task",
             ),
             (
                 {"perplexity": {"streaming": True}},
-                r"kv\.policies\.merge_0\.5: entropy_merge does not evict while a text is read",
+                r"kv\.policies\.merge_0\.5: entropy_merge cannot evict while a text is read",
             ),
             ({"perplexity": {"corpus": "text", "path": "no/where/at/all"}}, r"perplexity\.path: there is no file"),
             (
@@ -490,7 +493,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("keys", "sentence"),
         [
-            ({"context_tokens": [64, 64]}, r"perplexity\.context_tokens: lengths must rise"),
+            ({"context_tokens": [64, 64]}, r"perplexity\.context_tokens: lengths must be in increasing order"),
             ({"context_tokens": []}, r"perplexity\.context_tokens: give at least 1"),
             ({"corpus": "text"}, r"perplexity\.path: text needs a file or folder"),
             ({"books": None}, r"perplexity\.books: synthetic needs books"),

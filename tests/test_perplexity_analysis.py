@@ -208,7 +208,7 @@ def test_windows_that_make_no_sense_are_refused(tmp_path, change, said):
 def test_windows_made_with_other_settings_are_refused(tmp_path):
     path = written(some(), tmp_path / "bin0.parquet")
     assert analysis.read_windows([path], {path: "0"}).height
-    with pytest.raises(UserError, match=r"bin0.parquet was made with other settings or code.* 0 instead of 1"):
+    with pytest.raises(UserError, match=r"bin0.parquet was computed with other settings or code.* 0 instead of 1"):
         analysis.read_windows([path], {path: "1"})
 
 

@@ -223,7 +223,7 @@ def test_a_question_is_named_as_if_it_stood_alone(tmp_path):
         ({"questions": []}, "line 1: questions must be a list of objects"),
         ({"questions": ["w1 ?"]}, "line 1: questions must be a list of objects"),
         ({"questions": [{"question": "w1 ?"}]}, "line 1, question 1: the field 'answers' is missing"),
-        ({"question": "w1 ?"}, "line 1: 'question' stands beside 'questions'"),
+        ({"question": "w1 ?"}, "line 1: the line has 'question' and 'questions'"),
         ({"meta": 3}, "line 1: meta must be a JSON object"),
         ({"questions": [{"question": "w1 ?", "answers": ["a"], "meta": 3}]}, "line 1, question 1: meta must be"),
     ],

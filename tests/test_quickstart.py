@@ -43,7 +43,7 @@ def test_four_checks_hold_and_say_what_was_found(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("policy", "changes", "said"),
     [
-        ("full", {"nll_sum": lambda nats: nats + 0.01}, "off a forward pass without one"),
+        ("full", {"nll_sum": lambda nats: nats + 0.01}, "from a forward pass without a cache"),
         ("h2o", {"bytes_after": lambda size: size + 256}, "h2o keeps"),
         ("full", {"bytes_after": lambda size: size - 256}, "full keeps"),
         ("entropy_merge", {"nll_sum": lambda _: None, "error": lambda _: "OOM: no memory left"}, "no memory left"),
@@ -55,7 +55,7 @@ def test_a_check_that_fails_ends_it_with_1(tmp_path, capsys, monkeypatch, policy
     out = capsys.readouterr().out
     assert "✗ Strategies applied" in out
     assert said in out
-    assert "All four hold" not in out
+    assert "All four checks passed" not in out
 
 
 def test_results_that_are_not_what_was_written_are_noticed(tmp_path, capsys, monkeypatch):
@@ -66,7 +66,7 @@ def test_results_that_are_not_what_was_written_are_noticed(tmp_path, capsys, mon
 
     monkeypatch.setattr(quickstart, "write_table", short)
     assert quickstart.main(["--output", str(tmp_path)]) == 1
-    assert "does not hold what was written" in capsys.readouterr().out
+    assert "differs from the table that was written" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_there_fails_in_one_sentence(tmp_path, capsys, monkeypatch):

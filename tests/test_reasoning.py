@@ -196,10 +196,10 @@ def test_the_entries_over_time_are_sampled_evenly():
 @pytest.mark.parametrize(
     ("decoding", "policies", "words"),
     [
-        ({"budget_of": "length"}, {}, "decoding.budget_of: only with compress_every"),
-        ({"max_entries": 5}, {}, "decoding.max_entries: only with compress_every"),
-        ({"compress_every": 5}, {"kvpress.SnapKVPress": {}}, "kvpress.SnapKVPress cannot be compressed again"),
-        ({"compress_every": 5}, {"entropy_recall": {"tau": 1.0}}, "entropy_recall cannot be compressed again"),
+        ({"budget_of": "length"}, {}, "decoding.budget_of: this key needs compress_every"),
+        ({"max_entries": 5}, {}, "decoding.max_entries: this key needs compress_every"),
+        ({"compress_every": 5}, {"kvpress.SnapKVPress": {}}, "kvpress.SnapKVPress cannot compress again"),
+        ({"compress_every": 5}, {"entropy_recall": {"tau": 1.0}}, "entropy_recall cannot compress again"),
     ],
 )
 def test_what_cannot_be_paced_is_refused_in_a_sentence(decoding, policies, words):

@@ -179,7 +179,7 @@ def test_the_documentation_lists_every_fault_that_is_tested():
     ("mark", "prompt_tokens", "completion_tokens", "concerns"),
     [
         ("[[usage_none]]", None, None, ["no usage"]),
-        ("[[usage_wrong]]", None, None, ["prompt_tokens 0 cannot be", "completion_tokens 10 cannot be"]),
+        ("[[usage_wrong]]", None, None, ["prompt_tokens 0 cannot be right", "completion_tokens 10 cannot be right"]),
     ],
 )
 def test_usage_that_cannot_be_right_is_null_and_said(cell, mark, prompt_tokens, completion_tokens, concerns):
@@ -275,7 +275,7 @@ def test_a_server_of_kv_transition_is_told_policy_budget_mode_and_where_the_cont
 
 
 def test_an_endpoint_that_only_says_it_is_kv_transition_is_found_out(cell):
-    with pytest.raises(UserError, match="does not say that it served mine at"):
+    with pytest.raises(UserError, match="does not confirm that it served mine at"):
         cell("", serves="kv_transition").run()
 
 
@@ -408,7 +408,7 @@ def test_the_key_is_in_no_file_and_no_log(tmp_path, monkeypatch, known):
     else:
         assert process.returncode == 2
         assert len(log.strip().splitlines()) == 1, log
-        assert "does not accept that of the environment variable PLANTED_KEY" in log
+        assert "does not accept the one in the environment variable PLANTED_KEY" in log
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 2
     for path in files:
@@ -455,7 +455,7 @@ def test_every_policy_and_budget_has_what_stands_for_it():
         ({"endpoints": {"h2o": {"model": "x"}}}, {}, "h2o at r0.5 and h2o at r0.2 have the same server"),
         ({"endpoints": {"h2o": {}}}, {}, "full at r1 and h2o at r0.5 have the same server"),
         ({"endpoints": MAPPED | {"tova": {"model": "x"}}}, {}, "engine.endpoints.tova: the experiment has no such"),
-        ({"endpoints": MAPPED, "serves": "kv_transition"}, {}, "takes the policy with each request"),
+        ({"endpoints": MAPPED, "serves": "kv_transition"}, {}, "receives the policy with each request"),
         ({"endpoints": MAPPED}, {"observe": {"enabled": True}}, "observe.enabled: this needs the model itself"),
         (
             {"endpoints": MAPPED},
@@ -465,7 +465,7 @@ def test_every_policy_and_budget_has_what_stands_for_it():
         (
             {"serves": "kv_transition"},
             {"kv": {"policies": {"full": {}, "r": {"kind": "entropy_recall", "tau_quantile": 0.9}}, "budgets": [0.5]}},
-            "kv.policies.r: an endpoint has nothing to calibrate it on",
+            "kv.policies.r: it cannot be calibrated on an endpoint",
         ),
     ],
 )
@@ -600,14 +600,14 @@ def test_the_report_says_what_was_declared_and_what_does_not_fit():
     ]
     found = endpoints.limits(told, pl.DataFrame(rows, schema_overrides={"kept_mean": pl.Float64}))
     assert "not verified" in found[0]
-    assert "Whether an endpoint compresses at all is not known" in found[1]
+    assert "It is not known whether an endpoint compresses at all" in found[1]
     assert found[2].startswith("For 1 of 4 answers the endpoint counted another number of prompt tokens")
-    assert found[3] == "For 1 of 4 answers the endpoint's token counts were missing or wrong."
+    assert found[3] == "For 1 of 4 answers the endpoint's token counts were missing or impossible."
     served = [row | {"kept_mean": 5.0, "raw": None} for row in rows]
     found = endpoints.limits(
         {"engine": {"serves": "kv_transition"}}, pl.DataFrame(served, schema_overrides={"raw": pl.String})
     )
     assert len(found) == 1
-    assert "what it says of itself" in found[0]
+    assert "values that the endpoint reports" in found[0]
     local = pl.DataFrame([row | {"base_url": None} for row in rows], schema_overrides={"base_url": pl.String})
     assert endpoints.limits({}, local) == []

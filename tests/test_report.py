@@ -202,7 +202,7 @@ def test_findings_name_the_policy_that_keeps_most(demo_report):
     best = max(means, key=means.get)
     section = text[text.index("## Key findings") : text.index("## Curves")]
     sentence = next(s for s in section.partition("after the prompt")[2].splitlines() if "With 20 %" in s)
-    assert f"{best} keeps most" in sentence
+    assert f"{best} keeps the most" in sentence
     assert f"{100 * means[best] / full:.0f} %" in sentence
 
 
@@ -241,9 +241,9 @@ def test_a_headline_tells_a_loss_from_too_few_examples(demo_report):
         return verdict.answer(replace(results, transition=table), "reader_qa", "after_prompt")
 
     few = lead(outcome=pl.lit("undecided"), n_decides=pl.lit(340))
-    assert few[0] == "No budget is shown to be enough: too few examples to show no loss."
+    assert few[0] == "No budget is shown to be enough: there are too few examples to show that nothing is lost."
     assert "because n = 100; about 340 would decide" in few[1]
-    assert lead(outcome=pl.lit("loss shown"))[0] == "A loss is shown for everything tried."
+    assert lead(outcome=pl.lit("loss shown"))[0] == "Every policy and budget shows a loss."
     assert lead(outcome=pl.lit("no loss shown"))[0].startswith("20 % of the cache is enough")
 
 
@@ -529,7 +529,7 @@ def test_another_model_is_not_called_the_tiny_reader_and_an_endpoint_is_not_trus
     assert "org/model @ abc" in page
     assert "was not verified" in text
     assert "exploratory" in text
-    assert "nothing is said about speed" in text
+    assert "makes no statement about speed" in text
     assert "speed" not in page[page.index('id="verdict"') : page.index('id="findings"')].lower()
 
 

@@ -44,7 +44,7 @@ def judge_rows(chat):
         for check in ("c1", "c2") if row["turn"] >= 3 else ("c1",):
             key = {name: row[name] for name in ("chat_set", "conversation_id", "turn", "policy", "budget")}
             kept = f"yes {int(row['conversation_id'][1:])}" in row["text"] if check == "c1" else True
-            late = {"judge": None, "judge_error": "TIMEOUT: no whole answer within 60 s"}
+            late = {"judge": None, "judge_error": "TIMEOUT: no complete answer within 60 s"}
             rows.append(key | {"check_id": check} | (late if row["turn"] == 4 else {"judge": kept}))
     return rows
 
@@ -81,7 +81,7 @@ def made(tmp_path_factory):
 
 def test_an_experiment_of_conversations_has_the_section_and_its_figures(made):
     _, text, page = made
-    assert "## Conversations with a failing memory" in text
+    assert "## Conversations on a compressed cache" in text
     assert 'data-chart="memory"' in page
     for name in FIGURES:
         assert f"plots/{name}.svg" in text
@@ -96,7 +96,7 @@ def test_rows_stand_in_the_order_of_table_1(made):
     names = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
     assert names[:4] == ["full", "sinks", "dice", "snapkv"]
     assert names[4] == "text_drop (control: deletes text, no KV compression)"
-    assert "That is no KV compression" in text
+    assert "It is not KV compression" in text
 
 
 def test_numbers_are_those_of_their_tables(made):

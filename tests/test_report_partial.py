@@ -60,13 +60,13 @@ def test_what_is_missing_stale_or_broken_is_named_and_left_out(unfinished):
     assert "**Unfinished.** 3 cells are not in this report" in text
     assert "`cells/reader_qa/before_question/h2o/r0.5/bin1.parquet`: not run yet" in text
     assert "`cells/reader_qa/before_question/snap/r0.5/bin0.parquet`: not readable" in text
-    assert "`cells/reader_qa/before_question/h2o_heavy/r0.5/bin0.parquet`: made with other settings or code" in text
+    assert "`cells/reader_qa/before_question/h2o_heavy/r0.5/bin0.parquet`: computed with other settings or code" in text
     assert "1 of 2 bins only" in text
     assert "Unfinished." in page.read_text()
     rows = pq.read_table(page.parent / "scores.parquet").to_pylist()
     found = {(r["policy"], r["bin"]) for r in rows if not r["alias"]}
     assert found == {("full", 0), ("full", 1), ("h2o", 0), ("h2o_heavy", 1), ("snap", 1)}
-    assert before == {f: f.stat().st_mtime_ns for f in before}, "the experiment's own files stay as they are"
+    assert before == {f: f.stat().st_mtime_ns for f in before}, "the experiment's own files are unchanged"
 
 
 def test_without_the_full_cache_there_is_still_a_report(unfinished):
@@ -82,5 +82,5 @@ def test_nothing_yet_is_said_in_one_sentence(unfinished):
     shutil.rmtree(folder / "cells")
     done = report()
     assert done.returncode == 1
-    assert "no cell of this experiment is there yet" in done.stderr
+    assert "this experiment has no finished cell yet" in done.stderr
     assert "Traceback" not in done.stderr

@@ -95,20 +95,20 @@ def test_numbers_are_those_of_the_table(made):
 
 def test_the_sentences_name_the_best_and_the_worst(made):
     _, text, _ = made
-    assert "with 20 % of the cache kept, entropy_merge loses least" in text.replace("With", "with")
-    assert "stream most" in text
+    assert "with 20 % of the cache kept, entropy_merge loses the least" in text.replace("With", "with")
+    assert "stream loses the most" in text
 
 
 def test_what_is_exploratory_says_so(made, tmp_path):
     _, text, _ = made
-    assert "10 books or fewer, of 20 that are asked for, this is exploratory" in text
+    assert "There are at most 10 books, fewer than the required 20, so the results are exploratory" in text
     many, _ = make(tmp_path, simulated(np.random.default_rng(0), {("h2o", "r0.2"): 0.1}, books=20, windows=1))
     assert "exploratory" not in many[many.index("## Perplexity") : many.index("Setup")]
 
 
 def test_merging_stands_beside_dropping(made):
     _, text, _ = made
-    part = text[text.index("### Does merging beat") : text.index("### Beside the study")]
+    part = text[text.index("### Is merging better") : text.index("### Comparison with the study")]
     assert "| entropy_merge : entropy_drop |" in part
     assert "| merge_03 : drop_03 |" in part
     assert "merge_05" not in part
@@ -121,8 +121,8 @@ def test_merging_stands_beside_dropping(made):
 
 def test_the_studys_figures_are_labelled_as_theirs(made, tmp_path):
     _, text, _ = made
-    part = text[text.index("### Beside the study's expectations") :]
-    assert "not\nmeasured here" in part
+    part = text[text.index("### Comparison with the study's expectations") :]
+    assert "not measured here" in part
     assert "cannot be compared" in part
     # the nearest compression: 80 % is nearer to 70 and 75 % than 50 % is
     for row in (
@@ -151,7 +151,7 @@ def test_lost_windows_are_told(tmp_path):
     )
     text, _ = make(tmp_path, frame)
     assert "10 windows have no score" in text
-    assert "40 (10), 10 lost" in text
+    assert "40 (10), 10 without a score" in text
 
 
 def test_one_book_leaves_no_interval(tmp_path):
@@ -182,7 +182,7 @@ def test_figures_of_nothing_say_so():
     pairs = pl.DataFrame(schema=pl.DataFrame(analysis.rows_to_table([], analysis.PERPLEXITY_PAIRS)).schema)
     assert "No window was scored" in svg(plots.compression_figure(nothing, POLICIES, 0.95))
     assert "No window was scored" in svg(plots.length_figure(nothing, POLICIES, 0.95))
-    assert "No policy that merges" in svg(plots.pairs_figure(pairs, 0.95))
+    assert "No merging policy" in svg(plots.pairs_figure(pairs, 0.95))
     assert plots.explorer(nothing, POLICIES, 0.95) is None
     assert section.spans(nothing) == {}
 

@@ -309,7 +309,7 @@ def test_a_complete_configuration_passes():
 def test_lengths_and_numbers_are_required(key):
     with pytest.raises(UserError, match=r"dataset.lengths: ruler needs"):
         settings.parse(config(**{key: None}))
-    with pytest.raises(UserError, match=rf"dataset.{key}: the ruler data set needs it"):
+    with pytest.raises(UserError, match=rf"dataset.{key}: the ruler data set needs this key"):
         list(ruler.load({"lengths": [600], "n_per_length": 3, key: None}, "niah_single"))
 
 

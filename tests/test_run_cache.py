@@ -193,7 +193,10 @@ def test_the_commands_do_what_the_functions_do(tmp_path, create):
     ("changes", "sentence"),
     [
         ({"--policy": "snapkw"}, "there is no policy 'snapkw'"),
-        ({"--policy": "kvpress.SnapKVPress"}, "--policy: kvpress.SnapKVPress compresses while it reads"),
+        (
+            {"--policy": "kvpress.SnapKVPress"},
+            "--policy: kvpress.SnapKVPress compresses only during the prefill of a prompt",
+        ),
         ({"--option": "window"}, "--option: 'window' is not of the form name=value"),
         ({"--option": "windows=3"}, "snapkv has no such hyper-parameter"),
         ({"--budget": "2"}, "--budget: 2 lies outside (0, 1]"),
@@ -215,4 +218,4 @@ def test_a_cache_that_is_none_is_said_before_a_model_is_loaded(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     done = CliRunner().invoke(app, ["continue", str(tmp_path / "text.txt"), "--model", "nowhere", "--prompt", "Hello"])
     assert done.exit_code == 2
-    assert "is not whole; make the cache again" in done.output
+    assert "is incomplete or damaged; create the cache again" in done.output

@@ -252,7 +252,7 @@ def test_another_hash(experiment):
     path = spoil(experiment, cell_hash="feedfeed")
     sentence = experiment.refusal()
     assert sentence == (
-        f"1 of 3 cells do not fit this experiment ({path}: made with other settings or code, cell_hash feedfeed "
+        f"1 of 3 cells do not match this experiment ({path}: computed with other settings or code, cell_hash feedfeed "
         f"instead of {HASH}): delete these files and run again, or rerun all cells with snakemake --forcerun cell"
     )
 
@@ -302,7 +302,7 @@ def test_a_surplus_example(experiment):
 )
 def test_rows_of_another_cell(experiment, column, value):
     spoil(experiment, **{column: value})
-    assert f"holds answers of {column} {value}" in experiment.refusal()
+    assert f"contains answers of {column} {value}" in experiment.refusal()
 
 
 def test_a_cell_that_is_not_expected(experiment):
@@ -328,7 +328,7 @@ def test_many_unfit_cells_are_counted_and_the_first_named(experiment):
     for budget in ("r0.1", "r0.3", "r0.5", "t64"):
         experiment.add_cell("reader_qa", 1, {"d": "x"}, policy="tova", budget=budget, cell_hash="old")
     sentence = experiment.refusal()
-    assert sentence.startswith("4 of 7 cells do not fit this experiment (")
+    assert sentence.startswith("4 of 7 cells do not match this experiment (")
     assert sentence.count("cell_hash old") == 3
     assert "; and 1 more)" in sentence
 

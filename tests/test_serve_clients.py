@@ -51,14 +51,14 @@ WRONG = [
     ({"prompt": "w5", "kv_policy": {"kind": "snapkv", "window": "x"}, "kv_budget": 0.5}, "kv_policy", "wrong type"),
     ({"prompt": "w5", "kv_policy": {"kind": "snapkv", "windows": 3}, "kv_budget": 0.5}, "kv_policy", "it has: window"),
     ({"prompt": "w5", "kv_policy": "tests/models.py"}, "kv_policy", "there is no policy 'tests/models.py'"),
-    ({"prompt": "w5", "kv_policy": "h2o"}, "kv_budget", "say how much h2o keeps"),
+    ({"prompt": "w5", "kv_policy": "h2o"}, "kv_budget", "h2o needs a budget"),
     ({"prompt": "w5", "kv_policy": "full", "kv_budget": 0.5}, "kv_budget", "leave it out"),
     ({"prompt": "w5", "kv_policy": "quantized", "kv_budget": 0.5}, "kv_budget", "leave it out"),
     ({"prompt": "w5", "kv_policy": "h2o", "kv_budget": 1.5}, "kv_budget", "less than or equal to 1"),
     ({"prompt": "w5", "kv_policy": "h2o", "kv_budget": 0.123456789012}, "kv_budget", "decimals"),
     ({"prompt": "w5", "kv_policy": "h2o", "kv_budget": {"tokens": 0}}, "kv_budget.tokens", "greater than"),
     ({"prompt": "w5", "kv_mode": "later"}, "kv_mode", "before_question"),
-    (HALF | {"prompt": "w5 w6", "kv_policy": "h2o", "kv_mode": "before_question"}, "kv_context", "say where"),
+    (HALF | {"prompt": "w5 w6", "kv_policy": "h2o", "kv_mode": "before_question"}, "kv_context", "give the end"),
     ({"prompt": "w5 w6", "kv_context": 5}, "kv_context", "inside"),
     ({"prompt": "w5 w6 ", "kv_context": 5}, "kv_context", "at least one token"),
     (HALF | {"kv_policy": {"kind": "entropy_recall", "tau_quantile": 0.5}}, "kv_policy", "no tau"),
@@ -67,8 +67,8 @@ WRONG = [
     ({"prompt": []}, "prompt", "empty"),
     ({"prompt": ["w5", "w6"]}, "prompt", "2 prompts"),
     ({"prompt": [[1, 2], [3]]}, "prompt", "2 prompts"),
-    ({"prompt": [1, VOCABULARY]}, "prompt", f"{VOCABULARY} is no token"),
-    ({"prompt": [1, -1]}, "prompt", "-1 is no token"),
+    ({"prompt": [1, VOCABULARY]}, "prompt", f"{VOCABULARY} is not a token"),
+    ({"prompt": [1, -1]}, "prompt", "-1 is not a token"),
     ({"prompt": [1] * 1025}, "prompt", "longer than 1024"),
     ({"prompt": [1] * 1000, "max_tokens": 25}, "max_tokens", "longer than 1024"),
     ({"prompt": "w5", "max_tokens": 0}, "max_tokens", "greater than"),
@@ -368,7 +368,7 @@ def test_a_prompt_that_does_not_fit_gives_back_what_is_held(model, monkeypatch):
         (["--api-key-env", "NO_SUCH_KEY"], "the environment variable NO_SUCH_KEY is not set"),
         (["--statistics", "attn_sum,sum"], "there is no 'sum'"),
         (["--dtype", "int8"], "choose one of float32"),
-        (["--host", "no.such.host.invalid"], "cannot be listened at"),
+        (["--host", "no.such.host.invalid"], "the server cannot listen at"),
         (["--policy-file", "nowhere.py"], "there is no file nowhere.py"),
         ([], "give a model folder or a hub id"),
     ],
@@ -387,7 +387,7 @@ def test_a_port_that_is_taken_is_named():
         port = str(taken.getsockname()[1])
         done = CliRunner().invoke(cli.app, ["serve", "--model", "./nowhere", "--port", port])
     assert done.exit_code == 2
-    assert f"127.0.0.1:{port} cannot be listened at" in done.output
+    assert f"cannot listen at 127.0.0.1:{port}" in done.output
 
 
 # -- many clients, and those that leave

@@ -208,7 +208,7 @@ def test_scores_without_their_examples_are_refused(exported, tmp_path):
     folder, rows = exported
     pq.write_table(rows_as_table([r | {"example_id": "nobody"} for r in rows]), tmp_path / "scores.parquet")
     arguments = {name: str(folder / f"{name}.parquet") for name in ("bin_stats", "transition")}
-    with pytest.raises(UserError, match="example nobody of reader_qa is in no manifest"):
+    with pytest.raises(UserError, match="example nobody of reader_qa is not in any manifest"):
         write_sqlite(
             output=str(tmp_path / "x.sqlite"), scores=str(tmp_path / "scores.parquet"), **arguments,
             config=str(folder / "config.yaml"), manifests=[str(folder / "data/reader_qa/manifest.json")],

@@ -129,7 +129,7 @@ def test_a_damaged_file_is_named(store, prefill, damage):
     file = store.path("abc")
     file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
     for read in (store.load, store.statistics):
-        with pytest.raises(UserError, match="not whole; delete it and it will be computed again") as error:
+        with pytest.raises(UserError, match="incomplete or damaged; delete it, so that it is computed again") as error:
             read("abc")
         assert str(file) in str(error.value)
 
@@ -158,7 +158,9 @@ def full_disk(*_, **__):
 
 def test_a_full_disk_is_said_in_one_sentence_and_leaves_nothing(store, prefill, monkeypatch):
     monkeypatch.setattr("kv_transition.provenance.os.fsync", full_disk)
-    with pytest.raises(UserError, match=r"\(No space left on device\); free some disk or set prefill.store: never"):
+    with pytest.raises(
+        UserError, match=r"\(No space left on device\); free some disk space or set prefill.store to never"
+    ):
         store.save("abc", prefill)
     assert list(store.root.iterdir()) == []
 

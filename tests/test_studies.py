@@ -63,7 +63,7 @@ def test_entropy_and_recall(tmp_path):
     assert all(below <= row["tau"] <= above for row in facts["recall"])
 
     report = (project.results / "report.md").read_text()
-    for words in ("## Entropy and recall", "recall_random", "stays in host memory"):
+    for words in ("## Entropy and recall", "recall_random", "stay in host memory"):
         assert words in report
 
 
@@ -102,5 +102,5 @@ def test_memory_in_conversation(tmp_path):
     full = said.filter(policy="full")
     assert (full["entries_after"] == full["tokens_seen"]).all()
     assert (said.filter(policy="streaming_llm")["entries_after"] < full["entries_after"].max()).all()
-    assert "## Conversations with a failing memory" in (project.results / "report.md").read_text()
+    assert "## Conversations on a compressed cache" in (project.results / "report.md").read_text()
     assert "text_drop" in (project.results / "report.html").read_text()

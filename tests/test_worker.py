@@ -153,7 +153,7 @@ def test_a_job_that_dies_in_a_worker_is_carried_out_by_its_client(machine, how):
     client = machine.call("die_in_a_worker", how=how)
     _, error = client.communicate(timeout=60)
     assert client.returncode == 0, error
-    assert "so the job is carried out by itself" in error
+    assert "so the job runs in its own process" in error
     assert int(machine.lines()[-1][0]) == client.pid
     assert neighbour.wait(60) == 0
     assert len(machine.lines()) == 3  # the neighbour was not carried out again

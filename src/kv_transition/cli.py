@@ -1,4 +1,4 @@
-"""The command line; most commands are targets of the workflow."""
+"""The command line; most commands run targets of the workflow."""
 
 from __future__ import annotations
 
@@ -27,34 +27,35 @@ app.add_typer(cache_app, name="cache")
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="Experiment file.")]
 Set = Annotated[list[str], typer.Option("--set", help="Change one key, such as model.device=cuda.")]
-Cores = Annotated[str | None, typer.Option(help="Cores to use; all of them, unless a profile says.")]
+Cores = Annotated[str | None, typer.Option(help="Number of cores; default: all, or the profile's.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would run.")]
-Profile = Annotated[Path | None, typer.Option(help="Snakemake profile, for a cluster.")]
+Profile = Annotated[Path | None, typer.Option(help="Snakemake profile, such as one for a cluster.")]
 Sdm = Annotated[
-    str | None, typer.Option("--sdm", "--software-deployment-method", help="conda: an environment for each phase.")
+    str | None,
+    typer.Option("--sdm", "--software-deployment-method", help="conda: run each phase in its own environment."),
 ]
 
 DEFAULT = Path("config/config.yaml")
 
 
 COMMANDS = {
-    "prepare": "Fetch or generate the examples, make prompts, bin them by length.",
-    "run": "Run every job that has a model: cells, observations, perplexity, conversations, the harness.",
+    "prepare": "Download or generate the examples, build prompts, and bin them by length.",
+    "run": "Run every job that uses the model: cells, observations, perplexity, conversations, the harness.",
     "score": "Score the answers and label failures.",
-    "analyze": "Estimate, compare, find the transition zone, draw.",
-    "all": "Everything, from the data set to the report.",
+    "analyze": "Compute estimates, comparisons, the transition zone and the figures.",
+    "all": "Run everything, from the data set to the report.",
     "export": "Write the tables as CSV, JSON and SQLite.",
 } | {study.command: study.help for study in registry.studies() if study.command}
-"""what can be asked for beside the report; each command includes those before it"""
+"""commands in addition to the report; each command includes those before it"""
 
-# Rules of every experiment at which commands end; those of a study are in its `study.STUDY`.
+# Last rules of the commands of every experiment; the rules of a study are in its `study.STUDY`.
 _UNTIL = {"report": ["report", "exports"], "export": ["exports"]}
 
 
 def _command(step: str, doc: str) -> None:
     def command(
         config: Config = DEFAULT,
-        set_: Set = [],  # noqa: B006, typer's way to say a list
+        set_: Set = [],  # noqa: B006, typer needs a list as the default
         cores: Cores = None,
         dry_run: DryRun = False,
         profile: Profile = None,
@@ -77,7 +78,7 @@ def report(
     dry_run: DryRun = False,
     profile: Profile = None,
     sdm: Sdm = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Of the cells that are there; run nothing.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="Report only the finished cells; run no job.")] = False,
 ) -> None:
     """Write report.md, report.html and the exports."""
     if not partial:
@@ -92,7 +93,7 @@ def report(
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="Results folder of an experiment.")],
-    b: Annotated[Path, typer.Argument(help="Results folder of another one over the same examples.")],
+    b: Annotated[Path, typer.Argument(help="Results folder of another experiment with the same examples.")],
     output: Annotated[Path, typer.Option(help="Folder for report.md, report.html and the differences.")],
 ) -> None:
     """Compare two experiments: paired differences with intervals."""
@@ -108,7 +109,7 @@ def leaderboard(
     sources: Annotated[list[Path], typer.Argument(help="Results folders, or leaderboard.json files.")],
     output: Annotated[Path, typer.Option(help="Folder for leaderboard.json and leaderboard.html.")] = Path("."),
 ) -> None:
-    """Show several experiments as one table whose columns sort."""
+    """Write several experiments as one sortable table."""
     from kv_transition.outputs.leaderboard import PAGE
     from kv_transition.outputs.leaderboard import leaderboard as write_leaderboard
 
@@ -142,30 +143,44 @@ def check(config: Config = DEFAULT, set_: Set = []) -> None:  # noqa: B006
         warn(preflight.too_long(settings))
         found = work(settings)
     jobs = ", ".join(f"{len(item.jobs)} {item.name}" for item in found.items)
-    typer.echo(f"{config} is fine: {'at most ' if settings.adaptive.enabled else ''}{jobs}")
+    typer.echo(f"{config} is valid: {'at most ' if settings.adaptive.enabled else ''}{jobs}")
 
 
 @app.command()
 def serve(
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen at, this machine's own unless given.")] = "127.0.0.1",
-    name: Annotated[str | None, typer.Option(help="The model's name in requests; as --model unless given.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any free port.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; the default accepts only this machine.")
+    ] = "127.0.0.1",
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in requests; default: the value of --model.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; cells have 1.")] = None,
-    chunk_tokens: Annotated[int | None, typer.Option(min=1, help="Longest piece of a prompt read at once.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer.")] = None,
-    prefill_gb: Annotated[float, typer.Option(min=0, help="Memory for prompts that were read.")] = 4.0,
-    statistics: Annotated[str, typer.Option(help="What every prompt is read with: all, none, or names.")] = "all",
-    policy_file: Annotated[list[str], typer.Option(help="path/to/policy.py that requests may name as a kind.")] = [],  # noqa: B006
-    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the key to ask for.")] = None,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request.")] = 8.0,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Answers that are decoded together.")] = 8,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; the cells of an experiment use 1.")] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of prompt tokens per forward pass.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Maximum number of tokens of prompt and answer.")
+    ] = None,
+    prefill_gb: Annotated[float, typer.Option(min=0, help="Memory for stored prefills, in GB.")] = 4.0,
+    statistics: Annotated[
+        str, typer.Option(help="Attention statistics of every prefill: all, none, or names.")
+    ] = "all",
+    policy_file: Annotated[
+        list[str], typer.Option(help="File path/to/policy.py that requests may name as a kind.")
+    ] = [],  # noqa: B006
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key that requests need.")
+    ] = None,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Maximum size of a request, in MB.")] = 8.0,
+    queue: Annotated[int, typer.Option(min=1, help="Maximum number of waiting requests.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Maximum number of answers that are decoded together.")] = 8,
 ) -> None:
-    """Serve a model over OpenAI's API; each request names policy and budget."""
+    """Serve a model over an OpenAI-compatible API; each request names its policy and budget."""
     with _refusing():
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"--dtype: {dtype!r} is not allowed; choose one of float32, bfloat16, float16")
@@ -199,10 +214,12 @@ def serve(
 def plan(
     config: Config = DEFAULT,
     set_: Set = [],  # noqa: B006
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Load the model and measure it, briefly.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, in seconds and bytes.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Load the model and measure its speed briefly.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in seconds and bytes.")] = False,
 ) -> None:
-    """Print what an experiment will take, and how much of it is done, before anything runs."""
+    """Print the time, memory and disk space that an experiment needs, and what is already done."""
     settings = _checked(config, set_)
     from kv_transition.plan import table, work
     from kv_transition.plan.model_size import model_size
@@ -245,7 +262,7 @@ def schema() -> None:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Turn bad input into one sentence and status 2."""
+    """Print a UserError as one sentence and exit with status 2."""
     try:
         yield
     except UserError as error:
@@ -264,26 +281,26 @@ def _checked(config: Path, assignments: list[str]) -> Settings:
 
 
 def _rules(step: str, settings: Settings) -> list[str]:
-    """Return the rules at which Snakemake stops; none: at the end.
+    """Return the rules at which Snakemake stops; an empty list: it runs to the end.
 
-    Raises UserError if the experiment has no such part.
+    Raises UserError if the experiment lacks the section of this command.
     """
     asked = [study for study in registry.studies() if step in study.rules]
     rules = _UNTIL.get(step, []) + [rule for study in asked if study.there(settings) for rule in study.rules[step]]
     if asked and not rules:
         raise UserError(f"{step}: {asked[0].lacking}")
-    # If looks decide which cells run, the first cells are not all of them.
+    # In an adaptive experiment the looks decide which cells run, so the rule cell alone would not run all of them.
     return ["score" if rule == "cell" and settings.adaptive.enabled else rule for rule in rules]
 
 
 def _check_machine(profile: Path | None, sdm: str | None) -> None:
-    """What Snakemake would say in a page. Raises UserError."""
+    """Raise UserError for an option that Snakemake would only refuse with a traceback."""
     from importlib.util import find_spec
 
     if sdm not in (None, "conda"):
-        raise UserError(f"--sdm: {sdm!r} is not allowed; the environments here are conda's")
+        raise UserError(f"--sdm: {sdm!r} is not allowed; this project has environments for conda only")
     if sdm and not shutil.which("conda"):
-        raise UserError("--sdm conda: there is no conda here; install it, or leave --sdm out to use this environment")
+        raise UserError("--sdm conda: conda is not installed; install it, or omit --sdm to use this environment")
     if profile is None:
         return
     file = next((f for f in (profile, *profile.glob("config.*yaml")) if f.is_file()), None)
@@ -298,7 +315,7 @@ def _check_machine(profile: Path | None, sdm: str | None) -> None:
         raise UserError(f"--profile {profile}: {plugin} is not installed; pip install '.[cluster]'")
     if executor == "slurm" and not shutil.which("sbatch"):
         raise UserError(
-            f"--profile {profile}: there is no Slurm here (sbatch); go to a login node, or leave --profile out"
+            f"--profile {profile}: there is no Slurm here (sbatch); run it on a login node, or omit --profile"
         )
 
 
@@ -315,7 +332,7 @@ def _snakemake(
     profile: Path | None,
     sdm: str | None,
 ) -> int:
-    settings = _checked(config, assignments)  # one sentence now, rather than Snakemake's traceback later
+    settings = _checked(config, assignments)  # an error is one sentence here, and a traceback in Snakemake
     from kv_transition import preflight
 
     with _refusing():

@@ -1,4 +1,4 @@
-"""Checks of this machine for an experiment: one line each, with advice on what to change."""
+"""Checks of this machine for an experiment: one line each, with advice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. fail: the experiment cannot run; warn: it can, with less or later."""
+    """The result of one check. fail: the experiment cannot run; warn: it can run, but slower or later."""
 
     what: str
     state: State
@@ -42,7 +42,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Return every line of the doctor's screen, from the machine to the experiment."""
+    """Yield the result of every check, from the machine to the experiment."""
     size = model_size(settings.model)
     remote = settings.engine.kind == "openai"
     yield _python()
@@ -93,11 +93,13 @@ def _torch(settings: Settings, size: ModelSize | None) -> Iterator[Finding]:
     yield Finding("torch", "ok", f"{torch.__version__}, {cuda}")
     device = settings.model.device
     if not torch.cuda.is_available():
-        here = "none that torch can use"
+        here = "torch finds none"
         if device == "cuda":
-            yield Finding("GPU", "fail", here, "set model.device to cpu, or run where there is one (docs/cluster.md)")
+            yield Finding(
+                "GPU", "fail", here, "set model.device to cpu, or run on a machine with a GPU (docs/cluster.md)"
+            )
         elif device == "auto":
-            yield Finding("GPU", "warn", here, "cells run on the CPU here; model.device: cpu runs them side by side")
+            yield Finding("GPU", "warn", here, "cells run on the CPU; with model.device: cpu they run in parallel")
         else:
             yield Finding("GPU", "ok", f"{here}; model.device is cpu")
         return
@@ -105,7 +107,7 @@ def _torch(settings: Settings, size: ModelSize | None) -> Iterator[Finding]:
     total = torch.cuda.mem_get_info(0)[1]
     found = f"{', '.join(names)}; {table.size(total)}"
     if device == "cpu":
-        yield Finding("GPU", "warn", found, "model.device is cpu, so it is not used; set it to cuda")
+        yield Finding("GPU", "warn", found, "model.device is cpu, so the GPU is not used; set it to cuda")
     elif size is None:
         yield Finding("GPU", "ok", found)
     else:
@@ -113,14 +115,15 @@ def _torch(settings: Settings, size: ModelSize | None) -> Iterator[Finding]:
 
 
 def _fits(what: str, found: str, room: int, settings: Settings, size: ModelSize) -> Finding:
-    """Return whether weights and one full cache of the longest prompt fit; a tenth is left for activations and
-    copies.
+    """Return whether the weights and one full cache of the longest prompt fit into ``room`` bytes.
+
+    A tenth is reserved for activations and copies.
     """
     weights = size.weight_bytes(settings.model)
     cache = size.cache_bytes(settings.model.max_length, settings.model.dtype)
     need = f"weights {table.size(weights)}, longest cache {table.size(cache)}"
     if weights > room:
-        fix = "take a smaller model, model.quantization: {} or model.device_map: auto over several GPUs"
+        fix = "use a smaller model, model.quantization: {}, or model.device_map: auto on several GPUs"
         return Finding(what, "fail", f"{found}; {need}", fix)
     if weights + cache > 0.9 * room:
         return Finding(what, "warn", f"{found}; {need}", "lower model.max_length or set prefill.chunk_tokens")
@@ -135,10 +138,10 @@ def _memory(settings: Settings, size: ModelSize | None) -> Finding:
     return _fits("memory", found, total, settings, size)
 
 
-# optional packages: when an experiment needs one, and how to install it
+# Optional packages: which experiments need one, and how to install it.
 def _extensions(settings: Settings) -> Iterator[Finding]:
     model = settings.model
-    flash = "envs/inference.yaml has it (snakemake --sdm conda), or model.attn_implementation: sdpa"
+    flash = "use envs/inference.yaml (snakemake --sdm conda), or model.attn_implementation: sdpa"
     yield _extension("flash-attn", "flash_attn", model.attn_implementation == "flash_attention_2", flash)
     triton = "pip install '.[kernels]', or model.attention_statistics: blocks"
     yield _extension("triton", "triton", model.attention_statistics == "triton", triton)
@@ -146,14 +149,14 @@ def _extensions(settings: Settings) -> Iterator[Finding]:
     yield _extension("bitsandbytes", "bitsandbytes", model.quantization is not None, extra)
     yield _extension("accelerate", "accelerate", bool(model.device_map or model.quantization), extra)
     if any(str((o or {}).get("kind", name)).startswith("kvpress.") for name, o in settings.kv.policies.items()):
-        yield _extension("kvpress", "kvpress", True, "pip install kvpress, or leave its presses out")
+        yield _extension("kvpress", "kvpress", True, "pip install kvpress, or remove its presses")
 
 
 def _extension(package: str, module: str, needed: bool, fix: str) -> Finding:
     if importlib.util.find_spec(module):
         return Finding(package, "ok", _version(package) or "installed")
     if needed:
-        return Finding(package, "fail", "not installed, and the experiment asks for it", fix)
+        return Finding(package, "fail", "not installed, but the experiment needs it", fix)
     return Finding(package, "ok", "not installed, not needed")
 
 
@@ -165,13 +168,13 @@ def _model(settings: Settings) -> Finding:
     try:
         model_files.check(name, revision)
     except UserError as error:
-        return Finding("model", "fail", str(error), "get the model anew")
+        return Finding("model", "fail", str(error), "download the model again")
     if any(cached_file(name, revision, file) for file in WEIGHTS):
         if too_long := preflight.too_long(settings):
             return Finding("model", "warn", too_long, "lower model.max_length, or choose another model")
-        return Finding("model", "ok", f"{name}, {'a folder' if local else 'in the cache of the hub'}")
+        return Finding("model", "ok", f"{name}, {'a folder' if local else 'in the hub cache'}")
     if local:
-        return Finding("model", "fail", f"{name} holds no weights", f"put one of {', '.join(WEIGHTS)} there")
+        return Finding("model", "fail", f"{name} contains no weights", f"add one of {', '.join(WEIGHTS)}")
     return _hub("model", name, revision, "models")
 
 
@@ -180,7 +183,7 @@ def _gguf(name: str) -> Finding:
         return Finding("model", "ok", f"{name}, {gguf.quantization(name)}")
     except UserError as error:
         known = "make real" in str(error)
-        return Finding("model", "fail", str(error), "" if known else "make real gets one that works")
+        return Finding("model", "fail", str(error), "" if known else "make real installs a model that works")
 
 
 def _tokenizer(settings: Settings) -> Finding:
@@ -191,21 +194,21 @@ def _tokenizer(settings: Settings) -> Finding:
     if folder.is_dir():
         if any((place / file).is_file() for place in (folder, folder / "tokenizer") for file in TOKENIZERS):
             return Finding("tokenizer", "ok", "there")
-        return Finding("tokenizer", "fail", f"none in {name}", "put its tokenizer.json there")
+        return Finding("tokenizer", "fail", f"none in {name}", "add its tokenizer.json")
     if any(cached_file(name, revision, file) for file in TOKENIZERS):
-        return Finding("tokenizer", "ok", "in the cache of the hub")
+        return Finding("tokenizer", "ok", "in the hub cache")
     return _hub("tokenizer", name, revision, "models")
 
 
 def _hub(what: str, repository: str, revision: str | None, kind: str) -> Finding:
-    """Return whether the hub offers the model, by one small request."""
+    """Return whether the hub has the repository; this takes one small request."""
     import httpx
 
-    without = "; make real gets a language model without the hub" if what == "model" else ""
+    without = "; make real installs a language model without the hub" if what == "model" else ""
 
     if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "yes"):
         return Finding(
-            what, "fail", f"{repository} is not here, and HF_HUB_OFFLINE is set", f"download it first{without}"
+            what, "fail", f"{repository} is not local, and HF_HUB_OFFLINE is set", f"download it first{without}"
         )
     base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN")
@@ -214,16 +217,16 @@ def _hub(what: str, repository: str, revision: str | None, kind: str) -> Finding
     try:
         status = httpx.get(url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True).status_code
     except httpx.HTTPError as error:
-        fix = "download it where there is a network and give its folder, or set HF_ENDPOINT to a mirror"
+        fix = "download it on a machine with a network and give its folder, or set HF_ENDPOINT to a mirror"
         fix += without
-        return Finding(what, "fail", f"{repository} is not here, and the hub cannot be reached ({_kind(error)})", fix)
+        return Finding(what, "fail", f"{repository} is not local, and the hub cannot be reached ({_kind(error)})", fix)
     if status == 200:
-        return Finding(
-            what, "warn", f"{repository} is on the hub", "it will be downloaded by the first job that needs it"
-        )
+        return Finding(what, "warn", f"{repository} is on the hub", "the first job that needs it downloads it")
     if status in (401, 403):
-        return Finding(what, "fail", f"the hub refuses {repository}", "accept its terms there and set HF_TOKEN")
-    return Finding(what, "fail", f"the hub knows no {repository} (status {status})", "check its name and revision")
+        return Finding(
+            what, "fail", f"the hub refuses access to {repository}", "accept its terms there and set HF_TOKEN"
+        )
+    return Finding(what, "fail", f"the hub has no {repository} (status {status})", "check its name and revision")
 
 
 def _kind(error: Exception) -> str:
@@ -231,13 +234,13 @@ def _kind(error: Exception) -> str:
 
 
 def _endpoint(settings: Settings) -> Iterator[Finding]:
-    """Return whether the endpoint answers and accepts the key. The key is never shown."""
+    """Yield whether the endpoint answers and accepts the key. The key is never printed."""
     import httpx
 
     engine = settings.engine
     key = os.environ.get(engine.api_key_env) if engine.api_key_env else None
     if engine.api_key_env:
-        missing = "a server of your own may do without; else set it (.env.example says how)"
+        missing = "set it (see .env.example), unless your own server needs no key"
         found = f"{engine.api_key_env} is {'set' if key else 'not set'}"
         yield Finding("key", "ok" if key else "warn", found, "" if key else missing)
     addresses = dict.fromkeys([engine.base_url, *(e.base_url for e in engine.endpoints.values() if e.base_url)])
@@ -273,7 +276,7 @@ def _dataset(dataset, settings: Settings) -> Finding:
 
     files = Paths(settings.output.dir, settings.experiment)
     if all(Path(files.source(task)).is_file() for task in dataset.tasks):
-        return Finding("data set", "ok", f"{dataset.name}: fetched already")
+        return Finding("data set", "ok", f"{dataset.name}: already downloaded")
     path = dataset.path
     if path and Path(path).exists():
         return Finding("data set", "ok", f"{dataset.name}: {path}")
@@ -298,18 +301,18 @@ def _source(what: str, path: str | None, revision: str | None, generated: bool) 
 
 def _conda() -> Finding:
     if shutil.which("conda"):
-        return Finding("conda", "ok", "here; --sdm conda makes an environment for each phase")
-    return Finding("conda", "ok", "not here: jobs run in this environment, --sdm conda cannot be used")
+        return Finding("conda", "ok", "installed; --sdm conda creates an environment for each phase")
+    return Finding("conda", "ok", "not installed: jobs run in this environment, and --sdm conda is unavailable")
 
 
 def _slurm() -> Finding:
     if not shutil.which("sbatch"):
-        return Finding("Slurm", "ok", "not here: jobs run on this machine, profiles/slurm cannot be used")
+        return Finding("Slurm", "ok", "not installed: jobs run on this machine, and profiles/slurm is unavailable")
     if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        return Finding("Slurm", "warn", "here, but not Snakemake's plugin", "pip install '.[cluster]'")
+        return Finding("Slurm", "warn", "installed, but Snakemake's plugin is not", "pip install '.[cluster]'")
     done = subprocess.run(["sinfo", "--noheader", "--format", "%P %G"], capture_output=True, text=True, timeout=30)
     if done.returncode:
-        return Finding("Slurm", "warn", "sbatch is here, but no cluster answers", "run it on a login node")
+        return Finding("Slurm", "warn", "sbatch is installed, but no cluster answers", "run it on a login node")
     return Finding("Slurm", "ok", "; ".join(done.stdout.split("\n")[:4]).strip("; "))
 
 
@@ -325,7 +328,7 @@ def _disk(settings: Settings, size: ModelSize | None) -> Finding:
     if not os.access(writable, os.W_OK):
         return Finding("disk", "fail", f"{writable} cannot be written to", "give another output.dir")
     if answers > free:
-        return Finding("disk", "fail", found, "make room, or give another output.dir")
+        return Finding("disk", "fail", found, "free disk space, or give another output.dir")
     if answers + store > 0.9 * free:
-        return Finding("disk", "warn", found, "lower prefill.max_gb; what is not stored is read again")
+        return Finding("disk", "warn", found, "lower prefill.max_gb; prefills that are not stored are computed again")
     return Finding("disk", "ok", found)

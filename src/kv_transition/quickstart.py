@@ -1,11 +1,11 @@
-"""Four checks on the embedded model: does the project work on this machine?
+"""Four checks with the embedded model that the project works on this machine.
 
     python -m kv_transition.quickstart [--output FOLDER] [--model MODEL]
 
 MODEL is another model on the CPU: a folder, a hub id or a GGUF file, such as the one that ``make real`` installs. The
-checks load the model, make a cache, compress it and save the results, with the code that experiments run. Each compares
-a result with the expected one; a check that fails ends the program with status 1. They take less than a minute and need
-no network.
+checks load the model, create a cache, compress it and save the results, with the code that experiments run. Each
+compares a result with the expected one; a check that fails ends the program with status 1. They take less than a minute
+and need no network.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class CheckError(Exception):
 
 @dataclass
 class Found:
-    """The results that one check leaves for the next."""
+    """The results that one check passes to the next."""
 
     settings: Settings
     files: Paths
     engine: LocalEngine | None = None
     windows: list[dict[str, Any]] = field(default_factory=list)
     plain: float = math.nan
-    """nats of all scored tokens by a plain forward pass"""
+    """negative log-likelihood of all scored tokens by a forward pass without a cache, in nats"""
 
 
 def require(holds: bool, what: str) -> None:
@@ -99,7 +99,7 @@ def cache_made(found: Found) -> Facts:
     require(state.nbytes == expected, f"the cache has {state.nbytes} bytes and should have {expected}")
     yield (
         f"{n} tokens: keys and values {list(keys.shape)} in each of {len(state.layers)} layers, {state.nbytes:,} bytes "
-        f"({state.nbytes // n:,} a token)"
+        f"({state.nbytes // n:,} per token)"
     )
     found.plain = _plain(found)
     require(math.isfinite(found.plain), "a token has no finite probability")
@@ -109,7 +109,7 @@ def cache_made(found: Found) -> Facts:
 
 @torch.inference_mode()
 def _plain(found: Found) -> float:
-    """Return the nats of all scored tokens by one forward pass each, without a cache."""
+    """Return the negative log-likelihood of all scored tokens in nats, by one forward pass per window."""
     from transformers import AutoModelForCausalLM
 
     name = found.settings.model.name
@@ -147,7 +147,10 @@ def strategies_applied(found: Found) -> Facts:
             )
         if policy == FULL["policy"]:
             off = abs(nats - found.plain) / (len(rows) * settings.perplexity.stride)
-            require(off < TOLERANCE, f"the full cache is {off:.2g} nats a token off a forward pass without one")
+            require(
+                off < TOLERANCE,
+                f"the full cache differs by {off:.2g} nats per token from a forward pass without a cache",
+            )
         path = found.files.perplexity(corpus, policy, budget, 0)
         write_table(path, rows_to_table(rows, PERPLEXITY), {"policy": policy, "model": settings.model.name})
         yield (
@@ -163,11 +166,11 @@ def results_saved(found: Found) -> Facts:
     path = found.files.table("perplexity")
     write_table(path, table, {"model": settings.model.name})
     read = pl.read_parquet(path)
-    require(read.equals(pl.from_arrow(table)), f"{path} does not hold what was written to it")
+    require(read.equals(pl.from_arrow(table)), f"{path} differs from the table that was written")
     for row in read.drop_nulls("bin").filter(pl.col("policy") != FULL["policy"]).iter_rows(named=True):
         ratio = labels.interval(row["ratio"], row["ratio_low"], row["ratio_high"], 3)
         yield f"{row['policy']:14} {ratio} times the full cache's perplexity (n = {row['n']})"
-    yield f"{path}, and the windows below {Path(files[0]).parents[2]}"
+    yield f"written: {path}, and the windows in {Path(files[0]).parents[2]}"
 
 
 CHECKS: dict[str, Callable[[Found], Facts]] = {
@@ -180,7 +183,7 @@ CHECKS: dict[str, Callable[[Found], Facts]] = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="results", help="results go to the folder quickstart in it")
+    parser.add_argument("--output", default="results", help="the results are written to its sub-folder quickstart")
     parser.add_argument("--model", default=EXPERIMENT["model"]["name"], help="folder, hub id or GGUF file")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
@@ -197,9 +200,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"✗ {name}: {error}")
                 return 1
             print(f"✓ {name}", *(f"    {fact}" for fact in facts), sep="\n", flush=True)
-    print(f"All four hold, after {time.monotonic() - started:.0f} s.")
+    print(f"All four checks passed in {time.monotonic() - started:.0f} s.")
     if arguments.model == EXPERIMENT["model"]["name"]:
-        print("The model is a test instrument: which strategy is better on it says nothing about language models.")
+        print("The model is a test instrument: a ranking of the strategies on it does not hold for language models.")
         print("`make real` installs a language model of 135M parameters and runs an experiment on it.")
     return 0
 

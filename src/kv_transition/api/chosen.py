@@ -1,4 +1,4 @@
-"""Check a policy and a budget that a caller names."""
+"""Conversion and checks of a policy and a budget that a caller gives."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from kv_transition.policies.base import Policy
 from kv_transition.run.decode import Setting
 
 PolicyLike = str | Mapping[str, Any] | Policy | type[Policy]
-"""a kind or a file, {"kind": ..., hyper-parameters}, a policy, or its class"""
+"""a kind, a file, {"kind": ..., hyper-parameters}, a `Policy` object, or its class"""
 
 BudgetLike = float | str | Mapping[str, int] | Budget
-"""a fraction of the entries, ``r0.2`` or ``t128`` as in results, {"tokens": 128}"""
+"""a fraction of the entries, ``r0.2`` or ``t128`` as in results, or {"tokens": 128}"""
 
 
 def setting_of(policy: PolicyLike, budget: BudgetLike | None, mode: str, temperature: float = 0.0) -> Setting:
-    """Return how the cache is compressed. Raises UserError for a policy without its budget, or one of another form."""
+    """Return the setting of the compression. Raises UserError if the policy needs a budget, or for a budget of another
+    form.
+    """
     if mode not in ("before_question", "after_prompt"):
         raise UserError(f"mode: {mode!r} is neither before_question nor after_prompt")
     own = policy_of(policy)
-    own.watch(0)  # raises if the keys that determine its moments are missing
+    own.watch(0)  # raises if the keys that determine its recalls are missing
     return Setting(own, budget_of(budget, own), mode, temperature=temperature)
 
 
 def policy_of(policy: PolicyLike) -> Policy:
-    """Return the policy object. Raises UserError if it is not one."""
+    """Return the policy object. Raises UserError if the argument is not a policy."""
     if isinstance(policy, Policy):
         return policy
     if inspect.isclass(policy) and issubclass(policy, Policy):
@@ -37,10 +39,10 @@ def policy_of(policy: PolicyLike) -> Policy:
     options = {"kind": policy} if isinstance(policy, str) else policy
     if not isinstance(options, Mapping) or not isinstance(options.get("kind"), str):
         raise UserError(
-            f"policy: {policy!r} is no policy; give a Policy, its class, or one of {', '.join(catalog.kinds())}"
+            f"policy: {policy!r} is not a policy; give a Policy, its class, or one of {', '.join(catalog.kinds())}"
         )
     if catalog.is_press(options["kind"]):
-        raise UserError(f"policy: {options['kind']} reads the prompt in its own way; run presses in the workflow")
+        raise UserError(f"policy: {options['kind']} prefills the prompt itself; run presses in the workflow")
     try:
         return catalog.create(*catalog.resolve(options["kind"], options))
     except UserError as error:
@@ -48,21 +50,19 @@ def policy_of(policy: PolicyLike) -> Policy:
 
 
 def budget_of(budget: BudgetLike | None, policy: Policy) -> Budget:
-    """Return the budget. Raises UserError if it is missing, or if the policy determines it."""
+    """Return the budget. Raises UserError if it is missing, or if the policy itself determines it."""
     name = name_of(policy)
     if not needs_budget(policy):
         if budget is not None and not _parsed(budget).is_full:
-            raise UserError(f"budget: what {name} keeps follows from itself; leave the budget out")
+            raise UserError(f"budget: the hyper-parameters of {name} determine what it keeps; give no budget")
         return Budget.of_fraction(1)
     if budget is None:
-        raise UserError(
-            f'budget: say how much {name} keeps: a fraction such as budget=0.2, or budget={{"tokens": 128}}'
-        )
+        raise UserError(f'budget: {name} needs a budget: a fraction such as budget=0.2, or budget={{"tokens": 128}}')
     return _parsed(budget)
 
 
 def name_of(policy: Policy) -> str:
-    """Return the kind of a policy, or the name of a class from elsewhere."""
+    """Return the kind of a policy, or the name of its class if it is not from this package."""
     package, _, kind = type(policy).__module__.rpartition(".")
     return kind if package == catalog.GROUP else type(policy).__name__
 
@@ -83,5 +83,5 @@ def _parsed(budget: BudgetLike) -> Budget:
         case {"tokens": tokens, **rest} if not rest:
             return Budget.of_tokens(tokens)
         case bool() | int() if budget != 1:
-            raise UserError(f'budget: {budget} is no fraction in (0, 1]; a number of tokens is {{"tokens": {budget}}}')
+            raise UserError(f'budget: {budget} is not in (0, 1]; a number of tokens is {{"tokens": {budget}}}')
     return Budget.of_fraction(budget)

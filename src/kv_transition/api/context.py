@@ -1,4 +1,4 @@
-"""A context that was read once, its compressed caches, and questions on either."""
+"""A context that was read once, its compressed caches, and questions about either."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Context:
     text: str | None = field(repr=False)
     state: CacheState = field(repr=False)
     statistics: frozenset[str] = field(repr=False)
-    """those that were kept up while it was read"""
+    """statistics that were computed while it was read"""
     seconds: float
-    """that reading it took"""
+    """seconds of reading it"""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def compress(self, policy: PolicyLike, budget: BudgetLike | None = None, *, seed: int = 0) -> Compressed:
-        """Return what a policy leaves of the context before any question is known.
+        """Return the context's cache after a policy compressed it, before any question is known.
 
         policy: a name, {"kind": name, hyper-parameters}, a `Policy` or its class. budget: a fraction of the entries, or
-        {"tokens": n}. seed: of policies that draw. Raises UserError where the policy lacks its budget, or reads a
-        statistic that the context was read without.
+        {"tokens": n}. seed: for policies that draw random numbers. Raises UserError if the policy lacks its budget, or
+        reads a statistic that the context does not have.
         """
         setting = setting_of(policy, budget, "before_question")
         k = setting.entries(self.state.length)
@@ -63,7 +63,7 @@ class Context:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Reply:
-        """Return the answer under a policy; the full cache's, unless another is named.
+        """Return the answer to a question under a policy; by default with the full cache.
 
         mode: ``before_question`` compresses the context and then reads the question; ``after_prompt`` reads both with
         the full cache, compresses, and reads the last token again. Raises UserError as `compress` does.
@@ -91,9 +91,9 @@ class Compressed:
     """entries per KV head that the budget allows"""
     seed: int
     seconds: float
-    """that compressing took"""
+    """seconds of the compression"""
     record: dict[str, Any] = field(repr=False)
-    """what the policy says of its compression"""
+    """facts that the policy records about its compression"""
 
     @property
     def policy(self) -> str:
@@ -101,16 +101,16 @@ class Compressed:
 
     @property
     def entries(self) -> float:
-        """Entries per KV head, mean over the evictable layers."""
+        """Return the number of entries per KV head, mean over the evictable layers."""
         return self.state.entries
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values in the evictable layers."""
+        """Return the bytes of keys and values in the evictable layers."""
         return self.state.nbytes
 
     def ask(self, question: Text, *, max_new_tokens: int = 64, temperature: float = 0.0) -> Reply:
-        """Return the answer to a question, read against what is left of the context."""
+        """Return the answer to a question, read on top of the compressed cache."""
         model, context = self.context.model, self.context
         setting = Setting(self.setting.policy, self.setting.budget, "before_question", temperature=temperature)
         answer, entropies = _new_answer(setting, max_new_tokens, self.seed)
@@ -122,9 +122,9 @@ class Compressed:
         return _finished(model, let_in(model.engine, self.state, ids, setting, answer), setting, answer, entropies)
 
     def score(self, text: Text) -> Scored:
-        """Return how little each token of a text was expected that goes on where the context ends.
+        """Return the negative log-likelihood of each token of a text that continues the context.
 
-        A policy that acts while decoding does so after each token. Raises UserError for fewer than two tokens.
+        A policy that acts while decoding acts after each token. Raises UserError for fewer than two tokens.
         """
         engine, setting, state = self.context.model.engine, self.setting, self.state
         tokens = self.context.model.text_ids(text)
@@ -142,7 +142,7 @@ class Compressed:
         return Scored(tuple(tokens), tuple(torch.cat(found).tolist()))
 
     def kept(self) -> pl.DataFrame:
-        """Return the position of every entry that is held: a row for each, with its layer and KV head."""
+        """Return a table with one row for each entry of the cache: its layer, KV head and position."""
         from kv_transition.api.kept import kept_frame
 
         return kept_frame(self.state)

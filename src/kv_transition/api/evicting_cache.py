@@ -1,4 +1,4 @@
-"""A transformers `Cache` that evicts: plain models decode from it with their own ``generate()``."""
+"""A transformers `Cache` that evicts entries: plain models decode from it with their own ``generate()``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from kv_transition.engines.reading import Reading
 from kv_transition.errors import UserError
 
 _ROOM = 256
-"""entries to leave space for behind a prompt, so that a cache that grows is seldom moved"""
+"""number of free entries behind a prompt, so that a growing cache is rarely copied"""
 
 
 class EvictingCache(Cache):
-    """What a model remembers of one prompt, compressed before the first token is drawn.
+    """The cache of one prompt, compressed before the first token is drawn.
 
-    Give a new one as ``past_key_values`` to each ``generate()``, pipeline or forward call; the model is otherwise left
-    as it is. The prompt is read with the full cache and compressed to the budget, its last token is read again against
-    what is left, and a policy that acts while decoding does so at every token. Outputs are those of the last tokens
-    that were read: one, or the question where ``context_tokens`` is given.
+    Give a new one as ``past_key_values`` to each ``generate()``, pipeline or forward call; the model itself is not
+    changed. The prompt is read with the full cache and compressed to the budget, and its last token is read again on
+    top of the compressed cache. A policy that acts while decoding acts at every token. The outputs are those of the
+    last tokens that were read: one token, or the question if ``context_tokens`` is given.
 
-    A batch is padded on the left. Raises UserError where the policy lacks a budget, the model cannot be evicted, or
-    the batch cannot be held together.
+    A batch is padded on the left. Raises UserError if the policy lacks a budget, if the model's cache cannot be
+    evicted, or if the sequences of a batch cannot be held together.
     """
 
     def __init__(
@@ -46,22 +46,25 @@ class EvictingCache(Cache):
         tokenizer: Any = None,
         seed: int = 0,
     ):
-        """context_tokens: compress after so many tokens of the prompt, before the rest (the question) is read; None:
-        after all of it. chunk_tokens: longest piece of the prompt read at a time. tokenizer: of the model, for kvzip,
-        which asks it to repeat the prompt. seed: of policies that draw."""
+        """Set up the cache of one prompt.
+
+        context_tokens: compress after this number of tokens, before the rest of the prompt (the question) is read;
+        None: after the whole prompt. chunk_tokens: longest piece of the prompt read at a time. tokenizer: that of the
+        model, for kvzip, which asks the model to repeat the prompt. seed: for policies that draw random numbers.
+        """
         super().__init__(layers=[])
         mode = "after_prompt" if context_tokens is None else "before_question"
         self._setting = setting_of(policy, budget, mode)
         if tokenizer is None and "reconstruction" in self._setting.policy.statistics:
             name = name_of(self._setting.policy)
-            raise UserError(f"the policy {name} asks the model in words to repeat the prompt; give tokenizer=...")
+            raise UserError(f"the policy {name} asks the model to repeat the prompt; give tokenizer=...")
         self._engine = GuestEngine(model, tokenizer, chunk_tokens=chunk_tokens)
         self._context_tokens, self._seed = context_tokens, seed
         self.reset()
         _hook(model)
 
     def reset(self) -> None:
-        """Forget the prompt, so that another can be read."""
+        """Discard the prompt, so that another one can be read."""
         self._state: CacheState | None = None
         self._watcher = self._setting.policy.watch(self._seed) if self._setting.evicts else None
         self._k = self._seen = 0
@@ -71,7 +74,7 @@ class EvictingCache(Cache):
 
     @property
     def state(self) -> CacheState | None:
-        """Return what is held now, of a batch of one even for a single prompt; None before the prompt was read.
+        """Return the current state, as a batch even for a single prompt; None before a prompt is read.
 
         The next token may change it in place.
         """
@@ -79,18 +82,18 @@ class EvictingCache(Cache):
 
     @property
     def entries(self) -> float:
-        """Entries per KV head, mean over the layers that are evicted; 0 before the prompt was read."""
+        """Return the number of entries per KV head, mean over the evictable layers; 0 before a prompt is read."""
         return 0.0 if self._state is None else self._state.entries
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values that are held in the layers that are evicted."""
+        """Return the bytes of keys and values in the evictable layers."""
         return 0 if self._state is None else self._state.nbytes
 
     # transformers calls the following methods.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read, however few of their entries are left."""
+        """Return the number of tokens read, which evictions do not change."""
         return self._seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -101,7 +104,7 @@ class EvictingCache(Cache):
 
     def update(self, keys: Tensor, values: Tensor, *arguments: Any, **more: Any) -> tuple[Tensor, Tensor]:
         if self._reading is None:
-            raise UserError("this EvictingCache was made for another model; make one with EvictingCache(model, ...)")
+            raise UserError("this EvictingCache belongs to another model; create one with EvictingCache(model, ...)")
         return self._reading.update(keys, values)
 
     @property
@@ -129,7 +132,7 @@ class EvictingCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise UserError(
-            "an EvictingCache cannot take tokens back, which assisted decoding does; leave out assistant_model and "
+            "an EvictingCache cannot remove tokens, which assisted decoding does; do not use assistant_model or "
             "prompt_lookup_num_tokens"
         )
 
@@ -139,12 +142,14 @@ class EvictingCache(Cache):
     # The following run before and after each forward pass.
 
     def enter(self, model: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the forward call that reads on; reads all but the last tokens of a prompt itself."""
+        """Return the arguments of the forward call that reads the next tokens; read all but the last tokens of a prompt
+        first.
+        """
         if model is not self._engine.model:
             self.update(*(torch.empty(0),) * 2)
         ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if ids is None:
-            raise UserError("an EvictingCache reads input_ids, and was given none; inputs_embeds cannot be evicted")
+            raise UserError("an EvictingCache needs input_ids; inputs_embeds are not supported")
         first = self._state is None
         tokens = self._begin(ids, mask) if first else self._next(ids, mask)
         watched = self._watcher is not None and not (first and self._context_tokens is not None)
@@ -169,12 +174,14 @@ class EvictingCache(Cache):
         }
 
     def leave(self, output: Any) -> None:
-        """Take what was read, and hold it at the budget where the policy does so while decoding. None: it failed."""
+        """Store the state after a forward call, held at the budget if the policy acts while decoding. None: the call
+        failed.
+        """
         self._leave.close()
         reading, self._reading = self._reading, None
         if reading is None or output is None:
             return
-        # generate() writes to it in place, so it must not be an inference tensor
+        # generate() writes to the logits in place, so they must not be an inference tensor
         output.logits = output.logits.clone()
         grown = CacheState(
             layers=tuple(reading.read),
@@ -183,11 +190,11 @@ class EvictingCache(Cache):
             shift=reading.state.shift,
         )
         with torch.inference_mode():
-            # after the question a policy evicts to K, whatever it does at later tokens
+            # after the question the policy compresses to K, even if it acts in place at later tokens
             self._state = self._setting.hold(grown, self._k, given_up=not self._first)
 
     def _begin(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Read and compress a prompt [B, n]; the tokens [B, q] that remain to be read against it."""
+        """Read and compress a prompt [B, n]; return the tokens [B, q] that remain to be read."""
         rows = _rows(ids, mask)
         if not all(rows):
             raise UserError("the prompt is empty; give at least one token")
@@ -196,8 +203,8 @@ class EvictingCache(Cache):
             question = len(rows[0]) - self._context_tokens
             if not 0 < self._context_tokens < len(rows[0]) or len({len(row) for row in rows}) > 1:
                 raise UserError(
-                    f"context_tokens: {self._context_tokens} does not lie inside of every prompt at the same place; "
-                    "give a batch of equally long prompts, or one prompt at a time"
+                    f"context_tokens: {self._context_tokens} must be smaller than the prompt, and prompts of a batch "
+                    "must have one length; give prompts of one length, or one prompt at a time"
                 )
         policy, several = self._setting.policy, len(rows) > 1
         if several and self._setting.evicts and policy.one_at_a_time:
@@ -206,14 +213,14 @@ class EvictingCache(Cache):
         states = [begun[tuple(row)] for row in rows]
         if several and self._setting.evicts and policy.acts_each_step and len({s.entries for s in states}) > 1:
             raise UserError(
-                f"the policy {name_of(policy)} acts at each token, so a batch must hold equally many entries; give "
-                'prompts of one length, a budget in tokens such as {"tokens": 128}, or one prompt at a time'
+                f"the policy {name_of(policy)} acts at each token, so all sequences of a batch must hold the same "
+                'number of entries; give prompts of one length, a budget such as {"tokens": 128}, or single prompts'
             )
         self._state = stack(states, self._setting.while_decoding)
         return torch.tensor([row[-question:] for row in rows], device=ids.device)
 
     def _compressed(self, row: Sequence[int], question: int) -> CacheState:
-        """A prompt's state without its last ``question`` tokens, with the logits before the next one is read."""
+        """Return a prompt's state without its last ``question`` tokens, with the logits before the next token."""
         setting, whole = self._setting, self._context_tokens is None
         read = row if whole else row[:-question]
         statistics = setting.policy.statistics if setting.evicts else frozenset()
@@ -224,38 +231,40 @@ class EvictingCache(Cache):
         return replace(kept.without_last(), logits=state.logits) if whole else kept
 
     def _next(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """The one new token [B, 1] of each sequence."""
+        """Return the one new token [B, 1] of each sequence."""
         expected = self._seen + 1
         if ids.shape[1] != 1 or (mask is not None and mask.dim() == 2 and mask.shape[1] != expected):
             raise UserError(
-                "this EvictingCache holds a prompt already; make a new one for each prompt, and read a long prompt in "
-                "pieces by its chunk_tokens rather than prefill_chunk_size"
+                "this EvictingCache already contains a prompt; create a new one for each prompt, and use chunk_tokens "
+                "instead of prefill_chunk_size to read a long prompt in pieces"
             )
         if ids.shape[0] != self.batch_size:
-            raise UserError(f"this EvictingCache holds {self.batch_size} sequences, not {ids.shape[0]}; make a new one")
+            raise UserError(f"this EvictingCache has {self.batch_size} sequences, not {ids.shape[0]}; create a new one")
         return ids
 
 
 def _rows(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """The tokens of each prompt of a batch [B, n] without the padding in front."""
+    """Return the tokens of each prompt of a batch [B, n] without the padding in front."""
     if mask is None:
         return ids.tolist()
     if mask.shape != ids.shape:
         raise UserError(
-            f"attention_mask has the shape {list(mask.shape)} and input_ids {list(ids.shape)}; an EvictingCache makes "
-            "its own masks from one number per token"
+            f"attention_mask has the shape {list(mask.shape)} and input_ids {list(ids.shape)}; an EvictingCache needs "
+            "a mask with one number per token"
         )
     seen = mask.bool()
     if ids.shape[1] and not bool((seen[:, 1:] >= seen[:, :-1]).all() and seen[:, -1].all()):
         raise UserError(
-            "attention_mask leaves out tokens that are not in front; pad batches on the left (padding_side='left' of "
+            "attention_mask masks tokens that are not in front; pad batches on the left (padding_side='left' of "
             "the tokenizer), and give generate() the tokenizer's attention_mask"
         )
     return [row[kept].tolist() for row, kept in zip(ids, seen, strict=True)]
 
 
 def _hook(model: torch.nn.Module) -> None:
-    """Let a model's forward calls meet an `EvictingCache`, once; calls without one go on as before."""
+    """Register hooks, once, that call an `EvictingCache` before and after a model's forward calls; other calls are
+    unchanged.
+    """
     if _before not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before, with_kwargs=True)
         model.register_forward_hook(_after, with_kwargs=True, always_call=True)

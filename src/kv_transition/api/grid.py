@@ -1,4 +1,4 @@
-"""Every policy at every budget over one context, as a table."""
+"""A table of all policies at all budgets over one context."""
 
 from __future__ import annotations
 
@@ -41,17 +41,19 @@ def grid(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """Return one row for each question under each policy and budget, and under the full cache.
+    """Return one row for each question under each policy and budget, and with the full cache.
 
-    The context is not read again, and compressed once per policy and budget. policies: with names of your own where a
-    mapping. answers: those that are right, for each question, whose best ``score`` by ``metric`` (as in the pipeline)
-    counts; null without. ``share`` is the part of the context's entries that the budget keeps; ``question`` its number
-    from 0. Raises UserError for other input.
+    The context is not read again; it is compressed once per policy and budget. policies: a list, or a mapping with
+    names of your own. answers: the right answers to each question; ``score`` is the best value of ``metric`` over them
+    (as in the pipeline), null without answers. ``share``: the part of the context's entries that the budget keeps.
+    ``question``: number of the question from 0. Raises UserError for other input.
     """
     if isinstance(questions, str) or not questions:
         raise UserError("questions: give a list of one question or more")
     if answers is not None and len(answers) != len(questions):
-        raise UserError(f"answers: {len(answers)} for {len(questions)} questions; give a list for each")
+        raise UserError(
+            f"answers: there are {len(answers)} for {len(questions)} questions; give one list for each question"
+        )
     if answers is not None and any(isinstance(own, str) for own in answers):
         raise UserError("answers: give a list of texts for each question, as several answers may be right")
     if metric not in METRICS:
@@ -88,11 +90,13 @@ def grid(
 def _cells(
     policies: Sequence[PolicyLike] | Mapping[str, PolicyLike], budgets: Sequence[BudgetLike]
 ) -> Iterator[tuple[str, PolicyLike, BudgetLike | None]]:
-    """Name, policy and budget of each cell, the full cache first; policies whose footprint is their own once."""
+    """Yield name, policy and budget of each cell, the full cache first; a policy that determines its footprint occurs
+    once.
+    """
     named = policies.items() if isinstance(policies, Mapping) else [(name_of(policy_of(p)), p) for p in policies]
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
-        raise UserError(f"policies: {max(names, key=names.count)} is there twice; name each, as in {{'mine': policy}}")
+        raise UserError(f"policies: {max(names, key=names.count)} occurs twice; name each, as in {{'mine': policy}}")
     yield "full", "full", None
     for name, policy in named:
         own = policy_of(policy)

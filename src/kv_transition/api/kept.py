@@ -8,9 +8,9 @@ from kv_transition.cache.state import CacheState
 
 
 def kept_frame(state: CacheState) -> pl.DataFrame:
-    """Return ``layer``, ``head`` (of keys and values) and ``position`` of every entry, in that order.
+    """Return ``layer``, ``head`` (KV head) and ``position`` of every entry, sorted by these.
 
-    Layers with a sliding window, which are never evicted, are left out. A merged entry is at its mean position.
+    Layers with a sliding window, which are never evicted, are omitted. A merged entry has its mean position.
     """
     rows: dict[str, list[int]] = {"layer": [], "head": [], "position": []}
     for number, layer in enumerate(state.layers):

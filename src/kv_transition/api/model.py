@@ -1,4 +1,4 @@
-"""A model ready to read, from a folder, the hub, or somebody's own hands."""
+"""A model that reads contexts, from a folder, the hub, or an object of the caller."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kv_transition.api.context import Context
 
 Text = str | Sequence[int]
-"""a text, or its token ids, which are then taken as they are"""
+"""a text, or its token ids, which are used unchanged"""
 
 
 def load(
@@ -37,12 +37,12 @@ def load(
 ) -> Model:
     """Return a model that reads contexts.
 
-    model: a folder, a hub id, or a transformers model that is loaded already (with its ``tokenizer``, unless it is only
-    given token ids); that one goes on working as before. template: the wording around context and question, which holds
-    ``{context}`` and then ``{input}``. chat: wrap it in the tokenizer's chat template; None: where there is one.
-    chunk_tokens: longest piece of a context read at a time. The other arguments say how a folder or a hub id is loaded.
+    model: a folder, a hub id, or a loaded transformers model (with its ``tokenizer``, unless only token ids are used),
+    which works as before afterwards. template: the wording around context and question, with ``{context}`` and then
+    ``{input}``. chat: wrap it in the tokenizer's chat template; None: if there is one. chunk_tokens: longest piece of a
+    context read at a time. The other arguments determine how a folder or a hub id is loaded.
 
-    Raises UserError where loading fails or nothing in the model can be evicted.
+    Raises UserError if loading fails or if no layer of the model can be evicted.
     """
     if isinstance(model, str) or hasattr(model, "__fspath__"):
         from kv_transition.data.tokens import load_tokenizer
@@ -59,7 +59,7 @@ def load(
         chat = bool(getattr(tokenizer, "chat_template", None))
     wording = Template.parse(template, "template")
     if not wording.has_question:
-        raise UserError("template: it must hold {input}, where the question goes, after {context}")
+        raise UserError("template: it must contain {input}, the place of the question, after {context}")
     return Model(engine, wording, chat)
 
 
@@ -73,13 +73,13 @@ class Model:
 
     @property
     def tokenizer(self) -> Any:
-        """Return the model's tokenizer; None where it was loaded without."""
+        """Return the model's tokenizer; None if the model was loaded without one."""
         return self.engine.tokenizer
 
     def read(self, context: Text, *, policies: Sequence[PolicyLike] | None = None) -> Context:
-        """Return a context that is read once, with the full cache, to be compressed in any number of ways.
+        """Return a context that is read once with the full cache and can be compressed in any number of ways.
 
-        policies: those that it will be compressed under, so that only the statistics are kept up that they read; None:
+        policies: those that it will be compressed with, so that only the statistics that they read are computed; None:
         all statistics. Raises UserError for a context without a token.
         """
         from kv_transition.api.context import Context
@@ -94,11 +94,11 @@ class Model:
         return Context(self, tokens, text, state, read, self.engine.clock() - started)
 
     def context_ids(self, context: str) -> list[int]:
-        """Return the token ids of the first segment of a prompt: all up to the end of the context."""
+        """Return the token ids of the first segment of a prompt: everything up to the end of the context."""
         return self._ids(self._segments(context, "")[0], special=not self.chat)
 
     def question_ids(self, context: str | None, question: Text) -> list[int]:
-        """Return the token ids of the second segment: all after the context. Raises UserError where there are none."""
+        """Return the token ids of the second segment: everything after the context. Raises UserError if it is empty."""
         if not isinstance(question, str):
             ids = list(question)
         elif context is None:
@@ -116,11 +116,11 @@ class Model:
         return ids
 
     def text_ids(self, text: Text) -> list[int]:
-        """Return the token ids of a text that goes on where the context ends."""
+        """Return the token ids of a text that continues the context."""
         return self._ids(text, special=False) if isinstance(text, str) else list(text)
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """Return the tokenizer's text of an answer; empty where there is no tokenizer."""
+        """Return the text of an answer's tokens; empty without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _segments(self, context: str, question: str) -> tuple[str, str]:

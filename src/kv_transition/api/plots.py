@@ -13,7 +13,7 @@ from kv_transition.plotting.theme import policy_scales
 def heat_map(compressed: Compressed, columns: int = 64) -> alt.Chart:
     """Return a heat map of the share of a context's entries that each layer kept, by position, mean over its KV heads.
 
-    columns: pieces of equal length that the context is cut into.
+    columns: number of pieces of equal length that the context is divided into.
     """
     n = len(compressed.context)
     width = -(-n // columns)
@@ -46,13 +46,13 @@ def heat_map(compressed: Compressed, columns: int = 64) -> alt.Chart:
 
 
 def plot(table: pl.DataFrame) -> alt.LayerChart:
-    """Return the mean score of a `grid` against the bytes that were held, a line for each policy.
+    """Return the mean score of a `grid` against the bytes that were held, with a line for each policy.
 
-    All questions are about one context, so there is no interval: what is drawn is one example. Raises UserError for a
+    All questions are about one context, so the figure shows one example and has no interval. Raises UserError for a
     grid without scores.
     """
     if table["score"].null_count() == len(table):
-        raise UserError("the grid has no scores to draw; give grid() the answers that are right")
+        raise UserError("the grid has no scores to draw; give the right answers to grid()")
     n = table["question"].n_unique()
     held = pl.col("cache_bytes") / pl.col("full_bytes")
     means = table.group_by("policy", "budget").agg(pl.col("score").mean(), held.mean().alias("held")).sort("held")
@@ -68,7 +68,7 @@ def plot(table: pl.DataFrame) -> alt.LayerChart:
     points = drawn.mark_point(filled=True, size=70).encode(shape=shape)
     whole = alt.Chart(full).mark_rule(strokeDash=[4, 4]).encode(y="score:Q", tooltip=["policy", "score"])
     noun = "question" if n == 1 else "questions"
-    subtitle = f"{n} {noun} about one context, full cache dashed; an example, not an estimate"
+    subtitle = f"{n} {noun} about one context; dashed: the full cache; an example, not an estimate"
     return alt.layer(drawn.mark_line(), points, whole).properties(
         width=460, title=alt.Title("Score against budget", subtitle=subtitle)
     )

@@ -17,26 +17,26 @@ from kv_transition.run.decode import Answer, Setting
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and the facts about its cache."""
+    """An answer with the facts about its cache."""
 
     text: str
     tokens: tuple[int, ...]
     entropies: tuple[float, ...]
-    """nats, of the distribution that each token was drawn from, at temperature 1"""
+    """entropy in nats of the distribution that each token was drawn from, at temperature 1"""
     finish_reason: str
-    """``stop`` at the model's end token, else ``length``"""
+    """``stop`` if the model's end token was drawn, else ``length``"""
     kept: tuple[float, ...]
-    """entries per KV head before each token, mean over the layers that are evicted"""
+    """entries per KV head before each token, mean over the evictable layers"""
     budget_entries: int
     """entries per KV head that the budget allowed when the cache was compressed"""
     cache_bytes: int
-    """of keys and values at the end, in the layers that are evicted"""
+    """bytes of keys and values at the end, in the evictable layers"""
     full_bytes: int
-    """that the full cache would have taken"""
+    """bytes of the full cache after the same answer"""
     seconds: Mapping[str, float]
-    """of reading (prefill), compressing (compress) and decoding, the question included (decode)"""
+    """seconds of ``prefill``, ``compress`` and ``decode`` (which includes reading the question)"""
     record: Mapping[str, Any]
-    """what the policy says of its compression and of its steps"""
+    """facts that the policy records about its compression and its steps"""
 
     def __str__(self) -> str:
         return self.text
@@ -44,20 +44,20 @@ class Reply:
 
 @dataclass(frozen=True)
 class Scored:
-    """The negative log-likelihood of each token of a text; the first is not scored, the full cache predicted it."""
+    """The negative log-likelihood of each token of a text, except the first, which the full cache predicted."""
 
     tokens: tuple[int, ...]
     nats: tuple[float, ...]
-    """-log p of each token but the first"""
+    """-log p of each token except the first"""
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean of ``nats``."""
+        """Return exp of the mean of ``nats``."""
         return math.exp(sum(self.nats) / len(self.nats))
 
 
 class Entropies:
-    """Records the entropy of each distribution, beside the observer of the policy's steps."""
+    """Records the entropy of each distribution, in addition to the policy's own observer of the steps."""
 
     def __init__(self, setting: Setting, seed: int):
         self._inner: Watcher | None = setting.policy.watch(seed) if setting.evicts else None
@@ -78,9 +78,12 @@ def entropy(logits: Tensor) -> float:
 
 
 def reply_of(answer: Answer, text: str, watched: Sequence[float]) -> Reply:
-    """An answer as it is given out. watched: the entropies seen, the last of them of what came after the last token
-    or in place of it."""
-    # one for each distribution drawn from; the first step may be the prompt's last token, read again
+    """Return the reply for an answer.
+
+    watched: the recorded entropies; the last one is that of the distribution after the last token or instead of it.
+    """
+    # One entropy for each distribution that a token was drawn from; the first recorded one may be that of the prompt's
+    # last token, which is read again.
     drawn = watched[len(watched) - len(answer.kept) :]
     return Reply(
         text=text,

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""Aim for the size of a block of logits: what a CPU's cache holds, what fills a GPU"""
+"""Target size of a block of logits in bytes: it fits the cache of a CPU, or is large enough to occupy a GPU"""
 
 _MIN_ROWS = 64
-"""Rows of a block at least, however long they are: a thinner matrix product waits for memory"""
+"""Smallest number of rows of a block, because a thinner matrix product is limited by memory"""
 
 _NEVER = -1e30
-"""Logit of what is not seen. Finite, since 0 * -inf would be NaN in an entropy."""
+"""Logit of an entry that a query does not see. It is finite, because 0 * -inf would be NaN in an entropy."""
 
 
 def block_statistics(
@@ -57,7 +57,7 @@ def block_statistics(
         for start in range(0, q, rows):
             stop = min(start + rows, q)
             b = stop - start
-            # the entries that the last of these rows sees, from the oldest that the first one sees
+            # the entries from the oldest that the first of these rows sees to the newest that the last row sees
             end = n - q + stop
             begin = 0 if window is None else max(0, end - b - window + 1)
             block = grouped[some, :, start:stop].float().mul(scale).flatten(1, 2)
@@ -77,12 +77,12 @@ def block_statistics(
             total = weights.sum(-1, keepdim=True)
             share = total.reciprocal()
             if bias is not None:
-                # a row that sees no entry adds nothing
+                # a row that sees no entry must add nothing
                 share.mul_(top > _NEVER / 2)
             if sums is not None:
                 sums[some, begin:end] += torch.bmm(share.mT, weights).squeeze(1)
             if entropies is not None:
-                # -sum p log p = log(total) - sum(weights * logits) / total; neither term cancels the other
+                # -sum p log p = log(total) - sum(weights * logits) / total, without cancellation of large terms
                 row = total.log2_().sub_(torch.linalg.vecdot(weights, logits)[..., None].mul_(share))
                 if bias is not None:
                     row.mul_(share > 0)
@@ -98,7 +98,7 @@ def _block(count: int, group: int, q: int, n: int, window: int | None, device_ty
     """Return how many of ``count`` KV heads are processed together, and how many queries of each."""
     width = n if window is None else min(n, 2 * window)
     room = _BLOCK_BYTES.get(device_type, 64 << 20) // (4 * group * width)
-    # Half of the square on the diagonal is the future, computed and discarded; small blocks keep it a small part.
+    # Half of each square on the diagonal lies in the future and is not needed; small blocks keep this share small.
     most = max(_MIN_ROWS, min(-(-q // 8), n if window is None else window))
     rows = min(q, most, max(room, -(-_MIN_ROWS // group)))
     return min(count, max(1, room // rows)), rows
@@ -114,7 +114,7 @@ def one_query_statistics(
     window: int | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return `block_statistics` for q = 1, with the least work, since decoding calls it for each layer and token."""
+    """Return `block_statistics` for q = 1 with little overhead, because decoding calls it for each layer and token."""
     n = keys.shape[-2]
     hidden = 0 if window is None else max(0, n - window)
     if hidden:
@@ -125,7 +125,7 @@ def one_query_statistics(
         logits += bias[..., None, :]
     weights = logits.softmax(-1)
     if bias is not None:
-        # a row of nothing but -inf
+        # a row that contains only -inf
         weights.nan_to_num_(0)
     sums = weights.mean(-2) if column_sums else None
     if hidden and column_sums:
@@ -159,9 +159,10 @@ def window_weights(
     scale: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each of a few given queries to each entry: [*B, Hkv, G, w, n] fp32; arguments as of `window_sums`.
+    """Return the attention of each of a few queries to each entry: [*B, Hkv, G, w, n] fp32; arguments as of
+    `window_sums`.
 
-    A query that sees nothing has a row of zeros.
+    A query that sees no entry has a row of zeros.
     """
     logits = logits_of(queries, keys, scale)
     if bias is not None:
@@ -171,7 +172,7 @@ def window_weights(
 
 
 def logits_of(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """[*B, H, q, d] x [*B, Hkv, n, d] -> [*B, Hkv, G, q, n] fp32; the products in fp32 whatever the cache's dtype."""
+    """Return logits [*B, H, q, d] x [*B, Hkv, n, d] -> [*B, Hkv, G, q, n], in fp32 for any dtype of the cache."""
     *batch, heads, q, d = queries.shape
     kv_heads, n = keys.shape[-3:-1]
     rows = queries.reshape(*batch, kv_heads, heads // kv_heads * q, d).float()

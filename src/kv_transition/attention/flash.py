@@ -3,9 +3,9 @@
 Entropy: with the keys in place of the values, attention returns the mean key of each query, and H_i = LSE_i - scale *
 q_i . (mean key of i).
 
-Column sums: exp(s_ij - LSE_i) summed over i is the softmax denominator of entry j attending to the queries. Keys and
-queries therefore change places, and both are reversed in time, because the queries from j on see entry j. -LSE_i is
-added to the logits by additional channels, which hold it for the queries and a constant for the keys.
+Column sums: exp(s_ij - LSE_i) summed over i is the softmax denominator of entry j attending to the queries. Therefore
+keys and queries are exchanged, and both are reversed in time, because the queries from j on see entry j. -LSE_i is
+added to the logits by additional channels, which contain it for the queries and a constant for the keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _CHANNELS = 8
-"""Channels added to carry the log-sum-exp: three are needed, on a GPU their number must be a multiple of 8."""
+"""Number of channels added for the log-sum-exp: three are needed, but on a GPU it must be a multiple of 8."""
 
 
 def flash_statistics(
@@ -35,10 +35,10 @@ def flash_statistics(
     batch, heads, q, d = queries.shape
     kv_heads, n = keys.shape[1:3]
     group = heads // kv_heads
-    # Every query sees the old entries, and of the new ones those up to its own.
+    # Every query sees all old entries, and the new entries up to its own.
     old, new = keys.split([n - q, q], dim=2)
     if column_sums:
-        # a power of two near 1 / scale, exact in every dtype, which keeps what is carried in fp16's range
+        # a power of two near 1 / scale: exact in every dtype, and it keeps the values in the range of fp16
         unit = 2.0 ** round(-math.log2(scale))
         extended = torch.cat([keys, keys.new_full((batch, kv_heads, n, _CHANNELS), unit)], -1)
         old_extended, new_extended = extended.split([n - q, q], dim=2)

@@ -101,7 +101,7 @@ def choose(
         return "triton" if _why_not_triton(device_type, dtype, head_dim) is None else "blocks"
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
-            f"model.attention_statistics: {implementation!r} is none of auto, {', '.join(IMPLEMENTATIONS)}; use auto"
+            f"model.attention_statistics: {implementation!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}; use auto"
         )
     reason = None
     if implementation == "flash":
@@ -117,9 +117,9 @@ def _why_not_flash(
     device_type: str, dtype: torch.dtype, head_dim: int | None, window: int | None, bias: bool
 ) -> str | None:
     if window is not None:
-        return "knows no sliding window"
+        return "does not support a sliding window"
     if bias:
-        return "knows no bias of the logits, which merged entries and padding need"
+        return "does not support a bias of the logits, which merged entries and padding need"
     if device_type == "cpu":
         return None
     if device_type != "cuda" or not _ampere():

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _NEVER = tl.constexpr(-1e30)
-"""Logit of what is not seen. Finite, since the difference of two infinities is NaN."""
+"""Logit of an entry that a query does not see. It is finite, because the difference of two infinities is NaN."""
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _tile(base, stride, first, limit, D: tl.constexpr, DP: tl.constexpr, ROWS: t
 
 @triton.jit
 def _hide(logits, position, entry, window, WINDOW: tl.constexpr):
-    """Return ``logits`` where a query at ``position`` sees ``entry``, and -inf elsewhere."""
+    """Return ``logits`` where a query at ``position`` sees ``entry``, and `_NEVER` elsewhere."""
     seen = entry <= position
     if WINDOW:
         seen = seen & (position - entry < window)
@@ -73,7 +73,7 @@ def _rows(
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Compute log-sum-exp and entropy, both to base 2, of BQ rows of one head."""
-    # the last rows see most, so they start first
+    # the last rows see the most entries, so they start first
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BQ
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
@@ -215,7 +215,7 @@ def triton_statistics(
             queries, keys, bias, lse, lse if entropies is None else entropies, *shared, ENTROPY=entropy, **options
         )
         if sums is not None:
-            # The tile that stays in registers is the larger one.
+            # The larger tile is the one that stays in registers.
             options |= {"BQ": options["BK"], "BK": options["BQ"]}
             _columns[(triton.cdiv(n, options["BK"]), kv_heads, batch)](
                 queries, keys, bias, lse, sums, *shared, **options

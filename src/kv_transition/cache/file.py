@@ -1,8 +1,8 @@
 """A `CacheState` in one safetensors file: written without a second copy in memory, read lazily.
 
-The header holds the names of the tensors, the kind of the file, facts about the model that made it, and a JSON
-description from which the state is rebuilt. On a CPU the tensors are memory-mapped: they cost memory and time when they
-are first read.
+The header contains the names of the tensors, the kind of the file, facts about the model that computed it, and a JSON
+description from which the state is rebuilt. On a CPU the tensors are memory-mapped: they take memory and time only when
+they are first read.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from kv_transition.errors import UserError
 from kv_transition.provenance import replacing
 
 STATE = "kv_transition cache 1"
-"""kind of a file that holds one state; the number is that of the format"""
+"""kind of a file that contains one state; the number is the version of the format"""
 
 Device = str | torch.device
 Devices = Device | Sequence[Device]
-"""one for all layers, or one for each"""
+"""one device for all layers, or one for each layer"""
 
 _ALIGNMENT = 64
 """bytes; that of torch's own memory"""
-_ADVICE = "make the cache again with the model that is to go on from it"
+_ADVICE = "create the cache again with the model that continues from it"
 
 
 def save(state: CacheState, path: str | Path, facts: Mapping[str, str]) -> None:
     """Write a state atomically.
 
     facts: what another process must have in common to continue from the state, such as model, tokenizer and dtype, and
-    anything else worth recording. Raises UserError if the file cannot be written.
+    any further facts. Raises UserError if the file cannot be written.
     """
     try:
         write(path, *lay_out(STATE, *flatten(state), facts))
     except OSError as error:
         raise UserError(
-            f"{path}: writing the cache failed ({error.strerror or error}); free some disk or give another path"
+            f"{path}: writing the cache failed ({error.strerror or error}); free some disk space or give another path"
         ) from error
 
 
@@ -113,18 +113,18 @@ class File:
     facts: dict[str, str]
     description: dict[str, Any]
     tensor: Callable[[str, Device], Tensor]
-    """by its name, on a device; on the CPU it is unread until it is touched"""
+    """function that returns a tensor by name, on a device; on the CPU it is read when it is first used"""
 
     def state(
         self, description: Mapping[str, Any], device: Devices = "cpu", without: frozenset[str] = frozenset()
     ) -> CacheState:
-        """Return the state that a description of `flatten` stands for, on a device, without some of its statistics."""
+        """Return the state that a description of `flatten` describes, on a device, without some of its statistics."""
         layers = description["layers"]
         one = isinstance(device, (str, torch.device))
         devices = [device] * len(layers) if one else list(device)
         if len(devices) != len(layers):
             raise UserError(
-                f"the cache has {len(layers)} layers, not {len(devices)}; go on from it with the model that made it"
+                f"the cache has {len(layers)} layers, not {len(devices)}; use it with the model that computed it"
             )
         rotaries = [_rotary(plain) for plain in description["rotaries"]]
         make = [_Maker(self.tensor, on, rotaries, without) for on in devices]
@@ -136,7 +136,7 @@ class File:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Rebuilds on a device what `_plain` has described."""
+    """Rebuilds values on a device from the descriptions of `_plain`."""
 
     tensor: Callable[[str, Device], Tensor]
     device: Device
@@ -165,7 +165,7 @@ class _Maker:
 
 @contextmanager
 def opened(path: str | Path, kind: str, expect: Mapping[str, str], advice: str) -> Iterator[File]:
-    """Return an open file of this kind whose facts are the expected ones.
+    """Yield an open file of this kind whose facts equal the expected ones.
 
     Raises FileNotFoundError, and UserError with ``advice`` if the file is damaged or not as expected.
     """
@@ -174,11 +174,11 @@ def opened(path: str | Path, kind: str, expect: Mapping[str, str], advice: str) 
             header = handle.metadata() or {}
             if header.get("kind") != kind:
                 found = header.get("kind", "something else")
-                raise UserError(f"{path} is not a whole file of the kind {kind!r} but {found!r}; {advice}")
+                raise UserError(f"{path} is not a complete file of the kind {kind!r} but {found!r}; {advice}")
             plain = json.loads(header["state"])
             for name, value in expect.items():
                 if (other := plain["facts"].get(name)) != value:
-                    raise UserError(f"{path} was made with another {name} ({other}, not {value}); {advice}")
+                    raise UserError(f"{path} was computed with another {name} ({other}, not {value}); {advice}")
             # cached, so that two states of one file share their tensors
             tensor = cache(lambda name, device: handle.get_tensor(name).to(device))
             yield File(plain["facts"], plain["description"], tensor)
@@ -187,12 +187,13 @@ def opened(path: str | Path, kind: str, expect: Mapping[str, str], advice: str) 
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is not whole; {advice}") from error
+        raise UserError(f"{path} is incomplete or damaged; {advice}") from error
 
 
 @contextmanager
 def _handle(path: str | Path) -> Iterator[Any]:
-    """Return safetensors' handle of a file. It opens the file twice: for the header, and through torch for the tensors.
+    """Yield safetensors' handle of a file, which opens the file twice: for the header, and through torch for the
+    tensors.
 
     Raises FileNotFoundError if the file is deleted or replaced in between.
     """
@@ -202,7 +203,7 @@ def _handle(path: str | Path) -> Iterator[Any]:
             handle = safe_open(path, framework="pt")
         except RuntimeError as error:
             failure = error
-        # also if opening failed: a deleted file may exist again by now
+        # checked also if opening failed, because a deleted file may exist again
         if not os.path.samestat(os.fstat(held.fileno()), os.stat(path)):
             raise FileNotFoundError(path) from failure
         if handle is None:
@@ -231,7 +232,7 @@ def _plain(value: Any, name: str, tensors: dict[str, Tensor], rotaries: dict[Rot
     """Return the description of a value and add its tensors and rotations to the given ones."""
     match value:
         case LayerCache():
-            # a policy rebuilds objects of its own classes: a file does not say which class to build
+            # saved as a LayerCache, because a file does not name classes; a policy rebuilds its own subclass
             kept = {f.name: getattr(value, f.name) for f in fields(LayerCache) if f.name != "room"}
             own = {k: _plain(v, f"{name}.{k}", tensors, rotaries) for k, v in kept.items() if v is not None}
             if start_and_shape := _as_range(value.positions):

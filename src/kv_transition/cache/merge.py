@@ -11,11 +11,11 @@ from torch import Tensor
 from kv_transition.cache.state import LayerCache
 
 Span = tuple[int, int]
-"""entries from the first to before the second"""
+"""(start, stop): the entries from start to stop - 1"""
 
 
 def outcome(n: int, spans: Sequence[Span]) -> Tensor:
-    """Return the first entry of each group that is left when spans of n entries are merged: [K] int64, rising."""
+    """Return the first entry of each group that remains when spans of n entries are merged: [K] int64, rising."""
     first = torch.ones(n, dtype=torch.bool)
     for start, stop in spans:
         first[start + 1 : stop] = False
@@ -23,7 +23,7 @@ def outcome(n: int, spans: Sequence[Span]) -> Tensor:
 
 
 def members(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-    """Return the entries of each span, padded with its last one: [S, m] int64, and a mask of the real ones, [S, m]."""
+    """Return the entries of each span, padded with its last entry: [S, m] int64, and a mask of real ones, [S, m]."""
     start, stop = torch.tensor(spans).unbind(-1)
     index = start[:, None] + torch.arange(int((stop - start).max()))
     return torch.minimum(index, stop[:, None] - 1), index < stop[:, None]
@@ -34,13 +34,13 @@ def merge(
 ) -> LayerCache:
     """Return the layer with each span merged into one entry; all other entries are unchanged.
 
-    Spans are rising and do not overlap. The weights of a head within a span are its ``attn_sum``, or equal if that is
-    zero throughout. The merged entry has the weighted mean of the values, of the un-rotated keys (re-rotated at the
-    mean position, a fraction), of the positions (rounded) and of query_entropy, and the sum of attn_sum.
+    Spans are in rising order and do not overlap. The weights of a head within a span are its ``attn_sum``, or equal
+    weights if all are zero. The merged entry has the weighted mean of the values, of the un-rotated keys (rotated again
+    to the mean position, a fraction), of the positions (rounded) and of query_entropy, and the sum of attn_sum.
 
-    count_bias: add the log of the number of merged tokens to the attention logit of the entry. keys, values: false:
-    instead of the mean take those of the entry with the most attention in the head (the first among equals); the
-    position goes with the key.
+    count_bias: add the log of the number of merged tokens to the attention logit of the entry. keys, values: false: use
+    the key or value of the entry with the most attention in the head (the first among equals) instead of the mean; the
+    position is that of the key.
     """
     if not spans:
         return layer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 GROUP = 64
-"""most channels that share a scale"""
+"""largest number of channels that share a scale"""
 
 _HALF_MAX = torch.finfo(torch.float16).max
 
@@ -20,19 +20,19 @@ class Packed:
     """A tensor [..., n, d] with ``bits`` bits a number, quantized between the least and greatest value of each group.
 
     A group is a run of channels of one vector, so that a new token never changes the stored ones. A stored number c
-    stands for scale c + zero. Its error is at most scale / 2 plus the rounding of scale and zero, unless one of them
+    represents scale c + zero. Its error is at most scale / 2 plus the rounding of scale and zero, unless one of them
     saturates.
     """
 
     codes: Tensor
     """[..., n, d bits / 8] uint8, the first channel in the lowest bits"""
     scale: Tensor
-    """[..., n, groups], fp16 for the half dtypes (which range to +-65504 then), else fp32"""
+    """[..., n, groups], fp16 for the half dtypes (whose values are then limited to +-65504), else fp32"""
     zero: Tensor
     """[..., n, groups], the least value of each group"""
     bits: int
     dtype: torch.dtype
-    """of the original, and of `dense`"""
+    """dtype of the original tensor and of `dense`"""
 
     @classmethod
     def pack(cls, x: Tensor, bits: int, group: int = GROUP) -> Packed:
@@ -51,7 +51,7 @@ class Packed:
         low, high = wide.aminmax(dim=-1)
         zero = low.to(stored)
         scale = ((high - zero.float()) / (2**bits - 1)).to(stored)
-        # a group of equal values: any scale but 0 is right
+        # in a group of equal values any scale but 0 is correct
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         levels = (wide - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
         codes = levels.round_().clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)
@@ -69,7 +69,7 @@ class Packed:
         )
 
     def append(self, x: Tensor) -> Packed:
-        """Return the tensor with x [..., q, d], quantized in the same way, behind it."""
+        """Return the tensor with x [..., q, d] appended, quantized in the same way."""
         new = Packed.pack(x, self.bits, self.shape[-1] // self.scale.shape[-1])
         return self._with(new, lambda old, added: torch.cat([old, added], -2))
 
@@ -101,14 +101,14 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
+        """Return the bytes of codes, scales and zero points."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale, "zero": self.zero}
 
     def facts(self) -> dict[str, Any]:
-        """What `from_tensors` needs beside the tensors, as JSON values."""
+        """Return the JSON values that `from_tensors` needs in addition to the tensors."""
         return {"bits": self.bits, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 SLACK = 64
-"""Entries that lent storage has room for: so many steps go by until all of it is copied again"""
+"""Number of free entries in lent storage, which is the number of steps until all of it is copied again"""
 
 
 class Placed(TypedDict):
-    """Keys and values as a layer sees them, and the storage that holds them."""
+    """Keys and values of a layer, and the storage that they are views of."""
 
     keys: Tensor
     values: Tensor
@@ -22,9 +22,9 @@ class Placed(TypedDict):
 
 @dataclass
 class Room:
-    """Storage with free space behind the entries. A state sees the entries from ``start`` on, as many as it has.
+    """Storage with free space behind the entries. A state sees its entries from ``start`` on.
 
-    Entries are only written behind all others, so that states can share storage. ``lent`` storage is the exception:
+    New entries are only written behind all others, so that states can share storage. ``lent`` storage is the exception:
     `drop` removes entries from it in place. The first `drop` allocates lent storage; only states that grew from it see
     it, and the next `drop` invalidates them.
     """
@@ -33,7 +33,7 @@ class Room:
     """[..., Hkv, capacity, d]"""
     values: Tensor
     used: int
-    """where the next entry is written"""
+    """place of the next entry"""
     start: int = 0
     lent: bool = False
 
@@ -41,7 +41,7 @@ class Room:
     def of(cls, keys: Tensor, values: Tensor, more: int, *, lent: bool = False) -> Room:
         """Return a copy of entries [..., Hkv, n, d] with space for ``more``."""
         n = keys.shape[-2]
-        # tensors made in inference mode could not be written to later
+        # tensors created in inference mode cannot be written to outside of it
         with torch.inference_mode(False):
             storage = [x.new_empty(*x.shape[:-2], n + more, x.shape[-1]) for x in (keys, values)]
         room = cls(*storage, used=n, lent=lent)
@@ -50,11 +50,11 @@ class Room:
         return room
 
     def has_room_behind(self, n: int, q: int) -> bool:
-        """Return whether the state of ``n`` entries was appended to last and ``q`` more entries fit behind it."""
+        """Return whether the storage ends with this state of ``n`` entries and has space for ``q`` more."""
         return self.used == self.start + n and self.used + q <= self.keys.shape[-2]
 
     def append(self, keys: Tensor, values: Tensor) -> Placed:
-        """Return the storage with new entries [..., Hkv, q, d] behind all others."""
+        """Return the views and the storage after new entries [..., Hkv, q, d] are written behind all others."""
         end = self.used + keys.shape[-2]
         self.keys[..., self.used : end, :] = keys
         self.values[..., self.used : end, :] = values
@@ -62,13 +62,13 @@ class Room:
         return self._placed()
 
     def drop(self, gone: Tensor) -> Placed:
-        """Return the storage without the entry ``gone`` [..., Hkv, 1] of each head, in the same order.
+        """Return the views and the storage without the entry ``gone`` [..., Hkv, 1] of each head, in the same order.
 
-        The entries before it move up by one place, and the whole begins one place later. Only entries before the last
+        The entries before it move up by one place, and the storage begins one place later. Only entries before the last
         one of ``gone`` are moved: the sinks of a stream, or the heavy hitters of H2O, whose newer half is protected.
         """
         moved = replace(self, start=self.start + 1)
-        # asking a GPU for the count would wait for it
+        # reading the values from a GPU would wait for it
         first, last = (0, moved.used - self.start - 1) if gone.is_cuda else map(int, torch.aminmax(gone))
         for storage in (self.keys, self.values):
             if first == last:

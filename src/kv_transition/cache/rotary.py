@@ -1,4 +1,4 @@
-"""Rotary position embedding: move keys and queries from one position to another."""
+"""Rotary position embedding: rotate keys and queries from one position to another."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 class Rotary:
     """The rotation of a layer's keys and queries by their position (Su et al., RoFormer, arXiv 2104.09864).
 
-    inv_freq: angle in radians by which each pair of channels turns from one position to the next. Channel i is paired
-    with channel i + len(inv_freq); channels beyond 2 len(inv_freq) are not rotated.
+    inv_freq: angle in radians by which each pair of channels is rotated from one position to the next. Channel i is
+    paired with channel i + len(inv_freq); channels beyond 2 len(inv_freq) are not rotated.
     """
 
     inv_freq: tuple[float, ...]
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
-        """Return x [..., n, d] with each vector rotated by ``by`` [..., n] positions, which may be fractions or
-        negative.
+        """Return x [..., n, d] with each vector rotated by ``by`` [..., n] positions (also fractions or negative
+        numbers).
 
         Angles and products are computed in fp32; the result has the dtype of x.
         """

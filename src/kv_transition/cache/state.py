@@ -16,10 +16,10 @@ WINDOW = 64
 """Queries kept per layer: any attention window of up to this many last queries can be recomputed."""
 
 STATISTICS = frozenset({"attn_sum", "query_entropy", "recent_queries", "query_mean", "query_cov"})
-"""What is kept up while reading unless a policy names what it reads"""
+"""Statistics that are computed during the prefill unless a policy names those that it reads"""
 
 ON_REQUEST = frozenset({"output_norm", "reconstruction"})
-"""What is kept up only where a policy names it: it takes the model's weights, or a second reading"""
+"""Statistics that are computed only if a policy names them: they need the model's weights or a second reading"""
 
 EVERY = STATISTICS | ON_REQUEST
 
@@ -36,16 +36,16 @@ PER_ENTRY = (
     "angles",
     "bias",
 )
-"""what a layer holds of each entry"""
+"""fields of a layer that have a value for each entry"""
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """The cache of one layer. Entries that survive a compression keep their statistics.
+    """The cache of one layer. Entries that remain after a compression keep their statistics.
 
-    H query heads in Hkv groups, n entries per KV head in rising order of position, d channels. The shapes below are
-    those of one sequence; a batch has one more dimension in front, and equally many entries in each sequence. A
-    statistic that was not maintained is None.
+    The layer has H query heads in Hkv groups, n entries per KV head in rising order of position, and d channels. The
+    shapes below are those of one sequence; a batch has one more dimension in front, and the same number of entries in
+    each sequence. A statistic that was not maintained is None.
     """
 
     keys: Tensor | Packed
@@ -53,7 +53,7 @@ class LayerCache:
     values: Tensor | Packed
     """[Hkv, n, d]"""
     positions: Tensor
-    """[Hkv, n] int64, the place of each entry in the text; -1 is padding"""
+    """[Hkv, n] int64, the position of each entry in the text; -1 is padding"""
     scale: float
     """factor of query-key products before the softmax"""
     attn_sum: Tensor | None = None
@@ -61,9 +61,9 @@ class LayerCache:
     query_entropy: Tensor | None = None
     """[Hkv, n] fp32, nats: entropy of the attention of the query at the entry's position, mean over all H heads"""
     output_norm: Tensor | None = None
-    """[Hkv, n] fp32, L1 norm of the value as the output projection makes it, mean over the group's query heads"""
+    """[Hkv, n] fp32, L1 norm of the value after the output projection, mean over the group's query heads"""
     reconstruction: Tensor | None = None
-    """[Hkv, n] fp32, greatest attention received while the model repeated the text; +inf where it did not"""
+    """[Hkv, n] fp32, greatest attention received while the model repeated the text; +inf if not repeated"""
     recent_queries: Tensor | None = None
     """[H, w, d] rotated, the last w <= WINDOW queries"""
     query_mean: Tensor | None = None
@@ -71,13 +71,13 @@ class LayerCache:
     query_cov: Tensor | None = None
     """[H, d, d] fp32, of the same queries (divided by their number)"""
     rotary: Rotary | None = None
-    """how keys and queries are rotated; None where the model does it in a way that is not known here"""
+    """rotation of keys and queries; None if the model's rotation is not known"""
     angles: Tensor | None = None
-    """[Hkv, n] fp32, the position that each key is rotated to, where that is not its place in the text"""
+    """[Hkv, n] fp32, the position that each key is rotated to, if it differs from the position in the text"""
     bias: Tensor | None = None
-    """[Hkv, n] fp32, added to the attention logits: log m of an entry that stands for m, -inf of padding"""
+    """[Hkv, n] fp32, added to the attention logits: log m for an entry merged from m tokens, -inf for padding"""
     anchors: Tensor | None = None
-    """[Hkv, s, d], keys of the first entries as they were before they were turned: to turn them again starts here"""
+    """[Hkv, s, d], keys of the first entries before any re-rotation; each re-rotation starts from these"""
     window: int | None = None
     """a sliding-window layer sees this many tokens, itself included, and is never evicted"""
     room: Room | None = field(default=None, repr=False, compare=False)
@@ -88,7 +88,7 @@ class LayerCache:
 
     @property
     def parts(self) -> tuple[LayerCache, ...]:
-        """The layer in pieces with equally many entries per head, in the order of the heads."""
+        """Return the pieces of the layer with the same number of entries in each head, in the order of the heads."""
         return (self,)
 
     def with_parts(self, parts: Sequence[LayerCache]) -> LayerCache:
@@ -98,15 +98,14 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, measured from the tensors."""
+        """Return the bytes of keys and values, measured from the tensors."""
         return _nbytes(self.keys) + _nbytes(self.values)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, angles: Tensor | None, room: int) -> LayerCache:
-        """Return the layer with new entries behind the old ones: keys, values [Hkv, q, d], positions and angles [Hkv,
-        q].
+        """Return the layer with new entries appended: keys, values [Hkv, q, d], positions and angles [Hkv, q].
 
-        The statistics of new entries begin at 0, ``reconstruction`` at +inf. room: entries to leave space for if new
-        storage is allocated.
+        The statistics of new entries begin at 0, ``reconstruction`` at +inf. room: number of entries to leave space for
+        if new storage is allocated.
         """
         n, q = self.n, keys.shape[-2]
         grown = {"positions": torch.cat([self.positions, positions], -1)}
@@ -146,12 +145,12 @@ class LayerCache:
         return replace(self, **room.drop(gone), **numbers)
 
     def _numbers(self, index: Tensor) -> dict[str, Tensor]:
-        """What the layer holds of the entries ``index`` beside keys and values."""
+        """Return the fields other than keys and values of the entries ``index``."""
         names = (name for name in PER_ENTRY if name not in ("keys", "values"))
         return {name: tensor.gather(-1, index) for name in names if (tensor := getattr(self, name)) is not None}
 
     def cut(self, start: int, stop: int) -> LayerCache:
-        """Return the entries from ``start`` to ``stop``, as views; statistics of the whole layer stay."""
+        """Return the layer with the entries ``start`` to ``stop``, as views; statistics of the whole layer stay."""
         chosen = {}
         for name in PER_ENTRY:
             tensor = getattr(self, name)
@@ -162,7 +161,7 @@ class LayerCache:
         return replace(self, room=self.room if start == 0 else None, **chosen)
 
     def without(self, statistics: frozenset[str]) -> LayerCache:
-        """Return the layer without these statistics, because they will not be maintained."""
+        """Return the layer without these statistics, because they are not maintained any more."""
         return replace(self, **dict.fromkeys(statistics))
 
 
@@ -174,7 +173,7 @@ class SplitLayer:
 
     @property
     def n(self) -> float:
-        """Entries per KV head, mean over the heads."""
+        """Return the number of entries per KV head, mean over the heads."""
         heads = [part.positions.shape[-2] for part in self.parts]
         return sum(part.n * h for part, h in zip(self.parts, heads, strict=True)) / sum(heads)
 
@@ -202,54 +201,56 @@ class CacheState:
 
     layers: tuple[Layer, ...]
     length: int | Tensor
-    """tokens read so far; of a batch [B, 1, 1] int64"""
+    """number of tokens read so far; [B, 1, 1] int64 for a batch"""
     logits: Tensor | None = field(default=None, repr=False)
-    """[V] fp32, of the next token; None before the first token. Of a batch [B, V]"""
+    """[V] fp32, logits of the next token; None before the first token. [B, V] for a batch"""
     shift: int | Tensor = 0
-    """how far the next token's rotary position lies before its place in the text; of a batch [B, 1, 1] int64"""
+    """position of the next token in the text minus its rotary position; [B, 1, 1] int64 for a batch"""
 
     @property
     def evictable(self) -> tuple[Layer, ...]:
-        """The full-attention layers. Layers with a sliding window are never evicted."""
+        """Return the full-attention layers. Layers with a sliding window are never evicted."""
         return tuple(layer for layer in self.layers if layer.window is None)
 
     @property
     def entries(self) -> float:
-        """Entries per KV head, mean over the evictable layers."""
+        """Return the number of entries per KV head, mean over the evictable layers."""
         layers = self.evictable
         return sum(layer.n for layer in layers) / len(layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values that budgets count: those of the evictable layers."""
+        """Return the bytes of keys and values that budgets count: those of the evictable layers."""
         return sum(layer.nbytes for layer in self.evictable)
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes of all keys and values, including sliding-window layers."""
+        """Return the bytes of all keys and values, including sliding-window layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     def select(self, indices: Sequence[Tensor | None]) -> CacheState:
-        """Return the state with ``indices[l]`` [Hkv, K_l] of each layer (None: all of it); the logits stay."""
+        """Return the state with the entries ``indices[l]`` [Hkv, K_l] of each layer (None: all entries); the logits
+        stay.
+        """
         pairs = zip(self.layers, indices, strict=True)
         return replace(self, layers=tuple(layer if i is None else layer.select(i) for layer, i in pairs))
 
     def settled(self) -> CacheState:
-        """Return the same state, but appending to the result allocates new storage instead of using the shared one."""
+        """Return the same state, except that appending to the result allocates new storage."""
         parts = ([replace(part, room=None) for part in layer.parts] for layer in self.layers)
         return replace(self, layers=tuple(map(lambda layer, own: layer.with_parts(own), self.layers, parts)))
 
     def without_last(self) -> CacheState:
         """Return the state without the last token, so that the token can be read again with the remaining entries.
 
-        Every head must still hold the entry of the last token, as its last entry. The statistics of other entries keep
-        what the token's attention added to them.
+        Every head must still hold the entry of the last token, as its last entry. The statistics of other entries still
+        include the attention of that token.
         """
         last = self.length - 1
         layers = []
         for layer in self.layers:
             if not all(bool((part.positions[..., -1] == last).all()) for part in layer.parts):
-                raise ValueError("the last token's entry has been evicted; it cannot be taken back")
+                raise ValueError("the last token's entry has been evicted, so the token cannot be removed")
             parts = [
                 replace(
                     part.cut(0, part.n - 1),
@@ -262,9 +263,9 @@ class CacheState:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return the vectors ``index`` [*, K] of x [*, n, d]. It moves whole rows, while gather looks up each number."""
+    """Return the vectors ``index`` [*, K] of x [*, n, d]. It moves whole rows, which is faster than gather."""
     d = x.shape[-1]
-    if x.dim() == 3 and not x.is_contiguous():  # a part of a larger storage is not copied whole
+    if x.dim() == 3 and not x.is_contiguous():  # avoid a copy of the whole view
         return torch.stack([head.index_select(0, chosen) for head, chosen in zip(x, index, strict=True)])
     first = torch.arange(index.shape[:-1].numel(), device=index.device).view(*index.shape[:-1], 1) * x.shape[-2]
     return x.reshape(-1, d).index_select(0, (index + first).flatten()).view(*index.shape, d)

@@ -24,11 +24,11 @@ from kv_transition.errors import UserError
 from kv_transition.provenance import write_json
 
 PREFILL = "kv_transition prefill 1"
-"""kind of a file that holds a prefill; the number is that of the format"""
+"""kind of a file that contains a prefill; the number is the version of the format"""
 
-_ADVICE = "delete it and it will be computed again"
+_ADVICE = "delete it, so that it is computed again"
 _SHARED = {"keys": -2, "values": -2, "positions": -1, "query_entropy": -1, "output_norm": -1, "reconstruction": -1}
-"""what the context's entries have in common with the same entries of the prompt, and the dimension of the entries"""
+"""fields that the context's entries share with the same entries of the prompt: the dimension of the entries"""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Prefill:
     context: CacheState
     prompt: CacheState
     context_s: float
-    """seconds that reading the context took"""
+    """seconds of reading the context"""
     question_s: float
-    """seconds that reading the rest of the prompt took"""
+    """seconds of reading the rest of the prompt"""
 
     @property
     def prompt_s(self) -> float:
@@ -58,8 +58,8 @@ class PrefillStore:
     deleted. On a local disk, a job that is reading a deleted prefill can finish reading it.
 
     mode: ``always`` stores; ``never`` neither stores nor reads; ``auto`` stores while loading a prefill takes less time
-    than reading the prompt again and a tenth of the disk stays free. facts: what a stored prefill must have been made
-    with, such as model, tokenizer and dtype.
+    than reading the prompt again and a tenth of the disk stays free. facts: facts that a stored prefill must have, such
+    as model, tokenizer and dtype.
     """
 
     root: Path
@@ -87,7 +87,7 @@ class PrefillStore:
         """Return the stored prefill with these statistics and no others (None: all that it has).
 
         Returns None if there is no prefill or if it lacks one of the statistics. On a CPU its tensors are read when
-        they are first used. Raises UserError if the file is damaged or was made with another model.
+        they are first used. Raises UserError if the file is damaged or was computed with another model.
         """
         if self.mode == "never":
             return None
@@ -106,7 +106,7 @@ class PrefillStore:
                 )
         except FileNotFoundError:
             return None
-        with suppress(OSError):  # gone by now, or someone else's
+        with suppress(OSError):  # deleted meanwhile, or owned by another user
             os.utime(path)
         return prefill
 
@@ -124,7 +124,7 @@ class PrefillStore:
         if self.mode == "auto" and not self._worth_it(size, prefill.prompt_s):
             return False
         if not self._make_room(size, path):
-            _say_once(f"prefill.max_gb: {self.max_gb} GB are too small for a prefill; not every prompt is stored")
+            _say_once(f"prefill.max_gb: {self.max_gb} GB are too few for a prefill; not every prompt is stored")
             return False
         try:
             file.write(path, beginning, tensors)
@@ -134,9 +134,9 @@ class PrefillStore:
                 return False
             reason = error.strerror or error
             raise UserError(
-                f"{self.root}: writing a prefill failed ({reason}); free some disk or set prefill.store: never"
+                f"{self.root}: writing a prefill failed ({reason}); free some disk space or set prefill.store to never"
             ) from error
-        # Another job may have stored one at the same time: the last of the two sees both.
+        # Another job may have stored a prefill at the same time; the later of the two jobs sees both files.
         self._make_room(size, path)
         if self.mode == "auto":
             self._measure(path, size)
@@ -164,13 +164,13 @@ class PrefillStore:
             if used <= limit:
                 break
             if not other.name.startswith("."):
-                with suppress(OSError):  # someone else's
+                with suppress(OSError):  # owned by another user
                     other.unlink(missing_ok=True)
                     used -= bytes_
         return used <= limit
 
     def _files(self, but: Path) -> Iterator[tuple[float, int, Path]]:
-        """Return the time of last use, the bytes and the path of each prefill of any store."""
+        """Yield the time of last use, the bytes and the path of each prefill in all stores."""
         for path in self.root.parent.glob("*/*.safetensors"):
             if path != but:
                 with suppress(FileNotFoundError):  # deleted by another job
@@ -188,18 +188,18 @@ class PrefillStore:
             return {}
 
     def _measure(self, path: Path, size: int) -> None:
-        """Measure how fast a prefill is read from disk, once for each host, and again when one is much larger.
+        """Measure the speed of reading a prefill from disk, once for each host, and again for a much larger file.
 
-        The time of a small file is the latency of the disk.
+        The time of a small file is mainly the latency of the disk.
         """
         if size <= 4 * self._measured().get("bytes", 0):
             return
-        with suppress(OSError):  # deleted by another job, or a store that may only be read
+        with suppress(OSError):  # deleted by another job, or the store is read-only
             write_json(self._speed_file, {"bytes": size, "bytes_per_second": size / _read_s(path)})
 
 
 def _read_s(path: Path) -> float:
-    """Return the seconds that reading a file takes, past the page cache where the system supports that."""
+    """Return the seconds of reading a file, without the page cache if the system supports that."""
     buffer = bytearray(1 << 22)
     with path.open("rb", buffering=0) as stored:
         if hasattr(os, "posix_fadvise"):
@@ -218,7 +218,7 @@ def _flatten(prefill: Prefill) -> tuple[dict[str, Tensor], dict[str, Any]]:
     context_tensors, context = file.flatten(prefill.context, "context.")
     for number, layer in enumerate(prefill.context.layers):
         if layer.window is not None:
-            continue  # holds its last entries at either moment
+            continue  # such a layer has different entries in the two states
         own, longer = context["layers"][number]["layer"], prompt["layers"][number]["layer"]
         for name, dim in _SHARED.items():
             if "tensor" in own.get(name, {}) and "tensor" in longer.get(name, {}):

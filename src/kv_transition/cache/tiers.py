@@ -12,34 +12,35 @@ from kv_transition.cache.state import EVERY, PER_ENTRY, LayerCache, Room
 
 @dataclass(frozen=True)
 class TieredLayer(LayerCache):
-    """A layer of one sequence. Its own tensors are the hot entries, which receive attention and count in a budget.
+    """A layer of one sequence with two tiers. Its own tensors are the hot entries, which receive attention and count in
+    a budget.
 
-    Every entry is either hot or cold. An entry that moves takes its statistics with it; they do not change while it is
-    cold. Hot tensors may have a batch dimension of 1, cold ones never have it.
+    Every entry is either hot or cold. An entry keeps its statistics when it changes tier; they do not change while it
+    is cold. Hot tensors may have a batch dimension of 1, cold tensors never have it.
     """
 
     cold: LayerCache | None = None
-    """[Hkv, c, d] on the CPU, in no order; None while nothing was evicted"""
+    """[Hkv, c, d] on the CPU, unordered; None as long as nothing was evicted"""
     moved: int = 0
-    """entries that changed sides so far, either way, each of a KV head counted by itself"""
+    """number of changes of tier so far, in both directions, counted per KV head"""
     recalled: int = 0
-    """those of them that came back"""
+    """number of changes from cold to hot"""
 
     @property
     def entry_nbytes(self) -> int:
-        """Bytes of one KV head's key and value of one entry."""
+        """Return the bytes of one KV head's key and value of one entry."""
         return sum(t.shape[-1] * t.element_size() for t in (self.keys, self.values))
 
     @property
     def cold_nbytes(self) -> int:
-        """Bytes of the keys and values in host memory."""
+        """Return the bytes of the keys and values in host memory."""
         return 0 if self.cold is None else self.cold.nbytes
 
 
 def offload(before: LayerCache, kept: LayerCache) -> TieredLayer:
     """Return the layer ``kept``, with the entries of ``before`` that it lacks added to the cold entries.
 
-    kept: a selection of the entries of ``before``, equally many in each head. Raises ValueError for a batch.
+    kept: a selection of the entries of ``before``, the same number in each head. Raises ValueError for a batch.
     """
     _require_alone(before)
     gone = before.select(_missing(before.positions, kept.positions))
@@ -73,7 +74,7 @@ def attention(layer: TieredLayer, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def positions(layer: TieredLayer) -> Tensor:
-    """Positions of all entries, in the order of `attention`: [Hkv, n + c] int64."""
+    """Return the positions of all entries, in the order of `attention`: [Hkv, n + c] int64."""
     hot = _alone(layer.positions, "positions")
     return torch.cat([hot, layer.cold.positions.to(hot.device)], -1)
 
@@ -89,7 +90,7 @@ def exchange(layer: TieredLayer, chosen: Tensor) -> TieredLayer:
     comes = chosen >= n
     head, rank = (~comes).nonzero(as_tuple=True)
     stays = torch.zeros_like(comes).index_put((head, chosen[head, rank]), torch.ones_like(head, dtype=torch.bool))
-    # In each head equally many entries leave and enter, and both lists are in the order of the heads.
+    # In each head the same number of entries leave and enter, and both lists are in the order of the heads.
     slot, leaver = comes.nonzero(as_tuple=True), (~stays).nonzero(as_tuple=True)
     place = tuple(index.cpu() for index in (slot[0], chosen[slot] - n))
     if not len(place[0]):
@@ -124,7 +125,7 @@ def _missing(all_of_them: Tensor, kept: Tensor) -> Tensor:
 
 
 def _joined(cold: LayerCache, evicted: LayerCache) -> LayerCache:
-    """Return the cold entries with more behind them, and free space, since a few are added at every step."""
+    """Return the cold entries with more appended, and free space, because a few are added at every step."""
     grown = cold.append(evicted.keys, evicted.values, evicted.positions, evicted.angles, _spare(cold))
     behind = {}
     for name in (name for name in PER_ENTRY if name in EVERY or name == "bias"):
@@ -134,10 +135,10 @@ def _joined(cold: LayerCache, evicted: LayerCache) -> LayerCache:
     return replace(grown, **behind)
 
 
-# Tensors made in inference mode could not be appended to later.
+# Tensors created in inference mode cannot be written to outside of it.
 @torch.inference_mode(False)
 def _copied(cold: LayerCache) -> LayerCache:
-    """Return the cold entries in storage of their own, with free space."""
+    """Return the cold entries in separate storage, with free space."""
     shapes = {name: getattr(cold, name).shape for name in ("keys", "values")}
     empty = {name: getattr(cold, name).new_empty(s[0], s[1] + _spare(cold), s[2]) for name, s in shapes.items()}
     room = Room(**empty, used=cold.n)
@@ -149,10 +150,10 @@ def _copied(cold: LayerCache) -> LayerCache:
 
 
 def _spare(cold: LayerCache) -> int:
-    """Return the number of entries to leave space for, so that cold storage is seldom moved."""
+    """Return the number of free entries to allocate, so that cold storage is rarely copied."""
     return max(64, cold.n // 8)
 
 
 def _require_alone(layer: LayerCache) -> None:
     if layer.positions.dim() == 3 and len(layer.positions) > 1:
-        raise ValueError("a store of evicted entries is that of one sequence; decode such answers one by one")
+        raise ValueError("evicted entries are stored for one sequence only; decode such answers one by one")

@@ -1,8 +1,8 @@
 """Benchmarks that are read from their own files: LongBench v2, InfiniteBench's retrieval, GSM8K, MATH-500, IFEval.
 
-Files are local, or of a hub repository at a pinned commit: ``{task}.jsonl[.gz]`` or one JSON array ``{task}.json``,
-with the fields of the benchmark. The prompt wordings are this project's own; scoring is the benchmark's, see
-`eval.answers`.
+The files are local, or from a hub repository at a pinned commit: ``{task}.jsonl[.gz]``, or one JSON array
+``{task}.json``, with the fields of the benchmark. The prompt wordings are this project's own; scoring is the
+benchmark's, see `eval.answers`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from kv_transition.provenance import digest
 
 
 def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
-    """Yield the examples of ``task`` under their normalized names.
+    """Yield the examples of ``task`` with normalized field names.
 
     Raises:
-        UserError: the file cannot be had, or a record is malformed or lacks a field.
+        UserError: the file cannot be read or downloaded, or a record is malformed or lacks a field.
     """
     normalized = _NORMALIZED[task]
     for where, record in _records(_file(dataset, task)):
@@ -42,7 +42,7 @@ def _file(dataset: Mapping[str, Any], task: str) -> Path:
         for file in files:
             if Path(file).name in (f"{name}.jsonl", f"{name}.json", f"{name}.jsonl.gz"):
                 return fetch(*source, file)
-    raise UserError(f"dataset.path: {source[0]} at {source[1]} holds no {' or '.join(FILES[task])} as .jsonl or .json")
+    raise UserError(f"dataset.path: {source[0]} at {source[1]} has no {' or '.join(FILES[task])} as .jsonl or .json")
 
 
 def _records(path: Path) -> Iterator[Record]:
@@ -51,7 +51,7 @@ def _records(path: Path) -> Iterator[Record]:
         return
     value = parse_json(decode(path.read_bytes(), str(path)), str(path))
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UserError(f"{path}: a JSON array of objects was expected")
+        raise UserError(f"{path}: the file must contain a JSON array of objects")
     yield from ((f"{path}, record {number}", item) for number, item in enumerate(value, start=1))
 
 
@@ -112,7 +112,7 @@ def _math(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _ifeval(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The instructions are the answers; see `eval.ifeval`."""
+    """Return an IFEval example; its answers are the instructions to check, see `eval.ifeval`."""
     require(record, ("prompt", "instruction_id_list", "kwargs"), where)
     names, kwargs = record["instruction_id_list"], record["kwargs"]
     if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs):

@@ -1,6 +1,6 @@
-"""Length bins, and which examples of a bin are run.
+"""Length bins, and the choice of the examples of a bin that are run.
 
-Bins are half-open, ``[edge_i, edge_i+1)``, the last one is closed, ``[edge_n-1, edge_n]``. The length is the number of
+Bins are half-open, ``[edge_i, edge_i+1)``; the last one is closed, ``[edge_n-1, edge_n]``. The length is the number of
 tokens of the whole prompt before truncation.
 """
 
@@ -14,19 +14,19 @@ from itertools import accumulate
 
 
 def quantile_edges(lengths: Sequence[int], n_bins: int) -> list[int]:
-    """Edges that divide the lengths as evenly as can be without separating equal ones.
+    """Return edges that divide the lengths as evenly as possible; equal lengths are always in the same bin.
 
-    The cut between two bins falls between two different lengths, where the number of examples below is nearest to the
-    quantile (the lower cut if two are as near) and every bin still gets at least one length. An edge is the smallest
-    length of the bin above it; the first and the last are the extremes. With fewer different lengths than bins each
-    length has its own bin and the bins before the last one are empty.
+    The cut between two bins is placed between two different lengths, where the number of examples below it is nearest
+    to the quantile (the lower cut in a tie) and every bin still gets at least one length. An edge is the smallest
+    length of the bin above it; the first edge is the minimum and the last edge the maximum. If there are fewer
+    different lengths than bins, each length has its own bin and the bins before the last one are empty.
 
     Args:
         lengths: at least one, in any order.
         n_bins: at least 1.
 
     Returns:
-        ``n_bins + 1`` edges that never fall.
+        ``n_bins + 1`` edges in non-decreasing order.
     """
     counts = Counter(lengths)
     values = sorted(counts)
@@ -36,7 +36,7 @@ def quantile_edges(lengths: Sequence[int], n_bins: int) -> list[int]:
     edges = [values[0]]
     cut = 0
     for b in range(1, n_bins):
-        # a cut before values[j]; as many lengths should be left above as there are bins to come
+        # a cut before values[j]; at least one length must remain for each of the following bins
         last = max(cut + 1, len(values) - (n_bins - b))
         candidates = range(cut + 1, min(last + 1, len(values)))
         cut = min(candidates, key=lambda j: abs(below[j] * n_bins - b * len(lengths)), default=len(values) - 1)
@@ -45,7 +45,7 @@ def quantile_edges(lengths: Sequence[int], n_bins: int) -> list[int]:
 
 
 def bin_of(length: float, edges: Sequence[float]) -> int | None:
-    """Return the bin of a length, counted from 0; None outside of the edges."""
+    """Return the bin of a length, counted from 0; None outside the edges."""
     if not edges[0] <= length <= edges[-1]:
         return None
     return bisect_right(edges, length, 1, len(edges) - 1) - 1
@@ -54,17 +54,17 @@ def bin_of(length: float, edges: Sequence[float]) -> int | None:
 def choose(
     ids: Sequence[str], kinds: Sequence[str], n: int, seed: int, together: Sequence[str] | None = None
 ) -> list[int]:
-    """Choose ``n`` examples of a bin at random, each kind in proportion to its share of the bin.
+    """Return the positions of ``n`` randomly chosen examples of a bin, each kind in proportion to its share of the bin.
 
-    The choice is nested: a larger ``n`` extends the list. The order of the input does not matter, and whether an
-    example comes before another of its kind depends on their ids and the seed only.
+    The choice is nested: a larger ``n`` extends the list. The order of the input has no effect, and the order of two
+    examples of the same kind depends only on their ids and the seed.
 
     Args:
         ids: unique names of the examples.
-        kinds: what each example is stratified by; all equal for a simple random choice.
-        n: how many to choose; all if there are fewer.
+        kinds: the stratum of each example; all equal for a simple random choice.
+        n: number of examples to choose; all are chosen if there are fewer.
         seed: any integer.
-        together: examples of one name are chosen one after the other; None: each has its own id.
+        together: a name for each example; examples with the same name are chosen one after the other. None: the ids.
 
     Returns:
         Positions in ``ids``, in the order of choice.
@@ -79,6 +79,6 @@ def choose(
     strata: dict[str, list[int]] = defaultdict(list)
     for i in sorted(range(len(ids)), key=lot):
         strata[kinds[i]].append(i)
-    # The j-th of m examples stands at (j + 1/2) / m, so that each kind is spread evenly over the order of choice.
+    # The j-th of m examples has the position (j + 1/2) / m, so that each kind is spread evenly over the choice.
     place = {i: (j + 0.5) / len(members) for members in strata.values() for j, i in enumerate(members)}
     return sorted(place, key=lambda i: (place[i], lot(i)))[:n]

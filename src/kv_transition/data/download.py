@@ -1,4 +1,4 @@
-"""The job ``download``: one task's examples, whatever their source, as one table of one schema (`tables.SOURCE`).
+"""The job ``download``: write one task's examples, from any source, as one table (`tables.SOURCE`).
 
 ``python -m kv_transition.data.download --spec JSON --task NAME --output FILE``
 """
@@ -22,7 +22,7 @@ from kv_transition.script import status
 
 
 def load_synthetic(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
-    """Generate the examples of a synthetic task.
+    """Yield the examples of a synthetic task.
 
     Raises:
         UserError: lengths, n_per_length or split are missing or not allowed.
@@ -31,7 +31,7 @@ def load_synthetic(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
 
     for key in ("lengths", "n_per_length"):
         if not dataset.get(key):
-            raise UserError(f"dataset.{key}: the synthetic data set needs it")
+            raise UserError(f"dataset.{key}: the synthetic data set needs this key")
     generate = getattr(synthetic, task)
     try:
         examples = generate(
@@ -48,11 +48,11 @@ LOADERS |= dict.fromkeys(OF_FILES, benchmarks.load)
 
 
 def normalize(records: Iterable[Record], task: Task) -> list[dict[str, Any]]:
-    """Check every record and give it the columns of `tables.SOURCE`.
+    """Check every record and return the rows with the columns of `tables.SOURCE`.
 
     Raises:
         UserError: a field has the wrong type, a context (or the question of a task that has one) is empty, there is
-            no answer, two examples share an id or both question and context, or there is no example at all.
+            no answer, two examples share an id or both question and context, or there is no example.
     """
     rows: list[dict[str, Any]] = []
     ids: dict[str, str] = {}
@@ -62,14 +62,14 @@ def normalize(records: Iterable[Record], task: Task) -> list[dict[str, Any]]:
         example_id = record["example_id"]
         content = sha256(json.dumps([record["question"], record["context"]]).encode()).hexdigest()
         if example_id in ids:
-            raise UserError(f"{where}: the id {example_id!r} is taken already at {ids[example_id]}")
+            raise UserError(f"{where}: the id {example_id!r} is already used at {ids[example_id]}")
         if content in texts:
-            raise UserError(f"{where}: the same question and context stand already at {texts[content]}")
+            raise UserError(f"{where}: the same question and context already occur at {texts[content]}")
         ids[example_id] = texts[content] = where
         meta = json.dumps(record["meta"], sort_keys=True, ensure_ascii=False)
         rows.append({**record, "task": task.name, "meta": meta})
     if not rows:
-        raise UserError(f"dataset: the source of {task.name} holds no examples")
+        raise UserError(f"dataset: the source of {task.name} contains no examples")
     return rows
 
 
@@ -94,7 +94,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def describe_source(dataset: Mapping[str, Any], task: str) -> dict[str, str | None]:
-    """Where the examples come from, for the metadata: a name and, for a local file, the hash of its content."""
+    """Return the source of the examples for the metadata: a name and, for a local file, the hash of its content."""
     path = local_source(dataset, task)
     if path is not None:
         return {"source": path.name, "source_sha256": sha256(path.read_bytes()).hexdigest()}
@@ -109,10 +109,10 @@ def download(spec: Mapping[str, Any], task: str, output: str) -> None:
     Args:
         spec: ``{"dataset": {name, revision, path, split, lengths, n_per_length, seed}}``.
         task: name of the task.
-        output: the Parquet file to write; it appears whole or not at all.
+        output: the Parquet file to write; it is written atomically.
 
     Raises:
-        UserError: the data cannot be had or is not as it should be.
+        UserError: the data cannot be read or downloaded, or are not in the expected form.
     """
     dataset = spec["dataset"]
     described = get_task(dataset["name"], task)

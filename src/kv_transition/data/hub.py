@@ -13,9 +13,9 @@ LONGBENCH = "THUDM/LongBench"
 
 
 def hub_source(dataset: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the repository and commit of a LongBench task; None if ``dataset.path`` is local.
+    """Return the repository and commit of a data set; None if ``dataset.path`` is local.
 
-    Raises UserError if the revision is not a commit, or the path is neither local nor the name of a repository.
+    Raises UserError if the revision is not a commit, or if the path is neither local nor the name of a repository.
     """
     path, revision = dataset.get("path"), dataset.get("revision")
     if path is not None:
@@ -42,7 +42,7 @@ def list_files(repository: str, revision: str) -> list[str]:
 
 
 def fetch(repository: str, revision: str, path: str) -> Path:
-    """Download one file (or find it in the hub's local cache)."""
+    """Return the local path of one file, after downloading it if the hub's local cache lacks it."""
     import huggingface_hub
 
     with _Sentence(f"{path} of {repository} at {revision}"):
@@ -50,7 +50,7 @@ def fetch(repository: str, revision: str, path: str) -> Path:
 
 
 class _Sentence:
-    """Turns the errors of a download into one sentence."""
+    """A context manager that turns the errors of a download into a UserError of one sentence."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -63,4 +63,4 @@ class _Sentence:
 
         if isinstance(error, (OSError, ValueError, httpx.HTTPError)):
             cause = str(error).strip().split("\n")[0] or type(error).__name__
-            raise UserError(f"dataset: {self.what} cannot be had from the hub: {cause}") from None
+            raise UserError(f"dataset: {self.what} cannot be downloaded from the hub: {cause}") from None

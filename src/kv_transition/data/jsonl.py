@@ -1,7 +1,7 @@
-"""Your own examples: one JSON object per line with ``question``, ``context``, ``answers``, optional ``id``,
+"""The user's own examples: one JSON object per line with ``question``, ``context``, ``answers``, optional ``id`` and
 ``meta``.
 
-A line may hold several ``questions`` about its ``context`` instead, each with ``question`` and ``answers``.
+A line may have several ``questions`` about its ``context`` instead, each with ``question`` and ``answers``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ SHARED = ("context", "questions")
 
 
 def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
-    """Yield the examples of ``task`` under their normalized names.
+    """Yield the examples of ``task`` with normalized field names.
 
-    An example without an ``id`` is named after its content, so that reordering a file changes nothing. Questions about
-    one context have its name as ``meta.context_id``, by which they stay together.
+    The id of an example without an ``id`` is a hash of its content, so that the order of the lines has no effect.
+    Questions about one context have its name as ``meta.context_id``; they are kept together.
 
     Raises:
         UserError: the file cannot be read, or a line is malformed or lacks a field.
     """
     path = local_source(dataset, task)
     if path is None:
-        raise UserError("dataset.path: a jsonl data set needs the file, or the folder that holds {task}.jsonl")
+        raise UserError("dataset.path: a jsonl data set needs a file, or a folder with {task}.jsonl")
     for where, record in (single for line in read_file(path) for single in _questions(*line)):
         require(record, FIELDS, where)
         example_id = record.get("id")
@@ -51,13 +51,15 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
 
 
 def _questions(where: str, record: dict[str, Any]) -> Iterator[Record]:
-    """Yield a record for each question of a line; the line itself where it has one ``question``."""
+    """Yield a record for each question of a line, or the line itself if it has one ``question``."""
     if "questions" not in record:
         yield where, record
         return
     require(record, SHARED, where)
     if both := {"question", "answers"} & record.keys():
-        raise UserError(f"{where}: {min(both)!r} stands beside 'questions'; put each question and its answers there")
+        raise UserError(
+            f"{where}: the line has {min(both)!r} and 'questions'; put each question and its answers in 'questions'"
+        )
     questions, meta = record["questions"], record.get("meta") or {}
     if not isinstance(questions, list) or not questions or not all(isinstance(own, dict) for own in questions):
         raise UserError(f"{where}: questions must be a list of objects with 'question' and 'answers', one or more")

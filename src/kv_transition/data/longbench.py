@@ -1,7 +1,7 @@
 """LongBench's English tasks (Bai et al. 2024, arXiv 2308.14508), from local files or from the hub.
 
-The data set's own repository is a loading script around ``data.zip``, which current versions of ``datasets`` refuse to
-run; the archive is read directly. Mirrors that hold Parquet files, one folder or file a task, are read as well.
+The data set's own repository is a loading script for ``data.zip``, which current versions of ``datasets`` refuse to
+run, so the archive is read directly. Mirrors with Parquet files, one folder or file per task, are also read.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ META = ("length", "language", "dataset")
 
 
 def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
-    """Yield the examples of ``task`` under their normalized names.
+    """Yield the examples of ``task`` with normalized field names.
 
     Raises:
-        UserError: the files cannot be had, a record is malformed or lacks a field, or it belongs to another task.
+        UserError: the files cannot be read or downloaded, or a record is malformed, lacks a field or belongs to another
+            task.
     """
     name = get_task("longbench", task).source_name
     if dataset.get("split", "test") != "test":
-        raise UserError(f"dataset.split: LongBench has the split test only, not {dataset['split']!r}")
+        raise UserError(f"dataset.split: LongBench only has the split test, not {dataset['split']!r}")
     source = hub_source(dataset)
     records = read_file(local_source(dataset, task)) if source is None else _from_hub(*source, name)
     for where, record in records:
@@ -59,7 +60,7 @@ def _from_hub(repository: str, revision: str, name: str) -> Iterator[Record]:
         return
     parts = sorted(file for file in files if _is_part(PurePosixPath(file), name))
     if not parts:
-        raise UserError(f"dataset.path: {repository} at {revision} holds neither {ARCHIVE} nor Parquet files of {name}")
+        raise UserError(f"dataset.path: {repository} at {revision} has neither {ARCHIVE} nor Parquet files of {name}")
     for part in parts:
         yield from _from_parquet(fetch(repository, revision, part), part)
 
@@ -77,8 +78,8 @@ def _from_archive(path: Path, name: str) -> Iterator[Record]:
         with zipfile.ZipFile(path) as archive, archive.open(member) as lines:
             yield from parse_lines(lines, f"{ARCHIVE}/{member}")
     except KeyError:
-        raise UserError(f"dataset.tasks: {ARCHIVE} holds no {member}") from None
-    # the exception that the library raises for a damaged archive depends on the damage
+        raise UserError(f"dataset.tasks: {ARCHIVE} has no {member}") from None
+    # the kind of exception that the library raises depends on the damage of the archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
         raise UserError(f"{ARCHIVE} cannot be read: {error}") from None
 

@@ -1,4 +1,4 @@
-"""A model's files, looked at without loading the model: one sentence says what is damaged."""
+"""Checks of a model's files without loading the model; each error is one sentence that names the damaged file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kv_transition.data import gguf
 from kv_transition.errors import UserError
 
 MAX_HEADER = 100_000_000
-"""bytes of a safetensors header at most, as the format has it"""
+"""maximum bytes of a safetensors header, as the format defines it"""
 _COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim")
 
 
 def cached_file(name: str, revision: str | None, file: str) -> Path | None:
-    """A model's file, from its folder or from the hub's cache; None where it is in neither. Asks nobody."""
+    """Return a model's file from its folder or the hub's cache; None if neither has it. Makes no request."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
@@ -28,9 +28,9 @@ def cached_file(name: str, revision: str | None, file: str) -> Path | None:
 
 
 def read_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
-    """Return a model's config.json, or what a GGUF file says under the same names; None where neither is here.
+    """Return a model's config.json, or the same values of a GGUF file; None if neither is local.
 
-    Raises UserError if it is damaged or contradicts itself.
+    Raises UserError if the file is damaged or contradicts itself.
     """
     if gguf.is_gguf(name):
         return gguf.config(name)
@@ -39,13 +39,13 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any] | None
         return None
     config = parsing.read_json(file)
     if not isinstance(config, dict):
-        raise UserError(f"model.name: {file} must hold a JSON object")
+        raise UserError(f"model.name: {file} must contain a JSON object")
     _check_config(text_of(config), file)
     return config
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a config that is about text: models that see as well have one of its own."""
+    """Return the part of a config that describes the text model; multimodal models have a separate one."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
 
@@ -54,12 +54,12 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
     for key in _COUNTS:
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"model.name: {file} says {key}: {value!r}, and it must be a whole number of at least 1")
+            raise UserError(f"model.name: {file} has {key}: {value!r}, which must be a whole number of at least 1")
     layers, kinds = config.get("num_hidden_layers"), config.get("layer_types")
     if layers is not None and isinstance(kinds, list) and len(kinds) != layers:
         raise UserError(
             f"model.name: {file} contradicts itself, num_hidden_layers is {layers} and layer_types has {len(kinds)} "
-            "entries; get it anew"
+            "entries; download it again"
         )
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
@@ -69,7 +69,7 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
 
 
 def positions(config: Mapping[str, Any]) -> int | None:
-    """Return how many positions a model was made for, its rope scaling included; None where the config does not say."""
+    """Return the number of positions that a model supports, rope scaling included; None if unknown."""
     text = text_of(config)
     known = text.get("max_position_embeddings") or text.get("n_positions")
     scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
@@ -81,10 +81,10 @@ def positions(config: Mapping[str, Any]) -> int | None:
 
 
 def check(name: str, revision: str | None = None, weights: bool = True) -> None:
-    """Open what is here of a model: its config, its tokenizer and, if asked for, the header of its weights.
+    """Open the local files of a model: its config, its tokenizer and, if asked for, the header of its weights.
 
-    Raises UserError for the first file that is damaged or contradicts another one. A model that is on the hub only is
-    not looked at.
+    Raises UserError for the first file that is damaged or contradicts another one. A model that is only on the hub is
+    not checked.
     """
     config = read_config(name, revision)
     if gguf.is_gguf(name) or not Path(name).expanduser().is_dir():
@@ -102,15 +102,15 @@ def _check_tokenizer(folder: Path) -> None:
             parsing.read_json(place / file)
     file = place / "tokenizer.json"
     if not file.is_file():
-        return  # another form, which transformers reads
+        return  # another file format, which transformers reads
     from tokenizers import Tokenizer
 
     parsing.read_json(file)
     try:
         Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no other kind
+    except Exception as error:  # the library raises plain Exceptions
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.name: {file} is no tokenizer ({reason}); get it anew") from None
+        raise UserError(f"model.name: {file} is not a tokenizer ({reason}); download it again") from None
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
@@ -119,31 +119,31 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
         said = parsing.read_json(index)
         names = said.get("weight_map") if isinstance(said, dict) else None
         if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-            raise UserError(f"model.name: {index} has no weight_map from weights to files; get it anew")
+            raise UserError(f"model.name: {index} has no weight_map from weights to files; download it again")
         files = [folder / file for file in sorted(set(names.values()))]
     else:
         files = [file for file in [folder / "model.safetensors"] if file.is_file()]
     for file in files:
         if not file.is_file():
-            raise UserError(f"model.name: {file} is missing, and {index.name} names it; get it anew")
+            raise UserError(f"model.name: {file} is missing, although {index.name} names it; download it again")
         for key, (shape, _) in read_header(file).items():
             if key.endswith("embed_tokens.weight"):
                 expected = [config.get("vocab_size"), config.get("hidden_size")]
                 if None not in expected and list(shape) != expected:
                     raise UserError(
-                        f"model.name: {file} does not fit config.json, {key} is {list(shape)} instead of {expected}; "
-                        "get it anew"
+                        f"model.name: {file} does not match config.json: {key} is {list(shape)} instead of {expected}; "
+                        "download it again"
                     )
 
 
 def read_header(file: Path) -> dict[str, tuple[list[int], str]]:
-    """Return shape and dtype of each tensor in a safetensors file. Raises UserError if the file is damaged or cut."""
+    """Return shape and dtype of each tensor in a safetensors file. Raises UserError if it is damaged or truncated."""
     size = file.stat().st_size
     try:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise UserError(f"model.name: {file} is cut short or no safetensors file; get it anew")
+                raise UserError(f"model.name: {file} is truncated or not a safetensors file; download it again")
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
         found = {key: (list(value["shape"]), str(value["dtype"])) for key, value in header.items()}
@@ -151,7 +151,9 @@ def read_header(file: Path) -> dict[str, tuple[list[int], str]]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError) as error:
-        raise UserError(f"model.name: {file} is damaged ({type(error).__name__}: {error}); get it anew") from None
+        raise UserError(f"model.name: {file} is damaged ({type(error).__name__}: {error}); download it again") from None
     if not isinstance(end, int) or 8 + length + end != size:
-        raise UserError(f"model.name: {file} is cut short, {size} bytes instead of {8 + length} + {end}; get it anew")
+        raise UserError(
+            f"model.name: {file} is truncated: {size} bytes instead of {8 + length} + {end}; download it again"
+        )
     return found

@@ -1,4 +1,4 @@
-"""The job ``prepare``: one task's examples as prompts in length bins, and the manifest that says how they came about.
+"""The job ``prepare``: write one task's examples as prompts in length bins, and a manifest of their preparation.
 
 ``python -m kv_transition.data.prepare --spec JSON --task NAME --source FILE --outdir FOLDER``
 """
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Wording:
-    """The prompt template and the answer length of a task, and their sources."""
+    """The prompt template and the answer length of a task, with their sources and warnings."""
 
     template: Template
     max_new_tokens: int
@@ -44,10 +44,11 @@ class Wording:
 
 
 def choose_wording(dataset: Mapping[str, Any], task: Task, max_tokens: int | str, modes: Sequence[str]) -> Wording:
-    """Find the template and the answer length of a task: the benchmark's own if its files are there, else ours.
+    """Return the template and the answer length of a task: the benchmark's own if its files are given, otherwise this
+    project's.
 
     Raises:
-        UserError: a file is not as it should be, or the modes need a question that task or template do not have.
+        UserError: a file is not in the expected form, or a mode needs a question that the task or the template lacks.
     """
     warnings = []
     found = official(dataset, "prompts", task.source_name)
@@ -62,7 +63,9 @@ def choose_wording(dataset: Mapping[str, Any], task: Task, max_tokens: int | str
             )
     template = Template.parse(text, f"the template of {task.name} ({source})")
     if task.has_question and not template.has_question:
-        raise UserError(f"the template of {task.name} ({source}) must hold {{input}}, since the task has a question")
+        raise UserError(
+            f"the template of {task.name} ({source}) must contain {{input}}, because the task has a question"
+        )
     if "before_question" in modes and not task.has_question:
         raise UserError(f"kv.modes: {task.name} has no question, so before_question is not possible; use after_prompt")
 
@@ -93,8 +96,8 @@ def write_to_length(rows: Sequence[Row], build: PromptBuilder) -> list[Row]:
     lengths = [json.loads(row["meta"])["length"] for row in rows]
     if max(lengths) > build.max_length:
         raise UserError(
-            f"model.max_length: {build.max_length} would cut the middle out of documents of {max(lengths)} tokens "
-            f"(dataset.lengths), and answers with it; give at least {max(lengths)}"
+            f"model.max_length: {build.max_length} would remove the middle of documents of {max(lengths)} tokens "
+            f"(dataset.lengths), which may contain the answers; give at least {max(lengths)}"
         )
 
     def document(row: Row, length: int) -> str:
@@ -107,7 +110,7 @@ def write_to_length(rows: Sequence[Row], build: PromptBuilder) -> list[Row]:
 
 
 def divide(rows: Sequence[Row], prompts: Sequence[Prompt], binning: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
-    """Divide the examples into length bins and choose those of each bin that are run.
+    """Return the length bins with the examples that are run in each, and warnings.
 
     Questions that their source gives for one context (``meta.context_id``) are in the bin of the longest of their
     prompts and are chosen together.
@@ -120,7 +123,7 @@ def divide(rows: Sequence[Row], prompts: Sequence[Prompt], binning: Mapping[str,
     Returns:
         For each bin ``{"bin", "edges", "token_min", "token_max", "fed_min", "fed_max", "available", "truncated",
         "chosen"}``, where the ranges are those of the bin's examples before and after truncation (null if there are
-        none) and ``chosen`` holds positions in ``rows``; and warnings.
+        none) and ``chosen`` contains positions in ``rows``; and warnings.
 
     Raises:
         UserError: a bin has fewer examples than n_per_bin and ``strict`` is set.
@@ -142,7 +145,7 @@ def divide(rows: Sequence[Row], prompts: Sequence[Prompt], binning: Mapping[str,
     warnings = []
     if outside := len(rows) - sum(map(len, members)):
         warnings.append(
-            f"{outside} of {len(rows)} examples are left out: they have fewer than {edges[0]} "
+            f"{outside} of {len(rows)} examples are not used: they have fewer than {edges[0]} "
             f"or more than {edges[-1]} tokens, the outer edges of the bins."
         )
     bins = []
@@ -175,15 +178,15 @@ def divide(rows: Sequence[Row], prompts: Sequence[Prompt], binning: Mapping[str,
 def prepare(spec: Mapping[str, Any], task_name: str, source: str, outdir: str) -> None:
     """Write examples.parquet, bin{b}.parquet for every bin and manifest.json into ``outdir``.
 
-    Every text is tokenized once here, with the model's own tokenizer: the counts stand in examples.parquet, the ids
-    of the chosen examples in the bin files, and no later job tokenizes a prompt again.
+    Every text is tokenized once, here, with the model's own tokenizer: examples.parquet has the counts, and the bin
+    files have the token ids of the chosen examples. No later job tokenizes a prompt again.
 
     Args:
         spec: ``{"dataset", "model": {name, revision, max_length, chat_template}, "binning", "decoding": {max_tokens},
             "modes"}``.
         task_name: name of the task.
         source: the table that the job ``download`` wrote.
-        outdir: folder of the results; nothing is written unless all of it can be.
+        outdir: folder of the results; after an error it is unchanged.
 
     Raises:
         UserError: the configuration or the data do not allow it.
@@ -265,9 +268,11 @@ def _prompt_warnings(model: Mapping[str, Any], prompts: Sequence[Prompt]) -> lis
     warnings = []
     limit = model["max_length"]
     if not Path(model["name"]).is_dir() and not re.fullmatch(r"[0-9a-f]{40}", model.get("revision") or ""):
-        warnings.append(f"{model['name']} is not pinned to a commit (model.revision): the hub may change it.")
+        warnings.append(f"{model['name']} is not pinned to a commit (model.revision), so the hub may change it.")
     if truncated := sum(prompt.truncated for prompt in prompts):
-        warnings.append(f"{truncated} of {len(prompts)} prompts are longer than {limit} tokens and lost their middle.")
+        warnings.append(
+            f"{truncated} of {len(prompts)} prompts are longer than {limit} tokens, so their middle was removed."
+        )
     if cut := sum(prompt.question_cut for prompt in prompts):
         warnings.append(
             f"In {cut} of {len(prompts)} prompts truncation to {limit} tokens cut into the question segment; "

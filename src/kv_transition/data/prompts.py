@@ -1,9 +1,10 @@
-"""Prompts in two segments, truncated and wrapped as LongBench does it (Bai et al. 2024, arXiv 2308.14508).
+"""Prompts in two segments, truncated and wrapped as in LongBench (Bai et al. 2024, arXiv 2308.14508).
 
-The *context* segment ends with the context itself, the *question* segment is everything after it: the template's text
-between the two belongs to the question. Each segment is tokenized by itself, so that a compressed context can be
-continued by any question. A prompt that is too long loses its middle: the first and the last half of ``max_length``
-tokens stay, and only then is it wrapped in the chat template, whose own tokens therefore come on top of ``max_length``.
+The *context* segment ends with the context itself; the *question* segment is everything after it, including the
+template's text between the two. Each segment is tokenized separately, so that a compressed context can be continued
+with any question. A prompt that is too long loses its middle: the first and the last half of ``max_length`` tokens are
+kept. It is wrapped in the chat template afterwards, so the tokens of the chat template are not counted in
+``max_length``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kv_transition.errors import UserError
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-# Stands between the segments while a chat template is rendered; private-use characters, which no text should hold.
+# Marks the end of the context while a chat template is rendered: private-use characters, which no text should contain.
 _BOUNDARY = "\ue000\ue0ff\ue000"
 
 Piece = tuple[str, str | None]
@@ -31,17 +32,17 @@ Piece = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class Template:
-    """The text around context and question."""
+    """The text before and after context and question."""
 
     before: str
     after: tuple[Piece, ...]
 
     @classmethod
     def parse(cls, text: str, where: str) -> Template:
-        """Read a template with ``{context}`` once and then any number of ``{input}``; ``{{`` is a literal brace.
+        """Return a template with ``{context}`` once and then any number of ``{input}``; ``{{`` is a literal brace.
 
         Raises:
-            UserError: the template (``where`` says which) has another form.
+            UserError: the template, which ``where`` names, has another form.
         """
         try:
             parts = [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
@@ -52,7 +53,7 @@ class Template:
         if unknown:
             raise UserError(f"{where} has the field {{{min(unknown)}}}; only {{context}} and {{input}} are known")
         if fields.count("context") != 1 or fields[0] != "context":
-            raise UserError(f"{where} must hold {{context}} once, before any {{input}}")
+            raise UserError(f"{where} must contain {{context}} once, before any {{input}}")
         at = [field for _, field in parts].index("context")
         after = tuple(parts[at + 1 :])
         if not after:
@@ -77,10 +78,10 @@ class Prompt:
         context_text, question_text: the segments, chat template included; their tokens are the ids below.
         context_ids, question_ids: token ids.
         content: where the prompt without its chat template begins in context_text and ends in question_text; None if
-            that cannot be told.
+            unknown.
         token_len: tokens of the prompt before truncation.
-        truncated: whether the middle was left out.
-        question_cut: whether truncation reached into the question segment.
+        truncated: whether the middle was removed.
+        question_cut: whether truncation removed a part of the question segment.
     """
 
     context_text: str
@@ -104,12 +105,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Turns contexts and questions into prompts.
+    """Builds prompts from contexts and questions.
 
     Attributes:
-        tokenizer: the model's own, fast.
+        tokenizer: the model's own fast tokenizer.
         template: the wording.
-        max_length: tokens of a prompt, special ones included and the chat template not, before it is truncated.
+        max_length: maximum number of tokens of a prompt before truncation, special tokens included, without the chat
+            template.
         chat: whether to wrap prompts in the tokenizer's chat template.
     """
 
@@ -129,18 +131,19 @@ class PromptBuilder:
         return Prompt(*self._as_fed(*segments), token_len, truncated=True, question_cut=question_cut)
 
     def plain_len(self, context: str, question: str) -> int:
-        """Return the tokens of the prompt before truncation, with special tokens and without a chat template."""
+        """Return the number of tokens before truncation, with special tokens and without a chat template."""
         before, after = self.template.fill(context, question)
         return len(self._encode(before, special=True).input_ids) + len(self._encode(after, special=False).input_ids)
 
     def truncate(self, context: str, question: str) -> tuple[str, str, bool] | None:
-        """Leave the middle out of a prompt that is longer than ``max_length`` tokens.
+        """Return the segments of a prompt without its middle if it is longer than ``max_length`` tokens.
 
-        Cuts the text where the tokens end, so that what stays is the text itself and the boundary between the segments
-        is not lost. Literal special tokens in the text are left out too, as decoding with skip_special_tokens does.
+        The text is cut where tokens end, so that the kept text is unchanged and the boundary between the segments is
+        preserved. Special tokens that occur literally in the text are removed, as decoding with skip_special_tokens
+        does.
 
         Returns:
-            The two segments and whether the question segment lost something; None if the prompt is short enough.
+            The two segments and whether the question segment was cut; None if the prompt is short enough.
         """
         text, boundary = context + question, len(context)
         encoding = self._encode(text, special=True)
@@ -148,13 +151,13 @@ class PromptBuilder:
         if n <= self.max_length:
             return None
         half = self.max_length // 2
-        # Both cuts lie where a token ends: white space between tokens that belongs to none goes with the later one.
+        # Both cuts are at the end of a token: white space that belongs to no token is kept with the later token.
         head, tail = _token_end(encoding, half - 1), _token_end(encoding, n - half - 1)
         removed = [(head, tail)]
         for i, token in enumerate(encoding.input_ids):
             literal = self._special_tokens.get(token)
             span = encoding.token_to_chars(i) if literal else None
-            # unknown words have the id of a special token, but are not written like one
+            # an unknown word has the id of a special token, but its text differs from that token's
             if span and text[span.start : span.end] == literal:
                 removed.append((span.start, span.end))
         removed.sort()
@@ -174,7 +177,7 @@ class PromptBuilder:
             plain = context, question
             context, question = render_chat(self.tokenizer, context, question)
             content = _content(*plain, context, question)
-        # a chat template holds the special tokens itself
+        # a chat template contains the special tokens itself
         context_ids = self._encode(context, special=not self.chat).input_ids
         return context, question, context_ids, self._encode(question, special=False).input_ids, content
 
@@ -183,7 +186,7 @@ class PromptBuilder:
 
 
 def render_chat(tokenizer: PreTrainedTokenizerFast, context: str, question: str) -> tuple[str, str]:
-    """Wrap a prompt as one user message followed by the start of the answer; the boundary stays where it was.
+    """Return a prompt as one user message followed by the start of the answer, in two segments with the same boundary.
 
     Raises:
         UserError: the template fails, or does not render the message's text once and unchanged.
@@ -195,7 +198,7 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, context: str, question: str)
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE
             )
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise any exception
             raise UserError(f"model.chat_template: the tokenizer's chat template fails: {error}") from None
 
     head, _, tail = render(context + _BOUNDARY + question).partition(_BOUNDARY)
@@ -205,7 +208,7 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, context: str, question: str)
 
 
 def _content(context: str, question: str, head: str, tail: str) -> tuple[int, int] | None:
-    """Return where a message begins in the rendered ``head`` and ends in the ``tail``; templates may strip it."""
+    """Return where a message begins in the rendered ``head`` and ends in ``tail``; a template may strip the message."""
     for begin in (context, context.lstrip()):
         for end in (question, question.rstrip()):
             if head.endswith(begin) and tail.startswith(end):

@@ -1,4 +1,4 @@
-"""Read JSON lines, plain or gzipped, with the place of each record for error messages."""
+"""Read JSON lines, plain or gzipped, with the position of each record for error messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kv_transition.parsing import parse_json
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 Record = tuple[str, dict[str, Any]]
-"""Where a record stands ("file, line 3") and its fields."""
+"""Position of a record ("file, line 3") and its fields."""
 
 
 def find_file(path: Path, name: str) -> Path:
-    """The records of task ``name``: ``path`` itself if it is a file, else ``{name}.jsonl[.gz]`` in that folder.
+    """Return the file of task ``name``: ``path`` if it is a file, otherwise ``{name}.jsonl[.gz]`` in that folder.
 
     Raises:
         UserError: there is no such file, or there are two.
@@ -32,16 +32,16 @@ def find_file(path: Path, name: str) -> Path:
         raise UserError(f"dataset.path: there is no file or folder {path}")
     found = [path / (name + suffix) for suffix in SUFFIXES if (path / (name + suffix)).is_file()]
     if len(found) > 1:
-        raise UserError(f"dataset.path: {path} holds both {found[0].name} and {found[1].name}; keep one of them")
+        raise UserError(f"dataset.path: {path} contains both {found[0].name} and {found[1].name}; keep one of them")
     if not found:
         there = sorted(file.name for file in path.iterdir() if file.name.endswith(SUFFIXES))
         listing = ", ".join(there) or f"no file that ends in {' or '.join(SUFFIXES)}"
-        raise UserError(f"dataset.path: {path} holds no {name}.jsonl or {name}.jsonl.gz; there is {listing}")
+        raise UserError(f"dataset.path: {path} contains no {name}.jsonl or {name}.jsonl.gz; it contains {listing}")
     return found[0]
 
 
 def find_any(path: Path, names: Sequence[str]) -> Path:
-    """As `find_file` for the first of ``names`` that is there; a JSON array ``.json`` is taken too."""
+    """Return the file of the first of ``names`` that exists, as `find_file`; ``.json`` is also accepted."""
     if path.is_file() and path.suffix == ".json":
         return path
     there = (path / f"{name}{suffix}" for name in names for suffix in (*SUFFIXES, ".json"))
@@ -49,7 +49,7 @@ def find_any(path: Path, names: Sequence[str]) -> Path:
 
 
 def local_source(dataset: Mapping[str, Any], task: str) -> Path | None:
-    """The local file that a task's examples are read from; None where they are generated or downloaded.
+    """Return the local file with a task's examples; None if they are generated or downloaded.
 
     Args:
         dataset: the ``dataset`` section of a configuration (name, path).
@@ -66,10 +66,10 @@ def local_source(dataset: Mapping[str, Any], task: str) -> Path | None:
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """Read a ``.jsonl`` or ``.jsonl.gz`` file; blank lines are skipped.
+    """Yield the records of a ``.jsonl`` or ``.jsonl.gz`` file; blank lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, or a line of it is not a JSON object.
+        UserError: the file cannot be read, or a line is not a JSON object.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
@@ -79,7 +79,7 @@ def read_file(path: Path) -> Iterator[Record]:
 
 
 def parse_lines(lines: Iterable[bytes], name: str) -> Iterator[Record]:
-    """Parse one JSON object a line; ``name`` is what error messages call the file."""
+    """Yield the JSON object of each line. name: the name of the file in error messages."""
     for number, line in enumerate(lines, start=1):
         where = f"{name}, line {number}"
         try:
@@ -90,12 +90,12 @@ def parse_lines(lines: Iterable[bytes], name: str) -> Iterator[Record]:
             continue
         record = parse_json(text, where)
         if not isinstance(record, dict):
-            raise UserError(f"{where}: a JSON object was expected, not {type(record).__name__}")
+            raise UserError(f"{where}: the line must contain a JSON object, not {type(record).__name__}")
         yield where, record
 
 
 def require(record: Mapping[str, Any], fields: Iterable[str], where: str) -> None:
-    """Raises UserError if one of ``fields`` is missing."""
+    """Raise UserError if one of ``fields`` is missing."""
     missing = [field for field in fields if field not in record]
     if missing:
         raise UserError(f"{where}: the field {missing[0]!r} is missing; required are {', '.join(fields)}")

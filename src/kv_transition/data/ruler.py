@@ -1,14 +1,14 @@
 """Long documents at exact token lengths for any tokenizer: needles, variables and word counts.
 
-The tasks follow the idea of RULER (Hsieh et al. 2024, arXiv 2404.06654). Wording, filler and words are this project's
-own, and so are some choices: names and counted words are invented, filler is random prose, variable_tracking always has
-a second chain that must be distinguished, and common_words fits into a thousand tokens (5 words of 12 occurrences among
-others of at most 3, instead of 10 of 30). Scores therefore cannot be compared with RULER's.
+The tasks follow RULER (Hsieh et al. 2024, arXiv 2404.06654). The wording, the filler and the words are this project's
+own, and so are some choices: names and counted words are invented, the filler is random prose, variable_tracking always
+has a second chain that must be distinguished, and common_words fits into a thousand tokens (5 words with 12 occurrences
+among others with at most 3, instead of 10 with 30). Scores therefore cannot be compared with RULER's.
 
-An example is made in two steps, because its length depends on the model's tokenizer:
+An example is created in two steps, because its length depends on the model's tokenizer:
 
 - `load` draws question, answers and *plan*: the texts that the document must contain, one per line, as depth, tab,
-  text. A depth in [0, 1) is the share of the filler that comes before.
+  text. A depth in [0, 1) is the share of the filler that comes before the text.
 - `write` turns the plan into the document, with as much filler as gives the prompt the requested length.
 """
 
@@ -45,27 +45,27 @@ _ATTEMPTS = 12
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 _MAY = "-"
-"""in the place of a depth: a text that may stand in the document, in this order, as far as there is room"""
+"""instead of a depth: an optional text; optional texts are added in this order while there is space"""
 
 Plan = list[tuple[float, str]]
-"""Depth and text of all that a document must hold, in the order of depth."""
+"""Depth and text of everything that a document must contain, in the order of depth."""
 
 
 def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
     """Yield the examples of ``task``; their context is a plan, see `write`.
 
-    Example i of a length is a function of task, seed, length and i alone, so that a larger ``n_per_length`` extends
-    the list. Asked needles lie at depths that cover the document evenly, however many examples there are.
+    Example i of a length depends only on task, seed, length and i, so that a larger ``n_per_length`` extends the list.
+    The needles that are asked for are at depths that cover the document evenly for any number of examples.
 
     Raises:
-        UserError: there is no such task, lengths or n_per_length are missing, or the split is another than test.
+        UserError: there is no such task, lengths or n_per_length are missing, or the split is not test.
     """
     get_task("ruler", task)
     for key in ("lengths", "n_per_length"):
         if not dataset.get(key):
-            raise UserError(f"dataset.{key}: the ruler data set needs it")
+            raise UserError(f"dataset.{key}: the ruler data set needs this key")
     if dataset.get("split", "test") != "test":
-        raise UserError(f"dataset.split: ruler has the split test only, not {dataset['split']!r}")
+        raise UserError(f"dataset.split: ruler only has the split test, not {dataset['split']!r}")
     for length in dataset["lengths"]:
         series = f"{task}-{dataset.get('seed', 0)}-{length}"
         start = random.Random(series).random()
@@ -93,20 +93,21 @@ def load(dataset: Mapping[str, Any], task: str) -> Iterator[Record]:
 
 
 def write(task: str, example_id: str, plan: str, length: int, measure: Callable[[str], int]) -> str:
-    """The document of an example: the plan's texts among filler, each at its depth.
+    """Return the document of an example: the plan's texts among filler, each at its depth.
 
-    The prompt has exactly ``length`` tokens if there is filler whose tokens add up to that, else as few less as the
-    filler allows. With every tokenizer tried it is exact unless hardly any filler fits.
+    The prompt has exactly ``length`` tokens if a combination of filler units adds up to that; otherwise it is shorter
+    by as few tokens as possible. It was exact with every tokenizer that was tried, unless there is space for hardly any
+    filler.
 
     Args:
         task: name of the task.
         example_id: the seed of the filler.
         plan: a ``context`` of `load`.
-        length: tokens wanted of the prompt.
-        measure: the tokens of the whole prompt with the given document, special tokens and question included.
+        length: number of tokens of the prompt.
+        measure: returns the tokens of the whole prompt with the given document, special tokens and question included.
 
     Raises:
-        UserError: the prompt is longer than that without any filler.
+        UserError: the prompt is longer than ``length`` without any filler.
     """
     lines = [(depth, text) for depth, _, text in (line.partition("\t") for line in plan.split("\n"))]
     fixed = [(float(depth), text) for depth, text in lines if depth != _MAY]
@@ -120,7 +121,7 @@ def write(task: str, example_id: str, plan: str, length: int, measure: Callable[
         there = bisect_right(range(len(may) + 1), length, key=lambda n: measure(_lay_out(fixed, may[:n]))) - 1
         if there < len(may):
             return _lay_out(fixed, may[:there])
-        # all of them fit, and plain sentences fill the rest
+        # all optional texts fit; plain sentences fill the rest
         fixed = sorted([*fixed, *(((i + 0.5) / there, text) for i, text in enumerate(may))], key=lambda item: item[0])
     rng = random.Random(f"{example_id} filler")
     filler = _filler(task, rng, [text for _, text in fixed])
@@ -130,11 +131,11 @@ def write(task: str, example_id: str, plan: str, length: int, measure: Callable[
     units: list[str] = []
 
     def room(n: int, tail: Sequence[str] = ()) -> int:
-        """Return the tokens that are still needed with the first ``n`` units of filler and ``tail`` after them."""
+        """Return the number of tokens that are missing with the first ``n`` units of filler and ``tail`` after them."""
         units.extend(islice(filler, max(0, n - len(units))))
         return length - measure(_lay_out(fixed, [*units[:n], *tail]))
 
-    # Take slightly too few units; then search the spare ones for a set that fills the rest exactly.
+    # Take slightly too few units; then search the remaining ones for a set that fills the rest exactly.
     n, left = 0, length - least
     while (left < 2 * mean and n > 0) or left > 8 * mean:
         n = max(0, n + round(left / mean) - 4)
@@ -172,13 +173,13 @@ def _lay_out(fixed: Plan, filler: Sequence[str]) -> str:
 
 
 def _costs(units: Sequence[str], measure: Callable[[str], int]) -> list[int]:
-    """Return the tokens that each unit adds behind another one."""
+    """Return the number of tokens that each unit adds after another one."""
     before = measure(units[0])
     return [measure(f"{units[0]} {unit}") - before for unit in units]
 
 
 def _subset(cost: Sequence[int], wanted: int) -> tuple[int, ...]:
-    """Return costs that add up to ``wanted``, or to slightly less (subset sum by dynamic programming)."""
+    """Return costs whose sum is ``wanted`` or slightly less (subset sum by dynamic programming)."""
     reached: dict[int, tuple[int, ...]] = {0: ()}
     for i, price in enumerate(cost):
         new = {total + price: (*chosen, i) for total, chosen in reached.items() if total + price <= wanted}
@@ -207,7 +208,7 @@ def sentences(rng: random.Random) -> Iterator[str]:
 
 
 def words(rng: random.Random, others: set[str]) -> Iterator[str]:
-    """Yield invented words, each at most RARE_TIMES times and none of ``others``."""
+    """Yield invented words that are not in ``others``, each at most RARE_TIMES times."""
     fresh = _invented(rng, others)
     while True:
         block = list(islice(fresh, _RARE_WORDS_AT_ONCE)) * RARE_TIMES
@@ -316,7 +317,7 @@ _CIRCUMSTANCES = (
 
 
 # ----------------------------------------------------------------------------------------------------
-# The tasks: question, answers, plan and what goes into ``meta``
+# The tasks: question, answers, plan and ``meta``
 
 Drawn = tuple[str, list[str], Plan, dict[str, Any]]
 
@@ -330,7 +331,7 @@ def _niah_multikey(rng: random.Random, depth: float) -> Drawn:
 
 
 def _needles(rng: random.Random, depth: float, n_keys: int) -> Drawn:
-    """Return codes of several names at random depths; the first is asked for and lies at ``depth``."""
+    """Return codes of several names at random depths; the first name is asked for, and its code is at ``depth``."""
     names = list(islice(_invented(rng), n_keys))
     codes = _numbers(rng, n_keys, 7)
     depths = [_cut(depth), *(_cut(rng.random()) for _ in names[1:])]
@@ -354,7 +355,7 @@ def _variable_tracking(rng: random.Random, depth: float) -> Drawn:
     plan: Plan = []
     chains = [names[i::N_CHAINS] for i in range(N_CHAINS)]
     for i, (chain, value) in enumerate(zip(chains, values, strict=True)):
-        # the first statement may lie anywhere, the others behind it
+        # the first statement may be at any depth; the others come after it
         first = depth / 2 if i == 0 else rng.random() / 2
         depths = [_cut(first), *sorted(_cut(rng.uniform(first, 1)) for _ in chain[1:])]
         sources = [value, *(f"variable {name}" for name in chain)]

@@ -1,7 +1,7 @@
-"""The other tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654): haystacks of repetition and of needles, identifiers,
-several questions at once, coded words, and questions on documents from local files.
+"""The other tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654): repeated and needle haystacks, identifiers, several
+questions at once, coded words, and questions on documents from local files.
 
-`DRAW` has question, answers, plan and ``meta`` of an example, `FILLER` what stands between the plan's texts.
+`DRAW` returns question, answers, plan and ``meta`` of an example; `FILLER` the text between the plan's texts.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from kv_transition.errors import UserError
 from kv_transition.parsing import decode, parse_json
 
 Plan = list[tuple[float | None, str]]
-"""Depth and text of what must stand in a document; None: of what may, in this order, as far as there is room"""
+"""Depth and text of everything that a document must contain; depth None: optional, added in this order"""
 Drawn = tuple[str, list[str], Plan, dict[str, Any]]
 
 N_QUERIES = 4
 FREQUENT = (12, 8, 5)
-"""times that each of the most frequent words stands in the document at least"""
+"""minimum number of occurrences of each of the most frequent words"""
 _BLOCK = (60, 15, 6, 3, 2, *(1,) * 12)
-"""times that words of each rank stand in a block of the coded text: 60 / rank^2, at least once"""
+"""occurrences of the word of each rank in a block of the coded text: 60 / rank^2, at least 1"""
 _CHARACTERS = 8
-"""of a document's filler for each token that is wanted: more than any tokenizer's"""
+"""characters of filler per token of the document: more than any tokenizer has"""
 _NOISE = "The field is wide. The road is long. The stone is grey. We come and we go. And on it runs."
 _SENTENCE = "The locker code of {} is {}."
 
@@ -52,7 +52,7 @@ def _uuid_needles(rng: random.Random, depth: float) -> Drawn:
 
 
 def _multiquery(rng: random.Random, depth: float) -> Drawn:
-    """Codes of several names, a quarter of the document apart; all are asked for."""
+    """Return codes of several names, a quarter of the document apart; all of them are asked for."""
     names, codes = list(islice(invented(rng), N_QUERIES)), numbers(rng, N_QUERIES, 7)
     depths = [cut((depth + j / N_QUERIES) % 1) for j in range(N_QUERIES)]
     plan = [(at, _SENTENCE.format(name, code)) for at, name, code in zip(depths, names, codes, strict=True)]
@@ -61,7 +61,7 @@ def _multiquery(rng: random.Random, depth: float) -> Drawn:
 
 
 def _frequent(rng: random.Random, depth: float) -> Drawn:
-    """Three coded words that stand in the text more often than all others."""
+    """Return three coded words that occur in the text more often than all others."""
     words = list(islice(invented(rng), len(FREQUENT)))
     plan = [(cut(rng.random()), word) for word, times in zip(words, FREQUENT, strict=True) for _ in range(times)]
     return "Which three coded words stand in the text most often?", words, plan, {}
@@ -82,7 +82,7 @@ def _noise(rng: random.Random, texts: Sequence[str]) -> Iterator[str]:
 
 
 def _needles(rng: random.Random, texts: Sequence[str]) -> Iterator[str]:
-    """Codes of other names, so that the asked one stands among its like."""
+    """Yield codes of other names as filler, which are similar to the code that is asked for."""
     names = invented(rng, {word.strip(".") for text in texts for word in text.split()})
     taken = " ".join(texts)
     while True:
@@ -97,10 +97,10 @@ def _uuids(rng: random.Random, texts: Sequence[str]) -> Iterator[str]:
 
 
 def _coded(rng: random.Random, texts: Sequence[str]) -> Iterator[str]:
-    """Blocks of words whose frequency falls with the square of their rank, the plan's words first.
+    """Yield blocks of words whose frequency falls with the square of their rank; the plan's words have the first ranks.
 
-    However much of the last block stands in the document, the plan's words stay the most frequent: the least of them
-    stands there 5 times and 6 in each whole block, the next one at most 3 times in each.
+    The plan's words are the most frequent ones even if the last block is incomplete: the rarest of them occurs 5 times
+    in the plan and 6 times in each complete block, any other word at most 3 times per block.
     """
     top = [word for word, _ in Counter(texts).most_common(len(FREQUENT))]
     vocabulary = [*top, *islice(invented(rng, set(top)), len(_BLOCK) - len(top))]
@@ -122,14 +122,14 @@ FILLER: dict[str, Callable[[random.Random, Sequence[str]], Iterator[str]]] = {
 # Questions on documents from local files
 
 QA = {"qa_squad": "squad.json", "qa_hotpot": "hotpotqa.json"}
-"""the file of each task"""
+"""file of each task"""
 
 
 def draw_qa(dataset: Mapping[str, Any], task: str, rng: random.Random, depth: float, number: int, length: int) -> Drawn:
-    """Question ``number`` of the file: its documents must stand in the text, others may.
+    """Return question ``number`` of the file; the document must contain its passages and may contain others.
 
     Raises:
-        UserError: there is no such file, it is not of its form, or has fewer questions.
+        UserError: the file does not exist, has another form, or has fewer questions.
     """
     path = dataset.get("path")
     if path is None:
@@ -153,7 +153,7 @@ def draw_qa(dataset: Mapping[str, Any], task: str, rng: random.Random, depth: fl
 
 @cache
 def _read(path: str, task: str) -> tuple[list[tuple[str, list[str], list[int]]], list[str]]:
-    """Questions with their answers and the numbers of their documents; the documents, each on one line."""
+    """Return the questions with their answers and document indices, and the documents as single lines."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"dataset.path: there is no file {file}; {task} reads {QA[task]}")

@@ -1,4 +1,4 @@
-"""What ruler documents are made of: invented words, numbers, identifiers."""
+"""The parts of ruler documents: invented words, numbers, identifiers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SYLLABLES = [consonant + vowel for consonant in "bdklmnprstvz" for vowel in "ae
 
 
 def invented(rng: random.Random, others: set[str] = frozenset()) -> Iterator[str]:
-    """Different invented words, none of ``others``. All are of one length, so none is part of another."""
+    """Yield different invented words, none of ``others``. All have the same length, so none is a part of another."""
     seen = set(others)
     while True:
         word = "".join(rng.choices(_SYLLABLES, k=3))
@@ -22,15 +22,15 @@ def invented(rng: random.Random, others: set[str] = frozenset()) -> Iterator[str
 
 
 def numbers(rng: random.Random, n: int, digits: int) -> list[str]:
-    """Different numbers of so many digits, as text."""
+    """Return ``n`` different numbers with the given number of digits, as text."""
     return [str(number) for number in rng.sample(range(10 ** (digits - 1), 10**digits), n)]
 
 
 def identifier(rng: random.Random) -> str:
-    """A random UUID."""
+    """Return a random UUID."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def cut(depth: float) -> float:
-    """Four digits, and below 1 whatever it was."""
+    """Return the depth rounded down to four digits, so that it stays below 1."""
     return math.floor(depth * 10_000) / 10_000

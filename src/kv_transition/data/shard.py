@@ -1,4 +1,4 @@
-"""The job ``shard``: a part of a bin, in the order in which its examples were chosen.
+"""The job ``shard``: write a part of a bin, in the order in which its examples were chosen.
 
 ``python -m kv_transition.data.shard --bin BIN.parquet --begin N --end N --output BIN.parquet``
 """
@@ -12,7 +12,9 @@ from kv_transition.provenance import read_metadata, write_table
 
 
 def cut(bin_path: str, begin: int, end: int, output: str) -> None:
-    """Write the examples ``begin`` to ``end`` (from 0, without ``end``) of a bin file; none where it is shorter."""
+    """Write the examples ``begin`` to ``end`` (counted from 0, ``end`` excluded) of a bin file; none if the bin is
+    shorter.
+    """
 
     write_table(
         output, parsing.read_parquet(bin_path, partitioning=None).slice(begin, end - begin), read_metadata(bin_path)

@@ -1,20 +1,19 @@
 """A synthetic multi-document question-answering task in a small closed world.
 
-The task has the shape of the multi-document tasks of LongBench: a context of many short passages about
-invented persons and organisations, mixed with filler sentences, and a question whose answer stands in one
-passage (``one_hop``), in two (``chain``) or in none (``unanswerable``). Every word comes from a fixed
-vocabulary, so that a word-level tokenizer never meets an unknown word and one word is one token: the
-length of a document is exact before anything is tokenized. All counts of tokens below include the
-``<bos>`` which the tokenizer puts in front of a context.
+The task has the form of LongBench's multi-document tasks: a context of many short passages about invented persons and
+organisations, mixed with filler sentences, and a question. Its answer is in one passage (``one_hop``), in two
+(``chain``) or in none (``unanswerable``). Every word comes from a fixed vocabulary, so that a word-level tokenizer
+knows every word and one word is one token: the length of a document is exact before anything is tokenized. All counts
+of tokens below include the ``<bos>`` that the tokenizer puts before a context.
 
-``reader_ambiguous`` is the same with documents that contradict themselves about what is asked: two passages give
-the same person, or organisation, another value.
+``reader_ambiguous`` is the same with documents that contradict themselves about the subject of the question: two
+passages give the same person, or organisation, different values.
 
 Documents belong to the split ``test`` or ``train`` by a hash of their text. The embedded reader
-(``resources/tiny-reader``) is trained on ``train`` documents only and ``reader_qa`` serves ``test``
-documents by default: the two are disjoint whatever the seeds.
+(``resources/tiny-reader``) is trained only on ``train`` documents, and ``reader_qa`` yields ``test`` documents by
+default, so the two are disjoint for all seeds.
 
-Beside its words (`kv_transition.data.world`) this module imports the standard library only.
+Apart from its words (`kv_transition.data.world`), this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from kv_transition.data.world import (
 
 @dataclass(frozen=True)
 class Relation:
-    """One attribute of a person or an organisation, how it is stated and how it is asked for."""
+    """One attribute of a person or an organisation: its statement and its question."""
 
     subject: str  # "person" or "organisation"
     statement: Words  # two words between the name and the value: the same shape for every relation
@@ -70,9 +69,9 @@ DEFAULT_KINDS: Mapping[str, float] = MappingProxyType({"one_hop": 0.5, "chain": 
 UNKNOWN = "unknown"
 
 QUESTION_TEMPLATE = "\nQuestion : {question} Answer :"
-"""What follows the context in a prompt. The model answers with words and ``<eos>``."""
+"""The text after the context in a prompt. The model answers with words and ``<eos>``."""
 QUESTION_TOKENS = 11
-"""Most tokens that ``QUESTION_TEMPLATE`` takes with any question."""
+"""Maximum number of tokens of ``QUESTION_TEMPLATE`` with any question."""
 
 MIN_DOCUMENT_TOKENS = 112
 MAX_DOCUMENT_TOKENS = 4352
@@ -90,7 +89,7 @@ class Entity:
     values: Mapping[str, Words]
 
     def facts(self) -> Iterator[tuple[str, Words]]:
-        """Yield (relation, sentence) for everything that a document says about this entity."""
+        """Yield (relation, sentence) for every statement of a document about this entity."""
         for relation, value in self.values.items():
             yield relation, (*self.name, *RELATIONS[relation].statement, *value, ".")
 
@@ -110,7 +109,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """The context: words separated by single spaces, one passage a line."""
+        """Return the context: words separated by single spaces, one passage per line."""
         return "\n".join(" ".join(passage) for passage in self.passages)
 
     @property
@@ -136,11 +135,11 @@ class Question:
 
 
 def make_document(rng: random.Random, n_tokens: int, filler: float | None = None) -> Document:
-    """Make a document of ``n_tokens`` tokens or up to three fewer.
+    """Return a document of ``n_tokens`` tokens or up to three fewer.
 
-    Surnames and both words of organisation names are unique within a document, so that the last word of a
-    name is enough to tell whom a question is about; first names repeat. ``filler`` in [0, 1] scales the share of
-    filler sentences; by default each document draws none, some or many.
+    Surnames and both words of organisation names are unique within a document, so that the last word of a name
+    identifies the subject of a question; first names repeat. ``filler`` in [0, 1] scales the share of filler sentences;
+    by default each document draws none, some or many.
 
     Raises:
         ValueError: ``n_tokens`` is outside [MIN_DOCUMENT_TOKENS, MAX_DOCUMENT_TOKENS].
@@ -216,7 +215,7 @@ def make_document(rng: random.Random, n_tokens: int, filler: float | None = None
 
 
 def draw_document(rng: random.Random, n_tokens: int, split: str, filler: float | None = None) -> Document:
-    """Make documents until one belongs to ``split`` (``train`` or ``test``) and return it.
+    """Return the first drawn document that belongs to ``split`` (``train`` or ``test``).
 
     Raises:
         ValueError: the split or the number of tokens is not allowed.
@@ -230,10 +229,10 @@ def draw_document(rng: random.Random, n_tokens: int, split: str, filler: float |
 
 
 def ask(rng: random.Random, document: Document, kind: str, relation: str) -> Question:
-    """Ask a question of one ``kind`` about a random entity.
+    """Return a question of one ``kind`` about a random entity.
 
-    ``relation`` selects what is asked for; a ``chain`` question always asks for the employer and where it
-    is based, and ignores it.
+    ``relation`` selects the attribute that is asked for; a ``chain`` question ignores it and always asks for the
+    employer and its city.
 
     Raises:
         ValueError: ``kind`` or ``relation`` is not known.
@@ -257,7 +256,7 @@ def ask(rng: random.Random, document: Document, kind: str, relation: str) -> Que
 
 
 def _absent_name(rng: random.Random, document: Document, of_person: bool) -> Words:
-    """Draw a name whose last word, and for an organisation the first too, is not in the document."""
+    """Return a name whose last word, and for an organisation also the first, does not occur in the document."""
     entities = document.persons if of_person else document.organisations
     present = {word for entity in entities for word in entity.name}
     if of_person:
@@ -276,7 +275,7 @@ def _balanced(weights: Mapping[str, float]) -> Iterator[str]:
     total = sum(weights.values())
     while True:
         n = counts.total() + 1
-        # Rounded, so that ties fall to the first key and not to the last bit of a float.
+        # Rounded, so that the first key wins a tie whatever the last bit of a float is.
         key = max(weights, key=lambda k: round(weights[k] / total * n - counts[k], 9))
         counts[key] += 1
         yield key
@@ -289,17 +288,17 @@ def reader_qa(
     kinds: Mapping[str, float] | None = None,
     split: str = "test",
 ) -> Iterator[dict]:
-    """Generate raw question-answering examples, a pure function of the arguments.
+    """Yield question-answering examples, which depend only on the arguments.
 
-    Example i of a length does not depend on ``n_per_length``, and its context not on ``kinds``: asking for
-    more examples extends the list, and different kinds of questions can be asked about the same documents.
+    Example i of a length does not depend on ``n_per_length``, and its context does not depend on ``kinds``: a larger
+    ``n_per_length`` extends the list, and different kinds of questions can be asked about the same documents.
 
     Args:
-        lengths: tokens a prompt may take (context with ``<bos>`` and question segment together).
+        lengths: maximum numbers of tokens of a prompt (context with ``<bos>``, and question segment).
         n_per_length: examples of each length.
         seed: any integer.
         kinds: weight of each kind of question (default: one hop 1/2, chain 1/4, unanswerable 1/4). Kinds
-            and, within a kind, relations are dealt out in turn rather than drawn, so that small samples
+            and, within a kind, relations are assigned in turn rather than drawn, so that small samples
             have the right mix.
         split: ``test`` or ``train``.
 
@@ -331,10 +330,11 @@ def reader_qa(
 
 
 def contradict(rng: random.Random, document: Document, relation: str) -> tuple[Document, Entity, Words] | None:
-    """Let a document say two things: another entity's statement of ``relation`` gets the name of a random one.
+    """Return the document with a contradiction: another entity's statement of ``relation`` gets the name of a random
+    entity.
 
-    Returns the document, whose length is unchanged, the entity and the second value; None where all entities have the
-    same value.
+    Returns the document, whose length is unchanged, the entity and the second value; None if all entities have the same
+    value.
     """
     entities = document.persons if RELATIONS[relation].subject == "person" else document.organisations
     rivals = [(a, b) for a in entities for b in entities if a.values[relation] != b.values[relation]]
@@ -354,9 +354,9 @@ def contradict(rng: random.Random, document: Document, relation: str) -> tuple[D
 
 
 def reader_ambiguous(lengths: Sequence[int], n_per_length: int, seed: int, split: str = "test") -> Iterator[dict]:
-    """Generate examples as `reader_qa` does, about documents that give two answers; either is right.
+    """Yield examples as `reader_qa` does, about documents that contain two answers; either answer is correct.
 
-    The documents are made from those of ``split``; none like them was trained on.
+    The documents are made from those of ``split``; the reader was not trained on such documents.
 
     Raises:
         ValueError: a length or the split is not allowed.
@@ -380,7 +380,7 @@ def reader_ambiguous(lengths: Sequence[int], n_per_length: int, seed: int, split
 
 
 def reader_mixed(lengths: Sequence[int], n_per_length: int, seed: int, split: str = "test") -> Iterator[dict]:
-    """Generate the examples of `reader_qa`, and after every two of them one of `reader_ambiguous`.
+    """Yield the examples of `reader_qa`, and after every two of them one of `reader_ambiguous`.
 
     Raises:
         ValueError: a length or the split is not allowed.

@@ -1,9 +1,9 @@
-"""The tasks, and everything that is particular to one of them.
+"""The tasks and their properties.
 
 Metrics, answer patterns and the use of chat templates follow LongBench (Bai et al. 2024, arXiv 2308.14508) and, for the
-ruler tasks, RULER (Hsieh et al. 2024, arXiv 2404.06654). The prompt wordings and answer lengths here are this project's
-own; LongBench's are read from its own files if those are given (see `kv_transition.data.templates`). This module
-imports only the standard library, so that checking a configuration is fast.
+ruler tasks, RULER (Hsieh et al. 2024, arXiv 2404.06654). The prompt wordings and answer lengths in this module are this
+project's own; LongBench's are read from its own files if those are given (see `kv_transition.data.templates`). This
+module imports only the standard library, so that checking a configuration is fast.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ PATTERNS = ("short_qa", "trec_class", "paragraph", "number", "free")
 
 @dataclass(frozen=True)
 class Task:
-    """What the pipeline must know about one task.
+    """The properties of one task.
 
     Attributes:
         name: as in the configuration and in paths.
-        metric: one of ``METRICS``; what ``score`` means for this task.
-        pattern: one of ``PATTERNS``; the form an answer must have not to be a FORMAT_ERROR.
-        template: our wording of the prompt, with ``{context}`` and, where there is a question, ``{input}``.
-        max_new_tokens: our length of the longest answer in tokens.
+        metric: one of ``METRICS``; the meaning of ``score`` for this task.
+        pattern: one of ``PATTERNS``; an answer of another form is a FORMAT_ERROR.
+        template: this project's wording of the prompt, with ``{context}`` and, if there is a question, ``{input}``.
+        max_new_tokens: this project's maximum length of an answer in tokens.
         has_question: False for summaries, counts and code, which have no before_question mode.
-        chat_template: False where the prompt is fed as it is even to a chat model.
+        chat_template: False if the prompt is fed without a chat template even to a chat model.
         first_line_only: only the first line of an answer counts.
     """
 
@@ -258,12 +258,12 @@ FILES = {
     "math_500": ("math_500", "test"),
     "ifeval": ("ifeval", "input_data", "ifeval_input_data"),
 }
-"""what the files of each task may be called, in the order in which they are looked for"""
+"""allowed file names of each task, in the order in which they are searched"""
 DATASETS = (*_TASKS, "jsonl")
 
 
 def get_task(dataset: str, task: str) -> Task:
-    """The task ``task`` of the data set ``dataset``; a ``jsonl`` data set has any task that its files name.
+    """Return the task ``task`` of the data set ``dataset``; a ``jsonl`` data set accepts any task name.
 
     Raises:
         UserError: there is no such data set, or no such task in it.
@@ -272,7 +272,7 @@ def get_task(dataset: str, task: str) -> Task:
         raise UserError(f"dataset.name: {dataset!r} is not allowed; choose one of {', '.join(DATASETS)}")
     if dataset == "jsonl":
         if not re.fullmatch(paths.TASK, task):
-            raise UserError(f"dataset.tasks: {task!r} must be of lower-case letters, digits and '_'")
+            raise UserError(f"dataset.tasks: {task!r} must consist of lower-case letters, digits and '_'")
         return replace(_SHORT_QA, name=task, max_new_tokens=64)
     if task not in _TASKS[dataset]:
         allowed = ", ".join(_TASKS[dataset])

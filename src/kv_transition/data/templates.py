@@ -1,8 +1,8 @@
 """The benchmark's own prompt templates and answer lengths, read from its files.
 
 They are LongBench's text (``dataset2prompt.json``, ``dataset2maxlen.json``), so this project does not contain them.
-They are looked for where the configuration says, then in ``config/`` beside local data, then in ``config/`` of the hub
-repository at the data's commit. Your own tasks may have such files too.
+They are searched at the path in the configuration, then in ``config/`` next to local data, then in ``config/`` of the
+hub repository at the commit of the data. Your own tasks may have such files too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILES = {"prompts": "dataset2prompt.json", "max_lengths": "dataset2maxlen.json"}
 
 @dataclass(frozen=True)
 class Entry:
-    """The entry of one task in one of the files, and which file that was."""
+    """The entry of one task in one of the files, and the source of that file."""
 
     value: Any
     source: str
@@ -30,7 +30,8 @@ class Entry:
 
 
 def official(dataset: Mapping[str, Any], key: str, name: str) -> Entry | None:
-    """The entry of task ``name`` in the file ``key`` ("prompts" or "max_lengths"); None where there is no such file.
+    """Return the entry of task ``name`` in the file ``key`` ("prompts" or "max_lengths"); None if there is no such
+    file.
 
     Raises:
         UserError: a file that the configuration names is missing or lacks the task, or an entry has the wrong type.
@@ -44,8 +45,8 @@ def official(dataset: Mapping[str, Any], key: str, name: str) -> Entry | None:
     where = f"dataset.{key}: {source}"
     entries = parse_json(decode(content, where), where)
     if not isinstance(entries, dict):
-        raise UserError(f"dataset.{key}: {source} must hold a JSON object from task to value")
-    name = name if name in entries else name.removesuffix("_e")  # LongBench-E is worded as LongBench
+        raise UserError(f"dataset.{key}: {source} must contain a JSON object from task to value")
+    name = name if name in entries else name.removesuffix("_e")  # LongBench-E has the prompts of LongBench
     if name not in entries:
         if given is None:
             return None

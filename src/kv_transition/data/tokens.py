@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATE_DATE = "01 Jan 2024"
-"""for the chat templates that write today's date into a prompt unless they are given one"""
+"""date for chat templates that otherwise write today's date into a prompt"""
 
 _PROBE = "In 1850, naïve Zoë's\ttests:  café №7\n\n- 漢字 and f(x) = 3.14!"
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model.
+    """Return the tokenizer of a model.
 
-    A local folder with a sub-folder ``tokenizer`` uses the tokenizer.json in there exactly as it is. Anything else
-    goes through AutoTokenizer, which picks a class after the model type in config.json; that class may rebuild the
-    tokenizer and give other ids than the folder's tokenizer.json, which is refused.
+    If a local folder has a sub-folder ``tokenizer``, its tokenizer.json is used exactly as it is. Otherwise
+    AutoTokenizer chooses a class by the model type in config.json. That class may rebuild the tokenizer and return
+    other ids than the folder's tokenizer.json, which raises UserError.
 
     Args:
         name: local folder, hub id or GGUF file of the model.
         revision: commit of the hub repository.
 
     Raises:
-        UserError: there is no such tokenizer, it has no fast version, or its ids are not those of its own file.
+        UserError: there is no such tokenizer, it has no fast version, or its ids differ from those of its own file.
     """
     if gguf.is_gguf(name):
         return load_tokenizer(str(gguf_tokenizer.tokenizer_folder(name).parent))
@@ -53,9 +53,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     if not tokenizer.is_fast:
         raise UserError(f"model.name: the tokenizer of {name!r} has no fast version (tokenizer.json), which is needed")
     if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
-        # what some classes return without any file
+        # some classes return an empty tokenizer if there is no file
         raise UserError(
-            f"model.name: the tokenizer of {name!r} knows no words; put its tokenizer.json beside the weights"
+            f"model.name: the tokenizer of {name!r} has no vocabulary; put its tokenizer.json next to the weights"
         )
     if (folder / "tokenizer.json").is_file():
         _check_ids(tokenizer, folder)

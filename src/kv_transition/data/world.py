@@ -1,6 +1,6 @@
-"""Every word of the closed world in which the synthetic documents lie, and the vocabulary of the embedded reader.
+"""All words of the closed world of the synthetic documents, and the vocabulary of the embedded reader.
 
-This module imports the standard library only.
+This module imports only the standard library.
 """
 
 # ruff: noqa: SIM905 - lists of words read better as text
@@ -29,7 +29,7 @@ FILLER_WORDS = {
     "preposition": "near beside behind above below beyond under along".split(),
     "adverb": "often rarely slowly quickly again always never once".split(),
 }
-# Filler sentences by length, so that a document can be topped up to within three tokens of its target.
+# Filler sentences by length, so that a document can be filled to within three tokens of its target.
 FILLER_PATTERNS = {
     4: "The noun verb .".split(),
     5: "The adjective noun verb .".split(),
@@ -58,14 +58,14 @@ PASSAGE_NUMBERS = tuple(str(number) for number in range(1, 201))
 
 
 def _invent_names() -> tuple[tuple[str, ...], ...]:
-    """Invent the first names, surnames, organisation names and city names: all different words."""
+    """Return the invented first names, surnames, organisation names and city names: all different words."""
     rng = random.Random("the closed world of the tiny reader")
     onsets = "b br c d dr f g gr h k kl l m n p pr r s st t tr v w z th sh".split()
     vowels = "a e i o u ae ei ou".split()
     endings = "n r l s th m nd ro na lia ton den wick mar vis".split()
     words = chain(_FUNCTION_WORDS, *FILLER_WORDS.values(), ORGANISATION_TYPES, CITY_SUFFIXES, JOBS)
     used = {word.lower() for word in words}
-    # Fragments that make a rude word, or a name that a reader of tables takes for a missing value.
+    # Fragments of rude words, and of names that table readers interpret as missing values.
     unwanted = "cum cun fag hor kum nan nig nul pus rap ses sex shi tit".split()
 
     def invent(count: int, min_syllables: int, max_syllables: int) -> tuple[str, ...]:
@@ -103,9 +103,9 @@ VOCABULARY: tuple[str, ...] = tuple(
 
 
 def filler_sentence(rng: random.Random, max_words: int | None = None) -> Words:
-    """Make a sentence that says nothing about anybody.
+    """Return a sentence that states nothing about any entity.
 
-    With ``max_words`` (at least 4) it is the longest sentence that fits; without, its length is random.
+    With ``max_words`` (at least 4) it is the longest sentence that fits; otherwise its length is random.
     """
     if max_words is None:
         pattern = FILLER_PATTERNS[rng.choice(tuple(FILLER_PATTERNS))]
@@ -115,20 +115,20 @@ def filler_sentence(rng: random.Random, max_words: int | None = None) -> Words:
 
 
 def place_name(rng: random.Random, city: str) -> Words:
-    """Give a city a suffix more often than not: ``Daena Falls`` or ``Daena``."""
+    """Return a city with a suffix (``Daena Falls``, probability 0.6) or without (``Daena``)."""
     return (city, rng.choice(CITY_SUFFIXES)) if rng.random() < 0.6 else (city,)
 
 
 def job_title(rng: random.Random) -> Words:
-    """Draw a job."""
+    """Return a random job."""
     return (rng.choice(JOBS),)
 
 
 def founding_year(rng: random.Random) -> Words:
-    """Draw a year."""
+    """Return a random year."""
     return (rng.choice(YEARS),)
 
 
 def organisation_type(rng: random.Random) -> str:
-    """Draw the second word of an organisation's name."""
+    """Return a random second word of an organisation's name."""
     return rng.choice(ORGANISATION_TYPES)

@@ -42,7 +42,7 @@ def attend(
     bias: Tensor | None = None,
     implementation: str = "sdpa",
 ) -> Tensor:
-    """Return the attention of the newest q tokens over all n entries, whose last are their own: [B, H, q, d].
+    """Return the attention of the newest q tokens over all n entries, the last q of which are their own: [B, H, q, d].
 
     queries [B, H, q, d]; keys, values [B, Hkv, n, d]. A query sees every entry up to its own, or the last ``window`` of
     them. bias [B, Hkv, n] is added to the logits.
@@ -121,7 +121,7 @@ def _flash_attn_func():
 
 
 def _flash_attention_2(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    # its causal mask is aligned to the last query and key, as ours
+    # its causal mask is aligned to the last query and key, as in this project
     output = _flash_attn_func()(
         queries.transpose(1, 2),
         keys.transpose(1, 2),

@@ -1,9 +1,9 @@
 """Decoding as one compiled graph: one token of every sequence at a time, with caches in fixed buffers.
 
 It is like transformers' StaticCache, but for evicted caches: each sequence, layer and head may hold its own number of
-entries. All entries end at the same place of the buffers, so that new entries have one place; places before a
-sequence's first entry have bias -inf. Shapes and addresses do not change between tokens and batches, so one graph
-serves all lengths up to the capacity of the buffers.
+entries. All entries end at the same place of the buffers, so that new entries have one place; places before the first
+entry of a sequence have bias -inf. Shapes and addresses do not change between tokens and batches, so one graph serves
+all lengths up to the capacity of the buffers.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 
 RUN = 256
-"""Entries that one thread block of a GPU reads; each head's entries are that many rows of a batched product, since one
-query alone would leave most of a GPU idle"""
+"""Number of entries that one thread block of a GPU reads. The entries of a head are divided into runs of this length,
+because one query per head would leave most of a GPU idle"""
 
 _RUNS_TO_RECORD = 3
-"""A CUDA graph is recorded in the second run; the third replays it"""
+"""Number of runs for a CUDA graph: the second run records it, the third replays it"""
 
 _MOST_GRAPHS = 64
-"""Graphs kept for one piece of code; torch gives up after 8"""
+"""Number of graphs kept for one function; torch's default is 8"""
 
 
 class CompiledDecoder:
     """Reads one token at a time on top of a batch of states, without statistics.
 
-    `load` copies the states in, `logits` are those of the next tokens, `read` takes the chosen tokens. Sequences are
-    named by their index in the batch. Buffers are reused; a batch with more or longer sequences than before allocates
-    and compiles anew, so begin with the largest.
+    `load` copies the states in, `logits` are those of the next tokens, and `read` takes the chosen tokens. Sequences
+    are named by their index in the batch. Buffers are reused; a batch with more or longer sequences than before
+    allocates and compiles again, so the largest batch should come first.
     """
 
     def __init__(self, engine: LocalEngine, *, backend: str = "inductor"):
-        """backend: of torch.compile. inductor replays CUDA graphs on a GPU."""
+        """Compile the step of an engine. backend: that of torch.compile; inductor replays CUDA graphs on a GPU."""
         self.engine = engine
         self.live: list[int] = []
-        """sequences that go on, in the order of the rows of ``logits``"""
+        """sequences that are still decoded, in the order of the rows of ``logits``"""
         self.logits = torch.empty(0)
-        """[len(live), V] fp32, of each live sequence's next token"""
+        """[len(live), V] fp32, logits of the next token of each live sequence"""
         self._memory: _Memory | None = None
         self._backend = backend
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
@@ -54,11 +54,11 @@ class CompiledDecoder:
         self._step = torch.compile(_step, backend=backend, fullgraph=True, dynamic=False, **options)
 
     def refusal(self, states: Sequence[CacheState]) -> str | None:
-        """Return why these sequences cannot or should not be decoded here, or None."""
+        """Return the reason why these sequences cannot or should not be decoded here, or None."""
         if self._backend == "inductor" and self.engine.device.type != "cuda":
             return "the model is not on a GPU"
         if len(set(getattr(self.engine.model, "hf_device_map", {}).values())) > 1:
-            return "the model is laid over several devices"
+            return "the model is distributed over several devices"
         if any(isinstance(part.keys, Packed) for layer in states[0].layers for part in layer.parts):
             return "the cache is quantized"
         return None
@@ -77,13 +77,13 @@ class CompiledDecoder:
             self._memory = _Memory(states, rows, room, self.engine)
         self._taken = self._memory.fill(states)
         if remade:
-            # Compiled, warmed up and recorded here, so that no answer's time holds it. What this writes is written
-            # again by the first token.
+            # Compilation, warm-up and recording happen here, so that they are part of no answer's time. The values
+            # that these runs write are overwritten by the first token.
             try:
                 for _ in range(_RUNS_TO_RECORD):
                     self._run()
             except torch.OutOfMemoryError:
-                # otherwise half of the batch would get the same buffers
+                # otherwise half of the batch would use the same too large buffers
                 self._memory = None
                 raise
         self._steps, self._room = 0, room
@@ -94,7 +94,7 @@ class CompiledDecoder:
     def read(self, said: Mapping[int, int]) -> None:
         """Read the next token of each sequence that continues; the others have ended."""
         if self._steps == self._room:
-            raise ValueError(f"there was room for {self._room} tokens and no more")
+            raise ValueError(f"there was space for {self._room} tokens only")
         memory = self._memory
         ids = torch.zeros(memory.rows, 1, dtype=torch.int64)
         for number, token in said.items():
@@ -115,7 +115,7 @@ class CompiledDecoder:
             cause = getattr(error, "inner_exception", error)
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise UserError(
-                f"decoding.compile: the model cannot be compiled here ({reason}); set decoding.compile to false"
+                f"decoding.compile: the model cannot be compiled ({reason}); set decoding.compile to false"
             ) from error
 
     def entries(self, number: int) -> float:
@@ -135,7 +135,7 @@ class CompiledDecoder:
 
 @lru_cache(maxsize=1)
 def decoder_of(engine: LocalEngine) -> CompiledDecoder:
-    """Return the decoder of an engine, so that buffers and graphs serve all of its batches."""
+    """Return the decoder of an engine, which is cached, so that buffers and graphs serve all batches."""
     return CompiledDecoder(engine)
 
 
@@ -153,7 +153,7 @@ def _step(model: torch.nn.Module, memory: _Memory) -> Tensor:
 
 
 class _Memory:
-    """The buffers, which transformers takes for its cache, as it does a `Reading`."""
+    """The buffers, in the form of a transformers cache, as `Reading` is."""
 
     is_compileable = True
 
@@ -192,7 +192,7 @@ class _Memory:
         self.position_ids.zero_()
         self.position_ids[: len(states), 0] = torch.tensor([s.length - s.shift for s in states])
         for number, window in enumerate(self.windows):
-            # Rows without a sequence see only their own new tokens.
+            # Rows without a sequence see only their own new tokens, so that no row is without an entry.
             self.biases[number][..., : ends[window is not None]] = -torch.inf
             self.biases[number][..., ends[window is not None] :] = 0
         return [
@@ -246,7 +246,7 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sca
     rows = queries.reshape(batch * kv_heads, 1, group, -1).expand(-1, runs, -1, -1).flatten(0, 1)
     logits = _product(rows, keys.reshape(-1, RUN, keys.shape[-1]).mT) * scale
     logits = logits.view(batch, kv_heads, runs, group, RUN) + bias.view(batch, kv_heads, runs, 1, RUN)
-    # over the runs and what is in them
+    # over the runs and the entries in them
     every = (2, 4)
     weights = (logits - logits.amax(every, keepdim=True)).exp()
     total = weights.sum(every).unsqueeze(-1)
@@ -256,14 +256,14 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, sca
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the batched matrix product, summed and kept in fp32."""
+    """Return the batched matrix product, accumulated and returned in fp32."""
     if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
 
 def _grown(part: LayerCache, steps: Tensor, shift: int) -> LayerCache:
-    """Return a part as it was loaded, with the entries that were written behind it since."""
+    """Return a part as it was loaded, with the entries that were written behind it since then."""
     steps = steps.to(part.positions.device).expand(part.positions.shape[0], -1)
     new = slice(part.n, part.n + steps.shape[1])
     angles = (steps - shift).to(torch.float32) if shift else None
@@ -283,6 +283,6 @@ def _longest(states: Sequence[CacheState]) -> dict[bool, int]:
 
 
 def _rounded(n: int) -> int:
-    """Return a capacity of at least ``n`` and less than a quarter (or `RUN`) more, so that few capacities occur."""
+    """Return a capacity of at least ``n``, less than a quarter (or `RUN`) larger, so that few capacities occur."""
     grain = max(RUN, (1 << n.bit_length()) // 8)
     return -(-n // grain) * grain

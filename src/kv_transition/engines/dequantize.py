@@ -21,8 +21,8 @@ def _write_model(name: str, dtype: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    gguf.header(name)  # raises where the file is damaged
-    if importlib.util.find_spec("accelerate") is None:  # by which transformers reads GGUF
+    gguf.header(name)  # raises if the file is damaged
+    if importlib.util.find_spec("accelerate") is None:  # transformers needs it to read GGUF
         raise UserError(
             f"model.name: {name} needs the package accelerate, which is not installed; "
             "pip install '.[gguf]' installs it"
@@ -40,8 +40,8 @@ def _write_model(name: str, dtype: str, folder: Path) -> None:
         except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
             raise gguf.unreadable(name, error) from None
         if missing := sorted(found["missing_keys"]):
-            raise UserError(f"model.name: {name} lacks {len(missing)} weights, such as {missing[0]}; get it anew")
-        # the weights are plain numbers now, and transformers saves no model that says it is quantized
+            raise UserError(f"model.name: {name} lacks {len(missing)} weights, such as {missing[0]}; download it again")
+        # the weights are dequantized, and transformers does not save a model with a quantization config
         del model.config.quantization_config
         model.hf_quantizer = None
         model.save_pretrained(folder)

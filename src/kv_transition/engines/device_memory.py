@@ -1,7 +1,7 @@
 """Memory in use on the GPUs of this machine by all processes, from NVML.
 
-This is for a server on this machine. Its own share is not known, and a server that reserves its cache at start shows a
-constant value.
+It serves to observe a server on this machine. The server's own share cannot be told apart, and a server that reserves
+its cache at start shows a constant value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MB = 2**20
 
 
 class Watch:
-    """Samples the memory in use in the background while it is open. A machine without NVML has no samples."""
+    """Samples the memory in use in the background while it is open; a machine without NVML has no samples."""
 
     def __init__(self, wanted: bool = True):
         self._nvml: Any = _nvml() if wanted else None

@@ -1,4 +1,4 @@
-"""An engine for a transformers model that is also used elsewhere: it changes the attention only while it reads."""
+"""An engine for a transformers model that is also used elsewhere: it replaces the attention only while it reads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GuestEngine(LocalEngine):
         room: int,
         before_attention: BeforeAttention | None,
     ) -> Reading:
-        """Return what takes ``q`` tokens on top of a state while somebody else calls the model; see `extend`."""
+        """Return the `Reading` of ``q`` tokens on top of a state, for a caller that runs the model; see `extend`."""
         return self._reading(state, q, statistics, room, None, before_attention)
 
     def _read(self, *arguments: Any) -> tuple[CacheState, Tensor]:
@@ -47,10 +47,10 @@ def refuse_model(model: Any) -> None:
     """Raise UserError unless this is a transformers model whose cache can be evicted."""
     name = type(model).__name__
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config") or not hasattr(model, "generate"):
-        raise UserError(f"{name} is no language model of transformers; give one that AutoModelForCausalLM loads")
+        raise UserError(f"{name} is not a language model of transformers; give one that AutoModelForCausalLM loads")
     if model.config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
         raise UserError(
-            f"{name} computes attention in a way that cannot be replaced, so it cannot be evicted; choose a decoder "
+            f"the attention of {name} cannot be replaced, so its cache cannot be evicted; choose a decoder "
             "such as Qwen2, Llama or Mistral"
         )
     refuse_unsupported(model.config, name)
@@ -58,7 +58,7 @@ def refuse_model(model: Any) -> None:
 
 @contextlib.contextmanager
 def our_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block, the model attends to the entries of a `Reading`, and transformers makes no mask."""
+    """Let the model attend to the entries of a `Reading` within the block, without a mask of transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attention_function)

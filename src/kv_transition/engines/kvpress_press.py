@@ -1,9 +1,9 @@
 """Presses of kvpress (https://github.com/NVIDIA/kvpress, Apache-2.0) as policies named ``kvpress.<Press>``.
 
-A press reads hidden states. The prompt is therefore prefilled anew, by the model's own attention with the press as
-context manager. What the press keeps becomes a `CacheState` for decoding.
+A press reads hidden states. Therefore the prompt is prefilled again, by the model's own attention with the press as
+context manager. The entries that the press keeps become a `CacheState` for decoding.
 
-kvpress 0.5.5 requires transformers < 5.3; `_cache_positions` restores what changed since.
+kvpress 0.5.5 requires transformers < 5.3; `_cache_positions` restores what has changed since then.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ def read(
     """Prefill ``tokens`` with a press that keeps ``k`` entries per KV head, and return the state.
 
     kind: ``kvpress.SnapKVPress`` or another press. arguments: those of its constructor, plain values without
-    ``compression_ratio``, which follows from k. A press that wraps another press has its name as an argument, and that
-    press's arguments with its name and a dot: ``{"press": "SnapKVPress", "press.window_size": 32}``. seed: of presses
-    that draw.
+    ``compression_ratio``, which follows from k. A press that wraps another press has that press's name as an argument,
+    and its arguments with that name and a dot: ``{"press": "SnapKVPress", "press.window_size": 32}``. seed: for presses
+    that draw random numbers.
 
     The state has no statistics and no logits: a press acts before the question, or on all but the last token of a
     prompt (with k - 1), which `extend` then reads. Presses that mask entries instead of removing them (AdaKVPress) give
-    a state without those entries, so that memory is really freed.
+    a state without those entries, so that their memory is freed.
 
-    Raises UserError if kvpress is missing or has no such press, if the press cannot be made from the arguments or set
-    to ``k``, or if it keeps keys that the model did not write (merged, re-rotated or thinned): these have no position
-    in the text.
+    Raises UserError if kvpress is missing or has no such press, if the press cannot be constructed from the arguments
+    or set to ``k``, or if it keeps keys that the model did not write (merged, re-rotated or thinned), because these
+    have no position in the text.
     """
     if k < 1:
         raise UserError(f"{kind}: a press keeps at least one entry; give a larger budget")
     model = engine.model
     kvpress = _kvpress()
     if any(window is not None for window in engine.windows):
-        raise UserError(f"{kind}: presses are run on full-attention models only, and this one has sliding windows")
+        raise UserError(f"{kind}: presses run on full-attention models only, but this model has sliding windows")
     press = _press(kvpress, kind, arguments)
     n = len(tokens)
     attention = [layer.self_attn for layer in model.model.layers]
@@ -82,10 +82,10 @@ def read(
         else:
             layers.append(_unmasked(keys, values, masked, module.scaling))
     state = CacheState(layers=tuple(layers), length=n)
-    # a pyramid's layers are rounded one by one
+    # the layers of a pyramid are rounded one by one, so one entry of difference is allowed
     if state.entries > k + 1:
         raise UserError(
-            f"{kind}: keeps {state.entries:g} of {n} entries where the budget is {k}; it has no such setting"
+            f"{kind}: keeps {state.entries:g} of {n} entries although the budget is {k}; it cannot be set to that"
         )
     return state
 
@@ -99,7 +99,7 @@ def ratio_for(n: int, k: int) -> float:
 
 
 def _kvpress() -> ModuleType:
-    """Return kvpress. Importing it wraps every attention function; ours has another signature and is restored."""
+    """Return the module kvpress. Importing it wraps every attention function; this project's own is restored."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     own = dict(ALL_ATTENTION_FUNCTIONS.items()).get(ATTENTION)
@@ -122,13 +122,13 @@ def _press(kvpress: ModuleType, kind: str, arguments: Mapping[str, Any]) -> Any:
         there = ", ".join(sorted(press for press in kvpress.__all__ if press.endswith("Press")))
         raise UserError(f"{kind}: kvpress {version('kvpress')} has no {name}; it has {there}")
     if "compression_ratio" in arguments:
-        raise UserError(f"{kind}.compression_ratio: leave it out; the budget says how much is kept")
+        raise UserError(f"{kind}.compression_ratio: remove this key; the budget determines how much is kept")
     own = {key: value for key, value in arguments.items() if "." not in key}
     for key, value in own.items():
         if isinstance(value, str) and value.endswith("Press"):
             inner = {k.removeprefix(f"{key}."): v for k, v in arguments.items() if k.startswith(f"{key}.")}
             own[key] = _press(kvpress, f"{PREFIX}{value}", inner)
-    with _its_own_errors(kind, f"cannot be made from {dict(arguments)}"):
+    with _its_own_errors(kind, f"cannot be constructed from {dict(arguments)}"):
         return getattr(kvpress, name)(**own)
 
 
@@ -147,7 +147,7 @@ def _run(model: torch.nn.Module, press: Any, ratio: float, ids: Tensor, kind: st
 
 @contextlib.contextmanager
 def _its_own_errors(kind: str, what: str) -> Iterator[None]:
-    """Turn any exception of a press into UserError, except running out of memory, a failure of the example."""
+    """Turn any exception of a press into UserError, except lack of memory, which is a failure of the example."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -169,9 +169,9 @@ def _attention(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cache_positions(attention: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Give the layers ``cache_position``, which presses read and transformers does not pass since 5.4.
+    """Pass ``cache_position`` to the layers, which presses read and transformers does not pass since 5.4.
 
-    Removes the rotary embedding that kvpress leaves in each layer.
+    At the end, remove the rotary embedding that kvpress leaves in each layer.
     """
 
     def restore(_: Any, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -191,7 +191,7 @@ def _cache_positions(attention: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_cache(attention: Sequence[torch.nn.Module]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Return keys and values [Hkv, n, d] of each layer before the press acts: its hooks run after these."""
+    """Yield keys and values [Hkv, n, d] of each layer before the press acts, because its hooks run after these."""
     full: dict[int, tuple[Tensor, Tensor]] = {}
 
     def see(module: torch.nn.Module, args: tuple, keywords: dict[str, Any], output: Any) -> None:
@@ -208,12 +208,12 @@ def _full_cache(attention: Sequence[torch.nn.Module]) -> Iterator[dict[int, tupl
 
 
 def _found(keys: Tensor, values: Tensor, full: Tensor, scale: float, kind: str) -> LayerCache:
-    """Return the layer of what a press kept: keys, values [Hkv, K, d] in any order, full [Hkv, n, d]."""
+    """Return the layer of the entries that a press kept: keys, values [Hkv, K, d] in any order, full [Hkv, n, d]."""
     places = torch.stack([_places(*pair) for pair in zip(keys, full, strict=True)])
     positions, order = places.sort(dim=-1)
     index = places.clamp(min=0).unsqueeze(-1).expand_as(keys)
     if not torch.equal(full.gather(1, index), keys) or bool((positions.diff(dim=-1) <= 0).any()):
-        raise UserError(f"{kind}: keeps keys that the model did not write, so that they have no place in the text")
+        raise UserError(f"{kind}: keeps keys that the model did not write, so they have no position in the text")
     order = order.unsqueeze(-1).expand_as(keys)
     return LayerCache(keys=keys.gather(1, order), values=values.gather(1, order), positions=positions, scale=scale)
 
@@ -221,7 +221,7 @@ def _found(keys: Tensor, values: Tensor, full: Tensor, scale: float, kind: str) 
 def _places(keys: Tensor, full: Tensor) -> Tensor:
     """Return for each row of keys [K, d] the row of full [n, d] with the same content: [K].
 
-    Rows are looked up by a number computed from their bits. Rotated keys of two positions differ in some bits.
+    Rows are found by a hash of their bits. Rotated keys of two positions differ in some bits.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[full.element_size()]
     factors = torch.randint(1, 2**62, (full.shape[1],), generator=torch.Generator().manual_seed(0)).to(full.device)

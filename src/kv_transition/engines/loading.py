@@ -35,11 +35,11 @@ def load_model(
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
     place = str(dequantize.model_folder(name, dtype)) if gguf.is_gguf(name) else name
-    # Only the attention function: transformers then makes no mask of its own (see `Reading`).
+    # Only the attention function is registered, so that transformers creates no mask (see `Reading`).
     AttentionInterface.register(ATTENTION, attention_function)
     device = usable_device(device)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": ATTENTION}
-    # no code of a model's own, not even if a user at a terminal would allow it; and no weights that are a pickle
+    # never run code of a model, even if a user at a terminal would allow it, and never load pickled weights
     options |= {"trust_remote_code": False, "use_safetensors": True}
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization)
@@ -51,7 +51,7 @@ def load_model(
         refuse_unsupported(config, name)
         with gguf_tokenizer.without_progress_bars(), _without_reports():
             model, found = AutoModelForCausalLM.from_pretrained(
-                # a mismatch is reported below, in one sentence
+                # a mismatch is reported below in one sentence
                 place, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )  # fmt: skip
         _refuse_unfit(found, name)
@@ -62,10 +62,10 @@ def load_model(
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"model.name: {name!r} does not fit the memory of {device}; set model.quantization, a half model.dtype, "
-            "or model.device_map where there are several GPUs"
+            f"model.name: {name!r} does not fit into the memory of {device}; set model.quantization, a half "
+            "model.dtype, or model.device_map if there are several GPUs"
         ) from error
-    # broad: what transformers raises for a folder whose files contradict each other depends on where it stumbles
+    # for a folder with contradictory files, transformers may raise any exception
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"model.name: {name!r} cannot be loaded ({reason}); give a model folder or a hub id") from error
@@ -73,7 +73,7 @@ def load_model(
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Keep transformers from printing a table of the weights that do not fit."""
+    """Keep transformers from printing a table of the weights that do not match, within the block."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -85,27 +85,29 @@ def _without_reports() -> Iterator[None]:
 
 
 def _refuse_unfit(found: Mapping[str, Any], name: str) -> None:
-    """Raise UserError where weights are missing or of other shapes: transformers would go on with random numbers."""
+    """Raise UserError if weights are missing or have other shapes, because transformers would use random numbers for
+    them.
+    """
     if missing := sorted(found["missing_keys"]):
-        raise UserError(f"model.name: {name!r} lacks {len(missing)} weights, such as {missing[0]}; get it anew")
+        raise UserError(f"model.name: {name!r} lacks {len(missing)} weights, such as {missing[0]}; download it again")
     if unfit := sorted(found["mismatched_keys"]):
         key, there, expected = unfit[0]
         raise UserError(
-            f"model.name: {name!r} has {len(unfit)} weights that do not fit its config.json, such as {key}, "
-            f"{list(there)} instead of {list(expected)}; get it anew"
+            f"model.name: {name!r} has {len(unfit)} weights that do not match its config.json, such as {key}, "
+            f"{list(there)} instead of {list(expected)}; download it again"
         )
 
 
 def refuse_damaged(model: torch.nn.Module, name: str) -> None:
-    """Raise UserError for a model with weights that are no finite numbers: every answer would be noise."""
+    """Raise UserError for a model with weights that are not finite, because every answer would be noise."""
     for key, weight in model.named_parameters():
-        # a sum is cheap, and is not finite if an entry is not
+        # the sum is cheap to compute, and it is not finite if an entry is not
         if not weight.is_floating_point() or weight.is_meta or torch.isfinite(weight.sum(dtype=torch.float32)):
             continue
         if bad := int((~torch.isfinite(weight)).sum()):
             raise UserError(
-                f"model.name: {name!r} is damaged, {bad} entries of {key} are NaN or infinite; get it anew, or set "
-                "model.dtype to float32 where a half dtype is too narrow"
+                f"model.name: {name!r} is damaged, {bad} entries of {key} are NaN or infinite; download it again, or "
+                "set model.dtype to float32 if a half dtype is too narrow"
             )
 
 
@@ -120,7 +122,7 @@ def layer_devices(model: torch.nn.Module) -> list[torch.device]:
 
 
 def _device(module: torch.nn.Module) -> torch.device:
-    # weights that accelerate has offloaded are on no device until they are used
+    # weights that accelerate has offloaded are not on a device until they are used
     used_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return next(module.parameters()).device if used_on is None else torch.device(used_on)
 
@@ -161,12 +163,12 @@ def refuse_unsupported(config: Any, name: str) -> None:
     if unknown:
         raise UserError(
             f"model.name: {name!r} has layers of the kind {', '.join(sorted(unknown))}; "
-            "models of full and sliding-window attention can be evicted"
+            "only models with full and sliding-window attention can be evicted"
         )
     if "full_attention" not in kinds:
         raise UserError(
-            f"model.name: every layer of {name!r} has a sliding window and forgets by itself, so there is nothing to "
-            "evict; choose a model with full-attention layers"
+            f"model.name: every layer of {name!r} has a sliding window, so there is nothing to evict; choose a model "
+            "with full-attention layers"
         )
 
 
@@ -186,7 +188,7 @@ def layer_windows(config: Any) -> list[int | None]:
 
 
 def length_dependent_rope(config: Any) -> str | None:
-    """Return the kind of rope scaling whose frequencies follow the length read so far; None where they are fixed."""
+    """Return the kind of rope scaling if its frequencies depend on the length read so far; None if they are fixed."""
     said = getattr(config.get_text_config(), "rope_parameters", None) or {}
     each = [part for part in said.values() if isinstance(part, Mapping)] or [said]
     kinds = {part.get("rope_type") for part in each} & {"dynamic", "longrope"}
@@ -194,9 +196,9 @@ def length_dependent_rope(config: Any) -> str | None:
 
 
 def layer_rotaries(model: torch.nn.Module) -> list[Rotary | None]:
-    """Return the rotation of keys and queries of each layer; None where it is not certain."""
+    """Return the rotation of keys and queries of each layer; None if it is not certain."""
     kinds = layer_kinds(model.config)
-    # not that of a vision tower beside it
+    # the decoder's embedding, not that of a vision tower
     decoder = model.get_decoder()
     embedding = next((m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
     by_kind = {kind: _rotary(embedding, kind) for kind in set(kinds)}
@@ -212,7 +214,9 @@ def _rotary(embedding: torch.nn.Module | None, kind: str) -> Rotary | None:
 
 
 def _as_the_model(rotary: Rotary, embedding: torch.nn.Module, kind: str) -> bool:
-    """Return whether the model's own rotation by one and by seven positions differs by what `Rotary` computes."""
+    """Return whether `Rotary` reproduces the difference between the model's own rotations by one and by seven
+    positions.
+    """
     apply = getattr(sys.modules[type(embedding).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
         return False

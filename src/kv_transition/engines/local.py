@@ -21,11 +21,11 @@ from kv_transition.engines.several import Readings, treat_tokens_alone
 from kv_transition.errors import UserError
 
 _SCORED = 256
-"""tokens whose logits are held at once: 128 MiB for a vocabulary of 128 k"""
+"""number of tokens whose logits are held at once: 128 MiB for a vocabulary of 128 k"""
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this one choose the most likely token: a draw would choose it too, but for logits that differ by
-less than about 1e-4, and dividing by much smaller ones leaves the numbers of fp32"""
+"""Below this temperature the most likely token is chosen. A draw would choose the same token unless logits differ by
+less than about 1e-4, and a division by a much smaller temperature would exceed the range of fp32"""
 
 
 class LocalEngine:
@@ -33,7 +33,7 @@ class LocalEngine:
 
     name = "local"
     load_s = 0.0
-    """seconds that loading the model took, where it was loaded for a job"""
+    """seconds of loading the model, if it was loaded for a job"""
 
     def __init__(
         self,
@@ -44,8 +44,10 @@ class LocalEngine:
         statistics: str = "auto",
         chunk_tokens: int | None = None,
     ):
-        """attention, statistics: the implementations. chunk_tokens: the longest piece that is read at a time, so
-        that the activations of a long prompt fit beside its cache; None: any length at once.
+        """Set up the engine for a loaded model.
+
+        attention, statistics: the implementations. chunk_tokens: the longest piece that is read at a time, so that the
+        activations of a long prompt fit into memory beside its cache; None: any length at once.
         """
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -53,11 +55,11 @@ class LocalEngine:
         self.chunk_tokens = chunk_tokens
         if chunk_tokens is not None and (kind := loading.length_dependent_rope(model.config)):
             raise UserError(
-                f"prefill.chunk_tokens: this model's rope scaling ({kind}) turns keys by the length read so far, so "
-                "pieces would not fit together; leave it out"
+                f"prefill.chunk_tokens: this model's rope scaling ({kind}) depends on the length read so far, so "
+                "pieces cannot be combined; remove this key"
             )
         self._treats_tokens_alone = False
-        # one pass has one rotation, which would be that of the longest sequence
+        # one pass has one rotation, which would be that of the longest sequence, so such a model reads alone
         self._reads_alone = bool(loading.length_dependent_rope(model.config))
         self.windows = loading.layer_windows(model.config)
         self.rotaries = loading.layer_rotaries(model)
@@ -96,12 +98,12 @@ class LocalEngine:
 
     @property
     def layer_devices(self) -> list[str]:
-        """The device of each layer; a large model may be spread over several GPUs."""
+        """Return the device of each layer; a large model may be distributed over several GPUs."""
         return [str(device) for device in loading.layer_devices(self.model)]
 
     @property
     def description(self) -> dict[str, str]:
-        """The implementations of attention and its statistics, for the metadata of results."""
+        """Return the implementations of attention and its statistics, for the metadata of results."""
         if self.attention == "sdpa":
             version = torch.__version__
         else:
@@ -130,15 +132,14 @@ class LocalEngine:
         before_attention: BeforeAttention | None = None,
         repeat: bool = True,
     ) -> CacheState:
-        """Return the state after reading ``tokens`` (at least one). ``state`` itself is unchanged; None is the empty
-        one.
+        """Return the state after reading ``tokens`` (at least one). ``state`` is unchanged; None is the empty state.
 
-        tokens: for a batch, equally many for each sequence. statistics: those to maintain; others are dropped.
+        tokens: for a batch, the same number for each sequence. statistics: those to maintain; others are dropped.
         ``reconstruction`` reads several tokens of a single sequence a second time; a single token is not repeated.
-        room: entries to leave space for, so that further reading need not move the cache. seen: receives [Hkv, n] for
-        each evictable layer, the attention that its entries receive from one token (only if ``attn_sum`` is
-        maintained). before_attention: called for each evictable layer with the new tokens' queries and keys; returns
-        the layer that is attended to. repeat: false leaves the second reading to `repeated`.
+        room: number of entries to leave space for, so that further reading need not copy the cache. seen: receives
+        [Hkv, n] for each evictable layer, the attention that its entries receive from one token (only if ``attn_sum``
+        is maintained). before_attention: called for each evictable layer with the new tokens' queries and keys; it
+        returns the layer that is attended to. repeat: false leaves the second reading to `repeated`.
         """
         for piece in self._pieces(state, tokens, statistics, room, seen, before_attention):
             after, _ = piece
@@ -147,12 +148,12 @@ class LocalEngine:
         return after
 
     def repeated(self, state: CacheState, tokens: Sequence[int]) -> CacheState:
-        """Return the state with ``reconstruction`` of ``tokens``: the last that were read, none of them evicted."""
+        """Return the state with ``reconstruction`` of ``tokens``, which were read last and not evicted."""
         return reconstructed(self, state, tokens)
 
     @cached_property
     def projections(self) -> list[Tensor]:
-        """The output projection of each layer by query head, [H, d, D]. Raises UserError where none is known."""
+        """Return the output projection of each layer by query head, [H, d, D]. Raises UserError if it is not known."""
         return output_projections(self.model)
 
     @torch.inference_mode()
@@ -167,8 +168,8 @@ class LocalEngine:
     ) -> tuple[CacheState, Tensor]:
         """Read ``tokens`` as `extend` does, and return the state and the negative log-likelihood of ``targets``.
 
-        targets: the token that follows each one of ``tokens``. Returns -log p of each target in nats, fp32 [n] (of a
-        batch [B, n]). Logits are computed for a few hundred tokens at a time, so that [n, V] is never held.
+        targets: the token that follows each of ``tokens``. Returns -log p of each target in nats, fp32 [n] ([B, n] for
+        a batch). Logits are computed for a few hundred tokens at a time, so that [n, V] is never held.
         """
         wanted = torch.tensor(targets, device=self.device)
         nats, done = [], 0
@@ -205,8 +206,9 @@ class LocalEngine:
         before_attention: BeforeAttention | None,
         scored: int | None = None,
     ) -> Iterator[tuple[CacheState, Tensor]]:
-        """Yield the state after each piece of ``tokens`` with logits fp32 [B, q, V]: of its last token, or of all
-        tokens if ``scored`` says how many logits a piece may have.
+        """Yield the state after each piece of ``tokens`` with logits fp32 [B, q, V].
+
+        The logits are those of the piece's last token, or of all its tokens if ``scored`` limits their number.
         """
         state = state or CacheState(layers=(), length=0)
         if statistics & MOMENTS:  # neither can be maintained without the other
@@ -264,12 +266,11 @@ class LocalEngine:
         rooms: Sequence[int],
         before_attention: Sequence[BeforeAttention | None],
     ) -> list[CacheState]:
-        """Read one token on top of each of several states of single sequences: after `share_passes`, with one pass
-        through the weights.
+        """Read one token on top of each of several states of single sequences, in one pass through the weights.
 
-        The states may have any lengths, kinds of layers and statistics; arguments are those of `extend`, one for each.
-        The result is that of as many calls of `extend`: to the last bit on a CPU in fp32, elsewhere but for the
-        rounding of matrix products of more rows.
+        Call it after `share_passes`. The states may have any lengths, kinds of layers and statistics; the arguments are
+        those of `extend`, one for each state. The results equal those of separate calls of `extend` bit by bit on a CPU
+        in fp32; elsewhere they differ by the rounding of matrix products with several rows.
         """
         if self._reads_alone or not self._treats_tokens_alone:
             each = zip(states, tokens, statistics, rooms, before_attention, strict=True)
@@ -307,7 +308,7 @@ class LocalEngine:
         )
 
     def _logits(self, ids: Tensor, reading: Reading | Readings, logits_to_keep: int) -> Tensor:
-        """fp32 [B, logits_to_keep, V] after ids [B, q]."""
+        """Return logits fp32 [B, logits_to_keep, V] after ids [B, q]."""
         output = self.model(
             input_ids=ids,
             position_ids=reading.position_ids,
@@ -319,18 +320,20 @@ class LocalEngine:
         if isinstance(reading, Reading) and len(reading.read) != len(self.windows):
             raise UserError(
                 f"model.name: of {type(self.model).__name__}, {len(reading.read)} of {len(self.windows)} layers use "
-                "transformers' attention interface, and all must to be evicted; choose another model"
+                "transformers' attention interface, but eviction needs all of them; choose another model"
             )
         return output.logits.float()
 
     def _require(self, statistics: frozenset[str], state: CacheState) -> None:
         if unknown := statistics - EVERY:
             known = ", ".join(sorted(EVERY))
-            raise UserError(f"the local engine cannot keep up {', '.join(sorted(unknown))}; it keeps up {known}")
+            raise UserError(f"the local engine cannot compute {', '.join(sorted(unknown))}; it can compute {known}")
         for part in (part for layer in state.evictable[:1] for part in layer.parts[:1]):
             unknowable = frozenset() if part.rotary else MOMENTS
             if gone := sorted(name for name in statistics - unknowable if getattr(part, name) is None):
-                raise UserError(f"{', '.join(gone)} cannot be kept up on a cache that was read without; read it again")
+                raise UserError(
+                    f"{', '.join(gone)} cannot be continued, because the cache was read without; read it again"
+                )
 
     def prefill(
         self,
@@ -341,7 +344,7 @@ class LocalEngine:
     ) -> Prefill:
         """Return the states of a prompt read once with the full cache, for both modes.
 
-        read: the context where it was read before with these statistics, and the seconds that this took.
+        read: the state and the seconds of the context, if it was read before with these statistics.
         """
         if read is None:
             started = self.clock()
@@ -355,8 +358,8 @@ class LocalEngine:
     def next_tokens(
         self, logits: Tensor, temperature: float, generators: Sequence[torch.Generator | None]
     ) -> list[int]:
-        """Return the next token of each sequence from logits [B, V]: the most likely one at a temperature below
-        `GREEDY_BELOW`, or a sample.
+        """Return the next token of each sequence from logits [B, V]: a sample, or the most likely one below
+        `GREEDY_BELOW`.
         """
         if temperature < GREEDY_BELOW:
             return logits.argmax(-1).tolist()
@@ -364,8 +367,10 @@ class LocalEngine:
         return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, generators, strict=True)]
 
     def clock(self) -> float:
-        """Return a time in seconds: wall time on a GPU, after its queue is empty; processor time of this process on
-        a CPU, so that jobs on other cores do not lengthen it (cells run with one thread each).
+        """Return a time in seconds: wall time on a GPU, CPU time of this process on a CPU.
+
+        On a GPU its queue is emptied first. On a CPU, cells run with one thread each, so jobs on other cores do not
+        lengthen it.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -1,13 +1,13 @@
 """Answers from an OpenAI-compatible endpoint: the official client, with tenacity for retries.
 
-The client's own retries end with the response headers. A stream that breaks off, a stream without a finish reason, an
-error inside a stream and an error under status 200 come later, and the client takes some of them for answers. Its
-retries are therefore off, and tenacity repeats the whole exchange, headers and body. An answer counts only if it is
-complete; parts of an incomplete one are discarded. The time limit ``timeout_s`` covers the whole exchange; the client's
-own limits only the silence between two pieces.
+The client's own retries end with the response headers. A broken stream, a stream without a finish reason, an error
+inside a stream and an error under status 200 come later, and the client takes some of them for answers. Therefore its
+retries are off, and tenacity repeats the whole exchange, headers and body. An answer counts only if it is complete;
+parts of an incomplete answer are discarded. The time limit ``timeout_s`` covers the whole exchange; the client's own
+limits only the pause between two pieces.
 
-The API key is read from the environment when a request is sent. It is stored in no attribute, and it is removed from
-whatever the endpoint returns.
+The API key is read from the environment when a request is sent. It is not stored in any attribute, and it is removed
+from everything that the endpoint returns.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from kv_transition.engines.openai_forms import AgainError, FailureError, Piece, 
 from kv_transition.errors import UserError
 
 CONNECT_S = 10.0
-"""longest wait for a connection"""
+"""longest wait for a connection, in seconds"""
 LONGEST_WAIT_S = 120.0
-"""an endpoint that asks for a longer pause is not waited for"""
+"""longest pause in seconds that an endpoint may request; a longer one ends the attempts"""
 BACKOFF = tenacity.wait_exponential_jitter(multiplier=0.5, max=30, jitter=0.5)
 
 _AGAIN = (408, 409, 429)
 _REFUSED = (401, 403)
 _OOM = {"out_of_memory": "OOM: "}
-"""by the code with which kv_transition's own server says so"""
+"""prefix of a failure by the error code of kv_transition's own server"""
 _SAID = 300
-"""characters of what an endpoint said that are repeated"""
+"""largest number of characters of an endpoint's message that is quoted"""
 
 
 @dataclass(eq=False)
@@ -120,13 +120,13 @@ class Client:
                 for _ in range(max(1, min(concurrency, len(requests)))):
                     group.create_task(work(client))
         except ExceptionGroup as errors:
-            # all workers meet the same refusal; a bug counts more than a refusal
+            # all workers get the same refusal; a bug is reported rather than a refusal
             raise sorted(errors.exceptions, key=lambda e: isinstance(e, UserError))[0] from None
         return [replies[number] for number in range(len(requests))]
 
     @contextlib.asynccontextmanager
     async def _opened(self) -> AsyncIterator[openai.AsyncOpenAI]:
-        # Requests to this machine do not use a proxy of the environment.
+        # Requests to this machine must not use a proxy from the environment.
         http = openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.base_url))
         async with openai.AsyncOpenAI(
             base_url=self.base_url,
@@ -140,7 +140,7 @@ class Client:
     def _key(self) -> str:
         key = os.environ.get(self.api_key_env or "", "").strip()
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise UserError(f"the environment variable {self.api_key_env} holds characters that no API key has")
+            raise UserError(f"the environment variable {self.api_key_env} contains characters that no API key has")
         return key
 
     async def _reply(self, client: openai.AsyncOpenAI, request: Request, live: set[_Flight]) -> Reply:
@@ -168,13 +168,15 @@ class Client:
         return replace(reply, attempts=trying.statistics["attempt_number"])
 
     async def _demand_reachable(self, client: openai.AsyncOpenAI, reason: str) -> None:
-        """Raise UserError if the endpoint cannot be reached at all; one lost connection may be one request's fault."""
+        """Raise UserError if the endpoint cannot be reached at all; a single lost connection may be specific to one
+        request.
+        """
         try:
             await client.get("/models", cast_to=object, options={"timeout": CONNECT_S})
         except openai.APIConnectionError:
             raise UserError(f"{self.base_url} cannot be reached: {reason}; is the server running there?") from None
         except (openai.OpenAIError, ValueError):
-            return  # whatever it says, it is there
+            return  # it has answered, so it can be reached
 
     async def _exchange(self, client: openai.AsyncOpenAI, request: Request, live: set[_Flight]) -> Reply:
         """Make one attempt. Raises FailureError, or UserError if no attempt of any request can succeed."""
@@ -186,7 +188,7 @@ class Client:
             async with asyncio.timeout(self.timeout_s):
                 reply = await self._answer(client, request)
         except TimeoutError:
-            raise FailureError(f"TIMEOUT: no whole answer within {self.timeout_s:g} s") from None
+            raise FailureError(f"TIMEOUT: no complete answer within {self.timeout_s:g} s") from None
         except openai.APIStatusError as error:
             raise self._status(error, request) from None
         except openai.APITimeoutError:
@@ -199,11 +201,11 @@ class Client:
             raise self._told(error.body if isinstance(error.body, Mapping) else {"message": str(error)}) from None
         except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
             reason = self._clean(str(error).splitlines()[0])
-            raise AgainError(f"the answer is not what the protocol says: {reason}") from None
+            raise AgainError(f"the answer does not match the protocol: {reason}") from None
         finally:
             live.discard(flight)
         if self._key() and self._key() in (reply.text or ""):
-            raise FailureError("the answer repeats the API key, so it is not kept")
+            raise FailureError("the answer contains the API key, so it is discarded")
         return replace(reply, co_running=flight.shared)
 
     async def _answer(self, client: openai.AsyncOpenAI, request: Request) -> Reply:
@@ -221,8 +223,8 @@ class Client:
                             times.append(time.perf_counter())
                         finish_reason = choice.finish_reason or finish_reason
         if finish_reason is None:
-            what = "it ended before it was finished" if texts else "it holds no choice"
-            raise AgainError(f"the answer is not whole: {what}")
+            what = "it ended before it was finished" if texts else "it contains no choice"
+            raise AgainError(f"the answer is incomplete: {what}")
         ended = time.perf_counter()
         streamed = self.stream and len(times) > 1
         return Reply(
@@ -248,7 +250,7 @@ class Client:
         )
         async with stream:
             if "json" in stream.response.headers.get("content-type", ""):
-                # the client would read an error, or an answer in one piece, as a stream without events
+                # the client would read an error or an answer in one piece as a stream without events
                 yield self._piece(json.loads(await stream.response.aread()))
                 return
             async for event in stream:
@@ -260,7 +262,7 @@ class Client:
         return Piece.model_validate(value)
 
     def _told(self, error: Any) -> FailureError:
-        """Return the error that came under status 200; an HTTP code in it says whether to retry."""
+        """Return the error that came under status 200; an HTTP code in it decides whether to retry."""
         said = error if isinstance(error, Mapping) else {"message": error}
         reason = self._clean(f"the endpoint says: {said.get('message') or said}")
         code = str(said.get("code") or "")
@@ -276,12 +278,12 @@ class Client:
         reason = self._clean(f"{_OOM.get(body.get('code'), '')}status {status}: {said}")
         if status in _REFUSED:
             if not self.api_key_env:
-                held = "and none is named"
+                held = "but api_key_env names none"
             elif self._key():
-                held = f"and does not accept that of the environment variable {self.api_key_env}"
+                held = f"and does not accept the one in the environment variable {self.api_key_env}"
             else:
-                held = f"and the environment variable {self.api_key_env} is not set"
-            return UserError(f"{self.base_url} asks for an API key, {held} ({reason})")
+                held = f"but the environment variable {self.api_key_env} is not set"
+            return UserError(f"{self.base_url} requires an API key, {held} ({reason})")
         if status == 404:
             return UserError(f"{self.base_url} has no model {request.model!r}, or no {request.path[1:]} ({reason})")
         if status in _AGAIN or status >= 500:

@@ -49,18 +49,18 @@ class Reply:
     finish_reason: str | None = None
     usage: Mapping[str, Any] | None = None
     model: str | None = None
-    """as the endpoint calls it"""
+    """name of the model at the endpoint"""
     kv: Mapping[str, Any] | None = None
-    """what became of the cache, where the endpoint is a server of kv_transition"""
+    """facts about the cache, if the endpoint is a server of kv_transition"""
     ttft_s: float | None = None
     decode_s: float | None = None
     latency_s: float | None = None
     window: tuple[float, float] | None = None
-    """begin and end, on the clock of time.perf_counter"""
+    """begin and end, as times of time.perf_counter"""
     pieces: int = 0
     attempts: int = 1
     co_running: bool = False
-    """whether another request of this client was under way meanwhile"""
+    """whether another request of this client ran at the same time"""
     error: str | None = None
 
 

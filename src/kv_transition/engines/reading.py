@@ -19,29 +19,29 @@ from kv_transition.engines.projection import output_norm
 from kv_transition.errors import UserError
 
 BeforeAttention = Callable[[LayerCache, Tensor, Tensor], LayerCache]
-"""What becomes of an evictable layer once the new tokens' rotated queries and keys are known"""
+"""The change of an evictable layer when the rotated queries and keys of the new tokens are known"""
 
 ATTENTION = "kv_transition"
-"""name of our attention function in transformers"""
+"""name of this project's attention function in transformers"""
 
 _SINKS = 4
-"""first tokens, whose queries are no sample of the others': left out of the queries' moments"""
+"""number of first tokens that are omitted from the queries' moments, because their queries differ from all others"""
 
 
 INTERRUPTED: ContextVar[Callable[[], bool] | None] = ContextVar("INTERRUPTED", default=None)
-"""Of each thread: asked at each layer whether a pass through the model is broken off; None: never"""
+"""For each thread: function that is called at each layer and returns whether to interrupt the pass; None: never"""
 
 
 class InterruptedReadingError(Exception):
-    """A pass through the model was broken off, because nobody waits for its result any more."""
+    """A pass through the model was interrupted, because its result is no longer needed."""
 
 
 class Reading:
-    """New tokens on top of a state; transformers takes it for its cache.
+    """New tokens on top of a state, in the form of a transformers cache.
 
-    Each layer calls `update` with its new keys and values; our attention function then calls `attend`. No mask of
-    transformers can describe evicted states, whose layers hold different numbers of entries. Nothing is masked in them:
-    a new token sees every remaining entry and the new tokens up to itself.
+    Each layer calls `update` with its new keys and values; the attention function then calls `attend`. The masks of
+    transformers cannot describe evicted states, whose layers hold different numbers of entries. No entry of these is
+    masked: a new token sees every remaining entry and the new tokens up to itself.
     """
 
     is_compileable = False
@@ -61,9 +61,11 @@ class Reading:
         before_attention: BeforeAttention | None = None,
         projections: list[Tensor] | None = None,
     ):
-        """room: entries to leave space for. rotaries, windows: of each layer. implementations: output, statistics.
-        seen: receives each evictable layer's column sums, if ``attn_sum`` is maintained. projections: output projection
-        of each layer by query head, if ``output_norm`` is maintained.
+        """Set up the reading of ``q`` tokens.
+
+        room: number of entries to leave space for. rotaries, windows: of each layer. implementations: of output and
+        statistics. seen: receives each evictable layer's column sums, if ``attn_sum`` is maintained. projections:
+        output projection of each layer by query head, if ``output_norm`` is maintained.
         """
         self.state = state
         self.statistics = statistics
@@ -83,11 +85,11 @@ class Reading:
 
     @property
     def position_ids(self) -> Tensor:
-        """Positions [B, q]: after an eviction a token's position is no longer the number of entries before it."""
+        """Return positions [B, q]; after an eviction they differ from the numbers of entries before each token."""
         return self.turned.reshape(-1, self.turned.shape[-1])
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Return the new tokens' own keys and values; transformers does not need those before."""
+        """Return the new tokens' own keys and values, because transformers does not need those before them."""
         return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
@@ -96,7 +98,7 @@ class Reading:
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Return the output [B, H, q, d] for queries [B, H, q, d] and the new tokens' keys, values [B, Hkv, q, d].
 
-        Raises InterruptedReadingError if `INTERRUPTED` says so.
+        Raises InterruptedReadingError if the function in `INTERRUPTED` returns true.
         """
         if self.interrupted is not None and self.interrupted():
             raise InterruptedReadingError
@@ -140,7 +142,7 @@ class Reading:
             implementation=self.output_by,
         )
         if new.window is not None:
-            # one more than the next token sees, so that the last token can be removed again
+            # keep one entry more than the next token sees, so that the last token can be removed again
             return output, replace(new.cut(max(0, new.n - new.window), new.n), room=None)
         return output, self._with_statistics(new, queries, k, projection)
 
@@ -181,7 +183,7 @@ class Reading:
     def _moments(self, old: LayerCache, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and covariance of all un-rotated queries after the first ones, including the new ones."""
         if isinstance(self.state.length, Tensor):
-            raise UserError("query_mean and query_cov are kept up for one sequence at a time, not for a batch")
+            raise UserError("query_mean and query_cov are computed for one sequence at a time, not for a batch")
         seen = max(self.state.length - _SINKS, 0)
         skipped = max(_SINKS - self.state.length, 0)
         queries, turned = queries[:, skipped:], self.turned[skipped:].to(queries.device)
@@ -192,7 +194,7 @@ class Reading:
         mean = plain.mean(1)
         centred = plain - mean.unsqueeze(1)
         scatter = centred.transpose(1, 2) @ centred
-        # Chan, Golub and LeVeque (1979): two samples' moments in one
+        # combine the moments of two samples (Chan, Golub and LeVeque 1979)
         between = mean - old.query_mean
         total = seen + m
         outer = between.unsqueeze(2) * between.unsqueeze(1)
@@ -241,7 +243,7 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """Return [B, q, H, d] for each layer's query [B, H, q, d], key and value [B, Hkv, q, d]; transformers calls it.
 
-    Raises UserError for a model whose attention is another one: leaving a part of it out would answer, and wrongly.
+    Raises UserError for a model with another kind of attention, because ignoring a part of it would give wrong answers.
     """
     extra = {
         "learned attention sinks": s_aux is not None,
@@ -250,12 +252,12 @@ def attention_function(
     }
     if found := [name for name, there in extra.items() if there]:
         raise UserError(
-            f"model.name: {type(module).__name__} has {found[0]}, which attention here has not; choose another model"
+            f"model.name: {type(module).__name__} has {found[0]}, which is not supported; choose another model"
         )
     if softcap is not None:
         raise UserError(
-            f"model.name: {type(module).__name__} caps its attention logits, which the attention statistics here do "
-            "not; choose a model without a soft cap"
+            f"model.name: {type(module).__name__} caps its attention logits, which the attention statistics do not "
+            "support; choose a model without a soft cap"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return reading.attend(module.layer_idx, query, key, value, scale).transpose(1, 2), None

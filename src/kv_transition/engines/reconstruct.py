@@ -1,4 +1,4 @@
-"""How much attention entries receive while the model repeats the text that they stand for.
+"""The attention that entries receive while the model repeats their text.
 
 Source: Kim et al., "KVzip: query-agnostic KV cache compression with context reconstruction", arXiv 2505.23416.
 """
@@ -16,24 +16,24 @@ from kv_transition.attention.blocks import logits_of
 from kv_transition.cache.state import CacheState, LayerCache
 
 CHUNK = 2000
-"""tokens that are repeated at a time"""
+"""number of tokens that are repeated at a time"""
 _SINKS = 4
-"""first tokens of the text, which share in the attention"""
+"""number of first tokens of the text that are part of the softmax"""
 _BEFORE = 8
-"""last tokens of the piece before, which say where to begin"""
+"""number of last tokens of the previous piece that are quoted to show where to begin"""
 _ROWS = 256
-"""queries whose attention is held at once"""
+"""number of queries whose attention is held at once"""
 
 _ALL = "\n\nRepeat the previous context exactly."
 _PART = "\n\nRepeat the part of the previous context exactly, starting with"
 
 
 def reconstructed(engine: Any, state: CacheState, tokens: Sequence[int]) -> CacheState:
-    """The state with ``reconstruction`` of its last entries, those of ``tokens``, which were just read.
+    """Return the state with ``reconstruction`` of its last entries, those of ``tokens``, which were read last.
 
-    The model reads, on top of the state, the request to repeat the text and the text itself, a chunk at a time; an
-    entry's value is the greatest attention that any query head of its group pays to it while its chunk is repeated,
-    among the sinks, the chunk and the repeated tokens. What was read for that is forgotten again.
+    On top of the state, the model reads the request to repeat the text and then the text itself, one chunk at a time.
+    The value of an entry is the greatest attention that any query head of its group pays to it while its chunk is
+    repeated; the softmax covers the sinks, the chunk and the repeated tokens. The cache of this reading is discarded.
     """
     count = len(tokens)
     behind = _behind(engine.tokenizer)
@@ -42,7 +42,7 @@ def reconstructed(engine: Any, state: CacheState, tokens: Sequence[int]) -> Cach
         chunk = list(tokens[start : start + CHUNK])
         asked = _ids(engine.tokenizer, _PART if start else _ALL) + list(tokens[max(0, start - _BEFORE) : start])
         watch = _Watch(state, count - start, len(chunk))
-        # storage of its own, lest the reading takes the room behind the state
+        # separate storage, so that the reading does not use the free space behind the state
         engine.extend(state.settled(), [*asked, *behind, *chunk], frozenset(), before_attention=watch)
         found.append(watch.found)
     layers, number = [], 0
@@ -60,11 +60,11 @@ def reconstructed(engine: Any, state: CacheState, tokens: Sequence[int]) -> Cach
 
 
 class _Watch:
-    """Called before the attention of each part of the evictable layers; keeps the greatest attention to one chunk's
-    entries.
+    """Records the greatest attention to one chunk's entries; called before the attention of each part of the evictable
+    layers.
 
-    The chunk's own entries are counted from the end of the part as it was in ``state``. An engine with
-    ``chunk_tokens`` reads in several passes: what the earlier ones read stands behind those entries.
+    The position of the chunk's entries is counted from the end of the part as it was in ``state``. An engine with
+    ``chunk_tokens`` reads in several passes; the entries of earlier passes are behind those entries.
     """
 
     def __init__(self, state: CacheState, from_end: int, length: int):
@@ -104,7 +104,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _behind(tokenizer: Any) -> list[int]:
-    """Tokens between what a user asks and the answer, by the chat template; a line break without one."""
+    """Return the tokens between the user's text and the answer by the chat template; without one, a line break."""
     if tokenizer is None:
         return []
     if not getattr(tokenizer, "chat_template", None):

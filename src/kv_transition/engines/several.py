@@ -1,4 +1,4 @@
-"""One forward pass for the next tokens of several sequences, each of which remembers what it likes."""
+"""One forward pass for the next tokens of several sequences, each with its own cache."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.nn import functional
 from kv_transition.engines.reading import Reading
 
 _ROWS = 8
-"""Rows of one product: more come in several"""
+"""Maximum number of rows of one product; more rows use several products"""
 
 _BLOCK = 2**19
-"""Bytes of weights that stay in a core's cache while the tokens of all sequences pass them"""
+"""Bytes of a block of weights, small enough to stay in a core's cache for the tokens of all sequences"""
 
 _SMALL = 2**16
-"""Weights of fewer numbers are multiplied row by row: a product of several rows would cost more to prepare"""
+"""Weights with fewer numbers are multiplied row by row, because preparing a product of several rows costs more"""
 
 
 def treat_tokens_alone(model: nn.Module) -> None:
-    """Let the linear layers of a model treat each of several single tokens as if it had come alone.
+    """Change the linear layers of a model so that each of several single tokens gets the same result as alone.
 
-    A matrix product of eight rows may add up in another order than eight products of one row, and an answer would
-    depend on what is decoded beside it wherever two logits, or two scores of a policy, nearly tie. On a CPU in fp32,
-    single tokens take products that give each row the same bits, whatever is beside it: oneDNN's over weights that
-    were packed for eight rows, which costs their memory once more, if a trial shows that they do; else products of
-    one row, a block of weights at a time, which all rows read from the core's cache. Elsewhere, and for several tokens
-    of one sequence, nothing changes.
+    A matrix product of eight rows may add up in another order than eight products of one row. An answer would then
+    depend on the answers decoded beside it, whenever two logits, or two scores of a policy, are nearly equal. On a CPU
+    in fp32, single tokens use products that give each row the same bits whatever the other rows are. If a trial shows
+    that oneDNN's products over weights packed for eight rows do so, these are used; they need the memory of the weights
+    a second time. Otherwise each row is multiplied separately, one block of weights at a time, which all rows read from
+    the core's cache. On other devices and for several tokens of one sequence nothing changes.
     """
     tried: dict[torch.Size, int | None] = {}
     for module in model.modules():
@@ -45,9 +45,9 @@ def _in_cpu_fp32(x: Tensor) -> bool:
 
 @torch.inference_mode()
 def _packed(module: nn.Linear, tried: dict[torch.Size, int | None]) -> tuple[Tensor, int] | None:
-    """Return the weight packed for `_ROWS` rows, and the fewest rows that a product has to have; None: it cannot be.
+    """Return the weight packed for `_ROWS` rows, and the minimum number of rows of a product; None if not possible.
 
-    tried: such numbers by the shape of the weight, for which oneDNN chooses its order of summation.
+    tried: this minimum by the shape of the weight, for which oneDNN chooses its order of summation.
     """
     weight, kernels = module.weight, torch.ops.mkldnn
     if not _in_cpu_fp32(weight) or weight.numel() < _SMALL or not hasattr(kernels, "_reorder_linear_weight"):
@@ -62,7 +62,7 @@ def _packed(module: nn.Linear, tried: dict[torch.Size, int | None]) -> tuple[Ten
 
 
 def _fewest_rows(packed: Tensor, width: int) -> int | None:
-    """Return from how many rows on each row of a product has the same bits, at any place; None: from none."""
+    """Return the minimum number of rows at which each row of a product has the same bits at any index; None: none."""
     x = torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(0))
     expected = _product(x, packed, None)
     same = torch.equal(_product(x.flip(0), packed, None).flip(0), expected)
@@ -82,7 +82,7 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear_packed(module: nn.Linear, packed: Tensor, fewest: int, x: Tensor) -> Tensor:
-    """x [B, q, in] -> [B, q, out]"""
+    """Return the output [B, q, out] of a linear layer with packed weights for x [B, q, in]."""
     if x.dim() != 3 or x.shape[1] != 1:
         return functional.linear(x, module.weight, module.bias)
     products = []
@@ -95,7 +95,7 @@ def _linear_packed(module: nn.Linear, packed: Tensor, fewest: int, x: Tensor) ->
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """x [B, q, in] -> [B, q, out]"""
+    """Return the output [B, q, out] of a linear layer for x [B, q, in]."""
     weight, bias = module.weight, module.bias
     tokens = x.dim() == 3 and x.shape[0] > 1 and x.shape[1] == 1
     if not tokens or not _in_cpu_fp32(x):
@@ -109,12 +109,12 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Readings:
-    """A token of each of several sequences; transformers takes it for its cache, as it does one `Reading`.
+    """One token of each of several sequences, in the form of a transformers cache, as `Reading` is.
 
-    What a model does to each token by itself (projections, norms, MLP) is done to all rows in one pass, so that its
-    weights are read from memory once (see `treat_tokens_alone`). Attention belongs to each sequence: its own `Reading`
-    computes it over its own entries, with its own statistics. So nothing is padded, and sequences of any lengths and
-    policies may share a pass, join and leave.
+    The operations on single tokens (projections, norms, MLP) process all rows in one pass, so that the weights are read
+    from memory once (see `treat_tokens_alone`). Attention is computed for each sequence by its own `Reading`, over its
+    own entries and with its own statistics. Therefore nothing is padded; sequences of any lengths and policies can
+    share a pass, and they can join and leave at each step.
     """
 
     is_compileable = False
@@ -124,17 +124,17 @@ class Readings:
 
     @property
     def position_ids(self) -> Tensor:
-        """[B, 1]"""
+        """Return the positions [B, 1]."""
         return torch.cat([reading.position_ids for reading in self.readings])
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The new tokens' own keys and values: those before are not transformers' business."""
+        """Return the new tokens' own keys and values, because transformers does not need those before them."""
         return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """queries [B, H, 1, d], keys and values [B, Hkv, 1, d] of the new tokens -> output [B, H, 1, d]."""
+        """Return the output [B, H, 1, d] for queries [B, H, 1, d] and the new tokens' keys, values [B, Hkv, 1, d]."""
         rows = zip(self.readings, queries.split(1), keys.split(1), values.split(1), strict=True)
         return torch.cat([reading.attend(layer, *row, scale) for reading, *row in rows])

@@ -1,4 +1,7 @@
-"""Answers with one right form: a letter, a number, a value of a dictionary. [0, 1] each, of (answer, gold, classes)."""
+"""Metrics for answers with one right form: a letter, a number, a value of a dictionary.
+
+Each metric returns a value in [0, 1] from (answer, gold, classes).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ _LETTER = re.compile(r"The correct answer is (?:\(([A-D])\)|([A-D])(?![A-Za-z]))
 _NUMBER = re.compile(r"-?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}|(-?)\\[dt]?frac(\d)(\d)")
 _BETWEEN = str.maketrans(dict.fromkeys("\n:\"'.,?!{}", " "))
-"""what stands between the words of an answer, as InfiniteBench says"""
+"""characters that separate the words of an answer, as in InfiniteBench"""
 
 
 def choice(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """1 if the letter after "The correct answer is" is the gold one, in brackets or not; asterisks do not count.
+    """Return 1 if the letter after "The correct answer is" is the gold letter, in brackets or not; asterisks are
+    ignored.
 
-    Source: LongBench v2 (arXiv 2412.15204), whose prompt asks for that sentence; a bracketed letter goes first.
+    Source: LongBench v2 (arXiv 2412.15204), whose prompt asks for that sentence; a bracketed letter has priority.
     """
     plain = text.replace("*", "")
     found = list(_LETTER.finditer(plain))
@@ -25,22 +29,23 @@ def choice(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
 
 
 def first_number(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """1 if the first run of digits is the gold one, digit by digit. Source: InfiniteBench, passkey, number_string."""
+    """Return 1 if the first run of digits equals the gold one. Source: InfiniteBench, passkey and number_string."""
     found = re.search(r"[0-9]+", text)
     return float(found is not None and found[0] == gold)
 
 
 def listed_word(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """1 if the gold is a word of the answer, where punctuation parts words. Source: InfiniteBench, kv_retrieval."""
+    """Return 1 if the gold is a word of the answer, separated by punctuation. Source: InfiniteBench, kv_retrieval."""
     return float(gold in text.translate(_BETWEEN).split())
 
 
 def numeric(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    r"""1 if the answer's final number equals the gold one, or both are the same formula.
+    r"""Return 1 if the answer's final number equals the gold one, or if both are the same formula.
 
-    The final answer is what stands in the last ``\boxed{}``, else after the last "####", else after the last "answer
-    is", else the last number. Thousands may be parted by commas, fractions written as 3/4 or \frac{3}{4}; currency,
-    percent and degree signs, units in \text{} and spaces do not count. Numbers are compared exactly.
+    The final answer is the content of the last ``\boxed{}``, else the text after the last "####", else the text after
+    the last "answer is", else the last number. Thousands may be separated by commas, and fractions written as 3/4 or
+    \frac{3}{4}; currency, percent and degree signs, units in \text{} and spaces are ignored. Numbers are compared
+    exactly.
     """
     given = _final(text)
     if given is None:
@@ -65,7 +70,7 @@ def _final(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{}``, whose braces may hold others; None without one that is closed."""
+    r"""Return the content of the last ``\boxed{}``, which may contain braces; None if there is no closed one."""
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
     if start < 0:
         return None
@@ -79,14 +84,14 @@ def _boxed(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """A formula without what does not change its value."""
+    """Return a formula without the parts that do not change its value."""
     text = re.sub(r"\\text\{[^}]*\}|\\mbox\{[^}]*\}|\\left|\\right|\\!|\\,|\\ |\^\\circ|\^\{\\circ\}", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     return re.sub(r"[\s$%]|\\[$%]", "", text).rstrip(".")
 
 
 def _value(text: str) -> Fraction | None:
-    """The number that a text is; None if it is none or more than one."""
+    """Return the number that a text consists of; None if it is not a single number."""
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", _plain(text)).removeprefix("+")
     if match := _FRACTION.fullmatch(plain):
         sign, top, bottom = (match[1], match[2], match[3]) if match[2] else (match[4], match[5], match[6])

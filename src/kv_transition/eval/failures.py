@@ -1,7 +1,7 @@
 """Failure labels of answers. A wrong answer is not a failure; its score shows it.
 
-`failure` returns the first label of ``LABELS`` that fits, or None. "The text" is the answer as it was generated; "the
-scored text" is its first line for tasks of which only that is scored, else all of it. Words are separated by white
+`failure` returns the first label of ``LABELS`` that applies, or None. "The text" is the answer as it was generated.
+"The scored text" is its first line for tasks that score only that line, else all of it. Words are separated by white
 space, so that the labels depend on the answer alone and not on a tokenizer.
 """
 
@@ -32,7 +32,7 @@ MIN_DEGENERATE_WORDS = 24
 MAX_LINES = 3
 MAX_TIMES_GOLD = 10
 
-# Only the first sentence is searched, so that a summary may quote somebody who does not know.
+# Only the first sentence is searched, because a summary may quote a person who does not know.
 _OPENING_CHARACTERS = 200
 _CANNOT = r"(cannot|cant|can not|could not|couldnt|will not|wont|(am|im) (unable|not able) to)"
 _DOES_NOT = r"(does not|doesnt|do not|dont|did not|didnt)"
@@ -63,13 +63,13 @@ def failure(
     finish_reason: str | None = None,
     error: str | None = None,
 ) -> str | None:
-    """The label of one answer, or None if nothing failed.
+    """Return the label of one answer, or None if nothing failed.
 
     Args:
         text: the answer as generated.
-        answers: the gold answers, any of which counts.
+        answers: the gold answers, any of which is right.
         all_classes: the classes of a classification task.
-        pattern: what an answer has to look like, one of ``PATTERNS``.
+        pattern: the required form of an answer, one of ``PATTERNS``.
         first_line_only: score the first line only, as LongBench does for some tasks.
         finish_reason: ``length`` if generation stopped at its limit.
         error: the engine's report: "OOM: ...", "TIMEOUT: ...", any other text, or None.
@@ -101,7 +101,7 @@ def is_degenerate(text: str) -> bool:
     words = text.split()
     if len(words) < MIN_DEGENERATE_WORDS:
         return False
-    # An n-gram has at most 8 different words, so these have to cover half to begin with; they seldom do.
+    # An n-gram has at most 8 different words, so these must cover half of the text; they rarely do.
     if 2 * sum(n for _, n in Counter(words).most_common(MAX_NGRAM)) < len(words):
         return False
     for n in range(1, MAX_NGRAM + 1):
@@ -117,14 +117,12 @@ def is_degenerate(text: str) -> bool:
 
 
 def is_refusal(text: str) -> bool:
-    """Return whether the first sentence declines the request: "I can't help with that", "As an AI language model,
-    ...".
-    """
+    """Return whether the first sentence declines the request, such as "I can't help with that"."""
     return _REFUSAL.search(_opening(text)) is not None
 
 
 def is_abstention(text: str) -> bool:
-    """Return whether the first sentence says that there is no answer: "unknown", "The text does not mention it"."""
+    """Return whether the first sentence says that there is no answer, such as "unknown" or "not mentioned"."""
     return _ABSTENTION.search(_opening(text)) is not None
 
 
@@ -135,13 +133,13 @@ def _opening(text: str) -> str:
 
 
 def breaks_pattern(text: str, answers: Sequence[str], all_classes: Sequence[str], pattern: str) -> bool:
-    """Whether the text is not of the form that the task asks for.
+    """Return whether the text does not have the form that the task requires.
 
     - ``trec_class``: it names none of the classes.
     - ``paragraph``: it has no "Paragraph k".
     - ``number``: it has no digit.
-    - ``short_qa``: more than three lines that are not blank, or more than ten times the words of the longest gold.
-    - ``free``: anything goes.
+    - ``short_qa``: it has more than three non-blank lines, or more than ten times the words of the longest gold answer.
+    - ``free``: every form is allowed.
 
     Raises:
         ValueError: there is no such pattern.

@@ -1,8 +1,8 @@
 """IFEval's checkable instructions: whether an answer follows each of them.
 
-Source: Zhou et al., "Instruction-following evaluation for large language models", arXiv 2311.07911, strict form. What
-differs: sentences and capital words are found by regular expressions rather than by nltk's models, languages by
-py3langid rather than by langdetect, and case is checked without first telling the language.
+Source: Zhou et al., "Instruction-following evaluation for large language models", arXiv 2311.07911, strict form.
+Differences: sentences and capital words are found by regular expressions instead of nltk's models, languages by
+py3langid instead of langdetect, and case is checked without detecting the language first.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LANGUAGES = (
     *("ar", "bg", "bn", "de", "en", "es", "fa", "fi", "fr", "gu", "he", "hi", "it", "ja", "kn", "ko", "ml", "mr"),
     *("ne", "pa", "pl", "pt", "ru", "sw", "ta", "te", "th", "uk", "ur", "vi"),
 )
-"""those that an answer may be asked for in"""
+"""languages in which an answer may be requested"""
 
 
 def instruction(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """1 if the answer follows the instruction ``gold``, an object with ``id`` and ``kwargs`` as JSON, else 0.
+    """Return 1 if the answer follows the instruction ``gold``, an object with ``id`` and ``kwargs`` as JSON, else 0.
 
     Raises:
-        UserError: there is no such instruction, or an argument of it is missing or of a wrong kind.
+        UserError: there is no such instruction, or one of its arguments is missing or has a wrong type.
     """
     asked = parse_json(gold, "an instruction")
     name, arguments = asked.get("id"), asked.get("kwargs") or {}
@@ -43,9 +43,7 @@ def instruction(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
     try:
         return float(CHECKS[name](text, arguments))
     except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
-        raise UserError(
-            f"instruction {name}: its kwargs {json.dumps(arguments)} are not as they should be ({error})"
-        ) from None
+        raise UserError(f"instruction {name}: its kwargs {json.dumps(arguments)} are invalid ({error})") from None
 
 
 def _compared(count: int, relation: str, wanted: int) -> bool:
@@ -80,7 +78,7 @@ def _words(text: str, a: Mapping[str, Any]) -> bool:
 
 
 def _between(pieces: list[str]) -> int | None:
-    """How many pieces there are, an empty first and last one aside; None if one between is empty."""
+    """Return the number of pieces, without an empty first and last one; None if one in between is empty."""
     if any(not piece.strip() for piece in pieces[1:-1]):
         return None
     return sum(bool(piece.strip()) for piece in pieces)

@@ -1,9 +1,8 @@
-"""What an answer is worth: LongBench's metrics, RULER's, and two of our own.
+"""Metrics of answers: those of LongBench and RULER, and two of this project.
 
-The metrics in ``METRICS`` give what the scoring code of LongBench (Bai et al. 2023, arXiv 2308.14508) gives, its
-oddities included, since their only use is comparison; ``string_match_all`` is RULER's (Hsieh et al. 2024,
-arXiv 2404.06654). `exact_match` and `contains` are neither's.
-All values lie in [0, 1]. `docs/scoring.md` has the definitions in prose.
+The metrics in ``METRICS`` give the values of LongBench's scoring code (Bai et al. 2023, arXiv 2308.14508), including
+its peculiarities, because they serve comparison; ``string_match_all`` is RULER's (Hsieh et al. 2024, arXiv 2404.06654).
+`exact_match` and `contains` belong to this project. All values are in [0, 1]. `docs/scoring.md` defines them in prose.
 """
 
 from __future__ import annotations
@@ -57,12 +56,12 @@ def qa_f1(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
 
 
 def rouge_l(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """Summary-level ROUGE-L (Lin 2004, section 3.2) as the package ``rouge`` 1.0.1 computes it.
+    """Return summary-level ROUGE-L (Lin 2004, section 3.2) as the package ``rouge`` 1.0.1 computes it.
 
-    Sentences end at every full stop; words are what white space separates, case and punctuation kept. Over all pairs
-    of a gold and an answer sentence, U is the set of words of their longest common subsequences. With the *distinct*
-    words of each side as the denominators, F = 2PR / (P + R + 1e-8). The package ``rouge-score`` differs: it
-    lower-cases, drops punctuation and counts words as often as they occur.
+    Sentences end at every full stop; words are separated by white space, and case and punctuation are kept. U is the
+    set of words in the longest common subsequences over all pairs of a gold and an answer sentence. With the *distinct*
+    words of each side as denominators, F = 2PR / (P + R + 1e-8). The package ``rouge-score`` differs: it lower-cases,
+    drops punctuation and counts repeated words.
     """
     sentences, gold_sentences = _sentences(text), _sentences(gold)
     if not sentences or not gold_sentences:
@@ -81,10 +80,10 @@ def _sentences(text: str) -> list[list[str]]:
 def _common_subsequence(x: list[str], y: list[str]) -> set[str]:
     """Return the words of a longest common subsequence of ``x`` and ``y``, the same one as the package.
 
-    Bit-parallel (Hyyrö 2004): bit j of ``rises[i]`` says that the length for x[:i + 1] and y[:j + 1] exceeds that for
-    x[:i + 1] and y[:j], which is all that the way back from the end needs.
+    It is bit-parallel (Hyyrö 2004): bit j of ``rises[i]`` is set if the length for x[:i + 1] and y[:j + 1] exceeds that
+    for x[:i + 1] and y[:j]; the way back from the end needs nothing else.
     """
-    # A word of y that x does not have is stepped over wherever the walk meets it.
+    # Words of y that x does not have cannot be part of the subsequence.
     vocabulary = set(x)
     y = [word for word in y if word in vocabulary]
     if not y:
@@ -113,12 +112,12 @@ def _common_subsequence(x: list[str], y: list[str]) -> set[str]:
 
 
 def classification(text: str, gold: str, all_classes: Sequence[str]) -> float:
-    """Return 1 / number of the classes that the answer names, if the gold class is one of them, else 0.
+    """Return 1 / (number of classes that the answer names) if the gold class is one of them, else 0.
 
-    A class counts as named if it is a substring. Classes that are only part of the gold's name do not count.
+    A class is named if it is a substring of the answer. Classes that are only a part of the gold's name do not count.
     """
     named = [name for name in all_classes if name in text]
-    # Removing from the list that is walked over skips the class after each removed one; LongBench does so.
+    # Removing from the list during the loop skips the class after each removed one, as in LongBench's code.
     for name in named:
         if name in gold and name != gold:
             named.remove(name)
@@ -132,10 +131,10 @@ def count(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
 
 
 def retrieval(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """`count` for a gold "Paragraph k"; the answer need not say "Paragraph".
+    """Return `count` for a gold "Paragraph k"; the answer need not contain "Paragraph".
 
     Raises:
-        UserError: the gold is not of that form.
+        UserError: the gold does not have that form.
     """
     match = re.search(r"Paragraph (\d+)", gold)
     if match is None:
@@ -144,10 +143,10 @@ def retrieval(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
 
 
 def code_sim(text: str, gold: str, all_classes: Sequence[str] = ()) -> float:
-    """Similarity of the gold line and the answer's first line without "`", "#" or "//", in whole percents.
+    """Return the similarity of the gold line and the answer's first line without "`", "#" or "//", in whole percents.
 
-    2M / T with M the characters in matching blocks (Ratcliff and Obershelp): what ``fuzzywuzzy`` computes by
-    ``difflib`` unless python-Levenshtein, which LongBench does not require, is there to give other values.
+    It is 2M / T with M the characters in matching blocks (Ratcliff and Obershelp), which ``fuzzywuzzy`` computes by
+    ``difflib``. With python-Levenshtein, which LongBench does not require, its values would differ.
     """
     lines = text.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
@@ -174,7 +173,7 @@ METRICS: dict[str, Metric] = {
     "code_sim": code_sim,
     "string_match_all": string_match,
 }
-# The metrics under which all of the gold answers are wanted: their mean counts instead of the best.
+# Metrics that require all gold answers, so that the mean over them counts instead of the best.
 WANTS_ALL = frozenset({"string_match_all", "instruction"})
 
 
@@ -188,7 +187,7 @@ def score_answer(
     """Return the best value of the named metric over the gold answers, or their mean if all are required; 0 without
     any.
 
-    Raises UserError if there is no such metric, or a gold answer does not have the form that the metric needs.
+    Raises UserError if there is no such metric, or if a gold answer does not have the form that the metric needs.
     """
     if metric not in METRICS:
         raise UserError(f"metric {metric!r} is not known; take one of {', '.join(METRICS)}")
@@ -200,7 +199,7 @@ def score_answer(
 
 
 # ----------------------------------------------------------------------------------------------------
-# Ours. With qa_f1 over the same text: exact_match <= qa_f1 and exact_match <= contains.
+# Metrics of this project. With qa_f1 over the same text: exact_match <= qa_f1 and exact_match <= contains.
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:

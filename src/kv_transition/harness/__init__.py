@@ -1,1 +1,1 @@
-"""The model type ``kv_transition`` of lm-evaluation-harness; the package lm-eval is needed, the extra ``lm-eval``."""
+"""The model type ``kv_transition`` of lm-evaluation-harness; it needs the extra ``lm-eval``."""

@@ -1,4 +1,4 @@
-"""The harness's own command line, which knows the model type ``kv_transition`` beside its own.
+"""The command line of lm-evaluation-harness with the additional model type ``kv_transition``.
 
     python -m kv_transition.harness run --model kv_transition \\
         --model_args pretrained=FOLDER,policy=snapkv,budget=0.2 --tasks TASK --output_path FOLDER
@@ -12,7 +12,7 @@ import sys
 
 def main() -> int | None:
     if importlib.util.find_spec("lm_eval") is None:
-        print("the harness is not installed; `make lm-eval` puts it into an environment of its own", file=sys.stderr)
+        print("the harness is not installed; `make lm-eval` creates an environment with it", file=sys.stderr)
         return 1
     from lm_eval.__main__ import cli_evaluate
 

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on a compressed cache: its own `hf` model, whose prompts are compressed before the answer.
+"""lm-evaluation-harness on a compressed cache: its `hf` model, whose prompts are compressed before the answer.
 
-Prompts, truncation, stop sequences and batches are the harness's; only the cache is ours. At policy ``full`` responses
-are those of `hf`, and log-likelihoods to 1e-5 (tests/test_harness.py).
+Prompts, truncation, stop sequences and batches are those of the harness; only the cache is this project's. With policy
+``full``, responses equal those of `hf`, and log-likelihoods agree to 1e-5 (tests/test_harness.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kv_transition.errors import UserError
 from kv_transition.harness.likelihood import Likelihoods, Prompt
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""the texts of context and continuation (None of a text that is read from its beginning), and the tokens of both"""
+"""the texts of context and continuation (None for a text without context), and the tokens of both"""
 
 _OPTION = "policy."
 
@@ -31,13 +31,13 @@ _OPTION = "policy."
 class CompressedLM(HFLM):
     """A model whose KV cache is compressed to a budget after the prompt, or before the question in it.
 
-    policy, budget, seed: as in the library (docs/python.md); ``policy.window=16`` sets a hyper-parameter.
-    mode: ``after_prompt``, or ``before_question``, which compresses up to the last ``separator`` of a prompt and then
-    reads the rest. pretrained: folder, hub id, GGUF file, or a transformers model. Other arguments are those of `hf`.
+    policy, budget, seed: as in the library (docs/python.md); ``policy.window=16`` sets a hyper-parameter. mode:
+    ``after_prompt``, or ``before_question``, which compresses up to the last ``separator`` of a prompt and then reads
+    the rest. pretrained: folder, hub id, GGUF file, or a transformers model. Other arguments are those of `hf`.
 
-    Log-likelihoods: a continuation is read token by token under a policy that acts at each of them, else at once; the
-    context that requests share is read and compressed once. A text by itself (rolling) is read from its first token, so
-    its policy has to act while reading. Raises UserError where policy and budget do not fit together.
+    Log-likelihoods: under a policy that acts at each token, a continuation is read token by token, else in one piece; a
+    context that several requests share is read and compressed once. A text without a context (rolling) is read from its
+    first token, so its policy must act while reading. Raises UserError if policy and budget cannot be combined.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CompressedLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any
     ) -> Tensor:
-        """Return prompts [B, n] padded on the left, with what follows each of them."""
+        """Return prompts [B, n] padded on the left, each followed by its answer."""
         rows = [row[seen.bool()].tolist() for row, seen in zip(context, attention_mask, strict=True)]
         new = max_length - context.shape[1]
         places = [self._place(row) for row in rows]
@@ -97,7 +97,7 @@ class CompressedLM(HFLM):
         return torch.cat([context, padded], 1)
 
     def _fit(self, rows: Sequence[list[int]], places: Sequence[int | None]) -> bool:
-        """Return whether prompts can be answered as one batch: with the tokens that each has alone."""
+        """Return whether prompts can be answered as one batch with the same tokens as alone."""
         if len(rows) == 1 or not self._setting.evicts:
             return True
         policy, alike = self._setting.policy, len({len(row) for row in rows}) == 1
@@ -118,7 +118,7 @@ class CompressedLM(HFLM):
         if not 0 < place < len(prompt):
             raise UserError(
                 f"mode: before_question compresses up to the last {self._separator!r} of a prompt and reads the rest, "
-                "and a prompt has none or ends with it; give another separator=..., or mode=after_prompt"
+                "but a prompt has none or ends with it; give another separator=..., or mode=after_prompt"
             )
         return place
 
@@ -127,11 +127,11 @@ class CompressedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Return log p of each continuation, and whether greedy decoding gives it."""
+        """Return log p of each continuation, and whether greedy decoding produces it."""
         prompts = [self._prompt(number, *request) for number, request in enumerate(requests)]
         continuations = [continuation for _, _, continuation in requests]
         size = self.batch_size
-        if not isinstance(size, int):  # auto, which the harness's own requests measure
+        if not isinstance(size, int):  # auto: the harness measures it
             size = override_bs or self._detect_batch_size()
         found: dict[int, tuple[float, bool]] = {}
         for number, result in self._likelihoods.of(prompts, continuations, size):
@@ -143,18 +143,18 @@ class CompressedLM(HFLM):
     def _prompt(
         self, number: int, texts: tuple[str, str] | None, context: list[int], continuation: list[int]
     ) -> Prompt:
-        """Return what a continuation follows, cut from the left to the model's length.
+        """Return the prompt of a continuation, cut from the left to the model's length.
 
-        Raises UserError for a text by itself under a policy that only compresses prompts.
+        Raises UserError for a text without context under a policy that only compresses prompts.
         """
         setting = self._setting
         context = (context + continuation)[-(self.max_length + 1) : -len(continuation)]
         if texts is None and setting.evicts and not setting.policy.acts_each_step:
             raise UserError(
-                f"policy: {self._policy['kind']} compresses a prompt, and loglikelihood_rolling has none; choose full, "
+                f"policy: {self._policy['kind']} compresses a prompt, but loglikelihood_rolling has none; choose full, "
                 "or a policy that acts at each token, such as streaming_llm, h2o or tova"
             )
-        # what watches the steps of an answer is of that answer alone
+        # an observer of steps belongs to one answer, so its context cannot be shared
         alone = number if setting.evicts and setting.policy.one_at_a_time else None
         if texts is None:
             over = len(context) + (len(continuation) if setting.evicts else 0)

@@ -1,4 +1,4 @@
-"""Build the report: a Markdown file beside its figures, and an HTML page that contains everything."""
+"""Build the report: a Markdown file that refers to the figures, and an HTML page that contains everything."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def build_report(
     """Write report.md (which refers to the figures) and report.html (which contains them).
 
     All arguments but ``title``, ``extra`` and ``missing`` are paths; the first four are None in an experiment without
-    tasks. extra: paths of further tables by name; missing files are left out. missing: for a report of an unfinished
-    experiment, why each cell that is not in ``scores`` is missing, by its path. Raises UserError if a table is empty or
-    a file cannot be read.
+    tasks. extra: paths of further tables by name; files that do not exist are omitted. missing: for a report on an
+    unfinished experiment, the reason why a cell is not in ``scores``, by the path of the cell. Raises UserError if a
+    table is empty or a file cannot be read.
     """
     source = Source(
         read_results(scores, bin_stats, comparisons, transition) if scores else None,

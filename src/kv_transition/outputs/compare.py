@@ -25,7 +25,7 @@ from kv_transition.studies.grid.tables import SCORES
 CELL = ["task", "mode", "policy", "budget"]
 UNIT = [*CELL, "example_id", "repeat"]
 SAME = ["question", "answers"]
-# Keys that always differ between experiments, or only name a place.
+# Keys that always differ between experiments, or only name a folder.
 _NO_SETTING = ("experiment", "output", "report", "provenance", "hardware")
 
 
@@ -33,10 +33,10 @@ def compare(results_a: str, results_b: str, output: str) -> None:
     """Write report.md, report.html and differences.csv into the folder ``output``: B minus A, paired by example.
 
     ``results_a`` and ``results_b`` are folders of finished experiments (scores.parquet and config.yaml in each).
-    Examples count as the same if task, id, question and gold answers are; bins are those of A. Intervals and tests are
+    Examples are the same if task, id, question and gold answers are equal; bins are those of A. Intervals and tests are
     those of every comparison in the project, with A's confidence; Holm within one task, mode and statistic.
 
-    Raises UserError if a file is missing or the two have no answer in common.
+    Raises UserError if a file is missing or the two experiments have no answer in common.
     """
     a, b = _scores(results_a), _scores(results_b)
     config_a, config_b = (experiment.read_config(f"{folder}/config.yaml") for folder in (results_a, results_b))
@@ -81,7 +81,7 @@ def _scores(folder: str) -> pl.DataFrame:
         raise UserError(f"{folder}: there is no scores.parquet in it; give the results folder of a finished experiment")
     found = frames.read_parquet(path)
     if lacking := [name for name in SCORES.names if name not in found.columns]:
-        raise UserError(f"{path} holds no scored answers of this version, it has no column {lacking[0]}; score anew")
+        raise UserError(f"{path} has no column {lacking[0]}, because another version wrote it; score the answers again")
     return found.filter(~pl.col("alias")).with_columns(cs.float().fill_nan(None))
 
 
@@ -97,7 +97,7 @@ def _names(folder_a: str, folder_b: str, config_a: Mapping, config_b: Mapping) -
 
 
 def _matched(a: pl.DataFrame, b: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
-    """Return the answers that both have (B's in A's bins), and the numbers of answers that were left out."""
+    """Return the answers that both experiments have (B's in A's bins), and the numbers of answers that were omitted."""
     pairs = a.select(*UNIT, "bin", *SAME, "prompt_sha256").join(
         b.select(*UNIT, *SAME, "prompt_sha256"), on=UNIT, suffix="_b"
     )
@@ -118,7 +118,7 @@ def differences(a: pl.DataFrame, b: pl.DataFrame, statistics: Statistics) -> pl.
 
     ``score`` and ``failure_rate``; over all bins also ``score_ratio`` (B over A) and ``speedup`` (A's time over B's).
     """
-    # Use the comparison with the full cache, with A as the full cache and B as the policy.
+    # Reuse the comparison with the full cache: A takes the place of the full cache, B that of the policy.
     cells = pl.concat([frame.select(CELL) for frame in (a, b)]).unique().sort(CELL).with_row_index("cell")
     one, other = (frame.join(cells, on=CELL).with_columns(task=pl.col("cell").cast(pl.String)) for frame in (a, b))
     one = one.with_columns(policy=pl.lit("full"), budget=pl.lit("r1"))
@@ -126,7 +126,7 @@ def differences(a: pl.DataFrame, b: pl.DataFrame, statistics: Statistics) -> pl.
     shared = [name for name in one.columns if name in other.columns]
     found = comparisons(pl.concat([one.select(shared), other.select(shared)]).to_arrow(), statistics)
     table = pl.from_arrow(found).with_columns(cell=pl.col("task").cast(cells.schema["cell"])).drop(CELL)
-    table = table.drop("holm_low", "holm_high")  # of a family of one
+    table = table.drop("holm_low", "holm_high")  # they would be those of a family of one test
     table = table.join(cells, on="cell", maintain_order="left").drop("cell", "reference_policy", "reference_budget")
     scope = pl.when(pl.col("bin").is_null()).then(pl.lit("all bins")).otherwise(pl.lit("by bin"))
     family = pl.concat_str("task", "mode", "statistic", scope, separator="/")
@@ -178,13 +178,13 @@ def _groups(table: pl.DataFrame, a: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _answer(groups: list[dict[str, Any]], a: str, b: str, alpha: float) -> str:
-    """Return the differences in a sentence or two."""
+    """Return one or two sentences on the differences."""
     rows = [(g, row) for g in groups for row in g["rows"] if row["raw"]["p_holm"] is not None]
     clear = [(g, row) for g, row in rows if row["raw"]["p_holm"] < alpha]
     if not clear:
         widest = max((abs(row["raw"][k]) for _, row in rows for k in ("ci_low", "ci_high")), default=None)
-        hidden = "" if widest is None else f" A difference of up to {widest:.2f} may still be hidden."
-        return f"No difference in score shows between {b} and {a}.{hidden}"
+        hidden = "" if widest is None else f" A difference of up to {widest:.2f} cannot be excluded."
+        return f"No difference in score is shown between {b} and {a}.{hidden}"
     better = sum(row["raw"]["estimate"] > 0 for _, row in clear)
     group, most = max(clear, key=lambda pair: abs(pair[1]["raw"]["estimate"]))
     return (
@@ -210,7 +210,7 @@ def _figure(groups: list[dict[str, Any]], context: Mapping[str, Any]) -> panels.
 
 
 def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the keys of the configuration in which the two differ, with both values."""
+    """Return the keys of the configuration that differ between the two experiments, with both values."""
     flat_a, flat_b = (dict(_flat({k: v for k, v in c.items() if k not in _NO_SETTING})) for c in (a, b))
     keys = sorted(k for k in flat_a.keys() | flat_b.keys() if flat_a.get(k) != flat_b.get(k))
     return [(k, *("not there" if k not in flat else str(flat[k]) for flat in (flat_a, flat_b))) for k in keys]

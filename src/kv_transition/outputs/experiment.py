@@ -33,11 +33,11 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def statistics(config: Config, path: str) -> Statistics:
-    """Return how an experiment's intervals were made. Raises UserError if its file says something else there."""
+    """Return the settings of an experiment's intervals. Raises UserError if its file has invalid values for them."""
     try:
         known = sections.Statistics.model_validate(config.get("statistics") or {})
     except ValidationError as error:
-        raise UserError(f"{path}: statistics is not as it should be ({error.errors()[0]['msg']})") from None
+        raise UserError(f"{path}: the section statistics is invalid ({error.errors()[0]['msg']})") from None
     return Statistics(**known.model_dump())
 
 
@@ -56,7 +56,7 @@ def commit(experiment: Config) -> str:
 
 
 def citation(experiment: Config) -> str:
-    """Return a BibTeX entry of the software at the version and commit that made the results."""
+    """Return a BibTeX entry of the software with the version and commit that computed the results."""
     return (
         "@software{kv_transition,\n"
         "  title   = {kv-transition},\n"
@@ -80,10 +80,10 @@ def setup(
         ("Model", model_name(experiment) + (f", {model['dtype']}" if model.get("dtype") else "")),
         *_weights(provenance.get("weights_from")),
         *(_answered(experiment, results) if results else []),
-        ("Device", device if device == "cpu" or not card else f"{device} ({card} asked for)"),
+        ("Device", device if device == "cpu" or not card else f"{device} ({card} requested)"),
     ]
     if endpoints.is_remote(experiment):
-        rows[0] = ("Model", f"{model_name(experiment)}, its tokenizer; the weights are the endpoint's")
+        rows[0] = ("Model", f"{model_name(experiment)} (tokenizer only; the endpoint has the weights)")
         rows[-1:] = endpoints.setup(experiment)
     hyper = {name: options for name, options in (kv.get("policies") or {}).items() if options}
     if hyper:
@@ -100,11 +100,11 @@ def setup(
     rows += [
         (label, metadata[key])
         for key, label in (
-            ("cells_git_commit", "Answers made at commit"),
+            ("cells_git_commit", "Commit of the answers"),
             ("attention", "Attention"),
             ("attention_statistics", "Attention statistics"),
             ("device", "Hardware"),
-            ("model_fingerprint", "Model's fingerprint"),
+            ("model_fingerprint", "Fingerprint of the model"),
             ("timestamp", "Scored at"),
         )
         if metadata.get(key)
@@ -150,8 +150,8 @@ def limits(experiment: Config, results: Results | None) -> list[str]:
     decoding, found = experiment.get("decoding") or {}, []
     if name := embedded(experiment):
         found.append(
-            f"The model is the project's own {name}, trained on a synthetic task. Rankings of policies from it are "
-            "not findings about language models; it shows that the measurement works."
+            f"The model is the project's own {name}, trained on a synthetic task. Its rankings of policies are not "
+            "findings about language models; they only show that the measurement works."
         )
     else:
         found.append(_one_model(experiment))
@@ -161,44 +161,45 @@ def limits(experiment: Config, results: Results | None) -> list[str]:
     if results.keeping_all:
         verb = "evict" if len(results.keeping_all) > 1 else "evicts"
         found.append(
-            f"What {listed(results.keeping_all)} {verb} stays in host memory. "
-            "“Kept” is what a step attends to; bytes are those of both memories, so nothing is saved."
+            f"The entries that {listed(results.keeping_all)} {verb} stay in host memory. “Kept” counts the entries "
+            "that a decode step attends to; bytes include both memories, so no memory is saved."
         )
     if len({mode for _, mode in results.groups}) > 1:
         found.append(
-            "The two modes answer different questions and are never mixed: after the prompt, the policy has seen the "
-            "question, and late tokens may already carry the answer; before the question, it has not."
+            "The two modes answer different questions and are never mixed. In mode after the prompt, the policy has "
+            "read the question, and late tokens may already contain the answer; in mode before the question, it has "
+            "not."
         )
     found.append(
-        "“No loss shown” means no more than 5 % of the score; “undecided” means that a loss may be there unseen. Bins "
-        "are ranges of length, so a transition is located to a bin, not to a token."
+        "“No loss shown” means that at most 5 % of the score is lost; “undecided” means that a loss can be neither "
+        "shown nor excluded. Bins are ranges of length, so a transition is located to a bin, not to a token."
     )
     if not decoding.get("temperature") and decoding.get("repeats", 1) == 1:
         found.append(
-            "Each example was answered once, greedily: instability within an example (other seeds, other wordings) "
-            "was not measured."
+            "Each example was answered once, with greedy decoding, so instability within an example (other seeds, "
+            "other wordings) was not measured."
         )
     if not results.stats.filter(statistic="latency_p50").drop_nulls("estimate").height:
-        found.append("No answer was timed alone on the machine, so nothing is said about speed.")
+        found.append("No answer was timed alone on the machine, so the report makes no statement about speed.")
     if remote := endpoints.limits(experiment, results.scores):
         return found + remote
-    found.append("Reading the prompt is always done with full attention; only what is kept afterwards is compressed.")
+    found.append("The prefill always uses full attention; the cache is compressed afterwards.")
     return found
 
 
 def _one_model(experiment: Config) -> str:
-    """What results from a single pretrained model can and cannot show."""
+    """Return the sentences on what results from a single pretrained model can and cannot show."""
     count = (experiment.get("provenance") or {}).get("parameters")
     size = f" of {labels.parameters(count)} parameters" if count else ""
     return (
-        f"This is one model{size}. The results show what these policies do to it on these texts and lengths; the "
-        "intervals are about other examples, not about other models. Whether the same ranking holds for larger models, "
-        "other families or other tasks has to be measured there."
+        f"These are results of one model{size}. They show the effect of these policies on it for these texts and "
+        "lengths. The intervals cover other examples, not other models. Whether the same ranking holds for larger "
+        "models, other families or other tasks has to be measured there."
     )
 
 
 def future(experiment: Config, results: Results | None) -> list[str]:
-    """Return sentences on which further runs would tell most."""
+    """Return sentences on the further runs that would be most informative."""
     if results is None:
         return []
     found = []
@@ -206,8 +207,10 @@ def future(experiment: Config, results: Results | None) -> list[str]:
     undecided = verdicts.filter(outcome=scale.UNDECIDED)
     if undecided.height:
         most = undecided["n_decides"].max()
-        enough = "" if most is None else f", about {most} in all for the most demanding of those that can be decided so"
-        found.append(f"More examples for the {undecided.height} pairs of policy and budget that are undecided{enough}.")
+        enough = (
+            "" if most is None else f"; about {most} in total decide the most demanding of those that can be decided"
+        )
+        found.append(f"More examples for the {undecided.height} undecided pairs of policy and budget{enough}.")
     shortest = results.stats["bin"].min()
     collapsed_first = verdicts.filter(pl.col("since_bin") == shortest, outcome=scale.COLLAPSED).height
     if collapsed_first:
@@ -215,7 +218,7 @@ def future(experiment: Config, results: Results | None) -> list[str]:
             f"Larger budgets or shorter documents for the {collapsed_first} pairs that collapsed in the shortest bin."
         )
     if (experiment.get("decoding") or {}).get("repeats", 1) == 1:
-        found.append("Repeats of each example, to see instability within an example.")
+        found.append("Repeats of each example, to measure instability within an example.")
     if embedded(experiment):
         found.append("The same experiment with a pretrained language model and a real data set (LongBench).")
     return found

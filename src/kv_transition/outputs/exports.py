@@ -20,11 +20,11 @@ from kv_transition.studies.grid.results import Results, Row, read_results
 from kv_transition.studies.grid.tradeoff import footprints
 
 VERSION = 2
-RAW = "raw"  # the engine's own answer, as JSON: in the Parquet file and in SQLite
+RAW = "raw"  # the engine's response as JSON, which is in the Parquet file and in SQLite only
 
 
 def write_csv(table: str, output: str) -> None:
-    """Write a Parquet table as CSV: lists joined by `` | ``, empty for null, without the engines' raw answers."""
+    """Write a Parquet table as CSV: lists joined by `` | ``, empty for null, without the engine's raw responses."""
     frame = frames.read_parquet(table)
     lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
     frame = frame.with_columns(pl.col(name).cast(pl.List(pl.String)).list.join(" | ") for name in lists)
@@ -35,7 +35,7 @@ def write_csv(table: str, output: str) -> None:
 def summary(results: Results, settings: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the verdict as JSON values: every policy and budget with its score, footprint, speed and transition.
 
-    Estimates are objects of estimate, ci_low, ci_high and n; null if nothing was measured.
+    An estimate is an object of estimate, ci_low, ci_high and n, or null if nothing was measured.
     """
     kept_bytes = footprints(results)
     zones = {
@@ -97,9 +97,9 @@ def write_exports(
 ) -> None:
     """Write ``{csv_dir}/{table}.csv`` for every table, summary.json and matched_budget.json; arguments are paths.
 
-    ``tables``: scores, bin_stats, comparisons and transition, or none where no task is answered, and then there is
-    neither a summary nor a card. ``extra``: further tables by name, left out where there is no such file. Raises
-    UserError as `read_results` does.
+    ``tables``: scores, bin_stats, comparisons and transition, or none in an experiment without tasks, which has neither
+    a summary nor a card. ``extra``: further tables by name; files that do not exist are omitted. Raises UserError as
+    `read_results` does.
     """
     for name, path in {**tables, **(extra or {})}.items():
         if Path(path).is_file():
@@ -125,7 +125,7 @@ def write_all(
 ) -> None:
     """Write the CSV tables, summary.json, matched_budget.json and the SQLite database; arguments are paths.
 
-    ``answered``: scores, bin_stats, comparisons and transition, or none where no task is answered.
+    ``answered``: scores, bin_stats, comparisons and transition, or none in an experiment without tasks.
     """
     write_exports(tables=answered, config=config, csv_dir=csv, summary_json=summary, card_json=card, extra=extra)
     if sqlite:

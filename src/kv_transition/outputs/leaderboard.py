@@ -1,4 +1,4 @@
-"""Several experiments as one table: leaderboard.json in one schema, and a page whose columns sort."""
+"""A leaderboard of several experiments: leaderboard.json in one schema, and a page with a sortable table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BESIDE = {
     "failure_rate": "failure_rate",
     "tokens_per_s": "tokens_per_s",
 }
-"""column: the statistic of bin_stats whose estimate it is"""
+"""column of an entry: the statistic of bin_stats that it is read from"""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -34,7 +34,7 @@ class _Strict(BaseModel):
 
 
 class Entry(_Strict):
-    """What one cell of an experiment scored: a task, a length bin, a policy and a budget."""
+    """The score of one cell of an experiment: a task, length bin, policy and budget."""
 
     experiment: str
     model: str
@@ -60,17 +60,17 @@ class Entry(_Strict):
 
 
 class Leaderboard(_Strict):
-    """The whole file."""
+    """The content of leaderboard.json."""
 
     version: Literal[1] = 1
     entries: list[Entry]
 
 
 def leaderboard(sources: Sequence[str], output: str) -> None:
-    """Write leaderboard.json and leaderboard.html of several results folders, or of leaderboard.json files.
+    """Write leaderboard.json and leaderboard.html from several results folders or leaderboard.json files.
 
-    Raises UserError if a folder holds no scored experiment, a file is not of the schema, or two sources have the same
-    cell.
+    Raises UserError if a folder contains no scored experiment, a file does not match the schema, or two sources contain
+    the same cell.
     """
     entries = [entry for source in sources for entry in _entries(Path(source))]
     seen: set[tuple[Any, ...]] = set()
@@ -85,7 +85,7 @@ def leaderboard(sources: Sequence[str], output: str) -> None:
 
 
 def render(entries: Sequence[Entry]) -> str:
-    """The page of some entries, the best scores first; every text in it is escaped, and it needs no other file."""
+    """Return the HTML page of entries, the best scores first; all text is escaped, and it needs no other file."""
     rows = sorted((entry.model_dump() for entry in entries), key=lambda row: (-row["score"], row["policy"]))
     return page.environment(html=True).get_template("leaderboard.html.jinja").render(rows=rows)
 
@@ -97,7 +97,7 @@ def _entries(source: Path) -> list[Entry]:
         raise UserError(f"{source}: there is no such folder; give results folders or {FILE} files")
     table = source / "bin_stats.parquet"
     if not table.is_file():
-        raise UserError(f"{source}: holds no bin_stats.parquet; run the experiment to its report first")
+        raise UserError(f"{source}: it has no bin_stats.parquet; run the experiment up to its report first")
     config = experiment.read_config(str(source / "config.yaml"))
     return _from_table(_read(table), _read(source / "scores.parquet", ["task", "metric"]), config)
 
@@ -116,7 +116,7 @@ def _from_file(path: Path) -> list[Entry]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where} is not as docs/leaderboard.md says ({first['msg']})") from None
+        raise UserError(f"{path}: {where} does not match the schema in docs/leaderboard.md ({first['msg']})") from None
 
 
 def _from_table(stats: pl.DataFrame, scores: pl.DataFrame, config: Mapping[str, Any]) -> list[Entry]:
@@ -150,5 +150,5 @@ def _finite(value: float | None) -> float | None:
 
 
 def schema() -> str:
-    """The JSON schema of leaderboard.json."""
+    """Return the JSON schema of leaderboard.json."""
     return json.dumps(Leaderboard.model_json_schema(), indent=1)

@@ -1,4 +1,4 @@
-"""Report on an unfinished experiment: the finished cells, and a list of the missing ones."""
+"""Report on an unfinished experiment: its finished cells, and a list of the missing ones."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ EXTRA = ("pairs", "noninferiority", "smallest_budgets", "budget_transition")
 
 
 def write_partial(settings: Settings) -> Path:
-    """Score, analyse and report the finished cells in ``{results}/{experiment}/partial/``; return report.html.
+    """Score, analyse and report the finished cells in ``{results}/{experiment}/partial/``; return the path of
+    report.html.
 
-    The files of the experiment itself are not changed. Cells that are missing, unreadable or made with other settings
-    or code are left out and named. Raises UserError if nothing can be reported yet.
+    The files of the experiment itself are not changed. Cells that are missing, unreadable or computed with other
+    settings or code are omitted and listed. Raises UserError if there is nothing to report yet.
     """
     import yaml
 
@@ -46,12 +47,12 @@ def write_partial(settings: Settings) -> Path:
                     why = _unfit(path, wanted)
                     if not why:
                         expected[piece][path] = wanted
-                    elif number == 0 or Path(piece.bin(task, bin)).is_file():  # no look asked for other shards
+                    elif number == 0 or Path(piece.bin(task, bin)).is_file():  # no look has requested the other shards
                         missing[str(Path(path).relative_to(files.root))] = why
     tasks = [t for t in settings.tasks if Path(files.manifest(t)).is_file()]
     manifests = [files.manifest(t) for t in tasks]
     if not any(expected.values()):
-        raise UserError(f"{files.root}: no cell of this experiment is there yet; run some of them first")
+        raise UserError(f"{files.root}: this experiment has no finished cell yet; run some of its cells first")
     table = {name: str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")}
     parts = []
     for number, (piece, cells) in enumerate(expected.items()):
@@ -65,10 +66,10 @@ def write_partial(settings: Settings) -> Path:
             )  # fmt: skip
     write_table(table["scores"], *looks.joined(parts, SCORES))
     if not pq.read_metadata(table["scores"]).num_rows:
-        raise UserError(f"{files.root}: the cells that are there hold no answer yet; run more of them first")
+        raise UserError(f"{files.root}: the finished cells contain no answer yet; run more cells first")
     extra = {name: str(folder / f"{name}.parquet") for name in EXTRA}
     statistics = settings.statistics.model_dump()
-    if plan.enabled:  # use the level of the next look for data that were collected on the way to it
+    if plan.enabled:  # data collected since the last look use the level of the next look
         taken = sum(Path(files.allocation(look)).is_file() for look in range(len(pieces)))
         look = min(taken, len(pieces) - 1)
         statistics["confidence"] = adaptive.confidence(
@@ -106,4 +107,4 @@ def _unfit(path: str, wanted: str) -> str | None:
         found = pq.read_table(path, columns=["cell_hash"], partitioning=None)["cell_hash"].unique().to_pylist()
     except (OSError, pa.ArrowException):
         return "not readable"
-    return None if set(found) <= {wanted} else "made with other settings or code"
+    return None if set(found) <= {wanted} else "computed with other settings or code"

@@ -13,13 +13,13 @@ from kv_transition.provenance import git_commit, package_versions, write_text
 
 
 def write_resolved(resolved: dict[str, Any], output: str) -> None:
-    """Write the configuration with the git commit and the versions of the packages that made the results.
+    """Write the configuration with the git commit and the package versions that the results were computed with.
 
-    Of a GGUF model also its number of parameters and what `gguf.origin` says of its weights.
+    For a GGUF model, also write its number of parameters and the origin of its weights (`gguf.origin`).
     """
     provenance: dict[str, Any] = {"git_commit": git_commit(), "package_versions": package_versions()}
     name = resolved["model"]["name"]
-    # an environment that only analyses need not have the package that reads the file
+    # an environment for the analysis alone may lack the package that reads the file
     with suppress(UserError):
         if gguf.is_gguf(name):
             provenance |= {"weights_from": gguf.origin(name), "parameters": gguf.header(name)["parameters"]}

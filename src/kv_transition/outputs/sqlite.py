@@ -47,7 +47,7 @@ CREATE TABLE manifest_entries (
 CREATE TABLE runs (
   run_id INTEGER PRIMARY KEY, exp_group_id TEXT NOT NULL REFERENCES experiments, kv_policy TEXT NOT NULL,
   kv_budget REAL, engine_name TEXT, base_url TEXT, model_name TEXT, created_at TEXT,
-  -- additions: tokens kept where the budget is a number of tokens; the run whose answers stand for this one
+  -- additions: tokens kept if the budget is a number of tokens; the run whose answers this alias uses
   kv_budget_tokens INTEGER, budget TEXT NOT NULL, mode TEXT NOT NULL,
   dataset_id TEXT NOT NULL REFERENCES datasets, alias_of INTEGER REFERENCES runs,
   UNIQUE (dataset_id, mode, kv_policy, budget)
@@ -114,8 +114,8 @@ def write_sqlite(
     """Write the database of one experiment; arguments are paths, ``extra`` further Parquet tables by name.
 
     Without tasks there are no scores, and the blueprint's tables except ``experiments`` stay empty. The
-    ``examples.parquet`` and bin files of a task are those beside its manifest. ``extra`` tables are copied column by
-    column under their own names. Raises UserError if the manifests or the scores do not fit together.
+    ``examples.parquet`` and bin files of a task are in the folder of its manifest. ``extra`` tables are copied column
+    by column under their own names. Raises UserError if the manifests and the scores do not match.
     """
     settings, metadata = read_config(config), read_metadata(scores) if scores else {}
     created = metadata.get("timestamp")
@@ -151,7 +151,7 @@ def _insert(db: sqlite3.Connection, table: str, rows: Iterable[Sequence[Any]]) -
 
 
 def _data(db: sqlite3.Connection, manifest_path: Path, created: str | None) -> dict[tuple[str, str], tuple[int, int]]:
-    """Insert everything about one task's examples; return entry_id and max_tokens by (task, example_id)."""
+    """Insert all data of one task's examples; return entry_id and max_tokens by (task, example_id)."""
     try:
         manifest = read_json(manifest_path, "manifest")
         task, bins = manifest["task"], manifest["bins"]
@@ -186,7 +186,7 @@ def _data(db: sqlite3.Connection, manifest_path: Path, created: str | None) -> d
 def _runs(
     db: sqlite3.Connection, answers: pl.DataFrame, settings: Mapping[str, Any], group: str, created: str | None
 ) -> dict[tuple[str, ...], int]:
-    """Insert the runs, those with aliases first; return run_id by (task, mode, policy, budget)."""
+    """Insert the runs, originals before aliases; return run_id by (task, mode, policy, budget)."""
     frame = answers.group_by(RUN, maintain_order=True).agg(pl.first("engine", "base_url"), pl.col("alias").all())
     model, ids = (settings.get("model") or {}).get("name"), {}
     for row in frame.sort("alias", maintain_order=True).iter_rows(named=True):
@@ -213,7 +213,7 @@ def _answers(
     for number, r in enumerate(answers.iter_rows(named=True), start=1):
         entry = entries.get((r["task"], r["example_id"]))
         if entry is None:
-            raise UserError(f"scores: example {r['example_id']} of {r['task']} is in no manifest; score again")
+            raise UserError(f"scores: example {r['example_id']} of {r['task']} is not in any manifest; score again")
         prompt = json.dumps({"prompt_sha256": r["prompt_sha256"]})
         tables["requests"].append(
             (number, runs[tuple(r[k] for k in RUN)], entry[0], prompt, r["prompt_tokens"], entry[1], temperature,
@@ -238,7 +238,7 @@ _STATISTICS = ("score_mean", "score_std", "failure_rate", "latency_p50", "latenc
 
 
 def _bin_stats(db: sqlite3.Connection, stats: pl.DataFrame, answers: pl.DataFrame, runs: Mapping) -> None:
-    """Return the long table of statistics in the blueprint's wide form; mem_p95 is of answers timed alone."""
+    """Insert the long table of statistics in the blueprint's wide form; mem_p95 covers answers timed alone."""
     alone = answers.filter((pl.col("batch_size") == 1) & ~pl.col("co_running"))
     memory = alone.group_by(*RUN, "bin").agg(p95=pl.col("peak_mem_mb").quantile(0.95, "linear"))
     mem_p95 = {row[:5]: row[5] for row in memory.iter_rows()}
@@ -260,7 +260,7 @@ def _transitions(db: sqlite3.Connection, transition: pl.DataFrame, runs: Mapping
     for r in transition.iter_rows(named=True):
         key = tuple(r[k] for k in RUN)
         details = json.loads(r["details"] or "{}")
-        # a zone is [onset, collapse); without a collapse it is open
+        # a zone is [onset, collapse); without a collapse it has no end
         end = r["collapse_bin"] - 1 if r["onset_bin"] is not None and r["collapse_bin"] is not None else None
         if "zone" in details:
             end = details["zone"][1]
@@ -275,7 +275,7 @@ _TYPES = {pl.Int64: "INTEGER", pl.Float64: "REAL", pl.Boolean: "INTEGER"}
 
 
 def _copy(db: sqlite3.Connection, name: str, frame: pl.DataFrame) -> None:
-    """Copy a Parquet table; lists become JSON."""
+    """Copy a Parquet table into the database; lists become JSON."""
     columns = ", ".join(f'"{column}" {_TYPES.get(kind.base_type(), "TEXT")}' for column, kind in frame.schema.items())
     db.execute(f'CREATE TABLE "{name}" ({columns})')
     _insert(db, f'"{name}"', (

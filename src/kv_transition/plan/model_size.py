@@ -12,12 +12,12 @@ from kv_transition.sections import Model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RECENT = 64
-"""queries that a prefill keeps: WINDOW of cache.state, without its torch"""
+"""number of queries that a prefill keeps: WINDOW of cache.state, repeated here to avoid importing torch"""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The size of a decoder with gated feed-forward layers, as all current families have."""
+    """The size of a decoder with gated feed-forward layers, as in all current families."""
 
     layers: int
     hidden: int
@@ -39,7 +39,7 @@ class ModelSize:
     def weight_bytes(self, model: Model) -> int:
         if model.quantization is None:
             return self.parameters * BYTES[model.dtype]
-        # 4 bit, and half a bit of quantization constants
+        # 4 bits, and half a bit for quantization constants
         return int(self.parameters * 4.5 / 8)
 
     def cache_bytes(self, tokens: int, dtype: str) -> int:
@@ -47,8 +47,10 @@ class ModelSize:
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * BYTES[dtype]
 
     def stored_bytes(self, tokens: int, dtype: str, statistics: Collection[str]) -> int:
-        """Return the bytes of a stored prefill: keys and values, their positions (int64), and the statistics of
-        `cache.state.LayerCache`, most of them for the end of the context and for the end of the prompt.
+        """Return the bytes of a stored prefill: keys, values, positions (int64) and statistics.
+
+        Most statistics of `cache.state.LayerCache` are stored twice, for the end of the context and the end of the
+        prompt.
         """
         each = {
             "attn_sum": 2 * self.kv_heads * tokens * 4,
@@ -64,7 +66,7 @@ class ModelSize:
 
 
 def model_size(model: Model) -> ModelSize | None:
-    """Return the size of a model; None if its config is damaged, or not in its folder, file or the hub's cache."""
+    """Return the size of a model; None if its config is damaged or not found in its folder, file or the hub's cache."""
     try:
         config = model_files.read_config(model.name, model.revision)
     except UserError:

@@ -15,12 +15,12 @@ from kv_transition.plan.model_size import ModelSize
 from kv_transition.settings import Settings
 
 SAMPLE = 200
-"""files of results that are looked into, at most"""
-# Of one GPU: 16-bit operations and bytes of its memory a second, as its maker states them.
+"""largest number of results files that are read"""
+# Operations per second in 16 bit, and memory bandwidth in bytes per second, as the makers of the GPUs state them.
 _GPUS = {"h200": (989e12, 4.8e12), "h100": (989e12, 3.35e12), "a100": (312e12, 1.55e12), "l40s": (362e12, 0.86e12)}
 _CPU = (2e10, 1e10)
 _SHARE = 0.4
-"""of that is reached, by assumption"""
+"""assumed share of these that is reached"""
 TRIAL_TOKENS, TRIAL_STEPS = 1024, 16
 
 
@@ -32,10 +32,10 @@ class Speed:
     read_s: float
     answer_s: float
     source: str
-    """a sentence: where the figures are from"""
+    """the origin of the figures, as a sentence"""
     measured: bool
     answer_tokens: dict[str, float] = field(default_factory=dict)
-    """mean length of the answers that were measured, by task"""
+    """mean length of the measured answers, by task"""
 
 
 def on_gpu(settings: Settings) -> bool:
@@ -43,9 +43,9 @@ def on_gpu(settings: Settings) -> bool:
 
 
 def of_results(settings: Settings) -> Speed | None:
-    """Return the speed from cells of the same model, dtype and kind of device; None without any.
+    """Return the speed from cells of the same model, dtype and kind of device; None if there are none.
 
-    The clock is that of the job: on a CPU the processor time of the process.
+    The clock is that of the job: on a CPU the CPU time of the process.
     """
 
     from kv_transition.provenance import read_metadata

@@ -56,9 +56,9 @@ def lines(settings: Settings, plan: dict[str, Any]) -> list[str]:
     """Return the sentences below the table."""
     said = []
     if plan["device"] == "endpoint":
-        said.append(f"Time: the endpoint's ({settings.engine.base_url}); no GPU of ours is asked for.")
+        said.append(f"Time: that of the endpoint ({settings.engine.base_url}); no local GPU is needed.")
     elif plan["hours_left"] is None:
-        said.append("Time: unknown, for neither results nor the model's config.json are here; try --calibrate.")
+        said.append("Time: unknown, because there are neither results nor the model's config.json; try --calibrate.")
     else:
         kind = "GPU-hours" if plan["device"] == "gpu" else "core hours"
         said.append(f"Time left: {plan['hours_left']:.2f} {kind} ({plan['speed']}).")
@@ -77,4 +77,4 @@ def _store(settings: Settings, needed: int | None) -> str:
     bound = settings.prefill.max_gb * 1e9
     if needed <= bound:
         return f"Prefills: {size(needed)} if all are stored."
-    return f"Prefills: {size(needed)} in all, of which prefill.max_gb keeps {size(bound)}; the rest is read again."
+    return f"Prefills: {size(needed)} in total, of which prefill.max_gb keeps {size(bound)}; the rest is read again."

@@ -19,7 +19,7 @@ class Work:
     settings: Settings
     items: tuple[Item, ...]
     documents: tuple[int, ...]
-    """tokens of each prompt that is read once and stored"""
+    """number of tokens of each prompt that is read once and stored"""
     notes: tuple[str, ...]
 
     def store_bytes(self, size: ModelSize) -> int:
@@ -30,7 +30,7 @@ class Work:
 
 
 def work(settings: Settings, answer_tokens: dict[str, float] | None = None) -> Work:
-    """Return the counts of all jobs; ``answer_tokens``: mean length of answers by task, if known."""
+    """Return all jobs with their counts; ``answer_tokens``: mean length of answers by task, if known."""
     found = [study.work(settings, answer_tokens or {}) for study in registry.studies()]
     return Work(
         settings,
@@ -48,10 +48,10 @@ def outdated(settings: Settings) -> list[str]:
 def summary(made: Work, speed: Speed | None, size: ModelSize | None) -> dict[str, Any]:
     """Return the plan as plain values, in seconds and bytes; None for unknown ones."""
     remote = made.settings.engine.kind == "openai"
-    speed = None if remote else speed  # the endpoint's time is not ours
+    speed = None if remote else speed  # the time of an endpoint is unknown
     items = {}
     warm = workers_wanted()
-    loads = {"every": 0, "left": 0}  # so far: one worker holds the model for jobs of all kinds
+    loads = {"every": 0, "left": 0}  # loads counted so far, because one worker holds the model for jobs of all kinds
     for item in made.items:
         every, left = list(item.jobs), item.left
         own = {}

@@ -25,12 +25,12 @@ def bounded(rows: Iterable[Row]) -> list[Row]:
 
 
 def unit_scale(top: float = 1.02, clamp: bool = True) -> alt.Scale:
-    """Return the scale of shares and scores, from 0 to a little above 1, so that points at 1 are whole."""
+    """Return the scale of shares and scores, from 0 to a little above 1, so that points at 1 are not cut off."""
     return alt.Scale(domain=[0, top], nice=False, clamp=clamp)
 
 
 def index_scale(values: Sequence[float], margin: float) -> alt.Scale:
-    """Return a scale from the first value to the last one with ``margin`` on both sides, not from 0."""
+    """Return a scale from the first value to the last with ``margin`` on both sides, not from 0."""
     return alt.Scale(domain=[values[0] - margin, values[-1] + margin], nice=False, zero=False)
 
 
@@ -80,7 +80,7 @@ def points(
     scales: tuple[alt.Color, alt.Shape],
     tip: Sequence[alt.Tooltip],
 ) -> list[alt.Chart]:
-    """Return the layers of points that no line joins, with their vertical intervals."""
+    """Return the layers of separate points with their vertical intervals."""
     color, shape = scales
     ends = data.chart(bounded(rows)).mark_rule(strokeWidth=RULE, opacity=0.55)
     return [
@@ -128,7 +128,7 @@ def forest(
 ) -> list[alt.Chart]:
     """Return the layers of a forest plot: a horizontal interval and a point for each row.
 
-    at: the value that means "no difference", drawn as a dashed vertical line. offset: places rows of one line apart.
+    at: the value that means "no difference", drawn as a dashed vertical line. offset: separates the rows of one line.
     """
     color, shape = scales
     place: dict[str, Any] = {"y": y, "color": color} | ({"yOffset": offset} if offset else {})

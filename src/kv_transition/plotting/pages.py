@@ -1,4 +1,4 @@
-"""What every page of the project has: data that cannot leave their element, and scripts that are its own."""
+"""Parts that every HTML page of the project has: data that cannot end their element, and a policy for scripts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 
 def script_json(value: Any) -> Markup:
-    """Return ``value`` as JSON that no text in it can lead out of its script element."""
+    """Return ``value`` as JSON in which no text can end the script element that contains it."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -20,11 +20,12 @@ def script_json(value: Any) -> Markup:
 
 
 def security_policy(scripts: Sequence[str]) -> Markup:
-    """Return the meta element that lets a page run ``scripts``, draw and style itself, and nothing else.
+    """Return the meta element that allows a page to run ``scripts`` and to draw and style itself, and nothing else.
 
-    scripts: the whole content of each script element, which the policy names by its hash (Content Security Policy
-    Level 3, 2.3.1). No script that a text of the results could bring in has one of these; none may make code of texts;
-    the page loads nothing and sends nothing. Styles are allowed inline, because drawings have them at each element.
+    scripts: the whole content of each script element, which the policy identifies by its hash (Content Security Policy
+    Level 3, 2.3.1). A script that a text of the results might bring in has none of these hashes; no script may turn
+    text into code; the page loads nothing and sends nothing. Inline styles are allowed, because each element of a
+    drawing has them.
     """
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)

@@ -53,7 +53,7 @@ def panel(layers: Sequence[alt.Chart], width: int, height: int | Spec, title: Sp
 
 
 def compose(content: Spec, data: Datasets, title: str, *subtitle: str) -> Spec:
-    """Return a whole figure. The subtitle says how large n is and which intervals are drawn."""
+    """Return a whole figure. The subtitle states n and the kind of the intervals."""
     heading = {
         "text": title, "subtitle": list(subtitle), "fontSize": 17, "subtitleFontSize": 12, "offset": 16,
         "subtitlePadding": 6,
@@ -76,7 +76,7 @@ def figure(panels: Sequence[Spec], columns: int, data: Datasets, title: str, *su
 
 
 def note(text: str, title: str, *subtitle: str) -> Spec:
-    """Return a figure that has nothing to draw and says why."""
+    """Return a figure without a drawing that states the reason."""
     data = Datasets()
     mark = data.chart([{"text": text}]).mark_text(fontSize=13, color=MUTED).encode(text="text:N")
     return compose({**inner(mark), "width": 680, "height": 60}, data, title, ". ".join((*subtitle, text)))
@@ -90,9 +90,9 @@ def explorer(
     *subtitle: str,
     parameters: Sequence[alt.Parameter] = (),
 ) -> Spec:
-    """Return an interactive chart that is as wide as its page, with the drop-down lists of ``data.filters``.
+    """Return an interactive chart as wide as its page, with the drop-down lists of ``data.filters``.
 
-    parameters: further ones that the layers use. The legend has three columns, so that it fits a phone.
+    parameters: further parameters that the layers use. The legend has three columns, so that it fits a phone.
     """
     content = inner(alt.layer(*layers).add_params(*parameters, *data.filters))
     size = {"width": "container", "height": height, "autosize": {"type": "fit", "contains": "padding"}}
@@ -103,7 +103,7 @@ def explorer(
 def choices(rows: Sequence[Mapping[str, Any]], controls: Mapping[str, str]) -> list[alt.Parameter]:
     """Return a drop-down list for each column of ``controls`` (column: label) that has more than one value.
 
-    They are the browser's own lists, so that they work with the keyboard. The page shows them in reverse order.
+    These are lists of the browser, so that they work with the keyboard. The page shows them in reverse order.
     """
     found = []
     for name, label in controls.items():
@@ -115,12 +115,12 @@ def choices(rows: Sequence[Mapping[str, Any]], controls: Mapping[str, str]) -> l
 
 
 def tooltip(fields: Mapping[str, str]) -> list[alt.Tooltip]:
-    """Return what a point shows when the pointer is on it. ``fields``: label by column."""
+    """Return the tooltip of a point. ``fields``: label by column."""
     return [alt.Tooltip(f"{field}:N", title=label) for field, label in fields.items()]
 
 
 def span(counts: Sequence[int]) -> str:
-    """Return "20", or "18 to 20" where the counts differ."""
+    """Return "20", or "18 to 20" if the counts differ."""
     low, high = (min(counts), max(counts)) if counts else (0, 0)
     return str(low) if low == high else f"{low} to {high}"
 

@@ -21,9 +21,9 @@ _DRAW = (
     'const [spec, options] = ["spec", "embed"].map((id) => JSON.parse(document.getElementById(id).textContent));\n'
     'vegaEmbed("#chart", spec, options);\n'
 )
-"""Script that draws the one figure of a page"""
+"""script that draws the figure of a page"""
 
-PIXELS = 2  # of a PNG for each pixel of the drawing
+PIXELS = 2  # pixels of a PNG for each pixel of the drawing
 
 
 def svg(spec: Spec) -> str:
@@ -38,7 +38,7 @@ def png(drawing: str) -> bytes:
 
 def scripts() -> str:
     """Return Vega, Vega-Lite and Vega-Embed as one script for a page that works offline."""
-    # a page's parser ends a script at the first closing tag, also inside of a string
+    # an HTML parser ends a script at the first closing tag, even inside a string
     return vl_convert.javascript_bundle(vl_version=_VEGA_LITE).replace("</script", "<\\/script")
 
 
@@ -63,9 +63,9 @@ def save_figures(
     outputs: Mapping[str, str],
     pages: Mapping[str, Callable[[], Spec]] | None = None,
 ) -> None:
-    """Write each output; a figure is drawn once, and only if an output asks for it.
+    """Write each output; a figure is drawn once, and only if an output needs it.
 
-    figures, pages: what draws a figure or an interactive page, by name. outputs: path by ``{figure}_svg``,
+    figures, pages: functions that draw a figure or an interactive page, by name. outputs: path by ``{figure}_svg``,
     ``{figure}_png`` or the name of a page. Raises UserError for another name.
     """
     pages = pages or {}
@@ -84,7 +84,7 @@ def save_figures(
 
 
 def save_drawing(drawing: str, path: str | Path, ext: str) -> None:
-    """Write an SVG drawing as it is (``ext`` svg) or as pixels (png)."""
+    """Write an SVG drawing unchanged (``ext`` svg) or as pixels (png)."""
     if ext == "png":
         with atomic_path(path) as temporary:
             temporary.write_bytes(png(drawing))

@@ -1,4 +1,4 @@
-"""Colours, shapes and fonts of every figure, and the scales that give a policy its colour and its shape."""
+"""Colours, shapes and fonts of every figure, and the scales that assign a colour and a shape to a policy."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import altair as alt
 
 from kv_transition.stats.examples import FULL
 
-# Six of Okabe and Ito (2008), then two dark ones: distinguishable with each colour-vision deficiency, which
-# tests/test_palette.py simulates. Shapes repeat what colours say.
+# Six colours of Okabe and Ito (2008), then two dark ones: distinguishable with each colour-vision deficiency, which
+# tests/test_palette.py simulates. Shapes repeat the information.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#331199", "#773311")
-# One shape fewer than colours: a pair of colour and shape comes again only after 56 policies.
+# One shape fewer than colours, so that a pair of colour and shape repeats only after 56 policies.
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 NEUTRAL, INK, FAINT, MUTED = "#6B7280", "#1F2937", "#E5E7EB", "#4B5563"
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
@@ -43,14 +43,14 @@ PAGE_STYLE = (
     ".vega-bindings{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem;padding:0 14px}.vega-bindings select{font:inherit}"
 )
 
-# SVG prints sharply. Log level 1 shows errors only: a choice that leaves a layer without rows is no error.
+# SVG is sharp in print. Log level 1 shows errors only, because a choice may leave a layer without rows.
 ACTIONS = {"export": True, "source": False, "compiled": False, "editor": False}
-# Expressions are interpreted (ast), because the Content-Security-Policy of a page forbids code made of texts.
+# Expressions are interpreted (ast), because the Content-Security-Policy of a page forbids turning text into code.
 EMBED = {"renderer": "svg", "logLevel": 1, "actions": ACTIONS, "ast": True}
 
 
 def legend(title: str | None = None) -> alt.Legend:
-    """Return the legend of every figure: above the panels, with symbols large enough to tell apart."""
+    """Return the legend of every figure: above the panels, with large symbols."""
     return alt.Legend(title=title, orient="top", symbolSize=90, symbolOpacity=1, symbolStrokeWidth=2)
 
 
@@ -73,7 +73,7 @@ def category_scales(
 ) -> tuple[alt.Color, alt.Shape]:
     """Return colour and shape of the column ``field``, whose values are ``names``.
 
-    title: of the legend. colors: the colour of a name, where it is not the next one of the palette.
+    title: that of the legend. colors: colours that differ from the palette, by name.
     """
     hues = [(colors or {}).get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(names)]
     shapes = [SHAPES[i % len(SHAPES)] for i in range(len(names))]

@@ -13,7 +13,7 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Number:
-    """An estimate with its interval as ``text``; ``source``: table and row, ``method``: of the interval."""
+    """An estimate with its interval as ``text``; ``source``: its table and row; ``method``: that of the interval."""
 
     text: str
     n: int = 0

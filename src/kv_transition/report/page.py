@@ -44,7 +44,7 @@ def write_page(path: str, template: str, context: Mapping[str, Any]) -> None:
     own |= {"script_json": script_json, "security_policy": security_policy(scripts)}
     body = jinja.get_template(template).render({**context, **own})
     head, marker, data = body.partition("<script")
-    # percent signs, n and p stay with their numbers
+    # non-breaking spaces keep percent signs, n and p on one line with their numbers
     for pattern, bound in ((r" %", "\u00a0%"), (r"\b([np]) = ", "\\1\u00a0=\u00a0")):
         head = re.sub(pattern, bound, head)
     write_text(path, head + marker + data)
@@ -55,10 +55,10 @@ def read_svg(path: Path, name: str, alt: str) -> Markup:
 
 
 def inline_svg(svg: str, name: str, alt: str) -> Markup:
-    """Return a drawing for use inside a page: with unique ids and a name for screen readers."""
+    """Return a drawing for use inside a page, with unique ids and a name for screen readers."""
     start = svg.find("<svg")
     if start < 0:
-        raise UserError(f"plots: {name}.svg is no SVG drawing; draw the plots again")
+        raise UserError(f"plots: {name}.svg is not an SVG drawing; draw the plots again")
     svg = svg[start:]
     for pattern, replacement in (
         (r'\bid="', rf'id="{name}-'),
@@ -66,6 +66,6 @@ def inline_svg(svg: str, name: str, alt: str) -> Markup:
         (r'href="#', rf'href="#{name}-'),
     ):
         svg = re.sub(pattern, replacement, svg)
-    # The style sheet lets it be as wide as the page, but not much wider than it was drawn.
+    # The style sheet limits its width to the page and to slightly more than its original width.
     svg = re.sub(r"^<svg([^>]*?) width=\"([\d.]+)\" height=\"[\d.]+\"", r'<svg\1 style="--drawn:\2px"', svg)
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1))

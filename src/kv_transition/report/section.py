@@ -36,11 +36,11 @@ class Source:
 class Section:
     """A part of the report that only some experiments have.
 
-    ``build`` returns what the templates show as ``section``, or None if there is nothing to show. The templates are
-    ``{name}.md.jinja`` and ``{name}.html.jinja`` of the study. Without them the section is shown by
-    ``section.{md,html}.jinja`` and has the keys ``sentences``, ``figures`` (names of FIGURES) and ``tables`` (each
-    with ``heading``, ``columns`` and ``rows`` of text and `Number`). A Vega-Lite specification under ``chart`` is drawn
-    where the template says ``data-chart="{name}"``.
+    ``build`` returns the values that the templates use as ``section``, or None if there is nothing to show. The
+    templates are ``{name}.md.jinja`` and ``{name}.html.jinja`` of the study. Without them the section is shown by
+    ``section.{md,html}.jinja`` and has the keys ``sentences``, ``figures`` (names of FIGURES) and ``tables`` (each with
+    ``heading``, ``columns`` and ``rows`` of text and `Number`). A Vega-Lite specification under ``chart`` is drawn at
+    the template's ``data-chart="{name}"``.
     """
 
     name: str

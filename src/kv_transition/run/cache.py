@@ -17,7 +17,7 @@ from kv_transition.policies.catalog import create as create_policy
 from kv_transition.run.decode import Answer, Setting, decode
 
 _SAMPLE = 64
-"""numbers of each weight that tell one model from another"""
+"""sample size of each weight for the fingerprint of a model"""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cache:
     hyper_parameters: dict
     budget: Budget
     k: int
-    """entries per KV head that a policy which acts each step goes on holding"""
+    """entries per KV head that a policy that acts each step continues to hold"""
 
     @property
     def setting(self) -> Setting:
@@ -56,7 +56,7 @@ def create(
 
 
 def save(engine: LocalEngine, cache: Cache, path: str | Path) -> None:
-    """Write a cache and how it was made. Raises UserError if that fails."""
+    """Write a cache with its policy and budget. Raises UserError if that fails."""
     made = {
         "kind": cache.kind,
         "hyper_parameters": json.dumps(cache.hyper_parameters),
@@ -67,7 +67,7 @@ def save(engine: LocalEngine, cache: Cache, path: str | Path) -> None:
 
 
 def load(engine: LocalEngine, path: str | Path) -> Cache:
-    """Return the cache that `save` wrote. Raises UserError if it is damaged or was made with another model."""
+    """Return the cache that `save` wrote. Raises UserError if it is damaged or was computed with another model."""
     state = file.load(path, engine.layer_devices, identity(engine))
     made = file.read_facts(path)
     try:
@@ -75,13 +75,13 @@ def load(engine: LocalEngine, path: str | Path) -> Cache:
             state, made["kind"], json.loads(made["hyper_parameters"]), Budget.parse(made["budget"]), int(made["k"])
         )
     except KeyError as error:
-        raise UserError(f"{path} does not say its {error}; make it with `cache create`") from None
+        raise UserError(f"{path} does not contain {error}; create it with `cache create`") from None
 
 
 def continue_from(
     engine: LocalEngine, cache: Cache, text: str, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
 ) -> tuple[str, Answer]:
-    """Return what the model generates after reading more text on top of a cache. The cache stays unchanged.
+    """Return what the model generates after reading more text on top of a cache. The cache is unchanged.
 
     Raises UserError if the text is empty.
     """

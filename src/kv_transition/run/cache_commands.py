@@ -12,7 +12,7 @@ import typer
 from kv_transition.errors import UserError
 from kv_transition.parsing import read_text
 
-app = typer.Typer(no_args_is_help=True, help="Save a compressed cache and go on from it.")
+app = typer.Typer(no_args_is_help=True, help="Save a compressed cache and continue from it.")
 
 Model = Annotated[str, typer.Option(help="Model folder or hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Commit of the hub repository.")]
@@ -22,10 +22,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 @app.command()
 def create(
     model: Model,
-    text: Annotated[Path, typer.Option(help="File with the text to remember.")],
-    policy: Annotated[str, typer.Option(help="What is forgotten: the kind of a policy.")],
-    budget: Annotated[str, typer.Option(help="What is kept: a fraction such as 0.2, or tokens such as t128.")],
-    output: Annotated[Path, typer.Option(help="Where the cache is written.")],
+    text: Annotated[Path, typer.Option(help="Text file to prefill.")],
+    policy: Annotated[str, typer.Option(help="Kind of the policy that decides which entries are kept.")],
+    budget: Annotated[str, typer.Option(help="Kept entries: a fraction such as 0.2, or tokens such as t128.")],
+    output: Annotated[Path, typer.Option(help="File to write the cache to.")],
     option: Annotated[list[str], typer.Option(help="Hyper-parameter of the policy, such as window=16.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Seed of a random policy.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -43,7 +43,7 @@ def create(
         kind, hyper_parameters = resolve(policy, _options(option))
         if is_press(kind):
             raise UserError(
-                f"--policy: {kind} compresses while it reads a prompt only; choose a policy of this project"
+                f"--policy: {kind} compresses only during the prefill of a prompt; choose a policy of this project"
             )
         content = _read(text)
 
@@ -66,16 +66,16 @@ def create(
 
 @app.command("continue")
 def continue_(
-    cache_file: Annotated[Path, typer.Argument(metavar="CACHE", help="A file that `cache create` made.")],
+    cache_file: Annotated[Path, typer.Argument(metavar="CACHE", help="A file written by `cache create`.")],
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to read on top of the cache.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="Text that is read after the cached text.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of sampling; 0: greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     revision: Revision = None,
     device: Device = "auto",
 ) -> None:
-    """Read a prompt on top of a saved cache and print the answer."""
+    """Read a prompt after a saved cache and print the answer."""
 
     def run() -> None:
         from kv_transition.cache import file
@@ -96,7 +96,7 @@ def continue_(
 
 
 def check_device(device: str) -> None:
-    """Raise UserError for a device that torch does not call so."""
+    """Raise UserError for a device that torch does not know by that name."""
     if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", device):
         raise UserError(f"--device: {device!r} is not allowed; choose one of cpu, cuda, auto")
 

@@ -1,4 +1,4 @@
-"""Arguments, examples and errors of the jobs of a bin, whether a model or an endpoint answers."""
+"""Arguments, examples and errors of the jobs of a bin, for models and endpoints alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SEED_BITS = 40
 def arguments(doc: str | None, argv: list[str] | None, *files: str, optional: Sequence[str] = ()) -> argparse.Namespace:
     """Return the parsed ``--spec`` (JSON: everything that the result depends on), ``--threads`` and named files.
 
-    optional: files that may be left out, or named without a value; they are None then.
+    optional: files that may be omitted or named without a value; they are None then.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--spec", type=json.loads, required=True)
@@ -40,13 +40,13 @@ def read_bin(path: str) -> list[dict[str, Any]]:
 
 
 def bin_metadata(path: str) -> dict[str, str]:
-    """Return what a bin's file records about its data set, for the files made from it."""
+    """Return the metadata of a bin's file about its data set, for the files computed from it."""
     known = read_metadata(path)
     return {key: known[key] for key in ("dataset", "revision", "split", "max_length") if key in known}
 
 
 def answer_seed(seed: int, example_id: str, repeat: int) -> int:
-    """Return the seed of one answer. It depends on nothing but these three arguments."""
+    """Return the seed of one answer. It depends only on these three arguments."""
     return int(digest([seed, example_id, repeat]), 16) % 2**_SEED_BITS
 
 

@@ -10,15 +10,15 @@ from kv_transition.run.prefill import Reader, key_of
 
 
 class Contexts(Reader):
-    """Reads prompts, and holds what the policy of a cell leaves of the last context that several examples share."""
+    """Reads prompts, and holds the compressed cache of the last context that several examples share."""
 
     _left: tuple[tuple[int, ...], Compressed] | None = None
 
     def compressed(self, example: dict[str, Any], prefill: Prefill, setting: Setting) -> Compressed | None:
-        """Return what the cell's policy leaves of the context that is held; None where each question has its own.
+        """Return the compressed cache of the context that is held; None if it cannot be shared by several questions.
 
-        That is so after the prompt, of which the question is a part, under a policy that draws by the example, and if K
-        depends on what follows the context.
+        It cannot be shared after the prompt, which includes the question, under a policy that draws random numbers for
+        each example, and if K depends on what follows the context.
         """
         alone = setting.mode != "before_question" or setting.policy.draws or setting.matches
         if alone or not self.holds(example):

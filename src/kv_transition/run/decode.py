@@ -1,4 +1,4 @@
-"""Answer from a compressed cache: compress to the budget, read the question, decode."""
+"""Compute answers from a compressed cache: compress to the budget, read the question, decode."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Setting:
     temperature: float = 0.0
     compile: bool = False
     match: Match = "none"
-    """whether K is such that mean or final footprints of all policies are equal"""
+    """mean, final: choose K such that the mean or final footprints of all policies are equal"""
 
     @property
     def matches(self) -> bool:
-        """Whether K depends on what follows the compression."""
+        """Return whether K depends on what follows the compression."""
         return self.match != "none" and not self.budget.is_full and not self.policy.ignores_budget
 
     @property
@@ -43,18 +43,18 @@ class Setting:
         return bool(self.policy.ignores_budget) or not self.budget.is_full
 
     def entries(self, n: int) -> int:
-        """Return how many of ``n`` entries the budget keeps."""
+        """Return the number of ``n`` entries that the budget keeps."""
         return n if self.budget.is_full else self.budget.kept(n)
 
     def entries_over(self, course: Course) -> int:
-        """How many entries are left of those compressed, for what follows them."""
+        """Return the number of entries that remain of those compressed, given what follows them."""
         if not self.matches:
             return self.entries(course.n)
         return entries(self.budget, course, self.match, acts_each_step=self.policy.acts_each_step)
 
     @property
     def while_decoding(self) -> frozenset[str]:
-        """Return the statistics that are read after the question."""
+        """Return the statistics that are needed after the question."""
         return self.policy.statistics if self.evicts and self.policy.acts_each_step else frozenset()
 
     def room(self, tokens: int) -> int:
@@ -65,13 +65,15 @@ class Setting:
         return self.policy.compress(state, k, seed=seed, keep_last=keep_last) if self.evicts else state
 
     def watch(self, answer: Answer) -> Watcher | None:
-        """Return an observer of the steps of an answer; it is created before the first step."""
+        """Return the observer of the steps of an answer; it is created before the first step."""
         if answer.watcher is None and self.evicts:
             answer.watcher = self.policy.watch(answer.seed, answer.pace)
         return answer.watcher
 
     def hold(self, state: CacheState, k: int, *, given_up: bool = False) -> CacheState:
-        """Return the state held at K, if the policy acts while decoding. given_up: as in `Policy.hold`."""
+        """Return the state held at K if the policy acts while decoding. given_up: the state may be changed, as in
+        `Policy.hold`.
+        """
         if not (self.evicts and self.policy.acts_each_step):
             return state
         return self.policy.hold(state, k) if given_up else self.policy.compress(state, k)
@@ -84,26 +86,26 @@ class Answer:
     seed: int
     max_new_tokens: int
     pace: tuple[int, int] | None = None
-    """moments and steps of the answer that this one is a control of"""
+    """(number of recalls, number of steps) of the answer that this one is a control of"""
     watcher: Watcher | None = None
-    """what its steps are watched by"""
+    """observer of its steps"""
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     steps: int = 1
-    """tokens that it is expected to take, where K depends on them (`Setting.matches`)"""
+    """expected number of decode steps, if K depends on it (`Setting.matches`)"""
     course: Course | None = None
-    """what there was to compress, and what came after"""
+    """number of entries that were compressed, and of those that follow"""
     budget_entries: int = 0
     kept: list[float] = field(default_factory=list)
     """entries per KV head before each token"""
     unrepeated: Sequence[int] = ()
     """last tokens of the prompt that the model did not repeat, for a policy that reads ``reconstruction``"""
     record: dict[str, Any] = field(default_factory=dict)
-    """what the policy says of its compression and of its steps"""
+    """facts that the policy records about its compression and its steps"""
     listener: Callable[[Sequence[int]], bool] | None = None
-    """told all tokens after each of them; true ends the answer"""
+    """function that gets all tokens after each token; true ends the answer"""
     token_bytes: float = 0.0
-    """of a full cache"""
+    """bytes of one token in a full cache"""
     cache_bytes: int = 0
     total_bytes: int = 0
     full_bytes: int = 0
@@ -114,7 +116,9 @@ class Answer:
     batch_size: int = 1
 
     def takes(self, token: int, kept: float, eos: Container[int]) -> bool:
-        """Note the next token, drawn from a cache of ``kept`` entries per KV head; whether the answer goes on."""
+        """Record the next token, drawn from a cache of ``kept`` entries per KV head; return whether the answer
+        continues.
+        """
         self.kept.append(kept)
         if token in eos:
             self.finish_reason = "stop"
@@ -125,7 +129,7 @@ class Answer:
         return self.finish_reason != "stop" and len(self.tokens) < self.max_new_tokens
 
     def ends(self, state: CacheState) -> None:
-        """Measure what is left of the cache when the last token has been said."""
+        """Record the size of the cache after the last token."""
         self.decode_s += self.first_token_s
         self.cache_bytes = state.nbytes
         self.total_bytes = state.total_nbytes
@@ -134,7 +138,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What is left of a cache; nothing that is read on top of it changes it."""
+    """A compressed cache; reading on top of it does not change it."""
 
     state: CacheState
     budget_entries: int
@@ -146,14 +150,14 @@ class Compressed:
 def compress(
     engine: LocalEngine, state: CacheState, setting: Setting, seed: int, course: Course | None = None
 ) -> Compressed:
-    """Return what the policy leaves of a cache within the budget; ``course``: what follows, where K depends on it."""
+    """Return the cache compressed to the budget; ``course``: what follows, if K depends on it."""
     k = setting.entries_over(course) if course else setting.entries(state.length)
     keep_last = setting.mode != "before_question"
     started = engine.clock()
     left = setting.compress(state, k, seed, keep_last=keep_last)
     seconds = engine.clock() - started
     record = setting.policy.record(state, k, keep_last=keep_last) if setting.evicts else {}
-    # bytes are those before anything is evicted, merged or quantized
+    # bytes per token are measured before anything is evicted, merged or quantized
     return Compressed(left, k, state.nbytes / state.length, seconds, record)
 
 
@@ -167,7 +171,7 @@ def begin(
 ) -> CacheState:
     """Compress to the budget and read the question; return the state that the first token is drawn from.
 
-    left: what compressing the prefill leaves, where that was done before.
+    left: the compressed prefill, if it was computed before.
     """
     before_question = setting.mode == "before_question"
     answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
@@ -181,7 +185,7 @@ def begin(
         return let_in(engine, compressed, question_ids, setting, answer)
     if setting.first_token == "full":
         return compressed
-    # No answer token may come from the full cache, so the last prompt token is read again: it is the first step.
+    # No answer token may come from the full cache, so the last prompt token is read again, as the first step.
     watcher = setting.watch(answer)
     before = watcher.before_attention(prefill.prompt.logits) if watcher else None
     return let_in(engine, compressed.without_last(), question_ids[-1:], setting, answer, before)
@@ -195,7 +199,7 @@ def let_in(
     answer: Answer,
     before_attention: BeforeAttention | None = None,
 ) -> CacheState:
-    """Return the state after the last tokens of the prompt were read against the compressed cache."""
+    """Return the state after the last tokens of the prompt are read on top of the compressed cache."""
     room = setting.room(answer.max_new_tokens)
     answer.unrepeated = tokens if len(tokens) == 1 else ()  # see `LocalEngine.extend`
     started = engine.clock()
@@ -261,10 +265,10 @@ class Stacked:
 def decode(
     engine: LocalEngine, states: Sequence[CacheState], setting: Setting, answers: Sequence[Answer]
 ) -> list[CacheState]:
-    """Decode each sequence until the model stops or has ``max_new_tokens``; return the final caches.
+    """Decode each sequence until the model stops or ``max_new_tokens`` is reached; return the final caches.
 
-    All are decoded as one batch. Under a policy that acts at each step all must hold equally many entries. Raises
-    ValueError for a batch under a policy that cannot be batched.
+    All sequences are decoded as one batch. Under a policy that acts at each step all must hold the same number of
+    entries. Raises ValueError for a batch under a policy that cannot be batched.
     """
     if setting.evicts and setting.policy.one_at_a_time and len(answers) > 1:
         raise ValueError(f"{type(setting.policy).__name__} decodes one answer at a time")
@@ -305,8 +309,8 @@ def _loaded(
         if reason is None:
             decoder.load(states, room)
             return decoder
-        # Python's filter says it once
-        warnings.warn(f"decoding.compile: {reason}, so answers are decoded without", stacklevel=2)
+        # Python's filter shows the warning only once
+        warnings.warn(f"decoding.compile: {reason}, so answers are decoded without a compiled graph", stacklevel=2)
     return Stacked(
         engine, states, setting, answers[0].budget_entries, setting.room(room), watcher, answers[0].unrepeated
     )
@@ -315,7 +319,7 @@ def _loaded(
 def finish(
     engine: LocalEngine, states: Sequence[CacheState], setting: Setting, answers: Sequence[Answer]
 ) -> Sequence[Answer]:
-    """Decode the answers that `begin` began (several as a batch) and record the sizes of their caches."""
+    """Decode the answers that `begin` started (several as a batch) and record the sizes of their caches."""
     for answer, state in zip(answers, decode(engine, states, setting, answers), strict=True):
         answer.batch_size = len(answers)
         answer.ends(state)
@@ -329,7 +333,7 @@ def answer_all(
     setting: Setting,
     answers: Sequence[Answer],
 ) -> Sequence[Answer]:
-    """Fill in ``answers``, one for each prompt."""
+    """Compute ``answers``, one for each prompt, and return them."""
     triples = zip(prefills, questions, answers, strict=True)
     states = [begin(engine, prefill, question, setting, answer) for prefill, question, answer in triples]
     return finish(engine, states, setting, answers)

@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 STORE_VARIABLE = "KVT_PREFILL_STORE"
-"""``root:mode:max_gb`` of the prefill store: where tensors lie changes no result, so no rule depends on it"""
+"""environment variable ``root:mode:max_gb`` of the prefill store; it changes no result, so it is not part of a spec"""
 
 
 STATISTICS_VARIABLE = "KVT_STATISTICS"
-"""comma-separated statistics that the experiment's policies read: which of them a prefill holds beyond those that a
-cell asks for changes no result either"""
+"""environment variable with the comma-separated statistics that the experiment's policies read. A prefill may have more
+statistics than a cell needs, so this changes no result either"""
 
 
 def store_settings() -> tuple[str, str, float]:
@@ -46,7 +46,7 @@ def statistics() -> frozenset[str]:
 
 
 def model_facts(model: dict[str, Any], engine: LocalEngine) -> dict[str, str]:
-    """Return metadata about the model of a results file and about the clock of its timings."""
+    """Return the metadata of a results file about the model and the clock of its timings."""
     return {
         "model": model["name"],
         "model_revision": model["revision"],
@@ -59,7 +59,7 @@ def model_facts(model: dict[str, Any], engine: LocalEngine) -> dict[str, str]:
 
 
 _held: dict[str, LocalEngine] = {}
-"""by the digest of what was to be loaded: a warm worker's one model, in other processes nothing"""
+"""the model of a warm worker, by the digest of its spec; empty in other processes"""
 
 
 def hold(model: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def load_engine(model: dict[str, Any], threads: int) -> LocalEngine:
 
     torch.set_num_threads(threads)
     engine = _held.get(digest(model)) or _load(model)
-    engine.peak_memory_mb()  # exclude the load and the previous job from this job's peak
+    engine.peak_memory_mb()  # reset the peak, so that it excludes loading and the previous job
     return engine
 
 

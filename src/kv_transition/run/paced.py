@@ -1,4 +1,4 @@
-"""Compression while a model reasons: any policy, again and again, as the answer grows."""
+"""Compression while a model reasons: any policy is applied again and again as the answer grows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from kv_transition.policies.base import Policy
 from kv_transition.run.decode import Setting
 
 SAMPLES = 64
-"""points of the entries over time that a row records at most"""
+"""largest number of points of the entries over time in a row"""
 
 
 @dataclass(frozen=True)
 class Paced(Policy):
-    """A policy that, while an answer is generated, waits until ``every`` entries more than its budget are there and
-    then compresses down to it, whether it acts at each step by itself or not.
+    """A policy that compresses again whenever the answer has added ``every`` entries beyond its budget.
 
-    inner: the policy. budget: a fraction of all that was read so far, prompt and answer; None: the budget stays that of
-    the prompt. cap: entries that the budget never exceeds; None: no such limit.
+    It does so whether the inner policy acts at each step or not. inner: the policy. budget: a fraction of all tokens
+    read so far, prompt and answer; None: the budget stays that of the prompt. cap: upper limit of the budget in
+    entries; None: no limit.
     """
 
     acts_each_step = True
@@ -38,7 +38,7 @@ class Paced(Policy):
         object.__setattr__(self, "statistics", self.inner.statistics)
         object.__setattr__(self, "ignores_budget", self.inner.ignores_budget)
         object.__setattr__(self, "draws", self.inner.draws)
-        # states of other policies are of single sequences, and budgets that grow differ within a batch
+        # a policy that compresses once is applied to single sequences, and growing budgets differ within a batch
         alone = self.inner.one_at_a_time or not self.inner.acts_each_step or self.budget is not None
         object.__setattr__(self, "one_at_a_time", alone)
 
@@ -49,19 +49,19 @@ class Paced(Policy):
         return self.inner.keep(self.capped(k))
 
     def capped(self, k: int) -> int:
-        """The budget ``k``, or the cap if that is less."""
+        """Return the budget ``k``, or the cap if that is smaller."""
         return k if self.cap is None else min(k, self.cap)
 
     def compress(self, state: CacheState, k: int, *, seed: int = 0, keep_last: bool = False) -> CacheState:
         return self.inner.compress(state, self.capped(k), seed=seed, keep_last=keep_last)
 
     def hold(self, state: CacheState, k: int) -> CacheState:
-        """The state, compressed to its budget if ``every`` entries more than that are there."""
+        """Return the state, compressed to its budget if it has at least ``every`` entries more than that."""
         if not self.due(state, k):
             return state
         k = self._allowed(state, k)
         if self.inner.acts_each_step:
-            # not in place: what is held in between has grown by more than one entry
+            # not in place, because the cache has grown by more than one entry
             return self.inner.compress(state, k)
         if not isinstance(state.length, Tensor):
             return self.inner.compress(state, k)
@@ -85,7 +85,7 @@ class Paced(Policy):
 
 
 def with_pace(setting: Setting, decoding: dict[str, Any]) -> Setting:
-    """The setting as ``decoding`` paces it: its keys compress_every, budget_of and max_entries."""
+    """Return the setting with the pace of ``decoding``: its keys compress_every, budget_of and max_entries."""
     every = decoding.get("compress_every")
     if every is None or not setting.evicts or setting.policy.ignores_budget:
         return setting
@@ -95,7 +95,7 @@ def with_pace(setting: Setting, decoding: dict[str, Any]) -> Setting:
 
 
 def over_time(kept: Sequence[float]) -> list[list[float]]:
-    """[step, entries per KV head before its token] of at most `SAMPLES` steps, evenly spread, and of the last one."""
+    """Return [step, entries per KV head before its token] of at most `SAMPLES` evenly spaced steps and the last."""
     stride = -(-len(kept) // SAMPLES) or 1
     steps = [*range(0, len(kept), stride)]
     if kept and steps[-1] != len(kept) - 1:

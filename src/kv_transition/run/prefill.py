@@ -53,20 +53,20 @@ def read_once(
 
 
 def key_of(example: dict[str, Any]) -> tuple[int, ...]:
-    """Return what examples that ask about one context have in common: the tokens of it that are fed."""
+    """Return the key of an example's context: its token ids."""
     return tuple(example["context_ids"])
 
 
 def by_context(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the examples with those of one context next to each other, else in their order."""
+    """Return the examples in their order, except that those with one context follow each other."""
     first: dict[tuple[int, ...], int] = {}
     return sorted(examples, key=lambda example: first.setdefault(key_of(example), len(first)))
 
 
 def as_stored(examples: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return what is stored for each prompt, by its hash: the prompt, or where several share a context, that alone.
+    """Return what is stored for each prompt, by its hash: the prompt, or only its context if several prompts share it.
 
-    Questions are short, so that reading one again costs less than storing its context once more.
+    Questions are short, so reading one again costs less than storing its context a second time.
     """
     prompts: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
     for example in examples:
@@ -81,9 +81,9 @@ def as_stored(examples: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 class Reader:
-    """Reads the prompts of examples, and a context that several of them ask about once.
+    """Reads the prompts of examples; a context that several examples share is read only once.
 
-    It holds the last such context until another one is asked about, and nothing of a context that nobody shares.
+    It holds the last such context until an example has another one. A context of a single example is not held.
     """
 
     def __init__(self, engine: LocalEngine, store: PrefillStore, examples: Sequence[dict[str, Any]]):
@@ -102,7 +102,7 @@ class Reader:
         """Return the prefill of an example and the seconds that loading it took, as `read_once` does."""
         stored, seconds = self._stored[example["prompt_sha256"]], 0.0
         if not self.holds(example) or not statistics <= statistics_of(self._held.context):
-            self._held = None  # before another one takes its memory
+            self._held = None  # free its memory before the next one is read
             found, seconds = read_once(self.engine, self._store, stored, statistics)
             if key_of(example) not in self._shared:
                 return found, seconds
@@ -116,7 +116,7 @@ class Reader:
 def missing(
     store: PrefillStore, examples: Iterable[dict[str, Any]], statistics: frozenset[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield what is to be stored of the examples and is not, with these statistics; nothing if nothing is stored."""
+    """Yield the prompts or contexts that the store should have but lacks with these statistics; none if it is off."""
     wanted = {stored["prompt_sha256"]: stored for stored in as_stored(examples).values()}
     for name, stored in wanted.items() if store.mode != "never" else ():
         there = store.statistics(name)
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     examples = job.read_bin(arguments.bin)
     store = store_of(spec["model"], spec["code"], arguments.bin)
     unread = list(missing(store, examples, job.statistics()))
-    if unread:  # otherwise there is no need to load the model
+    if unread:  # otherwise the model is not needed
         read(job.load_engine(spec["model"], arguments.threads), store, unread)
     write_json(
         arguments.index,
@@ -146,11 +146,11 @@ def read(engine: LocalEngine, store: PrefillStore, examples: Sequence[dict[str, 
         try:
             read_once(engine, store, example, job.statistics())
         except (torch.OutOfMemoryError, MemoryError):
-            # The cell meets the same example and makes it a row with its failure.
-            print(f"{example['example_id']}: out of memory, left to the cells", file=sys.stderr)
+            # A cell reads the same example and records its failure as a row.
+            print(f"{example['example_id']}: out of memory; the cells will record it", file=sys.stderr)
             continue
         if example["prompt_sha256"] not in store:
-            print("the store takes no more; the cells read the other prompts themselves", file=sys.stderr)
+            print("the store is full; the cells will read the other prompts themselves", file=sys.stderr)
             return
         print(f"read {number} of {len(examples)} prompts ({example['prompt_len']} tokens)", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Answers under a press of kvpress, which prefills the prompt itself."""
+"""Answers with a press of kvpress, which prefills the prompt itself."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kv_transition.run.matched import Course
 
 @dataclass(frozen=True)
 class Press(Policy):
-    """Takes the place of a policy in a `Setting`: the press has already compressed the cache."""
+    """Stands for a policy in a `Setting`, because the press has already compressed the cache."""
 
     kind: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        installed_version()  # what is missing is said before a model is loaded, and importing it is not timed
+        installed_version()  # reports a missing package before a model is loaded, and keeps the import out of timings
 
 
 def begin(
@@ -36,7 +36,7 @@ def begin(
     prompt = [*context_ids] if before_question else [*context_ids, *question_ids]
     answer.course = Course(len(prompt), len(question_ids) if before_question else 0, answer.steps)
     answer.budget_entries = k = setting.entries_over(answer.course)
-    # after the prompt, the last token is read against what the press left of the others, and counts against K
+    # after the prompt, the last token is read on top of the compressed cache of the others, and counts in K
     tokens, last = (prompt, question_ids) if before_question else (prompt[:-1], prompt[-1:])
     started = engine.clock()
     state = read(engine, tokens, setting.policy.kind, setting.policy.arguments, k - (not before_question), answer.seed)

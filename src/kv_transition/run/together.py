@@ -1,4 +1,4 @@
-"""Answers that are decoded together though each has a setting of its own; they join and leave at any step."""
+"""Answers that are decoded together although each has its own setting; they join and leave at any step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kv_transition.run.decode import Answer, Setting
 
 
 class Going:
-    """An answer that is being decoded, by turns of `choose` and `read_all`, until `choose` says that it has ended."""
+    """An answer that is being decoded: `choose` and `read_all` alternate until `choose` returns False."""
 
     def __init__(self, engine: LocalEngine, state: CacheState, setting: Setting, answer: Answer):
-        """state: what `decode.begin` gives, from which the first token is drawn."""
+        """Start an answer. state: result of `decode.begin`, from which the first token is drawn."""
         self.answer, self.setting = answer, setting
         self._engine, self._state = engine, state
         self._generator = torch.Generator().manual_seed(answer.seed)
@@ -26,7 +26,7 @@ class Going:
         self._before: BeforeAttention | None = None
 
     def choose(self) -> bool:
-        """Draw the next token; whether there will be another one. At the end the answer is complete."""
+        """Draw the next token; return whether another one follows. At the end the answer is complete."""
         engine, answer, state = self._engine, self.answer, self._state
         started = engine.clock()
         (self._token,) = engine.next_tokens(state.logits[None], self.setting.temperature, [self._generator])
@@ -41,7 +41,7 @@ class Going:
         return goes_on
 
     def _take(self, grown: CacheState, seconds: float, shared_by: int) -> None:
-        """The state after the chosen token, which the policy may thin out again."""
+        """Set the state after the chosen token, which the policy may compress again."""
         started = self._engine.clock()
         self._state = self.setting.hold(grown, self.answer.budget_entries, given_up=True)
         self.answer.decode_s += seconds + self._engine.clock() - started
@@ -49,10 +49,10 @@ class Going:
 
 
 def read_all(engine: LocalEngine, goings: Sequence[Going]) -> list[Exception | None]:
-    """Read the chosen token of each answer, all with one pass through the model; what each failed with, or None.
+    """Read the chosen token of each answer in one pass through the model; return the exception of each, or None.
 
-    Where the pass fails, each answer is read by itself, so that one that cannot go on does not end the others. The
-    seconds of a pass count for each answer that shares it. Raises InterruptedReadingError as the engine does.
+    If the pass fails, each answer is read separately, so that a failing answer does not end the others. The seconds of
+    a pass count for each answer that shares it. Raises InterruptedReadingError as the engine does.
     """
     started = engine.clock()
     try:
@@ -68,7 +68,7 @@ def read_all(engine: LocalEngine, goings: Sequence[Going]) -> list[Exception | N
     except Exception as error:
         if len(goings) == 1:
             return [error]
-        # what the exception holds is free only when it is
+        # the memory that the exception refers to is free only after it is deleted
         grown = None
     if grown is None:
         return [failure for going in goings for failure in read_all(engine, [going])]

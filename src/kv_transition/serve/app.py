@@ -1,4 +1,4 @@
-"""The routes of the API."""
+"""The routes of the OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from kv_transition.serve.transcript import Transcript
 from kv_transition.serve.worker import Job, Worker
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "not answered, and why"},
-    503: {"model": ErrorBody, "description": "no memory left, come again after Retry-After; or the server stops"},
+    "4XX": {"model": ErrorBody, "description": "the request was refused; the error names the reason"},
+    503: {"model": ErrorBody, "description": "out of memory: retry after Retry-After; or the server is stopping"},
 }
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -43,16 +43,16 @@ def create_app(
     api_key: str | None = None,
     files: Sequence[str] = (),
 ) -> FastAPI:
-    """The server as an ASGI application.
+    """Return the server as an ASGI application.
 
-    queue: requests that may wait for the model. batch: answers that are decoded together. max_body: bytes of a request.
-    api_key: the bearer token that requests need; None: none. files: of policies that requests may name, beside the
-    kinds that have a name.
+    queue: maximum number of requests that wait for the model. batch: maximum number of answers decoded together.
+    max_body: maximum size of a request in bytes. api_key: the bearer token that requests need; None: no token is
+    needed. files: policy files that requests may name, in addition to the built-in kinds.
     """
     if batch > 1:
         served.engine.share_passes()
     worker = Worker(served.step, limit=queue, batch=batch)
-    # one thread: a prompt that is long to tokenize keeps other prompts waiting, and neither answers nor the loop
+    # One thread tokenizes prompts: a long prompt delays other prompts, but neither answers nor the event loop.
     reader = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
     @contextlib.asynccontextmanager
@@ -61,7 +61,7 @@ def create_app(
         worker.stop()
         reader.shutdown(wait=False, cancel_futures=True)
 
-    # no pages that would load scripts from elsewhere
+    # FastAPI's documentation pages load scripts from other hosts, so they are turned off.
     app = FastAPI(title="kv-transition", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
     app.router.route_class = JsonRoute
@@ -108,7 +108,9 @@ def create_app(
 
 
 def most_under_way(queue: int) -> int:
-    """Requests that may be under way at once: those that wait, and some whose bodies come or whose answers go."""
+    """Return the maximum number of requests that are processed at once: those that wait for the model, and some whose
+    bodies or answers are being transferred.
+    """
     return 4 * queue + 64
 
 
@@ -158,7 +160,7 @@ async def _respond(
     worker.submit(job)
     handed_over = False
     try:
-        # the status is known only once there is something to say
+        # the status is known only when the first message of the job has arrived
         first = await _next(job, request)
         if isinstance(first, Exception):
             raise refusal_of(first)
@@ -192,7 +194,7 @@ async def _next(job: Job[Reply], request: Request) -> Any:
 
 
 def _gone() -> RefusalError:
-    return RefusalError(HTTPStatus.BAD_REQUEST, "the client has gone away")
+    return RefusalError(HTTPStatus.BAD_REQUEST, "the client has disconnected")
 
 
 async def _disconnected(request: Request) -> None:

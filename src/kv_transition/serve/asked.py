@@ -1,4 +1,4 @@
-"""Check the options of a request before it waits for the model."""
+"""Check the options of a request before the request waits for the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kv_transition.run.decode import Setting
 from kv_transition.serve.refusals import RefusalError
 from kv_transition.serve.schema import Request, Tokens
 
-# Fields that would change the answer or its form, with the values that ask for what is done anyway.
+# Fields that would change the answer or its form, with the values that have no effect and are therefore accepted.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -46,7 +46,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """How the cache is compressed and the answer decoded."""
+    """The checked options of a request: how the cache is compressed and how the answer is decoded."""
 
     kind: str
     hyper_parameters: dict[str, Any]
@@ -62,9 +62,10 @@ class Asked:
 
 
 def asked(request: Request, files: Sequence[str] = ()) -> Asked:
-    """Return the checked options of a request. files: of policies, beside the kinds with a name.
+    """Return the checked options of a request. files: policy files that requests may name, in addition to the built-in
+    kinds.
 
-    Raises RefusalError if an option does not exist.
+    Raises RefusalError if an option or a value is not supported.
     """
     _refuse_unsupported(request.model_extra or {})
     kind, hyper_parameters = _kind(request.kv_policy, files)
@@ -80,29 +81,29 @@ def asked(request: Request, files: Sequence[str] = ()) -> Asked:
         setting = Setting(
             _policy(kind, hyper_parameters), budget, request.kv_mode, request.kv_first_token, temperature=temperature
         )
-        setting.policy.watch(seed, pace)  # raises where it lacks what decides its moments
+        setting.policy.watch(seed, pace)  # raises if the policy lacks what determines its moments
     except UserError as error:
         raise _bad("kv_policy", str(error)) from None
     if request.kv_mode == "before_question" and getattr(request, "kv_context", None) is None:
-        raise _bad("kv_context", "say where the context ends, which is compressed before the question is read")
+        raise _bad("kv_context", "give the end of the context, because it is compressed before the question is read")
     return Asked(kind, hyper_parameters, setting, seed, pace, request.stops, request.wanted_tokens)
 
 
 def _refuse_unsupported(given: dict[str, Any]) -> None:
     for field, value in given.items():
-        # true and 1 are equal in Python, and different wishes here
+        # true and 1 are equal in Python, but they are different values in JSON
         fine = any(
             value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
             for allowed in _ONLY.get(field, ())
         )
         if field in _ONLY and value is not None and not fine:
-            raise _bad(field, "this server has no such thing; leave it out", code="unsupported_parameter")
+            raise _bad(field, "this server does not support it; leave it out", code="unsupported_parameter")
 
 
 def _kind(given: str | dict[str, Any], files: Sequence[str]) -> tuple[str, dict[str, Any]]:
     options = {"kind": given} if isinstance(given, str) else given
     kind = options.get("kind")
-    # a file is run when its policy is made: those that the server was started with, and no other
+    # A policy file is executed when its policy is created, so only files given at the start of the server are allowed.
     offered = [*catalog.kinds(), *files]
     if not isinstance(kind, str) or not (kind in offered or catalog.is_press(kind)):
         raise _bad("kv_policy", f"there is no policy {kind!r}; choose one of {', '.join(offered)}")
@@ -129,9 +130,9 @@ def _budget(request: Request, kind: str, hyper_parameters: dict[str, Any]) -> Bu
             raise _bad("kv_budget", str(error).removeprefix("kv_budget: ")) from None
     own = kind == "full" or catalog.ignores_budget(kind, hyper_parameters)
     if own and not budget.is_full:
-        raise _bad("kv_budget", f"what {kind} keeps follows from itself; leave it out")
+        raise _bad("kv_budget", f"the hyper-parameters of {kind} determine what it keeps; leave it out")
     if not own and given is None:
-        raise _bad("kv_budget", f"say how much {kind} keeps: a fraction, or {{'tokens': n}}")
+        raise _bad("kv_budget", f"{kind} needs a budget: a fraction, or {{'tokens': n}}")
     return budget
 
 

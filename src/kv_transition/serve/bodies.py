@@ -1,4 +1,4 @@
-"""Bodies are JSON: any other type of content is refused before a byte of it is read."""
+"""Request bodies must be JSON: another content type is refused before the body is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonRoute(APIRoute):
-    """A route whose body, where it has one, must be declared as JSON."""
+    """A route that requires a body, if there is one, to be declared as JSON."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
@@ -36,7 +36,7 @@ class JsonRoute(APIRoute):
 
 
 def _is_json(content_type: str) -> bool:
-    """Whether a Content-Type names JSON, in the way in which FastAPI reads it (RFC 6839 suffixes included)."""
+    """Return whether a Content-Type names JSON, by FastAPI's rule (suffixes of RFC 6839 included)."""
     message = Message()
     message["content-type"] = content_type
     subtype = message.get_content_subtype()

@@ -1,4 +1,4 @@
-"""The command `python -m kv_transition serve`: load a model, listen, answer until stopped."""
+"""The command `python -m kv_transition serve`: load a model and answer requests until the process is stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kv_transition.serve.prefills import Prefills
 from kv_transition.serve.worker import Worker
 
 _INTERRUPTED = 130
-"""exit status of a process that Ctrl+C ends"""
+"""exit status of a process that was ended by Ctrl+C"""
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -48,15 +48,17 @@ def serve(
 ) -> None:
     """Serve a model until the process is stopped; `cli.serve` explains the options.
 
-    Raises UserError for what can be seen before the model is loaded, and where loading fails.
+    Raises UserError for invalid options, before the model is loaded, and if loading fails.
     """
     api_key = _api_key(api_key_env)
     held = _statistics(statistics)
     for file in policy_files:
-        catalog.describe(file)  # raises where there is none
+        catalog.describe(file)  # raises if there is no policy in it
     listening = _listen(host, port)
     if api_key is None and host not in _LOOPBACK:
-        print(f"anyone who reaches {host} can use this server; --api-key-env asks for a key", file=sys.stderr)
+        print(
+            f"everybody who can reach {host} can use this server; --api-key-env makes it require a key", file=sys.stderr
+        )
     if threads:
         torch.set_num_threads(threads)
     engine = LocalEngine.from_pretrained(
@@ -67,12 +69,12 @@ def serve(
     max_body = round(max_body_mb * 1e6)
     app = create_app(served, queue=queue, batch=batch, max_body=max_body, api_key=api_key, files=policy_files)
     address = f"http://{host}:{listening.getsockname()[1]}/v1"
-    print(f"{served.name} at {address}, stop with Ctrl+C", file=sys.stderr, flush=True)
+    print(f"{served.name} is served at {address}; stop with Ctrl+C", file=sys.stderr, flush=True)
     _run(app, listening, queue)
 
 
 class _Server(uvicorn.Server):
-    """Tells every request that waits or is being answered that it gets no answer, before it waits for them to end."""
+    """A uvicorn server that refuses every waiting and running request at shutdown, before it waits for them to end."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker):
         super().__init__(config)
@@ -85,14 +87,14 @@ class _Server(uvicorn.Server):
 
 def _run(app: FastAPI, listening: socket.socket, queue: int) -> None:
     worker = app.state.worker
-    # The gate refuses far fewer with a word; connections beyond these are only there to take memory.
+    # The gate refuses requests with a message at half this number; more connections would only use memory.
     connections = 2 * most_under_way(queue)
     config = uvicorn.Config(app, log_level="warning", limit_concurrency=connections, timeout_graceful_shutdown=1)
     try:
         _Server(config, worker).run(sockets=[listening])
     finally:
         if not worker.ended:
-            # A pass through the model that does not end: its thread would touch what the interpreter takes down.
+            # A forward pass has not ended: its thread would use objects that the interpreter deletes at its exit.
             os._exit(_INTERRUPTED)
 
 
@@ -101,12 +103,12 @@ def _api_key(variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable, "")
     if not key:
-        raise UserError(f"--api-key-env: the environment variable {variable} is not set; put the key in it")
+        raise UserError(f"--api-key-env: the environment variable {variable} is not set; set it to the key")
     return key
 
 
 def _statistics(names: str) -> frozenset[str]:
-    """Return the statistics that every prefill is read with."""
+    """Return the statistics that every prefill computes."""
     if names in ("all", "none"):
         return STATISTICS if names == "all" else frozenset()
     given = frozenset(names.split(","))
@@ -117,10 +119,12 @@ def _statistics(names: str) -> frozenset[str]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, opened before the model is loaded."""
+    """Return a listening socket; it is opened before the model is loaded."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host, --port: {host}:{port} cannot be listened at ({reason}); choose others") from None
+        raise UserError(
+            f"--host, --port: the server cannot listen at {host}:{port} ({reason}); choose another address or port"
+        ) from None

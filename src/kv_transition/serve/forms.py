@@ -1,4 +1,4 @@
-"""The two response forms: chat completions and completions."""
+"""The two forms of a response: chat completions and completions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """A finished answer."""
+    """A finished answer and its facts."""
 
     text: str
     finish_reason: str
@@ -37,14 +37,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """The common fields of all chunks of one answer."""
+    """The form of one answer: its chunks, and their common fields."""
 
     model: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     default_tokens: ClassVar[int]
-    """longest answer where the request does not say"""
+    """maximum length of the answer if the request gives none"""
 
     @abstractmethod
     def whole(self, result: Result) -> Json:
@@ -129,5 +129,5 @@ class CompletionForm(Form):
 
 
 def event(data: Json | str) -> str:
-    """Return a server-sent event."""
+    """Return the data as a server-sent event."""
     return f"data: {data if isinstance(data, str) else json.dumps(data, separators=(',', ':'))}\n\n"

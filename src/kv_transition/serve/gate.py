@@ -1,4 +1,4 @@
-"""What is turned away before anything of it is read: no key, too many at once, not JSON, too large."""
+"""Refuse requests before they are read: without a key, too many at once, not JSON, or too large."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from kv_transition.serve.refusals import RefusalError
 _OPEN = ("/health",)
 
 _DRAIN_S = 5.0
-"""Longest time in which the rest of a refused body is read and dropped"""
+"""Maximum time in seconds for reading and dropping the rest of a refused body"""
 
 
 class Gate:
-    """ASGI middleware. max_body: bytes of a request. api_key: the bearer token that everything but /health needs; None:
-    nothing does. max_requests: that are under way at once, with those that wait; None: any number."""
+    """ASGI middleware that refuses requests before they are read.
+
+    max_body: maximum bytes of a request. api_key: the bearer token that every route except /health needs; None: none is
+    needed. max_requests: maximum number of requests at once, waiting ones included; None: no maximum.
+    """
 
     def __init__(self, app: ASGIApp, max_body: int, api_key: str | None = None, max_requests: int | None = None):
         self._app, self._max_body, self._max_requests = app, max_body, max_requests
@@ -50,7 +53,7 @@ class Gate:
         if self._max_requests is not None and self._under_way > self._max_requests:
             return RefusalError(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                f"{self._under_way - 1} requests are under way already; come again later",
+                f"{self._under_way - 1} requests are being processed; retry later",
                 code="overloaded",
                 retry_after=1,
             )
@@ -64,19 +67,22 @@ class Gate:
 
 
 class _Body:
-    """The body of one request: counted while it comes, and read to its end before the response ends.
+    """The body of one request; it is counted while it arrives, and read to its end before the response ends.
 
-    A connection that is closed while the client still sends is reset, and the client loses the response that it has not
-    read yet. So the response is sent at once, and ends when the rest of the body has come, or after `_DRAIN_S`.
+    If a connection is closed while the client still sends, it is reset, and the client loses the response that it has
+    not read yet. Therefore the response is sent at once, and ends when the rest of the body has arrived, or after
+    `_DRAIN_S` seconds.
     """
 
     def __init__(self, receive: Receive, send: Send, limit: int, *, expected: bool):
-        """expected: the client waits for leave to send its body."""
+        """expected: the client waits for permission to send its body (Expect: 100-continue)."""
         self._receive, self._send, self._limit, self._expected = receive, send, limit, expected
         self._read, self._ended = 0, False
 
     async def receive(self) -> Message:
-        """As ASGI's; raises HTTPException once the body is too long, whatever length it declared."""
+        """Return the next message, as ASGI's receive. Raises HTTPException when the body is too long, whatever length
+        it declared.
+        """
         message = await self._next()
         if self._read > self._limit:
             raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, str(too_large(self._limit)))

@@ -1,4 +1,4 @@
-"""Answer requests with the code of the cells, several at once."""
+"""Answer requests with the code that runs the cells of an experiment, several requests at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Listener = Callable[[Sequence[int]], bool]
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer that is being decoded. there: tokens of the prompt that had been read before."""
+    """An answer that is being decoded. there: number of prompt tokens whose prefill was in memory."""
 
     going: Going
     asked: Asked
@@ -36,19 +36,20 @@ class Reply:
 
 @dataclass(frozen=True)
 class Served:
-    """A model, and the prompts whose prefills it holds."""
+    """A model and the prefills that it holds in memory."""
 
     name: str
     engine: LocalEngine
     prefills: Prefills
     max_length: int
-    """tokens of a prompt and its answer"""
+    """maximum number of tokens of a prompt and its answer"""
 
     def begin(self, asked: Asked, prompt: Prompt, default_tokens: int, listener: Listener) -> Reply:
-        """Read the prompt and thin out its cache: an answer from which the first token can be drawn.
+        """Read the prompt, compress its cache, and return an answer whose first token can be decoded.
 
-        listener: told all tokens after each of them; ends the answer where it is true. Raises RefusalError where prompt
-        and answer are too long for the model or the memory, UserError where the policy cannot be used.
+        listener: it is called with all tokens after each token; the answer ends when it returns true. Raises
+        RefusalError if prompt and answer are too long for the model or the memory, and UserError if the policy cannot
+        be used.
         """
         left = self.max_length - len(prompt)
         wanted = min(default_tokens, left) if asked.wanted_tokens is None else asked.wanted_tokens
@@ -64,11 +65,11 @@ class Served:
             state, there = self._read(answer, asked, prompt)
             return Reply(Going(self.engine, state, asked.setting, answer), asked, there)
         except (torch.OutOfMemoryError, MemoryError):
-            pass  # what the exception holds is free only after this
+            pass  # the memory that the exception holds is freed only after this block
         raise self._no_memory(f"a prompt of {len(prompt)} tokens")
 
     def step(self, replies: Sequence[Reply]) -> list[Exception | None]:
-        """Read the next token of each answer, with one pass through the model; what each of them failed with."""
+        """Read the next token of each answer with one forward pass; return the error of each answer, or None."""
         failures = read_all(self.engine, [reply.going for reply in replies])
         return [
             self._no_memory("the answer") if isinstance(error, torch.OutOfMemoryError | MemoryError) else error
@@ -91,16 +92,22 @@ class Served:
         return state, there
 
     def _no_memory(self, what: str) -> RefusalError:
-        """Without the prompts that are held it may fit the next time; if there are none, it never will."""
+        """Return the refusal for lack of memory, and drop the stored prefills.
+
+        If prefills were stored, the request may fit the next time; if there were none, it never will.
+        """
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.prefills.clear():
             return RefusalError(
-                HTTPStatus.SERVICE_UNAVAILABLE, "no memory left; some is free now", code="out_of_memory", retry_after=1
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "out of memory; some memory was freed, so retry",
+                code="out_of_memory",
+                retry_after=1,
             )
         return RefusalError(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"{what} does not fit the memory of this machine",
+            f"{what} does not fit into the memory of this machine",
             code="out_of_memory",
         )
 

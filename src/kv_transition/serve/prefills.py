@@ -11,30 +11,31 @@ from kv_transition.cache.store import Prefill
 from kv_transition.engines.local import LocalEngine
 
 Key = tuple[tuple[int, ...], ...]
-"""the segments that were read, as token ids"""
+"""token ids of the segments that were read"""
 
 
 @dataclass(frozen=True)
 class Held:
-    """A stored prefill, with the statistics that it was read with."""
+    """A prefill in memory, with the statistics that it has."""
 
     prefill: Prefill
-    """both of its states are the one after the last segment"""
+    """its two states are the same: the state after the last segment"""
     statistics: frozenset[str]
     storages: dict[int, int]
-    """bytes by address; states of one document share them"""
+    """bytes by address; states of the same document share storages"""
 
 
 class Prefills:
     """States after a context and after a whole prompt; the least recently used ones are dropped first.
 
-    Two prompts with the same context share its prefill; the segments are read one after the other, exactly as in
+    Two prompts with the same context share its prefill. The segments are read one after the other, exactly as in
     `LocalEngine.prefill`. Not thread-safe.
     """
 
     def __init__(self, engine: LocalEngine, max_bytes: int, statistics: frozenset[str] = frozenset()):
-        """max_bytes: of all that is held; a single prompt that is larger is read anew each time. statistics: those
-        that every prefill has, beside what its request reads."""
+        """max_bytes: maximum bytes of all stored prefills; a single prompt that is larger is read again each time.
+        statistics: those that every prefill computes, in addition to those its request needs.
+        """
         self._engine, self._max_bytes, self._statistics = engine, max_bytes, statistics
         self._held: OrderedDict[Key, Held] = OrderedDict()
         self.nbytes = 0
@@ -43,8 +44,8 @@ class Prefills:
         return len(self._held)
 
     def after_context(self, context: Sequence[int], statistics: frozenset[str], room: int = 0) -> tuple[Prefill, int]:
-        """Return the state after the context, and how many of its tokens had been read already. room: for the
-        question.
+        """Return the state after the context, and how many of its tokens had been read before. room: entries to reserve
+        for the question.
         """
         key = (tuple(context),)
         there = len(context) if self._has(key, statistics) else 0
@@ -53,7 +54,10 @@ class Prefills:
     def after_prompt(
         self, context: Sequence[int], question: Sequence[int], statistics: frozenset[str]
     ) -> tuple[Prefill, int]:
-        """Return the state after the prompt, and how many of its tokens had been read. The context may be empty."""
+        """Return the state after the prompt, and how many of its tokens had been read before.
+
+        The context may be empty.
+        """
         key = (tuple(context), tuple(question))
         if self._has(key, statistics):
             return self._get(key, None, statistics).prefill, len(context) + len(question)
@@ -64,7 +68,7 @@ class Prefills:
         return self._get(key, before, statistics).prefill, there
 
     def clear(self) -> bool:
-        """Drop everything; return whether there was anything."""
+        """Drop all prefills; return whether there were any."""
         had = bool(self._held)
         self._held.clear()
         self.nbytes = 0

@@ -1,4 +1,4 @@
-"""The token ids of a request's prompt, in two segments as in the rest of the project."""
+"""The token ids of a request's prompt, in two segments as in the cells of an experiment."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from kv_transition.serve.refusals import RefusalError
 from kv_transition.serve.schema import ChatRequest, CompletionRequest, InMessage
 
 _CERTAINLY = 4
-"""A text of so many characters a token is tokenized at once, whether it is too long or not"""
+"""A text with at most this many characters per allowed token is tokenized at once, without counting first"""
 
 _PIECE = 8192
-"""Characters of a longer text that are tokenized at a time, to count"""
+"""Characters of a longer text that are tokenized at a time, to count its tokens"""
 
 _SEAM = 16
-"""Tokens that a cut through a text may add to it, and more"""
+"""Upper bound of the tokens that cutting a text in two adds"""
 
-# Stands where the context ends while a chat template is rendered; private-use characters, which no text should hold.
+# Marks the end of the context while a chat template is rendered: private-use characters, which no text should contain.
 _BOUNDARY = "\ue000\ue0fe\ue000"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Context and question, each tokenized separately; without a named boundary, the question is the last token."""
+    """Context and question, each tokenized separately. If the request gives no end of the context, the question is the
+    last token.
+    """
 
     context: list[int]
     question: list[int]
@@ -37,10 +39,10 @@ class Prompt:
 
 
 def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest, max_length: int) -> Prompt:
-    """The prompt as the model reads it.
+    """Return the prompt as the model reads it.
 
-    max_length: tokens that are certainly too many are not made. Raises RefusalError where there is no prompt or no end
-    of its context, or where it is too long.
+    max_length: maximum number of tokens; a text that certainly has more is not tokenized completely. Raises
+    RefusalError if there is no prompt, if its context has no end, or if it is too long.
     """
     if isinstance(request, ChatRequest):
         return _of_chat(engine.tokenizer, request, max_length)
@@ -51,7 +53,7 @@ def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest, max
         raise _bad("prompt", f"{len(prompt)} prompts in one request; send one")
     at = request.kv_context
     if at is not None and not 0 < at < len(prompt):
-        raise _bad("kv_context", f"{at} does not lie inside of a prompt of length {len(prompt)}")
+        raise _bad("kv_context", f"{at} is not inside a prompt of length {len(prompt)}")
     if isinstance(prompt, str):
         _require_short(engine.tokenizer, prompt, max_length)
         if at is None:
@@ -61,7 +63,7 @@ def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest, max
         raise _too_long(len(prompt), max_length)
     vocabulary = engine.model.get_input_embeddings().num_embeddings
     if strange := [token for token in prompt if not 0 <= token < vocabulary]:
-        raise _bad("prompt", f"{strange[0]} is no token of this model, whose ids are 0 to {vocabulary - 1}")
+        raise _bad("prompt", f"{strange[0]} is not a token of this model, whose ids are 0 to {vocabulary - 1}")
     return _whole(prompt) if at is None else Prompt(prompt[:at], prompt[at:])
 
 
@@ -85,7 +87,9 @@ def _of_chat(tokenizer: Any, request: ChatRequest, max_length: int) -> Prompt:
     texts[number] = text[:place] + _BOUNDARY + text[place:]
     context, _, question = _render(tokenizer, request, texts).partition(_BOUNDARY)
     if context + question != whole:
-        raise _bad("kv_context", "the chat template changes the messages' text, so the context's end is not known")
+        raise _bad(
+            "kv_context", "the chat template changes the text of the messages, so the end of the context is unknown"
+        )
     return _segments(tokenizer, context, question, special=False)
 
 
@@ -96,7 +100,7 @@ def _render(tokenizer: Any, request: ChatRequest, texts: Sequence[str]) -> str:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE
         )
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise any exception
         raise _bad("messages", f"the chat template refuses them: {error}") from None
 
 
@@ -109,16 +113,16 @@ def _segments(tokenizer: Any, context: str, question: str, *, special: bool) -> 
 
 def _whole(ids: list[int]) -> Prompt:
     if not ids:
-        raise _bad("prompt", "it is empty; give at least one token")
+        raise _bad("prompt", "the prompt is empty; give at least one token")
     return Prompt(ids[:-1], ids[-1:])
 
 
 def _require_short(tokenizer: Any, text: str, max_length: int) -> None:
-    """Raises RefusalError as soon as enough of a long text has been counted: all of its tokens at once would take a
-    hundred times its memory, which the process then keeps.
+    """Raise RefusalError as soon as enough tokens of a long text have been counted.
 
-    Pieces have no fewer tokens than the text they are cut from but for a few at each cut, so that what is refused is
-    too long for certain; what is not may still be, and is not much longer.
+    Tokenizing the whole text at once would need a hundred times its memory, which the process would keep. The pieces
+    together have at least as many tokens as the text, except for a few at each cut. Therefore a refused text is
+    certainly too long; a text that is accepted may still be slightly too long.
     """
     if len(text) <= _CERTAINLY * max_length:
         return

@@ -58,11 +58,13 @@ def refusal_of(error: Exception) -> RefusalError:
     if isinstance(error, UserError):
         return RefusalError(HTTPStatus.BAD_REQUEST, str(error))
     _log.error("a request failed", exc_info=error)
-    return RefusalError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; its log says why")
+    return RefusalError(
+        HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; its log contains the reason"
+    )
 
 
 def install(app: FastAPI) -> None:
-    """Give every failure of an app this form."""
+    """Make an app return every error as an ErrorBody."""
 
     @app.exception_handler(RefusalError)
     @app.exception_handler(UserError)
@@ -81,11 +83,11 @@ def install(app: FastAPI) -> None:
 
 
 def _first(error: RequestValidationError) -> RefusalError:
-    """Return the first error in a body, and its place."""
+    """Return the refusal for the first error in a body, with its position."""
     errors = error.errors()
     if errors[0]["type"] == "json_invalid":
         return RefusalError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {errors[0]['ctx']['error']}")
-    # a union says of each of its members why it is not that one; what comes closest goes deepest
+    # pydantic reports one error for each member of a union; the deepest error belongs to the closest member
     places = [_place(each["loc"][1:], error.body, missing=each["type"] == "missing") for each in errors]
     first, place = max(zip(errors, places, strict=True), key=lambda pair: len(pair[1]))
     where = ".".join(place)
@@ -96,10 +98,10 @@ def _first(error: RequestValidationError) -> RefusalError:
 
 
 def _place(parts: Sequence[str | int], body: Any, *, missing: bool) -> list[str]:
-    """Return the keys and numbers that lead to a value in the body.
+    """Return the keys and indices that lead to a value in the body.
 
-    Between them pydantic names the members of unions, which are in no body. missing: the last one names a field that is
-    not there.
+    Between them pydantic inserts the names of union members, which do not occur in the body. missing: the last part
+    names a field that the body lacks.
     """
     place = []
     for number, part in enumerate(parts, 1):

@@ -1,4 +1,4 @@
-"""Requests and answers of the API as typed models, which define /openapi.json."""
+"""Requests and responses of the API as typed models, which define /openapi.json."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic_core import PydanticCustomError
 
 
 def _either(words: str, *types: type) -> BeforeValidator:
-    """Return the check that a value has one of these JSON types, in ``words`` that cover all of them.
+    """Return a validator: the value must have one of these JSON types, which ``words`` describe.
 
-    Without it a union of types says why the value is not its first member, and no more.
+    Without it pydantic would only report why the value is not the first member of the union.
     """
 
     def check(value: Any) -> Any:
@@ -27,7 +27,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**48)]
 Count = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1)]
 Place = Annotated[int, Field(ge=0)]
-# of lists the first wrong item is enough: a body may hold a million of them
+# Validation of a list ends at the first wrong item, because a body may contain a million of them.
 Stops = Annotated[list[Stop], Field(max_length=16, fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
@@ -49,9 +49,9 @@ class StreamOptions(BaseModel):
 
 class InMessage(_Strict):
     message: Place
-    """number of the message, from 0"""
+    """index of the message, from 0"""
     characters: Place
-    """of its text"""
+    """number of characters of its text"""
 
 
 class TextPart(BaseModel):
@@ -79,7 +79,10 @@ class Message(BaseModel):
 
 
 class Request(BaseModel):
-    """What both kinds of request have. Fields that are not listed are ignored, unless they would change the answer."""
+    """The fields of both kinds of request.
+
+    Fields that are not listed are ignored, unless they would change the answer.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": True})
 
@@ -97,7 +100,7 @@ class Request(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     kv_policy: Annotated[str | dict[str, Any], _either("a name or an object", str, dict)] = "full"
-    """a kind of policy, or ``{"kind": ..., hyper-parameters}``"""
+    """kind of the policy, or ``{"kind": ..., hyper-parameters}``"""
     kv_budget: (
         Annotated[
             Annotated[float, Field(gt=0, le=1)] | Tokens,
@@ -105,24 +108,26 @@ class Request(BaseModel):
         ]
         | None
     ) = None
-    """share of the entries that is kept, or ``{"tokens": n}``"""
+    """fraction of the entries that is kept, or ``{"tokens": n}``"""
     kv_mode: Literal["before_question", "after_prompt"] = "after_prompt"
-    """what is compressed: the context, before the question is read; or the whole prompt"""
+    """what is compressed: the context before the question is read, or the whole prompt"""
     kv_first_token: Literal["compressed", "full"] = "compressed"
-    """after_prompt: which cache the first token comes from"""
+    """after_prompt: the cache from which the first token is decoded"""
     kv_seed: Seed | None = None
-    """in place of ``seed``, for clients that set that one themselves"""
+    """used instead of ``seed``, for clients that set ``seed`` themselves"""
     kv_pace: Annotated[list[Annotated[int, Field(ge=0, le=65_536)]], Field(min_length=2, max_length=2)] | None = None
-    """entropy_recall's controls: moments and steps of the answer that this one is a control of"""
+    """for the controls of entropy_recall: moments and decode steps of the answer that is controlled for"""
 
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, body: Any) -> Any:
-        """JSON may hold half of a character that takes two escapes; no tokenizer and no answer can."""
+        """Return the body. Raises ValueError if a text has a lone surrogate, which JSON allows but no tokenizer
+        accepts.
+        """
         try:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("a text in it holds half of a character (a lone surrogate)") from None
+            raise ValueError("a text in it contains half of a character (a lone surrogate)") from None
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
         return body
@@ -142,7 +147,7 @@ class CompletionRequest(Request):
         _either("a text or a list of token ids", str, list),
     ]
     kv_context: Place | None = None
-    """length of the context: characters of a text, tokens of a prompt in token ids"""
+    """length of the context: in characters for a text, in tokens for token ids"""
 
 
 class ChatRequest(Request):
@@ -155,7 +160,7 @@ class ChatRequest(Request):
         ]
         | None
     ) = None
-    """messages that are the context: it ends with the text of the last of them; or a place inside of a message"""
+    """number of messages that form the context, which ends with the text of the last; or a position in a message"""
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -164,7 +169,7 @@ class ChatRequest(Request):
 
 class PromptTokens(BaseModel):
     cached_tokens: int
-    """those that had been read for another request"""
+    """number of prompt tokens that were read for an earlier request"""
 
 
 class Usage(BaseModel):
@@ -190,17 +195,17 @@ class KV(BaseModel):
     total_bytes: int
     full_bytes: int
     reused: bool
-    """whether what was compressed had been read already; ``prefill_s`` is what reading it took then"""
+    """whether the prefill was in memory; ``prefill_s`` is then the time that it took when it was computed"""
     prefill_s: float
     compress_s: float
     ttft_s: float
     decode_s: float
     batch_size: int
-    """most answers that shared a pass through the model with this one, itself included"""
+    """maximum number of answers in one forward pass with this one, this one included"""
     peak_mem_mb: float | None
     token_ids: list[int]
     record: dict[str, Any]
-    """what the policy says of itself"""
+    """facts that the policy records"""
 
 
 FinishReason = Literal["stop", "length"]
@@ -262,7 +267,7 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
     model: str
     running: int
-    """answers that are being made"""
+    """number of answers that are being computed"""
     waiting: int
     prefills: int
     prefill_bytes: int

@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens arrive."""
+"""The text of an answer while its tokens are decoded."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNFINISHED = "\ufffd"
-"""what a tokenizer makes of the first bytes of a character"""
+"""the text that a tokenizer returns for the first bytes of a character"""
 
 
 class Transcript:
-    """Turns tokens into text as they arrive, and detects stop sequences.
+    """Converts tokens to text while they are decoded, and detects stop sequences.
 
-    Text that may become part of a character or of a stop sequence is held back. The text up to the end is the
+    Text that may be the start of a character or of a stop sequence is held back. At the end, the text is the
     tokenizer's text of all tokens, cut before the first stop sequence.
     """
 
@@ -23,7 +23,7 @@ class Transcript:
         self.text = ""
 
     def hear(self, tokens: Sequence[int]) -> str:
-        """Return the text that can be sent now, after all these ``tokens``."""
+        """Return the text that can be sent now. tokens: all tokens of the answer so far."""
         self.text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         found = [at for stop in self._stops if (at := self.text.find(stop)) >= 0]
         if found:
@@ -33,7 +33,7 @@ class Transcript:
         return self._say(sayable)
 
     def rest(self) -> str:
-        """Return the text that was held back, at the end."""
+        """Return the text that was held back; called at the end of the answer."""
         return self._say(self.text)
 
     def _without_open_end(self) -> str:
@@ -45,7 +45,7 @@ class Transcript:
         return text[: len(text) - longest]
 
     def _say(self, text: str) -> str:
-        if not text.startswith(self._said):  # a tokenizer that changes its mind about blanks
+        if not text.startswith(self._said):  # a tokenizer may change spaces of text that it returned before
             return ""
         new, self._said = text[len(self._said) :], text
         return new

@@ -1,4 +1,4 @@
-"""The one thread that uses the model: requests wait for it in a short queue, and answers are decoded together."""
+"""The thread that uses the model: requests wait for it in a queue, and answers are decoded together."""
 
 from __future__ import annotations
 
@@ -18,30 +18,35 @@ from kv_transition.serve.refusals import RefusalError
 _LONGEST_WAIT_S = 60
 
 _RETRY_S = 5
-"""After how long a server that is stopped may be there again"""
+"""Retry-After of a server that is being stopped, in seconds"""
 
 _LAST_PASS_S = 0.5
-"""How long a stop waits for the model: it looks at each layer whether it should end"""
+"""Seconds that a stop waits for the forward pass, which checks at each layer whether it should end"""
 
 
 class Task(Protocol):
-    """What a job has begun: it takes steps until it ends."""
+    """The work of a job: it takes steps until it ends."""
 
     def choose(self) -> bool:
-        """Decide about the next step; whether there is one."""
+        """Prepare the next step; return whether there is one."""
 
 
 T = TypeVar("T", bound=Task)
 
 
 class Job(Generic[T]):
-    """A piece of work that tells the event loop what comes of it: any number of things, and last a result or an
-    exception. Made within the loop."""
+    """A piece of work that sends messages to the event loop: any number of messages, and at the end a result or an
+    exception.
+
+    It must be created in the event loop.
+    """
 
     def __init__(self, begin: Callable[[Job[T]], T], end: Callable[[Job[T], T], Any]):
-        """begin: what is done alone, such as to read a prompt. end: makes the result, once there is no further step."""
+        """begin: the part that runs alone, such as reading a prompt. end: returns the result when there is no further
+        step.
+        """
         self.cancelled = False
-        """set when nobody waits any more; whoever works on it looks at it"""
+        """set when no client waits for the result; the worker checks it"""
         self.begin, self.end = begin, end
         self.task: T | None = None
         self.started = 0.0
@@ -52,20 +57,21 @@ class Job(Generic[T]):
         return await self._told.get()
 
     def tell(self, what: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, so no client waits
             self._loop.call_soon_threadsafe(self._told.put_nowait, what)
 
 
 class Worker(Generic[T]):
-    """Carries out jobs in the order of their coming, up to ``batch`` at a time.
+    """Runs jobs in the order of their arrival, up to ``batch`` at a time.
 
-    One job begins between two steps of those that go on, so that a line of prompts does not keep answers waiting for
-    more than one of them. Every step is one call of ``step`` for all.
+    One job begins between two steps of the running jobs, so that waiting prompts delay an answer by at most one prompt
+    per step. Every step is one call of ``step`` for all running jobs.
     """
 
     def __init__(self, step: Callable[[Sequence[T]], Sequence[Exception | None]], *, limit: int, batch: int):
-        """step: takes a step of each task, gives what each failed with. limit: jobs that may wait beside those under
-        way."""
+        """step: takes a step of each task and returns the error of each, or None. limit: maximum number of waiting
+        jobs, in addition to the running ones.
+        """
         self._step, self._limit, self._batch = step, limit, batch
         self._waiting: deque[Job[T]] = deque()
         self._running: list[Job[T]] = []
@@ -82,7 +88,7 @@ class Worker(Generic[T]):
 
     @property
     def running(self) -> int:
-        """Jobs that have begun."""
+        """The number of jobs that have begun."""
         return len(self._running) + (self._beginning is not None)
 
     @property
@@ -91,12 +97,12 @@ class Worker(Generic[T]):
         return not self._thread.is_alive()
 
     def interrupted(self) -> bool:
-        """Whether nobody waits for what the thread is doing now."""
+        """Return whether no client waits for the current work of the thread."""
         beginning = self._beginning
         return self._stopped or (beginning is not None and beginning.cancelled)
 
     def submit(self, job: Job[T]) -> None:
-        """Raises RefusalError when the line is full, or after `refuse`."""
+        """Append a job to the queue. Raises RefusalError if the queue is full, or after `refuse`."""
         with self._changed:
             if self._stopped:
                 raise _stopping()
@@ -104,7 +110,7 @@ class Worker(Generic[T]):
                 wait = min(_LONGEST_WAIT_S, max(1, math.ceil(self._job_s * len(self._waiting))))
                 raise RefusalError(
                     HTTPStatus.TOO_MANY_REQUESTS,
-                    f"{len(self._waiting)} requests wait already; come again later",
+                    f"{len(self._waiting)} requests are waiting; retry later",
                     code="overloaded",
                     retry_after=wait,
                 )
@@ -112,13 +118,13 @@ class Worker(Generic[T]):
             self._changed.notify()
 
     def withdraw(self, job: Job[T]) -> None:
-        """Cancel this job, whatever its state."""
+        """Cancel a job, whether it waits or runs."""
         job.cancelled = True
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(job)
 
     def refuse(self) -> None:
-        """Take no job any more, and tell all that wait and all that run that they get no answer."""
+        """Accept no more jobs, and refuse all waiting and running jobs."""
         with self._changed:
             self._stopped = True
             told = [*self._waiting, *self._running, *([self._beginning] if self._beginning else [])]
@@ -129,7 +135,7 @@ class Worker(Generic[T]):
             job.tell(_stopping())
 
     def stop(self) -> None:
-        """`refuse`, and wait a moment for the thread; see `ended`."""
+        """Refuse all jobs and wait at most `_LAST_PASS_S` seconds for the thread; see `ended`."""
         self.refuse()
         self._thread.join(_LAST_PASS_S)
 
@@ -142,7 +148,7 @@ class Worker(Generic[T]):
             self._take_step()
 
     def _next(self) -> bool:
-        """Wait until there is something to do, and take in the next job if there is a place; false once stopped."""
+        """Wait for work, and begin the next job if fewer than ``batch`` run; return false after a stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._running or self._stopped)
             if self._waiting and len(self._running) < self._batch:
@@ -160,7 +166,7 @@ class Worker(Generic[T]):
             self._beginning = None
 
     def _choose(self) -> None:
-        """End those that have no further step."""
+        """End the jobs that have no further step."""
         for job in list(self._running):
             try:
                 if not job.task.choose():
@@ -181,7 +187,7 @@ class Worker(Generic[T]):
                 self._end(job, failure)
 
     def _end(self, job: Job[T], told: Any) -> None:
-        # what a job takes of the time while it shares it
+        # the job's share of the time, because several jobs run together
         own = (time.perf_counter() - job.started) / len(self._running)
         self._job_s += (own - self._job_s) / 4
         self._running.remove(job)

@@ -15,8 +15,8 @@ UNDEFINED = "not defined: one of the two never changes its verdict"
 
 
 def counts(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Return how often both said yes, only the first, only the second, neither: [clusters, 4] from verdicts [n] 0 or
-    1.
+    """Return how often both said yes, only the first, only the second, or neither: [clusters, 4] from verdicts [n] of 0
+    or 1.
     """
     _, codes = np.unique(clusters, return_inverse=True)
     kind = 2 * (1 - first.astype(int)) + (1 - second.astype(int))
@@ -25,11 +25,11 @@ def counts(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> np.nd
 
 
 def kappa(first: np.ndarray, second: np.ndarray, clusters: np.ndarray, confidence: float) -> dict[str, Any]:
-    """Return Cohen's kappa (1960) as the columns of a table; null if a rater always says the same.
+    """Return Cohen's kappa (1960) as the columns of a table; null if a rater always gives the same verdict.
 
-    The bounds are kappa -+ t standard errors after one verdict of each of the four kinds, each a cluster of its own, is
-    added: without them perfect agreement would be certain. The standard error is that of the linearised kappa (Fleiss,
-    Cohen and Everitt 1969) from sums over clusters.
+    The bounds are kappa -+ t standard errors, computed after one verdict of each of the four kinds is added, each as a
+    cluster of its own; without these, perfect agreement would have an interval of length 0. The standard error is that
+    of the linearised kappa (Fleiss, Cohen and Everitt 1969) from sums over clusters.
     """
     table = counts(first, second, clusters)
     n, held = len(first), int(table.shape[0])
@@ -49,7 +49,7 @@ def linearised(table: np.ndarray) -> tuple[float, float]:
     p = table.sum(axis=0).reshape(2, 2) / n
     rows, columns = p.sum(axis=1), p.sum(axis=0)
     observed, expected = np.trace(p), rows @ columns
-    # what one verdict of each kind adds to kappa
+    # derivative of kappa by the share of each kind of verdict
     gain = np.eye(2) / (1 - expected) - (1 - observed) * (columns[:, None] + rows[None]) / (1 - expected) ** 2
     gain -= (gain * p).sum()
     variance = clusters / (clusters - 1) * ((table @ gain.ravel()) ** 2).sum() / n**2

@@ -1,11 +1,12 @@
-"""How two measurements of a step go together, when the steps of an example are alike: the cluster bootstrap.
+"""Association of two measurements of decode steps (such as entropy and recall), with examples as clusters.
 
-An example here is whatever is independent of the others: a context, where several questions are about it. Every
-statistic is a function of sums over whole examples, so a bootstrap sample is a weight for each example:
-``weights [samples + 1, examples]`` from `resample_weights`, whose first row, all ones, gives the estimate itself.
-The interval is estimate -+ t * standard error on a scale on which the estimate is roughly normal (Fisher's z for
-correlations, the logit for AUROC). Degrees of freedom count the examples that carry the regressor: few do where
-high entropy is rare (Carter, Schnepel and Steigerwald 2017).
+An example here is an independent unit: a context, if several questions are about it. The steps of an example are
+dependent, so all intervals come from the cluster bootstrap. Every statistic is a function of sums over whole examples;
+therefore a bootstrap sample is a weight for each example: ``weights [samples + 1, examples]`` from `resample_weights`,
+whose first row, all ones, gives the estimate itself. The interval is estimate -+ t * standard error on a scale on which
+the estimate is approximately normal (Fisher's z for correlations, the logit for AUROC). The degrees of freedom follow
+from the effective number of examples that determine the estimate, which is small if high entropy occurs in few examples
+(Carter, Schnepel and Steigerwald 2017).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from scipy import special, stats
 
 from kv_transition.stats.clusters import divide, resample_sums
 
-# A standard error needs no more bootstrap samples: 2,000 give it to 2 %.
+# 2,000 bootstrap samples determine a standard error to about 2 %, which is enough.
 SAMPLES = 2000
-# Numbers of one block of bootstrap samples of ranks: what a processor keeps at hand.
+# Number of values in one block of bootstrap samples of ranks, so that a block stays in the processor's cache.
 BLOCK = 200_000
-# A share of the variance that is rounding error.
+# A variance below this share of the squared range is treated as rounding error.
 NOTHING = 1e-10
 
 METHOD = "cluster bootstrap"
@@ -42,9 +43,9 @@ LOGIT: Scale = (special.logit, special.expit)
 
 @dataclass(frozen=True)
 class Carriers:
-    """Who carries an estimate: ``examples`` there are, ``effective`` ones of equal weight are worth as much.
+    """The examples that determine an estimate: their number, and their effective number (of examples of equal weight).
 
-    ``spent``: degrees of freedom between examples that controls take.
+    ``spent``: degrees of freedom between examples that the controls use.
     """
 
     examples: int
@@ -57,16 +58,17 @@ class Carriers:
 
     @property
     def inflation(self) -> float:
-        """What the bootstrap's variance is too small by."""
+        """Return the factor that corrects the variance of the bootstrap, which is too small for few examples."""
         few = max(self.effective, 2.0)
         return few / (few - 1) * (self.examples - 1) / (self.examples - 1 - self.spent)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """``value`` and its bounds, NaN where there is none and ``method`` says why; ``p`` two-sided, against no relation.
+    """An estimate with its bounds and its two-sided p-value against no association; NaN if ``method`` gives a reason.
 
-    ``draws`` [samples + 1]: the statistic in each bootstrap sample, the estimate first; ``by``: who carries it.
+    ``draws`` [samples + 1]: the statistic in each bootstrap sample, the estimate first. ``by``: the examples that
+    determine the estimate.
     """
 
     value: float
@@ -87,14 +89,14 @@ def missing(why: str) -> Estimate:
 
 
 def resample_weights(examples: int, samples: int, seed: int) -> np.ndarray:
-    """How often each example is drawn, [samples + 1, examples]; the first row: every example once."""
+    """Return how often each example is drawn, [samples + 1, examples]; the first row has every example once."""
     return resample_sums(np.eye(examples), min(samples, SAMPLES), seed)
 
 
 def summarised(
     draws: np.ndarray, by: Carriers, confidence: float, scale: Scale = IDENTITY, null: float = 0.0
 ) -> Estimate:
-    """The estimate and its interval from draws [samples + 1]; ``null``: the value that stands for no relation."""
+    """Return the estimate with its interval from draws [samples + 1]; ``null``: the value that means no association."""
     value = float(draws[0])
     bare = Estimate(value, np.nan, np.nan, np.nan, METHOD, draws, by)
     if by.effective < 1 + 1e-6:
@@ -118,9 +120,9 @@ def summarised(
 
 @dataclass(frozen=True)
 class Moments2:
-    """Second moments of x and y after controls, in every bootstrap sample: ``xx``, ``xy``, ``yy`` [samples + 1].
+    """Second moments of x and y after controls in every bootstrap sample: ``xx``, ``xy``, ``yy`` [samples + 1].
 
-    ``by``: which examples carry x; ``varies``: whether x and y vary after the controls.
+    ``by``: the examples that determine x. ``varies``: whether x and y vary after the controls.
     """
 
     xx: np.ndarray
@@ -136,7 +138,7 @@ class Moments2:
         return summarised(r, self.by, confidence, FISHER)
 
     def slope(self, confidence: float) -> Estimate:
-        """Change of y for one more of x, least squares."""
+        """Return the least-squares slope of y on x."""
         if not self.varies[0]:
             return missing(NO_ENTROPY)
         return summarised(divide(self.xy, self.xx), self.by, confidence)
@@ -145,7 +147,9 @@ class Moments2:
 def moments2(
     x: np.ndarray, y: np.ndarray, example: np.ndarray, weights: np.ndarray, controls: np.ndarray | None = None
 ) -> Moments2:
-    """Second moments of x and y [steps] around their regressions on ``controls [steps, k]`` (null: on a constant)."""
+    """Return the second moments of x and y [steps] around their regressions on ``controls [steps, k]`` (None: on a
+    constant).
+    """
     steps, examples = len(x), weights.shape[1]
     basis = np.ones((steps, 1)) if controls is None else np.column_stack([np.ones(steps), orthonormal(controls)])
     spent = 0
@@ -159,7 +163,10 @@ def moments2(
 def moments2_within(
     x: np.ndarray, y: np.ndarray, part: np.ndarray, example: np.ndarray, weights: np.ndarray
 ) -> Moments2:
-    """The same around the means of each ``part`` [steps] of an example: what is constant within it plays no role."""
+    """Return the second moments of x and y around the means of each ``part`` [steps] of an example.
+
+    Differences between the parts have no effect.
+    """
     parts = int(part.max()) + 1
     both = np.column_stack([x, y])
     means = _by_example(both, part, parts) / np.bincount(part, minlength=parts)[:, None]
@@ -168,12 +175,14 @@ def moments2_within(
 
 
 def _by_example(columns: np.ndarray, example: np.ndarray, examples: int) -> np.ndarray:
-    """Sums [examples, k] of columns [steps, k]."""
+    """Return the sums [examples, k] of columns [steps, k]."""
     return np.stack([np.bincount(example, weights=column, minlength=examples) for column in columns.T], axis=1)
 
 
 def _size(columns: np.ndarray) -> np.ndarray:
-    """What the residuals of each column are measured by: its range, and never less than what rounding leaves."""
+    """Return the scale of the residuals of each column: its range, or a multiple of the rounding error if that is
+    larger.
+    """
     return np.maximum(np.ptp(columns, axis=0), 1e-9 * np.abs(columns).max(axis=0))
 
 
@@ -182,7 +191,7 @@ def _moments2(
 ) -> Moments2:
     k = basis.shape[1]
     if k:
-        # Residuals of the whole sample first: what is left is small numbers, and the bootstrap's own fit is exact.
+        # Take residuals of the whole sample first: they are small numbers, so the fits of the bootstrap are precise.
         both = both - basis @ np.linalg.lstsq(basis, both, rcond=None)[0]
     varies = (both**2).mean(axis=0) > NOTHING * size**2
     both = np.where(varies, both, 0.0)
@@ -192,7 +201,7 @@ def _moments2(
     sums = (weights @ products.reshape(len(starts), -1)).reshape(-1, k + 2, k + 2)
     left = sums[:, :2, :2]
     if k:
-        # A sample may lack a kind of prompt altogether: its column is 0, and a touch of ridge makes its effect 0.
+        # A bootstrap sample may lack a kind of prompt; its column is then 0, and a small ridge term makes its effect 0.
         inner = sums[:, 2:, 2:] + 1e-9 * len(both) * np.eye(k)
         left = left - sums[:, :2, 2:] @ np.linalg.solve(inner, sums[:, 2:, :2])
     by = Carriers(len(starts), kish(products[:, 0, 0]), spent)
@@ -200,7 +209,7 @@ def _moments2(
 
 
 def orthonormal(controls: np.ndarray) -> np.ndarray:
-    """Columns with mean 0, mean square 1 and no correlation that span the same as ``controls [steps, k]``."""
+    """Return uncorrelated columns with mean 0 and mean square 1 that span the space of ``controls [steps, k]``."""
     centred = controls - controls.mean(axis=0)
     size = np.sqrt((centred**2).mean(axis=0))
     kept = centred[:, size > 1e-12 * np.maximum(1, np.abs(controls).max(axis=0, initial=0))]
@@ -211,9 +220,10 @@ def orthonormal(controls: np.ndarray) -> np.ndarray:
 
 
 def bent(values: np.ndarray, examples: int) -> np.ndarray:
-    """A control [steps] as a line that may bend, once for ten examples and at most nine times, at its quantiles.
+    """Return a control [steps] as a piecewise linear function with knots at its quantiles: columns [steps, 1 to 10].
 
-    More examples show more of what a line that is too stiff leaves behind, so it may bend more often; [steps, 1 to 10].
+    There is one knot for every ten examples, at most nine. With more examples, a straight line would leave a visible
+    bias, so more knots are used.
     """
     bends = min(9, examples // 10)
     knots = np.unique(np.quantile(values, np.linspace(0, 1, bends + 2)[1:-1])) if bends else np.empty(0)
@@ -221,9 +231,9 @@ def bent(values: np.ndarray, examples: int) -> np.ndarray:
 
 
 def ranks_within(values: np.ndarray, example: np.ndarray) -> np.ndarray:
-    """Midranks of the steps of each example among themselves, centred, in units of the example's steps."""
+    """Return the midranks of the steps within each example, centred, divided by the example's number of steps."""
     size = np.bincount(example)[example]
-    # midranks among all steps, ordered by example first, less the steps of earlier examples
+    # midranks among all steps, ordered by example first, minus the number of steps of earlier examples
     _, group, count = np.unique(np.column_stack([example, values]), axis=0, return_inverse=True, return_counts=True)
     before = (np.cumsum(count) - count / 2)[group.ravel()]
     earlier = np.cumsum(np.bincount(example))[example] - size
@@ -233,7 +243,9 @@ def ranks_within(values: np.ndarray, example: np.ndarray) -> np.ndarray:
 def rank_statistics(
     x: np.ndarray, y: np.ndarray, event: np.ndarray, example: np.ndarray, weights: np.ndarray, confidence: float
 ) -> tuple[Estimate, Estimate]:
-    """Spearman's correlation of x and y, and the AUROC of x for ``event`` [steps] bool; ranks anew in every sample."""
+    """Return Spearman's correlation of x and y, and the AUROC of x for ``event`` [steps] bool; each sample is ranked
+    again.
+    """
     if np.ptp(x) == 0:
         return missing(NO_ENTROPY), missing(NO_ENTROPY)
     of_x, of_y = (Ranks(values, example, weights.shape[1]) for values in (x, y))
@@ -246,7 +258,7 @@ def rank_statistics(
         weighted = each * rank_x
         squares = _row_sums(weighted, rank_x) * _row_sums(each * rank_y, rank_y)
         spearman[part] = divide(_row_sums(weighted, rank_y), np.sqrt(squares))
-        # Mann and Whitney: the mean rank of the steps with the event says how often they lie above those without.
+        # Mann and Whitney: the mean rank of the steps with the event gives how often they lie above the other steps.
         events, all_steps = each @ event, each.sum(axis=1)
         auroc[part] = 0.5 + divide(weighted @ event, events * (all_steps - events))
     examples = weights.shape[1]
@@ -261,16 +273,18 @@ def rank_statistics(
 
 
 def _row_sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Sums over steps of products [samples, steps]; exact in any order, for ranks are halves of integers."""
+    """Return the sums over steps of products [samples, steps]; exact in any order, because ranks are halves of
+    integers.
+    """
     return np.einsum("ij,ij->i", a, b)
 
 
 class Ranks:
     """Midranks of values [steps] in any bootstrap sample of their examples.
 
-    A step's rank is the number of steps below it, those equal to it counted by half. Of each example that number is
-    fixed, so the ranks of a sample are a product with the numbers of its examples. All of it is halves of integers, and
-    so exact.
+    The rank of a step is the number of steps with smaller values plus half the number of steps with equal values. For
+    each example this number is fixed, so the ranks of a sample are a product with the number of times that each example
+    is drawn. All values are halves of integers and therefore exact.
     """
 
     def __init__(self, values: np.ndarray, example: np.ndarray, examples: int):
@@ -281,10 +295,12 @@ class Ranks:
         self._below = middle[group] - of_group.sum(axis=0) / 2
 
     def of(self, weights: np.ndarray) -> np.ndarray:
-        """Midranks minus their mean, [samples, steps], of steps that stand so often as their example does."""
+        """Return the midranks minus their mean, [samples, steps], when each step occurs as often as its example is
+        drawn.
+        """
         return weights @ self._below.T
 
 
 def kish(carried: np.ndarray) -> float:
-    """How many examples of equal weight are worth as much as these (Kish 1965)."""
+    """Return the effective number of examples: how many of equal weight have the same precision (Kish 1965)."""
     return float(divide(np.sum(carried) ** 2, np.sum(np.square(carried, dtype=float))))

@@ -1,7 +1,7 @@
-"""Estimates from clusters (examples that share a document): cluster sums, and the cluster bootstrap.
+"""Sums over clusters (examples that share a document), and the cluster bootstrap.
 
-Every estimate uses sums over clusters, which are independent where the examples within a cluster are not (Liang and
-Zeger 1986). With one example per cluster these are the usual formulas.
+Every estimate uses sums over clusters, which are independent even if the examples within a cluster are not (Liang and
+Zeger 1986). With one example per cluster the results are the usual formulas.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Draws of one block of bootstrap samples: small enough to stay in a core's cache.
+# Number of draws in one block of bootstrap samples, small enough for the cache of a processor core.
 BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over clusters c of n_c examples with sum S_c, each [...]; linear, so bootstrap samples have them as well.
+    """Sums over clusters c of n_c examples with sum S_c, each [...]; they are linear, so bootstrap samples have them
+    too.
 
     ``n`` = sum n_c, ``total`` = sum S_c, ``squares`` = sum S_c^2, ``cross`` = sum S_c n_c, ``sizes`` = sum n_c^2.
     """
@@ -44,7 +45,7 @@ class Moments:
 
     @property
     def single(self) -> np.ndarray:
-        """Whether every example is a cluster of its own."""
+        """Return whether every example is a cluster of its own."""
         return np.asarray(self.sizes) <= np.asarray(self.n)
 
 
@@ -72,7 +73,7 @@ def sums(values: np.ndarray, clusters: np.ndarray | None) -> tuple[np.ndarray, n
 
 
 def moments(values: np.ndarray, clusters: np.ndarray | None = None) -> Moments:
-    """Return the moments [cells] of values [cells, n]; NaN is left out."""
+    """Return the moments [cells] of values [cells, n]; NaN values are omitted."""
     count, total = sums(values, clusters)
     return Moments(
         count.sum(axis=1).astype(int),
@@ -89,10 +90,12 @@ def number(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
 
 
 def resample_sums(columns: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Return column sums ``[samples + 1, k]`` of rows ``[clusters, k]`` drawn with replacement; the first: of all rows.
+    """Return column sums ``[samples + 1, k]`` of rows ``[clusters, k]`` drawn with replacement; row 0 sums all rows
+    once.
 
-    The cluster bootstrap (Davison and Hinkley 1997, 3.8): a drawn cluster brings all of its examples. The draws depend
-    only on seed and number of rows, so that columns of one call are resampled together and calls can be compared.
+    This is the cluster bootstrap (Davison and Hinkley 1997, 3.8): a drawn cluster contributes all of its examples. The
+    draws depend only on the seed and the number of rows, so the columns of one call are resampled together, and the
+    results of several calls can be compared.
     """
     rows, k = columns.shape
     rng = np.random.Generator(np.random.SFC64(seed))
@@ -102,7 +105,7 @@ def resample_sums(columns: np.ndarray, samples: int, seed: int) -> np.ndarray:
     for start in range(0, samples, block):
         size = min(block, samples - start)
         draws = rng.integers(0, rows, size=(size, rows), dtype=np.uint32)
-        if size > 1:  # a sample a row of the counts
+        if size > 1:  # one row of the counts for each sample
             draws += np.arange(size, dtype=np.uint32)[:, None] * np.uint32(rows)
         times = np.bincount(draws.ravel(), minlength=size * rows).reshape(size, rows).astype(float)
         out[start + 1 : start + 1 + size] = times @ columns

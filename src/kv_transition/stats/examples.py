@@ -1,4 +1,4 @@
-"""From scored answers to one row per example, the unit of every estimate, test and resample."""
+"""Conversion of scored answers to one row per example, the unit of every estimate, test and resample."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def is_full() -> pl.Expr:
 
 
 def held_share(frame: pl.DataFrame, held: pl.Expr) -> pl.Expr:
-    """Return bytes held over those of a full cache: the mean over an answer where its course is known, else its end.
+    """Return the bytes held divided by those of a full cache, as mean over the answer, or at its end if the mean is
+    unknown.
 
-    ``held``: bytes at the end of an answer. Null where there are none.
+    ``held``: bytes at the end of an answer. Null if the full cache has no bytes.
     """
     share = pl.when(pl.col("full_bytes") > 0).then(held / pl.col("full_bytes"))
     if "full_mean" not in frame.columns:
@@ -109,7 +110,7 @@ def _check(frame: pl.DataFrame) -> None:
     if double.height:
         first = double.sort(key).row(0, named=True)
         raise UserError(
-            f"scores: example {first['example_id']} stands more than once in cell {_path(first)}; score again"
+            f"scores: example {first['example_id']} occurs more than once in cell {_path(first)}; score again"
         )
     for name in ("score", "em", "f1", "contains"):
         outside = frame.filter(~pl.col(name).is_between(0, 1))
@@ -126,7 +127,7 @@ def _path(row: dict) -> str:
 
 
 def on_both(frame: pl.DataFrame, reference: pl.DataFrame, on: list[str], suffix: str) -> pl.DataFrame:
-    """The rows of ``frame`` beside those of ``reference`` on the same examples; the rest of either is left out."""
+    """Return the rows of ``frame`` joined with those of ``reference`` on the same examples; others are omitted."""
     return frame.join(reference, on=[*on, "bin", "example_id"], how="inner", suffix=suffix, maintain_order="left")
 
 
@@ -146,6 +147,6 @@ def padded(lists: pl.Series) -> np.ndarray:
 
 
 def inherited(path: str) -> dict[str, str]:
-    """Return the metadata of an input file that its results keep: all except what is written anew."""
+    """Return the metadata of an input file that its results keep: all except what each file records about itself."""
     anew = {"git_commit", "package_versions", "timestamp"}
     return {k: v for k, v in read_metadata(path).items() if k not in anew}

@@ -1,4 +1,4 @@
-"""Tables from disk as polars frames."""
+"""Readers of Parquet files as polars frames."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kv_transition.parsing import damaged
 
 
 def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """Return one Parquet table. Raises UserError if it is damaged, not there or lacks one of ``columns``."""
+    """Return a Parquet file as a frame. Raises UserError if it is damaged, missing or lacks one of ``columns``."""
     try:
         return pl.read_parquet(path, columns=None if columns is None else list(columns))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
@@ -21,5 +21,5 @@ def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] | None = N
 
 
 def read_table(path: str) -> pl.DataFrame:
-    """Return one Parquet table, with null in the place of NaN."""
+    """Return a Parquet file as a frame, with null instead of NaN."""
     return read_parquet(path).with_columns(cs.float().fill_nan(None))

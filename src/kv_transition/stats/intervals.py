@@ -1,9 +1,9 @@
 """Confidence intervals with good coverage at n = 5 to 20, vectorised over cells.
 
-Every function takes ``values [cells, n]`` with NaN where an example is missing, optionally the codes ``clusters`` of
-the same shape where examples share documents, and returns an `Interval` with one entry a cell. A bound that the data
-cannot give is NaN (null in the tables), never a guess. Why these methods, and how often they cover the truth:
-docs/statistics.md. What is compared on the same examples has a module of its own, `stats.paired`.
+Every function takes ``values [cells, n]`` with NaN for missing examples, and optionally the codes ``clusters`` of the
+same shape if examples share documents. It returns an `Interval` with one entry per cell. A bound that the data cannot
+determine is NaN (null in the tables). docs/statistics.md explains the choice of methods and their measured coverage.
+Comparisons on the same examples are in a module of their own, `stats.paired`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ STUDENT = "Student t"
 ORDER = "order statistics"
 CLUSTERED = ", clusters"
 
-# Observations of the largest possible variance that are mixed into an estimate of dispersion: at n = 5 a sample
-# often shows none of the spread that the population has.
+# Number of observations with the largest possible variance that are added to an estimate of dispersion, because a
+# sample of n = 5 often shows none of the spread of the population.
 PRIOR_OBSERVATIONS = 2
-# Observations at 0 and at 1 each that the bootstrap of a spread believes in beforehand (Jeffreys' for a coin).
+# Number of prior observations at 0, and at 1, for the bootstrap of a standard deviation (Jeffreys' prior for a coin).
 PRIOR_AT_END = 0.5
 
 
 @dataclass(frozen=True)
 class Interval:
-    """``estimate``, ``low``, ``high`` [cells] float, ``n`` and ``clusters`` [cells] int, ``method`` [cells] text.
+    """Estimates with intervals: ``estimate``, ``low``, ``high`` [cells] float, ``n``, ``clusters`` [cells] int,
+    ``method`` text.
 
-    ``n`` counts examples; ``clusters`` the documents that they come from, as many where each has its own.
+    ``n``: number of examples. ``clusters``: number of their documents; equal to n if each example has its own document.
     """
 
     estimate: np.ndarray
@@ -64,7 +65,7 @@ def finite(value: float) -> float | None:
 
 
 def _named(name: str | np.ndarray, of: Moments) -> np.ndarray:
-    """Return the method's name [cells], which says if clusters were used."""
+    """Return the name of the method [cells], with a suffix if clusters were used."""
     named = np.broadcast_to(np.asarray(name, dtype=object), of.single.shape)
     return np.where(of.single, named, named + CLUSTERED)
 
@@ -77,11 +78,12 @@ def bounded_mean(
 ) -> Interval:
     """Return the mean of scores in ``bounds``: rates, F1, and paired differences (``bounds=(-1, 1)``).
 
-    A score in [0, 1] with mean m has at most the variance m(1 - m) of a coin. phi is the share of it that the sample
-    shows (mixed with `PRIOR_OBSERVATIONS` at the maximum), so n / phi is the equivalent number of coin flips; Wilson's
-    interval is taken at that n, shrunk by (z / t)^2 because phi is estimated (Korn and Graubard 1998; Franco et al.
-    2019, who do so for surveys). Data of only 0 and 1 have phi = 1: plain Wilson. With clusters, phi is the variance
-    between them over that of a coin, above 1 if examples of one document are alike.
+    The variance of a score in [0, 1] with mean m is at most that of a coin, m(1 - m). phi is the share of it that the
+    sample shows (with `PRIOR_OBSERVATIONS` observations at the maximum added), so n / phi is the equivalent number of
+    coin flips. The interval is Wilson's for that n, reduced by (z / t)^2 because phi is estimated (Korn and Graubard
+    1998; Franco et al. 2019, for surveys). Scores of only 0 and 1 have phi = 1, which gives the plain Wilson interval.
+    With clusters, phi is the variance between them divided by that of a coin; it exceeds 1 if the examples of a
+    document are similar.
 
     Raises ValueError for a value outside of ``bounds``.
     """
@@ -95,7 +97,7 @@ def bounded_mean(
 
 
 def _unit(values: np.ndarray, bounds: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values moved to [0, 1], and which cells [cells] have only 0 and 1."""
+    """Return the values rescaled to [0, 1], and which cells [cells] contain only 0 and 1."""
     low, high = bounds
     unit = (values - low) / (high - low)
     if np.nanmin(unit, initial=0) < -1e-12 or np.nanmax(unit, initial=1) > 1 + 1e-12:
@@ -104,11 +106,11 @@ def _unit(values: np.ndarray, bounds: tuple[float, float]) -> tuple[np.ndarray, 
 
 
 def relative_variance(of: Moments, coin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """phi of `bounded_mean` and its degrees of freedom: the variance of the mean is phi m(1 - m) / n.
+    """Return phi of `bounded_mean` and its degrees of freedom: the variance of the mean is phi m(1 - m) / n.
 
     phi is at most the mean cluster size sum n_c^2 / n (all examples of a cluster equal), and at least 1 for coins. The
-    prior observations are clusters of that size, so that copies of examples change nothing.
-    Where the mean is 0 or 1 the sample says nothing about clusters, and the most is assumed.
+    prior observations are clusters of that size, so that duplicated examples do not change the result. If the mean is 0
+    or 1, the sample contains no information about clusters, and the largest phi is assumed.
     """
     most, largest = of.mean * (1 - of.mean), divide(of.sizes, of.n)
     free = of.n - largest
@@ -120,7 +122,9 @@ def relative_variance(of: Moments, coin: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def bounded_mean_from_moments(of: Moments, coin: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of `bounded_mean` from the moments of scores in [0, 1]; ``coin``: only 0 and 1. Any shape."""
+    """Return the bounds of `bounded_mean` from the moments of scores in [0, 1], of any shape; ``coin``: only 0 and 1
+    occur.
+    """
     phi, degrees = relative_variance(of, coin)
     alpha = 1 - confidence
     z = stats.norm.ppf(1 - alpha / 2)
@@ -142,9 +146,10 @@ def bounded_std(
 ) -> Interval:
     """Return the standard deviation (divisor n - 1) of scores in [0, 1].
 
-    For 0/1 data it is a function of the rate, and its bounds follow from Wilson's. Otherwise the Bayesian bootstrap
-    (Rubin 1981) with half an observation at 0 and half at 1, which represent the rare values that a small sample does
-    not show; weights are drawn for whole clusters. No such standard deviation exceeds 1/2.
+    For scores of only 0 and 1 it is a function of the rate, and its bounds follow from Wilson's interval. Otherwise the
+    bounds come from the Bayesian bootstrap (Rubin 1981) with half an observation at 0 and half at 1, which represent
+    rare values that a small sample does not contain; weights are drawn for whole clusters. No standard deviation here
+    exceeds 1/2.
     """
     rate = bounded_mean(values, confidence, clusters=clusters)
     n, deviations = rate.n, (values - rate.estimate[:, None]) ** 2
@@ -168,7 +173,9 @@ def _bayesian_std(
     size = divide((count**2).sum(axis=1), count.sum(axis=1))
     rng = np.random.default_rng(seed)
     zero, one = rng.gamma(PRIOR_AT_END, size=(2, resamples))
-    weight = rng.exponential(size=(count.shape[1], resamples))  # rows by cluster: padding does not change the draws
+    weight = rng.exponential(
+        size=(count.shape[1], resamples)
+    )  # one row per cluster, so that padding does not change the draws
     tails = (1 - confidence) / 2, (1 + confidence) / 2
     low, high = np.empty(len(values)), np.empty(len(values))
     step = max(1, 2_000_000 // resamples)
@@ -183,13 +190,14 @@ def _bayesian_std(
 
 
 def mean(values: np.ndarray, confidence: float, clusters: np.ndarray | None = None) -> Interval:
-    """Return the mean of an unbounded measurement (bytes, entries): Student's t; no bounds from one value.
+    """Return the mean of an unbounded measurement (bytes, entries) with Student's t interval; one value gives no
+    bounds.
 
-    With clusters: the cluster-robust variance with C - 1 degrees of freedom, as in statsmodels' regression on a
+    With clusters, the variance is cluster-robust with C - 1 degrees of freedom, as in statsmodels' regression on a
     constant.
     """
     of, count = moments(values, clusters), number(values, clusters)
-    # Around the mean, not around 0: bytes are large, and their differences small.
+    # Sums of squares around the mean, not around 0, because bytes are large and their differences are small.
     middle = of.mean
     around = moments(values - middle[:, None], clusters).squares
     variance = divide(around * count, np.square(of.n, dtype=float) * (count - 1))
@@ -199,7 +207,7 @@ def mean(values: np.ndarray, confidence: float, clusters: np.ndarray | None = No
 
 
 def geometric_mean(logs: np.ndarray, confidence: float, clusters: np.ndarray | None = None) -> Interval:
-    """Return the geometric mean of positive ratios from their logarithms ``[cells, n]``: Student's t on the
+    """Return the geometric mean of positive ratios from their logarithms ``[cells, n]``, with Student's t on the
     logarithms.
     """
     found = mean(logs, confidence, clusters)
@@ -209,16 +217,19 @@ def geometric_mean(logs: np.ndarray, confidence: float, clusters: np.ndarray | N
 
 @lru_cache(maxsize=4096)
 def _ranks(n: int, q: float, confidence: float) -> tuple[int | None, int | None]:
-    """Return the ranks (from 0) of the order statistics around the ``q`` quantile; None if n is too small for one."""
+    """Return the ranks (from 0) of the order statistics that bound the ``q`` quantile; None if n is too small for a
+    bound.
+    """
     interval = stats.quantile_test(np.arange(n), p=q).confidence_interval(confidence)
     return tuple(None if np.isnan(end) else int(end) for end in (interval.low, interval.high))
 
 
 def percentile(values: np.ndarray, q: float, confidence: float, clusters: np.ndarray | None = None) -> Interval:
-    """A quantile, between two order statistics: exact for every continuous distribution, open where n is too small.
+    """Return a quantile with two order statistics as bounds; a bound is NaN if n is too small for it.
 
-    With clusters the ranks are those of as many values as there are effective clusters, spread over the sample: right
-    where a document's answers are all equal, conservative where they are not.
+    The interval is exact for every continuous distribution. With clusters, the ranks are those of a sample of the
+    effective number of clusters, spread over the values: exact if the answers of a document are all equal, conservative
+    otherwise.
     """
     of = moments(values, clusters)
     n, ordered = of.n, np.sort(values, axis=1)  # NaN last

@@ -1,7 +1,7 @@
 """Holm's adjustment of p-values (Holm 1979), for many families at once.
 
-statsmodels' `multipletests` is what the tests compare it with; it takes one family at a time and collects all garbage
-at each call, which at thousands of families costs minutes.
+The tests compare it with statsmodels' `multipletests`, which takes one family at a time and runs the garbage collector
+at each call; for thousands of families this takes minutes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def holm(p: np.ndarray, tests: np.ndarray) -> np.ndarray:
-    """Return adjusted p-values of ``p [families, tests]``; only the ``tests`` [families] smallest of each row count."""
+    """Return adjusted p-values of ``p [families, tests]``; only the ``tests`` [families] smallest of a row are used."""
     order = np.argsort(p, axis=1)
     factors = np.maximum(tests[:, None] - np.arange(p.shape[1]), 1)
     stepped = np.maximum.accumulate(np.take_along_axis(p, order, axis=1) * factors, axis=1)
@@ -25,8 +25,9 @@ def holm(p: np.ndarray, tests: np.ndarray) -> np.ndarray:
 def levels(p: np.ndarray, alpha: float) -> np.ndarray:
     """Return the level at which the interval of each test of a family ``p [tests]`` agrees with Holm's decision.
 
-    alpha / tests, Bonferroni's, whose intervals hold together; only where Holm's procedure rejects and Bonferroni's
-    does not, the level of Holm's step. So an interval excludes 0 exactly where the adjusted p-value is below alpha.
+    It is alpha / tests (Bonferroni), whose intervals hold simultaneously, except if Holm's procedure rejects and
+    Bonferroni's does not: then it is the level of Holm's step. So an interval excludes 0 exactly if the adjusted
+    p-value is below alpha.
     """
     tests = len(p)
     rejected = holm(p[None], np.array([tests]))[0] < alpha
@@ -38,7 +39,7 @@ def levels(p: np.ndarray, alpha: float) -> np.ndarray:
 def adjust(rows: Sequence[dict[str, Any]], alpha: float | None = None) -> None:
     """Add ``p_holm`` and the family's size ``tests`` to the rows that have a ``family`` (Holm 1979).
 
-    With ``alpha`` also ``level``: that of the interval that agrees with the adjusted p-value (see `levels`).
+    With ``alpha``, also add ``level``: that of the interval that agrees with the adjusted p-value (see `levels`).
     """
     families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -1,10 +1,10 @@
-"""One inference for all that is compared on the same examples: interval and p-value come from the same test.
+"""Inference for comparisons on the same examples: interval and p-value come from the same test.
 
-The test: Student's t after one more pair that speaks against the claim. A claim that the policy is better, or keeps
-enough, has to survive a pair that it loses altogether; a claim that it is worse, a pair that it gains altogether.
-Without such a pair equal answers, whose spread is 0, would prove that nothing ever differs. The interval holds the
-values that the test does not reject, so it excludes 0 exactly where p < 1 - confidence, and the interval of a ratio
-excludes 1 exactly where that of the difference excludes 0. Coverage and size: docs/statistics.md.
+The test is Student's t after one more pair that contradicts the claim is added. For the claim that the policy is
+better, or keeps enough, the policy loses that pair completely; for the claim that it is worse, it gains the pair
+completely. Without such a pair, equal answers (with spread 0) would prove that the policies never differ. The interval
+contains the values that the test does not reject. So it excludes 0 exactly if p < 1 - confidence, and the interval of a
+ratio excludes 1 exactly if that of the difference excludes 0. Coverage and size are in docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ FIELLER = "Fieller with one more pair lost (lower end) or gained (upper end)"
 class Paired:
     """Mean differences [cells] and the test of them; see `difference`.
 
-    ``sd`` [cells]: of a cluster's sum over the mean size of a cluster, or of single differences.
-    ``lost`` and ``gained``: mean and standard error [cells] after the additional pair. ``degrees`` [cells]: of freedom.
-    ``ends``: the smallest and the largest mean.
+    ``sd`` [cells]: standard deviation of a cluster's sum divided by the mean cluster size, or of single differences.
+    ``lost`` and ``gained``: mean and standard error [cells] after the additional pair. ``degrees`` [cells]: degrees of
+    freedom. ``ends``: the smallest and the largest mean.
     """
 
     estimate: np.ndarray
@@ -43,18 +43,18 @@ class Paired:
 
     @property
     def p_above(self) -> np.ndarray:
-        """One-sided p-values [cells] that the mean is not above 0."""
+        """Return one-sided p-values [cells] of the hypothesis that the mean is not above 0."""
         return self._p(*self.lost)
 
     @property
     def p_below(self) -> np.ndarray:
-        """One-sided p-values [cells] that the mean is not below 0."""
+        """Return one-sided p-values [cells] of the hypothesis that the mean is not below 0."""
         mean, error = self.gained
         return self._p(-mean, error)
 
     @property
     def p(self) -> np.ndarray:
-        """Two-sided p-values [cells] that the mean is 0; NaN where there is no pair."""
+        """Return two-sided p-values [cells] of the hypothesis that the mean is 0; NaN if there is no pair."""
         return np.minimum(1, 2 * np.minimum(self.p_above, self.p_below))
 
     def interval(self, confidence: float | np.ndarray) -> Interval:
@@ -68,7 +68,9 @@ class Paired:
         return Interval(self.estimate, low, high, self.n, self.method, self.clusters)
 
     def decides(self, level: float) -> int | None:
-        """Return about how many examples would show the sign of the first cell's mean at a one-sided ``level``."""
+        """Return about how many examples would show the sign of the first cell's mean at a one-sided ``level``; None if
+        too many.
+        """
         sign, n, clusters = float(np.sign(self.estimate[0])), int(self.n[0]), int(self.clusters[0])
         against = self.ends[0] if sign > 0 else -self.ends[1]
         found = examples(sign * float(self.estimate[0]), float(self.sd[0]), against, level)
@@ -88,10 +90,11 @@ class Paired:
 
 
 def difference(values: np.ndarray, clusters: np.ndarray | None = None, ends: tuple[float, float] = (-1, 1)) -> Paired:
-    """Return the mean of paired differences ``values [cells, n]`` with its test; NaN where a pair is missing.
+    """Return the mean of paired differences ``values [cells, n]`` with its test; NaN for a missing pair.
 
-    ``ends``: the differences of a pair that is lost, or gained, altogether. ``clusters``: codes of shared documents
-    of the same shape; the additional pair is then a document of mean size, and the variance that between documents.
+    ``ends``: the difference of a pair that is lost completely, and of one that is gained completely. ``clusters``:
+    codes of shared documents, of the same shape; the additional pair is then a document of mean size, and the variance
+    is that between documents.
     """
     count, total = sums(values, clusters)
     n, present = count.sum(axis=1), (count > 0).sum(axis=1)
@@ -101,13 +104,13 @@ def difference(values: np.ndarray, clusters: np.ndarray | None = None, ends: tup
     mean = divide(total.sum(axis=1), n)
     squares = np.where(count > 0, (total - count * mean[:, None]) ** 2, 0).sum(axis=1)
     sd = np.sqrt(divide(squares, np.maximum(present - 1, 1))) / size[:, 0]
-    # one fewer than values, the additional pair among them
+    # one fewer than the number of values, the additional pair included
     degrees = np.maximum(present, 1)
     return Paired(mean, n.astype(int), present, method, sd, lost, gained, degrees, ends)
 
 
 def mean_size(count: np.ndarray) -> np.ndarray:
-    """Return how many examples the cluster of an example has, on average, as a column [cells, 1]; 1 without any."""
+    """Return the mean size of the cluster of an example, as a column [cells, 1]; 1 if there is no example."""
     n = count.sum(axis=1)
     return np.where(n > 0, divide((count**2).sum(axis=1), n), 1)[:, None]
 
@@ -136,10 +139,10 @@ def _quantiles(level: float) -> np.ndarray:
 
 
 def examples(mean: float, sd: float, against: float, level: float, power: float = POWER) -> int | None:
-    """Return about how many pairs would show that the mean is above 0, were ``mean`` and ``sd`` the truth.
+    """Return about how many pairs would show that the mean is above 0 if ``mean`` and ``sd`` were the true values.
 
-    By the normal approximation of the power of the one-sided test at ``level``; ``against``: the difference of the
-    additional pair, below 0. None if more than 100,000, or if the mean is not above 0.
+    The power of the one-sided test at ``level`` is computed with the normal approximation. ``against``: the difference
+    of the additional pair, below 0. None if more than 100,000 pairs are needed, or if the mean is not above 0.
     """
     if not mean > 0:
         return None
@@ -153,11 +156,11 @@ def examples(mean: float, sd: float, against: float, level: float, power: float 
 def ratio(
     numerator: np.ndarray, denominator: np.ndarray, confidence: float, clusters: np.ndarray | None = None
 ) -> Interval:
-    """Return the mean of one score over the mean of another on the same examples, both in [0, 1] ``[cells, n]``.
+    """Return the mean of one score divided by the mean of another on the same examples, both in [0, 1] ``[cells, n]``.
 
-    Fieller (1954): all rho for which the mean of ``numerator - rho * denominator`` may be 0 by the test of this module;
-    the pair that is lost is (0, 1), the one that is gained (1, 0). The upper bound is NaN where the denominator may be
-    0.
+    Interval of Fieller (1954): all rho for which this module's test does not reject that the mean of ``numerator - rho
+    * denominator`` is 0. The pair that is lost is (0, 1), the pair that is gained (1, 0). The upper bound is NaN if the
+    test does not exclude a denominator of 0.
     """
     missing = np.isnan(numerator) | np.isnan(denominator)
     count, x = sums(np.where(missing, np.nan, numerator), clusters)
@@ -184,9 +187,11 @@ def _bounds(
     present: np.ndarray,
     t2: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rho between which ``(mean of x - rho y)^2 <= t2 * its variance`` after one more pair; NaN for no upper one.
+    """Return the range of rho with ``(mean of x - rho y)^2 <= t2 * its variance`` after one more pair; NaN for no upper
+    end.
 
-    As a quadratic in rho: a rho^2 - 2 b rho + c <= 0. Where a <= 0 the denominator may be 0.
+    The condition is quadratic in rho: a rho^2 - 2 b rho + c <= 0. If a <= 0, the test does not exclude a denominator of
+    0.
     """
     x, y = np.hstack([x, pair[0]]), np.hstack([y, pair[1]])
     count = np.hstack([count, size])
@@ -198,9 +203,9 @@ def _bounds(
     cov = scale * (off_x * off_y).sum(axis=1)
     a, b, c = mean_y**2 - t2 * var_y, mean_x * mean_y - t2 * cov, mean_x**2 - t2 * var_x
     root = np.sqrt(np.maximum(b**2 - a * c, 0))
-    # c / (b + root) is (b - root) / a, and finite where a is 0. Below it the numerator is significantly larger.
+    # c / (b + root) equals (b - root) / a and is finite for a = 0. Below it the numerator is significantly larger.
     low = np.where(c > 0, divide(c, b + root), 0.0)
     upper = divide(b + root, a)
-    # With a < 0 the numerator can be significantly smaller for some rho, and is then so for all above them.
+    # With a < 0 the numerator can be significantly smaller for some rho; it is then so for all larger rho.
     bounded = (a > 0) | ((a < 0) & (b**2 >= a * c) & (mean_x - upper * mean_y < 0) & (upper > 0))
     return low, np.where(bounded, upper, np.nan)

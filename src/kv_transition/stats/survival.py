@@ -1,4 +1,4 @@
-"""Survival curves of conversations: the share without a failure by a turn, with censoring."""
+"""Survival curves of conversations: the share without a failure up to a turn, with censoring."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ KAPLAN_MEIER = "Kaplan-Meier, Wilson at the effective n"
 
 
 def survival(time: np.ndarray, failed: np.ndarray, turns: int, confidence: float) -> Interval:
-    """The share S(t) that has not failed by turn t = 1 ... ``turns``, an entry a turn.
+    """Return the share S(t) that has not failed by turn t = 1 ... ``turns``, one entry per turn.
 
-    Kaplan and Meier (1958) by statsmodels, with Wilson's interval at the number of conversations that would tell as
-    much had none ended early: those still there at the turn over the share S(t - 1) that they stand for (Peto et al.
-    1977). Without early ends that is Wilson's interval of a share. Where all have failed S stays 0.
+    The estimate is that of Kaplan and Meier (1958), by statsmodels. The interval is Wilson's at the effective number of
+    conversations: the number still observed at the turn divided by S(t - 1) (Peto et al. 1977). If no conversation ends
+    early, it is Wilson's interval of a share. Once all have failed, S stays 0.
 
     Args:
         time: [n] turn of the first failure, or the last turn that was played.
-        failed: [n] whether it is the former.
-        turns: up to which turn.
+        failed: [n] whether ``time`` is a failure.
+        turns: number of turns.
 
-    ``n`` of the interval is the number still there, ``clusters`` all of them; NaN at turns that none reached without
-    failing before.
+    ``n`` of the interval is the number still observed, ``clusters`` the number of all conversations; NaN at turns that
+    no conversation reached without an earlier failure.
     """
     time, failed = np.asarray(time), np.asarray(failed, dtype=bool)
     estimate, low, high = (np.full(turns, np.nan) for _ in range(3))
@@ -46,12 +46,13 @@ def survival(time: np.ndarray, failed: np.ndarray, turns: int, confidence: float
 
 
 def median(curve: Interval) -> tuple[float, float, float]:
-    """The first turn by which half have failed, and those at which the curve's bounds come down to a half.
+    """Return the first turn by which half have failed, and the turns at which the bounds of the curve reach a half.
 
-    Infinite where one of them never does: Brookmeyer and Crowley's (1982) interval with the bounds of the curve.
+    A value is infinite if its curve stays above a half. The interval is that of Brookmeyer and Crowley (1982) with the
+    bounds of the curve.
     """
     ends = []
     for line in (curve.estimate, curve.low, curve.high):
-        down = np.flatnonzero(line <= 0.5 + 1e-9)  # a product of shares is seldom exactly a half
+        down = np.flatnonzero(line <= 0.5 + 1e-9)  # a product of shares is rarely exactly one half
         ends.append(float(down[0] + 1) if len(down) else np.inf)
     return ends[0], ends[1], ends[2]

@@ -1,4 +1,4 @@
-"""The length bins of examples, which the grid and observation both read: how long prompts and answers are."""
+"""Lengths of prompts and answers in each bin, which the grid and recall studies read."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def longest_answer(settings: Settings, task: str) -> int:
-    """Return the most tokens that an answer to a task may have."""
+    """Return the maximum number of tokens of an answer to a task."""
     longest = settings.decoding.max_tokens
     return get_task(settings.dataset.name, task).max_new_tokens if longest == "task" else longest
 
 
 def prompt_lengths(settings: Settings, files: Paths, task: str, bin: int) -> tuple[list[int], bool]:
-    """Return the prompt tokens of a bin's examples, and whether they have been counted rather than estimated."""
+    """Return the prompt tokens of a bin's examples, and whether they were counted rather than estimated."""
     path = files.bin(task, bin)
-    with suppress(UserError):  # not there, or damaged and made again
+    with suppress(UserError):  # the file is missing, or damaged and will be written again
         return parsing.read_parquet(path, columns=["prompt_len"])["prompt_len"].to_pylist(), True
     n, bins = settings.binning.n_per_bin, settings.binning.n_bins
     lengths = settings.dataset.lengths

@@ -1,4 +1,4 @@
-"""The studies of this project, in the order in which the report shows them. A new study is one line here."""
+"""The studies of this project, in the order of the report. A new study is added to the list in this module."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def modules(name: str) -> list[str]:
 
 
 def load(name: str) -> list[ModuleType]:
-    """Import the module ``name`` of each study. Imports stay lazy: a module is loaded where it is asked for."""
+    """Import the module ``name`` of each study and return the modules. Imports stay lazy, so this is called only on
+    use.
+    """
     return [import_module(module) for module in modules(name)]
 
 
 def studies() -> list[Study]:
-    """Return what each study says of itself: its ``study.STUDY``."""
+    """Return the description of each study: its ``study.STUDY``."""
     return [module.STUDY for module in load("study")]

@@ -1,4 +1,4 @@
-"""The interface of a study: what the command line, the checks, the plan and the rules need from it."""
+"""The interface of a study for the command line, the checks, the plan and the rules."""
 
 from __future__ import annotations
 
@@ -30,42 +30,44 @@ def _no_work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
 
 @dataclass(frozen=True)
 class Study:
-    """A study. Its rules are in ``workflow/rules/{name}.smk``, its sections of the report in its module ``report``."""
+    """The description of a study. Its rules are in ``workflow/rules/{name}.smk``, its report sections in its module
+    ``report``.
+    """
 
     name: str
     there: Callable[[Settings], bool]
-    """whether an experiment has the study"""
+    """returns whether an experiment includes the study"""
     lacking: str
-    """what the command line says to an experiment that does not have it"""
+    """error message of the command line for an experiment without the study"""
     rules: Mapping[str, tuple[str, ...]]
-    """the rules at which each command of the command line ends (prepare, run, score, ...)"""
+    """the last rules of each command of the command line (prepare, run, score, ...)"""
     command: str | None = None
-    """the study's own command, which is in ``rules`` too; None: it has none"""
+    """the study's own command, which is also in ``rules``; None: it has none"""
     help: str = ""
     check: Callable[[Settings], None] = _nothing_to_check
-    """raises UserError where keys contradict each other or name what is not there"""
+    """raises UserError if keys contradict each other or name something that does not exist"""
     statistics: Callable[[Settings], frozenset[str]] = _no_statistics
-    """attention statistics that the study reads beyond those of the policies"""
+    """attention statistics that the study reads in addition to those of the policies"""
     work: Callable[[Settings, Mapping[str, float]], Work] = _no_work
-    """its jobs that run a model, for `plan`; given the measured mean length of answers by task"""
+    """returns its jobs that run a model, for `plan`; its argument: the measured mean answer length by task"""
 
 
 CELL_FILE, CELL_ROW = 12_000, 300
-"""bytes of a results file and of each row in it, where there is none to be measured yet"""
+"""estimated bytes of a results file and of each of its rows, used until one exists"""
 OBSERVED_ROW = 40
 
 
 NO_ROWS = "no rows"
-"""in the place of a hash: a bin without examples has no answers, and they cannot be outdated"""
+"""used instead of a hash: a bin without examples has no answers, so its file cannot be outdated"""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job that runs a model: what it makes, what makes that, and how much is in it."""
+    """One job that runs a model: its output, its hash and its amount of work."""
 
     path: str
     expected: str | None
-    """hash that its rows carry; None: the file's being there is all that can be asked"""
+    """hash that its rows must have; None: only the existence of the file is checked"""
     sequences: int
     read_tokens: int
     answer_tokens: float
@@ -84,7 +86,7 @@ class Item:
 
     @cached_property
     def state(self) -> dict[str, list[Job]]:
-        """Jobs by what is there: done, outdated, missing."""
+        """The jobs by the state of their files: done, outdated, missing."""
         found: dict[str, list[Job]] = {"done": [], "outdated": [], "missing": []}
         for job in self.jobs:
             found[self._look(job)].append(job)
@@ -103,26 +105,26 @@ class Item:
         return self.state["missing"] + self.state["outdated"]
 
     def seconds(self, jobs: list[Job], speed: Any, loads: int) -> float:
-        """Return the seconds of these jobs, for which the model is loaded ``loads`` times."""
+        """Return the estimated seconds of these jobs, for which the model is loaded ``loads`` times."""
         work = sum(job.read_tokens * speed.read_s + job.answer_tokens * speed.answer_s for job in jobs)
         return loads * speed.start_s + work
 
     def bytes(self, jobs: list[Job]) -> int:
-        """Of their files: those that are there stand for those that are not."""
+        """Return the estimated bytes of the files of these jobs; sizes of existing files are used for missing ones."""
         there = [Path(job.path).stat().st_size for job in self.state["done"]]
         each = sum(there) / len(there) if there else None
         return int(sum(CELL_FILE + job.rows * job.row_bytes if each is None else each for job in jobs))
 
 
 def _hash(path: Path, column: str) -> str | None:
-    """Return what made a results file, as its rows or a prefill index say; None where that cannot be read."""
+    """Return the hash in the rows of a results file or in a prefill index; None if it cannot be read."""
     try:
         if path.suffix == ".json":
             index = parsing.read_json(path)
             return digest({key: index.get(key) for key in ("code", "model")}) if isinstance(index, dict) else None
         found = parsing.read_parquet(path, partitioning=None)
     except UserError:
-        return None  # damaged: it is made again
+        return None  # a damaged file is written again
     if column not in found.column_names:
         return None
     return found[column][0].as_py() if found.num_rows else NO_ROWS
@@ -130,7 +132,7 @@ def _hash(path: Path, column: str) -> str | None:
 
 @dataclass(frozen=True)
 class Work:
-    """The jobs of a study that run a model, the tokens of each prompt that is read once and stored, and remarks."""
+    """The jobs of a study that run a model, the tokens of each stored prefill, and notes."""
 
     items: tuple[Item, ...] = ()
     documents: tuple[int, ...] = ()
@@ -138,7 +140,7 @@ class Work:
 
 
 def rows_in(path: str) -> int | None:
-    """Return how many rows a Parquet file has; None if it does not exist."""
+    """Return the number of rows of a Parquet file; None if it does not exist."""
     if not Path(path).is_file():
         return None
     import pyarrow.parquet as pq

@@ -1,6 +1,6 @@
 """The warm worker: a process that holds a model (or imported modules) and runs jobs that need it.
 
-`client` sends a job, `server` receives it, `frames` is the protocol, `place` the folder where they meet, and `key` says
-which worker serves a job. No job needs a worker: without one it runs in its own process. The client imports only the
-standard library, because its start-up time is its whole cost.
+`client` sends a job, `server` receives it, `frames` is the protocol, `place` the folder of the sockets, and `key`
+determines which worker serves a job. No job depends on a worker: without one it runs in its own process. The client
+imports only the standard library, because its start-up time is its whole cost.
 """

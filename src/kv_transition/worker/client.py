@@ -21,24 +21,25 @@ from kv_transition.worker.perform import perform
 from kv_transition.worker.place import Place, place_of
 
 VARIABLE = "KVT_WORKER"
-"""``auto``: jobs are carried out by workers; ``never``: each by itself"""
+"""``auto``: workers run the jobs; ``never``: each job runs in its own process"""
 _TRIES = 3
 _GRACE_S = 10.0
-"""how long an interrupted client waits for its job to have tidied up"""
+"""seconds that an interrupted client waits until its job has cleaned up"""
 
 
 class _EndedError(Exception):
-    """The worker has ended. begun: it had started the job."""
+    """The worker has ended. begun: whether it had started the job."""
 
     def __init__(self, begun: bool):
         self.begun = begun
 
 
 def call(function: str, arguments: dict[str, Any], imports: Sequence[str]) -> int | None:
-    """Call ``module:function`` with keywords (JSON values) in a worker that has ``imports`` imported, or else here.
+    """Call ``module:function`` with keywords (JSON values) in a worker that has ``imports`` imported, or else in this
+    process.
 
-    Its output appears here. Returns the exit status; None if this process has no memory left for it. Raises UserError
-    if KVT_WORKER is neither auto nor never.
+    The output appears on this process's streams. Returns the exit status; None if this process has no memory left for
+    the call. Raises UserError if KVT_WORKER is neither auto nor never.
     """
     job = {"call": function, "arguments": arguments}
     status = carry_out(job, of_imports(imports))
@@ -54,7 +55,7 @@ def workers_wanted() -> bool:
 
 
 def carry_out(job: dict[str, Any], worker: Worker | None) -> int | None:
-    """Return the exit status of a job that a worker has run; None: the job must run in this process.
+    """Return the exit status of a job that a worker has run; None if the job must run in this process.
 
     Raises UserError if KVT_WORKER is neither auto nor never.
     """
@@ -70,11 +71,11 @@ def carry_out(job: dict[str, Any], worker: Worker | None) -> int | None:
         try:
             return _handed_over(message, place, worker)
         except OSError as error:
-            print(f"no worker ({error}), so the job is carried out by itself", file=sys.stderr)
+            print(f"no worker is available ({error}), so the job runs in its own process", file=sys.stderr)
             return None
         except _EndedError as ended:
             if ended.begun:
-                print("the worker ended, so the job is carried out again by itself", file=sys.stderr)
+                print("the worker ended, so the job runs again in its own process", file=sys.stderr)
                 return None
     return None
 
@@ -99,18 +100,18 @@ def _handed_over(message: dict[str, Any], place: Place, worker: Worker) -> int |
 
 
 def _status(answer: dict[str, Any]) -> int | None:
-    """Return the exit status that the last message of a worker means; None: run the job in this process."""
+    """Return the exit status in the last message of a worker; None if the job must run in this process."""
     if answer["state"] == frames.DONE:
         print(answer["report"], file=sys.stderr)
         return int(answer["status"])
     if answer["state"] == frames.STOPPED:
         return 130
-    print(f"{answer['reason']}, so the job is carried out by itself", file=sys.stderr)
+    print(f"{answer['reason']}, so the job runs in its own process", file=sys.stderr)
     return None
 
 
 def _wait_for_the_end(connection: socket.socket) -> None:
-    """Tell the worker that the job is no longer wanted, and wait until it has ended."""
+    """Tell the worker to end the job, and wait until it has ended."""
     with suppress(OSError, ValueError, KeyboardInterrupt):
         connection.shutdown(socket.SHUT_WR)
         connection.settimeout(_GRACE_S)
@@ -119,7 +120,7 @@ def _wait_for_the_end(connection: socket.socket) -> None:
 
 
 class _Interruptible:
-    """Treats SIGTERM like Ctrl-C."""
+    """Context that treats SIGTERM like Ctrl-C."""
 
     def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -134,7 +135,7 @@ def _connection(place: Place, worker: Worker) -> socket.socket:
         return _connected(place)
     with place.locked():
         with suppress(FileNotFoundError, ConnectionRefusedError):
-            return _connected(place)  # someone was quicker
+            return _connected(place)  # another client has started it meanwhile
         place.clear()
         _start(place, worker)
     return _connected(place)
@@ -158,7 +159,7 @@ def _connected(place: Place) -> socket.socket:
 
 
 def _start(place: Place, worker: Worker) -> None:
-    """Start the worker's process with a socket that already listens, so that clients need not wait for it."""
+    """Start the worker's process with a socket that already listens, so that clients can connect at once."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(place.socket))
         os.chmod(place.socket, 0o600)
@@ -173,5 +174,5 @@ def _start(place: Place, worker: Worker) -> None:
                 stderr=log,
                 env=os.environ | {"PYTHONPATH": path},
                 pass_fds=[listener.fileno()],
-                start_new_session=True,  # Ctrl-C is for the client
+                start_new_session=True,  # Ctrl-C must reach the client only
             )

@@ -1,7 +1,7 @@
-"""Jobs as forked copies of the worker: each copy starts with the loaded model and fails alone.
+"""Jobs as forked copies of the worker: each copy starts with the loaded model, and its failure affects no other job.
 
-A copy starts in the worker's state before its first job, including the state of every random generator, as a process of
-its own would. It has its own processor time and memory, while the weights are in memory once. CUDA does not survive a
+A copy starts in the state that the worker had before its first job, including every random generator, as a separate
+process would. It has its own CPU time and memory, while the weights are in memory only once. CUDA does not survive a
 fork, so this works on a CPU only.
 """
 
@@ -22,7 +22,7 @@ from kv_transition.worker import frames, runs
 from kv_transition.worker.perform import as_of, perform
 
 _GRACE_S = 5.0
-"""from the interruption of a job to its end by force"""
+"""seconds from the interruption of a job until it is killed"""
 
 
 @dataclass
@@ -30,25 +30,25 @@ class _Job:
     pid: int
     connection: socket.socket
     ending: int
-    """descriptor that the job writes its exit status to, and that is closed by its end"""
+    """descriptor that the job writes its exit status to; it is closed when the job ends"""
     run: str | None
     interrupted: float | None = None
-    """when it was asked to end"""
+    """time at which it was interrupted"""
     gone: bool = False
-    """whether its client is"""
+    """whether its client has closed the connection"""
 
 
 class Forked:
-    """Runs any number of jobs at a time; the callers decide how many."""
+    """Runs any number of jobs at the same time; the callers limit the number."""
 
     def __init__(self) -> None:
         self._jobs: dict[int, _Job] = {}
-        # Nothing is written to it: if it is closed, the worker has ended, and its jobs must end.
+        # Nothing is written to this pipe: when it closes, the worker has ended, and its jobs must end.
         self._alive, self._life = os.pipe()
 
     @property
     def waiting(self) -> dict[int, Any]:
-        """The descriptors of all jobs, except those whose client has gone."""
+        """Return the descriptors of all jobs, except the connections of clients that have gone."""
         fds: dict[int, Any] = {}
         for job in self._jobs.values():
             fds[job.ending] = job
@@ -93,7 +93,7 @@ class Forked:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def attend(self, ready: list[int]) -> None:
-        """Report the jobs that have ended, and end those that nobody waits for."""
+        """Report the jobs that have ended, and end those whose client or run has gone."""
         for job in list(self._jobs.values()):
             if job.ending in ready:
                 self._over(job)

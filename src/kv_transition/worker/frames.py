@@ -1,4 +1,4 @@
-"""The protocol of client and worker: JSON values with their length in front. Nothing is unpickled."""
+"""The protocol of client and worker: JSON values, each preceded by its length. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 LONGEST = 16 * 2**20
-"""bytes of a value; what claims to be longer is not from a client of ours"""
+"""largest number of bytes of a value; a longer one does not come from a client of this package"""
 _LENGTH = struct.Struct(">I")
 
 TAKEN, DONE, AGAIN, STOPPED, UNABLE = "taken", "done", "again", "stopped", "unable"
-"""what a worker says of a job: begun; over, with its exit status; to be run again without a worker; ended because its
-client or its run is gone; never begun, nor will any other be"""
+"""states of a job that a worker reports: started; finished, with its exit status; to be run again without a worker;
+ended because its client or its run has gone; not started, because this worker cannot run any job"""
 
 
 def send(connection: socket.socket, value: dict[str, Any], files: Sequence[int] = ()) -> None:
@@ -29,9 +29,9 @@ def send(connection: socket.socket, value: dict[str, Any], files: Sequence[int] 
 
 
 def receive(connection: socket.socket, files: int = 0) -> tuple[dict[str, Any], list[int]] | None:
-    """Return the next value and up to ``files`` open files with it; None if the connection is closed.
+    """Return the next value and up to ``files`` open files sent with it; None if the connection is closed.
 
-    Raises ValueError if the data are no value of this protocol.
+    Raises ValueError if the data are not a value of this protocol.
     """
     head, fds = b"", []
     while len(head) < _LENGTH.size:

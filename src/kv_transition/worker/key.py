@@ -13,7 +13,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 
-# Read when libraries are imported or a model is loaded, so the worker must have the values of the job.
+# Prefixes of variables that are read when libraries are imported or a model is loaded; worker and job must agree.
 _READ_AT_IMPORT = (
     "ACCELERATE_", "ALTAIR_", "ATEN_", "BNB_", "CUBLAS", "CUDA_", "CUDNN", "GLIBC_", "GOMP_", "GOTO_", "HF_",
     "KMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL", "NCCL_", "NUMBA_", "NUMEXPR_", "NVIDIA_", "OMP_",
@@ -26,18 +26,20 @@ _SUBMISSION = ("SLURM_JOB_ID", "SLURM_STEP_GPUS", "PBS_JOBID", "LSB_JOBID", "JOB
 
 @dataclass(frozen=True)
 class Worker:
-    """What a worker holds; ``name`` is unique among the workers of this user on this machine."""
+    """The content of a worker; ``name`` is unique among the workers of this user on this machine."""
 
     name: str
     code: str
     model: dict[str, Any] | None
-    """as `specs.prefill` has it; None: no model"""
+    """the spec of the model, as in `specs.prefill`; None: no model"""
     imports: tuple[str, ...] = ()
-    """modules to import beside those that every job with a model needs"""
+    """modules to import, in addition to those that every job with a model needs"""
 
 
 def code_digest() -> str:
-    """Return a digest of every source file of the package, since a worker may hold modules that a job does not name."""
+    """Return a digest of every source file of the package, because a worker may have imported modules that no job
+    names.
+    """
     files = sorted(path for path in PACKAGE.rglob("*.py"))
     found = hashlib.sha256(str(PACKAGE).encode())
     for file in files:
@@ -53,11 +55,11 @@ def of_arguments(module: str, arguments: Sequence[str]) -> Worker | None:
         if not {"name", "dtype", "device", "fingerprint"} <= set(model):
             return None
     except (ValueError, IndexError, KeyError, TypeError):
-        return None  # what is wrong with it, the job says
+        return None  # the job itself reports what is wrong with its arguments
     if model["device"] == "cpu":
         return _worker({"model": model}, model)
-    # One process carries out all of its jobs where it cannot fork, so nobody's policy may meet another version of
-    # itself there, and what a press changes in transformers no other job.
+    # On a GPU one process runs all jobs. Therefore two versions of a policy must not share a worker, and the changes
+    # that a press makes to transformers must not affect other jobs.
     kind = str(spec.get("kind", ""))
     alone = {"content": spec.get("policy_content"), "press": kind.startswith("kvpress.")}
     return _worker({"model": model} | alone, model)
@@ -83,7 +85,9 @@ def _worker(what: Mapping[str, Any], model: dict[str, Any] | None, imports: tupl
 
 
 def _namespace() -> str | None:
-    """Return what distinguishes containers on one machine, which number their processes independently."""
+    """Return the identity of the process namespace, because containers on one machine number their processes
+    independently.
+    """
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,4 +1,4 @@
-"""Run one job in this process with the output, folder and environment of the client."""
+"""Run one job in this process with the output streams, folder and environment of the client."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ INTERRUPTED = 130
 
 
 class SpentError(BaseException):
-    """The worker cannot run another job. Jobs cannot catch it."""
+    """The worker cannot run another job. It is a BaseException, so that jobs do not catch it."""
 
 
 def perform(job: dict[str, Any]) -> int | None:
-    """Run a job and return its exit status as the interpreter would set it; None: it ran out of memory.
+    """Run a job and return its exit status as the interpreter would set it; None if it ran out of memory.
 
-    job: ``module`` and ``arguments`` (a list: what follows ``python -m MODULE``), or ``call`` ("module:function") and
+    job: ``module`` and ``arguments`` (the list after ``python -m MODULE``), or ``call`` ("module:function") and
     ``arguments`` (keywords of the function).
     """
     try:
@@ -30,7 +30,7 @@ def perform(job: dict[str, Any]) -> int | None:
             getattr(importlib.import_module(module), function)(**job["arguments"])
         else:
             sys.argv = [job["module"], *job["arguments"]]
-            sys.modules.pop(job["module"], None)  # it runs as the main module
+            sys.modules.pop(job["module"], None)  # it runs as the main module, so it must be imported again
             runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
         return 0
     except SystemExit as end:
@@ -52,7 +52,7 @@ def perform(job: dict[str, Any]) -> int | None:
 
 @contextmanager
 def as_of(client: dict[str, Any], output: int, error: int) -> Iterator[None]:
-    """Within the block, this process has the client's standard output and error, folder and environment."""
+    """Give this process the client's standard output and error, folder and environment within the block."""
     kept = os.dup(1), os.dup(2)
     environment, folder, argv = dict(os.environ), os.getcwd(), sys.argv
     try:

@@ -1,4 +1,4 @@
-"""The meeting place of clients and workers: a folder that only its user can open."""
+"""The folder where clients and workers find each other; only its user can open it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LONGEST = 100
-"""bytes of a socket's path: the system allows no more than 103 to 107"""
+"""largest number of bytes of a socket's path; systems allow at most 103 to 107"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Place:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock for starting or ending this worker. The lock of a killed process is released."""
-        # never deleted: a process that waits for the lock of a deleted file would hold it beside another one
+        # The file is never deleted: two processes could hold the lock if one of them waited for a deleted file.
         handle = os.open(self.folder / f"{self.name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -49,7 +49,7 @@ class Place:
 
 
 def place_of(name: str) -> Place | None:
-    """Return the place of the worker of this name; None if no folder is private enough or its path is too long."""
+    """Return the place of the worker with this name; None if no folder is private enough or its path is too long."""
     for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
         if not parent:
             continue

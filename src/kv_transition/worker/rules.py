@@ -1,4 +1,4 @@
-"""The jobs of cheap rules as light clients of a worker that has the libraries of the analysis imported."""
+"""The jobs of cheap rules, which call a worker that has the libraries of the analysis imported."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from kv_transition.worker import client
 from kv_transition.worker.perform import perform
 
 IMPORTS = ("kv_transition.outputs.build", "kv_transition.outputs.exports")
-"""modules that a worker imports once for all calls: most of the libraries that the analysis needs come with them"""
+"""modules that a worker imports once for all calls; they import most of the libraries that the analysis needs"""
 _CALL = "kv_transition.script:call"
 _LIGHT = ("kv_transition.provenance", "kv_transition.outputs.resolved")
-"""modules that are imported faster than a job is handed over"""
+"""modules whose import takes less time than a call of a worker"""
 
 
 def carry_out(
     function: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], params: Mapping[str, Any], log: str
 ) -> None:
-    """Call ``module:name`` as `script.call` does, in a worker that has the libraries imported, else here.
+    """Call ``module:name`` as `script.call` does, in a worker that has the libraries imported, or else in this process.
 
-    What it writes to standard error goes to the file ``log``. Raises SystemExit with the status of a call that fails:
-    the log then holds one sentence for bad input, the traceback for a bug, and is shown on the screen.
+    Standard error goes to the file ``log``. Raises SystemExit with the status of a call that fails: the log then
+    contains one sentence for bad input or the traceback of a bug, and it is shown on the screen.
     """
     given = {"inputs": _plain(inputs), "outputs": _plain(outputs), "params": _plain(params)}
-    # through JSON in any case, so that a function sees the same values with a worker and without
+    # converted through JSON in any case, so that a function receives the same values with and without a worker
     arguments = json.loads(json.dumps({"function": function, **given}))
     with _errors_to(log):
         try:
@@ -47,13 +47,13 @@ def carry_out(
 
 
 def _plain(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Snakemake's named values as JSON has them: a list of files is a list, a file is a text."""
+    """Return Snakemake's named values as JSON values: a list of files as a list, a file as a text."""
     return {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in named.items()}
 
 
 @contextmanager
 def _errors_to(path: str) -> Iterator[None]:
-    """Everything that this process, its libraries and its worker write to standard error goes to a file."""
+    """Redirect the standard error of this process, its libraries and its worker to a file within the block."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

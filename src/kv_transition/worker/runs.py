@@ -7,22 +7,22 @@ import platform
 from pathlib import Path
 
 VARIABLE = "KVT_RUN"
-"""``host:pid:start`` of the workflow's process; the workflow sets it for its jobs"""
+"""environment variable with ``host:pid:start`` of the workflow's process; the workflow sets it for its jobs"""
 
 
 def current() -> str:
-    """Return the run that this process belongs to; without one on this machine, this process begins one."""
+    """Return the run that this process belongs to; without a live one on this machine, this process starts one."""
     given = os.environ.get(VARIABLE, "")
     return given if given and is_alive(given) else own()
 
 
 def own() -> str:
-    """Return this process, as ``host:pid:start``."""
+    """Return the identity of this process, as ``host:pid:start``."""
     return f"{platform.node()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def is_alive(run: str) -> bool:
-    """Return whether the process of a run still exists; a run of another machine counts as ended."""
+    """Return whether the process of a run still exists; a run on another machine counts as ended."""
     host, _, process = run.partition(":")
     pid, _, start = process.partition(":")
     if host != platform.node() or not pid.isdecimal():
@@ -41,8 +41,9 @@ def _exists(pid: int) -> bool:
 
 
 def _started(pid: int) -> str:
-    """Return the start time of a process in clock ticks since boot, which distinguishes it from a later process with
-    the same number; empty if the system does not report it, ``gone`` for a process that has ended.
+    """Return the start time of a process in clock ticks since boot; ``gone`` if it has ended, empty if it is unknown.
+
+    The start time distinguishes a process from a later one with the same number.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""Jobs one after the other in the worker's own process: on a GPU, whose context cannot be forked."""
+"""Jobs one after the other in the worker's own process: used on a GPU, whose context cannot be forked."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kv_transition.worker.perform import INTERRUPTED, SpentError, as_of, perform
 _TICK_S = 0.5
 _GRACE_S = 10.0
 _GROWTH = 2 * 2**30
-"""bytes by which this process may outgrow what it was after loading"""
+"""bytes by which the memory of this process may grow after loading"""
 
 
 class Serial:
-    """Runs one job at a time; the others wait in the socket's queue."""
+    """Runs one job at a time; the other jobs wait in the queue of the socket."""
 
     def __init__(self) -> None:
         self._modules = set(sys.modules)
@@ -44,7 +44,7 @@ class Serial:
             try:
                 with _watched(connection, job.get("run")), as_of(job, *files):
                     status = perform(job)
-            except SpentError as end:  # the worker was asked to end
+            except SpentError as end:  # the worker received SIGTERM
                 told = end
             for fd in files:
                 os.close(fd)
@@ -68,13 +68,13 @@ class Serial:
         self._tidy(torch)
 
     def attend(self, ready: list[int]) -> None:
-        """Do nothing: no job is running between two jobs."""
+        """Do nothing, because no job runs between two calls of `begin`."""
 
     def stop(self) -> None:
-        """Do nothing: no job is running between two jobs."""
+        """Do nothing, because no job runs between two calls of `begin`."""
 
     def _tidy(self, torch: Any) -> None:
-        """Restore the state that the first job found."""
+        """Restore the state in which the first job started."""
         importlib.import_module("kv_transition.engines.compiled").decoder_of.cache_clear()
         own = "kv_transition."
         for name in [name for name in sys.modules if name.startswith(own) and name not in self._modules]:
@@ -90,7 +90,7 @@ class Serial:
 
 
 def _refusals(torch: Any) -> int:
-    """Return how often the GPU had no memory left, including the cases that a job turned into a row."""
+    """Return how often the GPU had no memory left, including the cases that a job recorded as a row."""
     return torch.cuda.memory_stats().get("num_ooms", 0) if torch.cuda.is_available() else 0
 
 
@@ -105,7 +105,7 @@ def _resident() -> int:
 
 @contextmanager
 def _watched(connection: socket.socket, run: str | None) -> Iterator[None]:
-    """Interrupt the job if its client or its run ends; end the whole worker if the job does not stop."""
+    """Interrupt the job if its client or its run ends; end the worker itself if the job does not stop."""
     over = threading.Event()
 
     def gone() -> bool:

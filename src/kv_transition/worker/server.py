@@ -1,9 +1,9 @@
-"""The worker process: load what its jobs share, then run them until none has come for a while.
+"""The worker process: it loads what its jobs share, and then runs jobs until none arrives for a while.
 
     python -m kv_transition.worker.server LISTENING_SOCKET FOLDER WORKER
 
-It ends when no job has come for ``KVT_WORKER_IDLE_S`` seconds (30), when every run that it worked for is over, or on
-SIGTERM. Clients whose jobs it cannot run any more run them themselves.
+It ends if no job arrives for ``KVT_WORKER_IDLE_S`` seconds (30), if every run that it worked for has ended, or on
+SIGTERM. If it cannot run a job, the client runs the job itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kv_transition.worker.place import Place
 IDLE_VARIABLE = "KVT_WORKER_IDLE_S"
 _TICK_S = 0.5
 _PATIENCE_S = 10.0
-"""how long a client that has connected may take to say what it wants"""
+"""seconds within which a connected client must send its job"""
 
 _JOBS = (
     "kv_transition.run.prefill",
@@ -39,30 +39,30 @@ _JOBS = (
     "kv_transition.studies.recall.run",
     "kv_transition.studies.perplexity.run",
     "kv_transition.studies.chat.run",
-    # imported when a table is read, and pandas with it
+    # reading a table would import it, and pandas with it
     "pyarrow.dataset",
 )
 
 
 class Carrier(Protocol):
-    """The way in which jobs are run."""
+    """The interface of the two ways to run jobs, `Forked` and `Serial`."""
 
     def begin(self, connection: socket.socket, job: dict[str, Any], files: list[int]) -> None:
         """Start or run a job, after sending `frames.TAKEN`."""
 
     @property
     def waiting(self) -> dict[int, Any]:
-        """File descriptors that signal events of running jobs."""
+        """Return the file descriptors that signal events of running jobs."""
 
     def attend(self, ready: list[int]) -> None:
-        """Handle the jobs whose descriptors are ready, and those whose run is over."""
+        """Handle the jobs whose descriptors are ready, and those whose run has ended."""
 
     def stop(self) -> None:
         """End every job; its client runs it again."""
 
 
 def main() -> None:
-    """Serve until the worker has no reason to stay."""
+    """Serve jobs until the worker has no reason to stay."""
     number, folder, what = sys.argv[1:]
     known = json.loads(what)
     worker = Worker(**known | {"imports": tuple(known["imports"])})
@@ -73,9 +73,9 @@ def main() -> None:
     try:
         try:
             carrier = _loaded(worker)
-        except (Exception, SpentError) as error:  # jobs meet the same error and report it themselves
+        except (Exception, SpentError) as error:  # a job without a worker meets the same error and reports it
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            _refuse(listener, f"the worker could not load what it is to hold ({reason})")
+            _refuse(listener, f"the worker could not load its model or modules ({reason})")
             return
         _serve(listener, carrier)
     finally:
@@ -87,7 +87,7 @@ def _terminated(*_: object) -> None:
 
 
 def _loaded(worker: Worker) -> Carrier:
-    """Return the `Carrier` of a worker, after everything that its jobs share is imported and loaded."""
+    """Return the `Carrier` of a worker after importing and loading everything that its jobs share."""
     from kv_transition.worker.forked import Forked
 
     if worker.model is None:
@@ -105,7 +105,7 @@ def _loaded(worker: Worker) -> Carrier:
     _require_unchanged(worker)
     on_gpu = importlib.import_module("kv_transition.engines.loading").usable_device(worker.model["device"]) != "cpu"
     if not on_gpu:
-        # a fork would lack the threads of a pool
+        # a forked process would lack the threads of a pool
         torch.set_num_threads(1)
     importlib.import_module("kv_transition.run.job").hold(worker.model)
     if on_gpu:
@@ -116,14 +116,14 @@ def _loaded(worker: Worker) -> Carrier:
 
 
 def _require_unchanged(worker: Worker) -> None:
-    """Refuse to work if the code was edited after the client computed its digest."""
+    """Raise RuntimeError if the code was edited after the client computed its digest."""
     if code_digest() != worker.code:
-        raise RuntimeError("the code was edited meanwhile")
+        raise RuntimeError("the code was edited after the job started")
 
 
 def _serve(listener: socket.socket, carrier: Carrier) -> None:
     gc.collect()
-    gc.freeze()  # so that the collector of a forked process does not copy what is shared
+    gc.freeze()  # so that garbage collection in a forked process does not copy shared memory
     idle_s = float(os.environ.get(IDLE_VARIABLE) or 30)
     listener.setblocking(False)
     used, for_runs = time.monotonic(), set()
@@ -143,12 +143,12 @@ def _serve(listener: socket.socket, carrier: Carrier) -> None:
 
 
 def _are_over(for_runs: set[str]) -> bool:
-    """Return whether all runs are over; a job that was started by hand belongs to no run and never counts as over."""
+    """Return whether all runs have ended; a job that was started by hand belongs to no run and counts as active."""
     return bool(for_runs) and "" not in for_runs and not any(map(runs.is_alive, for_runs))
 
 
 def _accept(listener: socket.socket, carrier: Carrier) -> str | None:
-    """Accept a client's job. Return the run that it belongs to ("" without one), or None if the job was not started."""
+    """Start a client's job; return its run ("" if it has none), or None if no job was started."""
     try:
         connection, _ = listener.accept()
     except BlockingIOError:
@@ -178,7 +178,7 @@ def _refuse(listener: socket.socket, reason: str) -> None:
 
 
 def _leave(place: Place, listener: socket.socket) -> None:
-    """Remove the meeting place; clients that were not answered look for another worker."""
+    """Remove the socket and the log; clients that got no answer start another worker."""
     with place.locked():
         place.clear()
         listener.close()

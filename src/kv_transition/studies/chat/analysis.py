@@ -1,7 +1,8 @@
 """Retention of instructions per turn, survival, conflicts, and agreement of rule and judge.
 
-An instruction counts if it is standing (meant for more than the turn it was given in), in force at the turn and not
-overridden. Retention is the share of these that an answer follows. Conversations are the clusters of all intervals.
+An instruction counts if it is standing (meant for more than the turn in which it was given), in force at the turn and
+not overridden. Retention is the share of these instructions that an answer follows. Conversations are the clusters of
+all intervals.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kv_transition.studies.chat.tables import RETENTION
 CELL = ["chat_set", "policy", "budget"]
 RATERS = ("rule", "judge")
 WINNERS = ("new", "old", "both", "neither")
-"""which of two conflicting instructions an answer follows"""
+"""outcomes of a conflict: which of the two instructions an answer follows"""
 Row = dict[str, Any]
 
 
@@ -34,12 +35,12 @@ def read_verdicts(path: str) -> pl.DataFrame:
 
 
 def counted() -> pl.Expr:
-    """Return the verdicts that count for retention."""
+    """Return the expression that selects the verdicts that count for retention."""
     return pl.col("standing") & pl.col("overridden_by").is_null()
 
 
 def retention(verdicts: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """Return every row of ``tables.RETENTION`` that follows from the verdicts."""
+    """Return every row of ``tables.RETENTION`` that is computed from the verdicts."""
     if not verdicts.height:
         return []
     rows: list[Row] = []
@@ -59,7 +60,7 @@ def retention(verdicts: pl.DataFrame, statistics: Statistics) -> list[Row]:
 
 
 def raters(verdicts: pl.DataFrame) -> list[str]:
-    """Return ``rule``, and ``judge`` if one was asked."""
+    """Return ``rule``, and also ``judge`` if a judge was asked."""
     asked = verdicts["judge"].is_not_null().any() or verdicts["judge_error"].is_not_null().any()
     return [*RATERS] if asked else ["rule"]
 
@@ -80,9 +81,7 @@ def _shares(frame: pl.DataFrame, column: str, statistic: str, key: list[str], st
 
 
 def _chance(frame: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """Return how often answers follow instructions that they were never given, for conversations with the full
-    cache.
-    """
+    """Return how often answers follow instructions that their conversation never gave, with the full cache."""
     own = frame.drop_nulls("chance")
     return [row | {"by": "rule"} for row in _shares(own, "chance", "chance", [*CELL, "turn"], statistics)]
 
@@ -92,11 +91,11 @@ def _chance(frame: pl.DataFrame, statistics: Statistics) -> list[Row]:
 
 
 def first_failures(verdicts: pl.DataFrame, by: str) -> pl.DataFrame:
-    """Return a row for each conversation of a cell: ``time`` of its first turn with an instruction not followed.
+    """Return a row for each conversation of a cell. ``time``: its first turn with an instruction that is not followed.
 
-    ``failed`` is false if there is none; ``time`` is then the last answered turn. A turn without a verdict ends what is
-    known of a conversation. Conversations without a standing instruction, or with nothing known of the first turn, are
-    left out.
+    ``failed`` is false if there is no such turn; ``time`` is then the last answered turn. A conversation is observed up
+    to its first turn without a verdict. Conversations without a standing instruction, or without a verdict at the first
+    turn, are left out.
     """
     key = [*CELL, "conversation_id"]
     turns = pl.col("turn")
@@ -128,7 +127,7 @@ def _survival(verdicts: pl.DataFrame, by: str, statistics: Statistics) -> list[R
 
 def _median(cell: Row, name: str, by: str, curve: Interval, n: int, first: int = 1) -> Row:
     ends = dict(zip(("estimate", "ci_low", "ci_high"), (finite(end + first - 1) for end in median(curve)), strict=True))
-    count = {"n": n, "clusters": n, "method": "where the curve comes down to a half"}
+    count = {"n": n, "clusters": n, "method": "where the curve falls to one half"}
     return cell | {"statistic": name, "by": by} | ends | count
 
 
@@ -175,7 +174,7 @@ def _last_turn(own: pl.DataFrame, by: str, statistics: Statistics) -> list[Row]:
 
 
 def pairs(verdicts: pl.DataFrame, by: str) -> pl.DataFrame:
-    """Return a row for each answer at which an instruction and the one that overrides it are both in force.
+    """Return a row for each answer at which an instruction and the instruction that overrides it are both in force.
 
     ``old`` and ``new``: whether it follows each; ``since``: the turn of the conflict; ``age``: turns since then.
     """
@@ -186,7 +185,7 @@ def pairs(verdicts: pl.DataFrame, by: str) -> pl.DataFrame:
 
 
 def winner() -> pl.Expr:
-    """Return one of ``WINNERS``."""
+    """Return the expression that gives one of ``WINNERS``."""
     old, new = pl.col("old"), pl.col("new")
     said = pl.when(old & new).then(pl.lit("both")).when(new).then(pl.lit("new")).when(old).then(pl.lit("old"))
     return said.otherwise(pl.lit("neither"))
@@ -205,11 +204,11 @@ def _conflicts(verdicts: pl.DataFrame, by: str, statistics: Statistics) -> list[
 
 
 def _forgotten(found: pl.DataFrame, by: str, statistics: Statistics) -> list[Row]:
-    """Return after how many turns since the conflict the first instruction is never followed again.
+    """Return the number of turns after a conflict from which the first instruction is never followed again.
 
     This is one turn after the last answer that follows it. Rows: the share that is still followed at or after each age,
-    and the median age, of the first conflict of each conversation. If the last answer follows it, it is not forgotten
-    by then.
+    and the median age, for the first conflict of each conversation. If the last answer follows it, it counts as not
+    forgotten within the conversation.
     """
     last = pl.col("age").filter(pl.col("old")).max()
     pair = (
@@ -259,7 +258,7 @@ SIZES = ("entries_before", "entries_after", "bytes_after", "total_bytes_after")
 
 
 def sizes(answers: pl.DataFrame, statistics: Statistics) -> list[Row]:
-    """Return mean entries per KV head and bytes of the cache at each turn, over the conversations."""
+    """Return mean entries per KV head and mean bytes of the cache at each turn, over the conversations."""
     rows, key = [], [*CELL, "turn"]
     lists = by_cell(answers.sort(*key, "conversation_id").select(*key, *SIZES, cluster="conversation_id"), key)
     for name in SIZES:

@@ -4,7 +4,7 @@ A check is a JSON object::
 
     {"kind": "contains", "value": "please", "id": "c2", "since": 3, "until": 5, "overrides": "c1"}
 
-``kind`` is required, and ``value`` for every kind but ``json``. `kv_transition.studies.chat.rules.passes` lists the
+``kind`` is required, and ``value`` for every kind except ``json``. `kv_transition.studies.chat.rules.passes` lists the
 kinds.
 """
 
@@ -33,9 +33,9 @@ Kind = Literal[
 ]  # fmt: skip
 KINDS: tuple[str, ...] = get_args(Kind)
 SENSITIVE = frozenset({"contains", "excludes", "starts_with", "ends_with", "matches"})
-"""kinds that may tell capital letters from small ones"""
+"""kinds that have the key case_sensitive"""
 
-# ISO 639-1. Fewer than the library knows: with close relatives of each among them, a short sentence is nobody's.
+# ISO 639-1. Closely related languages are omitted, because none of them would be likely enough for a short sentence.
 # fmt: off
 LANGUAGES = (
     "ar", "bg", "bn", "ca", "cs", "da", "de", "el", "en", "es", "et", "fa", "fi", "fr", "gu", "he", "hi", "hr", "hu",
@@ -45,7 +45,7 @@ LANGUAGES = (
 # fmt: on
 
 MAX_EXPRESSION, MAX_COPIES = 1_000, 10_000
-"""characters of a regular expression, and the product of the numbers in its {braces}"""
+"""maximum characters of a regular expression, and maximum product of the numbers in its {braces}"""
 
 _Count = Annotated[int, Field(ge=1, strict=True)]
 _Phrase = Annotated[str, Field(strict=True, pattern=r"\S")]
@@ -67,11 +67,11 @@ _WRITTEN: dict[str, tuple[TypeAdapter[Any], str]] = {
 
 
 class Check(BaseModel):
-    """A check with every default filled in.
+    """A check with all defaults filled in.
 
-    ``since``: first of the user's turns (from 1) at which it is in force; ``until``: the last one, None: to the end;
-    ``due``: the turns among these to which it applies ("when asked about a pet"), None: all of them; ``overrides``: id
-    of an earlier check that it replaces from ``since`` on.
+    ``since``: first of the user's turns (from 1) at which it is in force; ``until``: the last one, None: the end of the
+    conversation; ``due``: those of these turns to which it applies ("when asked about a pet"), None: all of them;
+    ``overrides``: id of an earlier check that it replaces from ``since`` on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -91,7 +91,7 @@ class Check(BaseModel):
         if "kind" in info.data:
             form, text = _WRITTEN[info.data["kind"]]
             if info.data["kind"] == "matches" and isinstance(value, str):
-                _check_expression(value)  # before anything compiles it
+                _check_expression(value)  # before the expression is compiled
             try:
                 form.validate_python(value)
             except ValidationError:
@@ -103,7 +103,7 @@ class Check(BaseModel):
         if self.value is None and self.kind != "json":
             raise ValueError(f"{self.kind} needs value, {_WRITTEN[self.kind][1]}")
         if self.until is not None and self.until < self.since:
-            raise ValueError(f"until is {self.until}, before the turn {self.since} that it begins at")
+            raise ValueError(f"until is {self.until}, but the check begins at turn {self.since}")
         if self.case_sensitive and self.kind not in SENSITIVE:
             raise ValueError(f"{self.kind} has no case_sensitive; leave it out")
         if self.overrides == self.id:
@@ -117,19 +117,19 @@ class Check(BaseModel):
 
     @property
     def values(self) -> list[str]:
-        """The value as a list, whatever it is."""
+        """The value as a list."""
         if self.value is None:
             return []
         return list(self.value) if isinstance(self.value, list) else [self.value]
 
     def in_force(self, turn: int) -> bool:
-        """Return whether the check is in force at the user's turn ``turn``, overridden or not."""
+        """Return whether the check is in force at the user's turn ``turn``, even if it is overridden."""
         lasts = self.since <= turn and (self.until is None or turn <= self.until)
         return lasts and (self.due is None or turn in self.due)
 
 
 def _check_expression(expression: str) -> None:
-    """Raise ValueError for an expression that is too large to be compiled: counted repetitions are written out."""
+    """Raise ValueError for an expression that is too large to compile, because re expands counted repetitions."""
     import regex
 
     copies = 1
@@ -147,10 +147,11 @@ def _check_expression(expression: str) -> None:
 
 
 def validate(check: Any, where: str, turn: int = 1, id: str = "c1") -> Check:
-    """Return a check with its defaults: ``since`` the ``turn`` it is given in, ``until`` the end of the conversation.
+    """Return a check with its defaults. ``since``: the ``turn`` in which it is given; ``until``: the end of the
+    conversation.
 
-    By default a check of kind ``answer`` ends with the turn it begins at. Raises UserError, which begins with ``where``
-    (file, conversation and turn).
+    By default a check of kind ``answer`` ends with its first turn. Raises UserError, which begins with ``where`` (file,
+    conversation and turn).
     """
     if not isinstance(check, Mapping):
         raise UserError(f"{where}: a check is an object such as {{'kind': 'max_words', 'value': 20}}, not {check!r}")
@@ -181,10 +182,9 @@ def _sentence(error: ValidationError) -> str:
 def of_conversation(conversation: Mapping[str, Any], where: str) -> list[Check]:
     """Return all checks of ``{"turns": [{"role", "content", "checks"?}], "checks"?}`` in the given order.
 
-    Turns count the user's messages. A check in a system message begins at turn 1; one in an assistant's message is
-    refused. Checks without an id are called c1, c2, ... by their place.
-
-    Raises UserError if a check is malformed, two have the same id, or one overrides a check that does not precede it.
+    Turns count the user's messages. A check in a system message begins at turn 1; a check in an assistant's message is
+    refused. Checks without an id get the ids c1, c2, ... by their position. Raises UserError if a check is malformed,
+    if two have the same id, or if one overrides a check that does not precede it.
     """
     placed: list[tuple[Any, str, int]] = [(c, where, 1) for c in _checks(conversation, where)]
     turn = 0
@@ -199,14 +199,14 @@ def of_conversation(conversation: Mapping[str, Any], where: str) -> list[Check]:
     for i, (given, at, begins) in enumerate(placed, 1):
         check = validate(given, at, begins, f"c{i}")
         if check.id in found:
-            raise UserError(f"{at}: two checks are called {check.id}; give each an id of its own")
+            raise UserError(f"{at}: two checks have the id {check.id}; give each check a different id")
         if check.since > turn:
             raise UserError(f"{at}: check {check.id} begins at turn {check.since}, but the user has {turn} turns")
         if check.overrides is not None:
             earlier = found.get(check.overrides)
             if earlier is None or earlier.since >= check.since:
                 raise UserError(
-                    f"{at}: check {check.id} overrides {check.overrides!r}, which is no check of an earlier turn"
+                    f"{at}: check {check.id} overrides {check.overrides!r}, which is not a check of an earlier turn"
                 )
         found[check.id] = check
     return list(found.values())
@@ -215,14 +215,14 @@ def of_conversation(conversation: Mapping[str, Any], where: str) -> list[Check]:
 def _checks(holder: Mapping[str, Any], where: str) -> Sequence[Any]:
     checks = holder.get("checks") or []
     if not isinstance(checks, Sequence) or isinstance(checks, str):
-        raise UserError(f"{where}: checks is a list of checks, not {checks!r}")
+        raise UserError(f"{where}: checks must be a list of checks, not {checks!r}")
     return checks
 
 
 def at_turn(checks: Sequence[Check], turn: int) -> list[tuple[Check, str | None]]:
     """Return the checks in force at a turn, each with the id of the check that overrides it by then, or None.
 
-    An overridden check stays in the list: whether it is still followed tells which of the two wins.
+    An overridden check remains in the list, because whether it is still followed shows which of the two wins.
     """
     newer = {check.overrides: check.id for check in checks if check.overrides is not None and check.since <= turn}
     return [(check, newer.get(check.id)) for check in checks if check.in_force(turn)]

@@ -1,14 +1,14 @@
-"""Generated conversations whose first turn sets rules that a later turn changes, in a small closed world.
+"""Generated conversations whose first turn gives rules that a later turn changes, in a small closed world.
 
-The user states once what to do when asked about a pet, a town or a job ("When asked about a pet , end with lantern .").
-In each following turn the user tells facts about persons and asks for one of them. The question decides which rule
-applies, so the rule's word was often given many turns ago: it must be read from the cache and cannot be copied from the
-previous answer. Words and facts are drawn anew for each conversation and cannot be guessed. A later turn replaces a
-rule ("When asked about a pet now end with harbor .") or repeats it ("still end with ...").
+The user states once how to answer when asked about a pet, a town or a job ("When asked about a pet , end with lantern
+."). In each following turn the user tells facts about persons and asks for one of them. The question determines which
+rule applies. The rule's word was often given many turns earlier, so the model must read it from the cache and cannot
+copy it from the previous answer. Words and facts are drawn for each conversation and cannot be guessed. A later turn
+replaces a rule ("When asked about a pet now end with harbor .") or repeats it ("still end with ...").
 
-Every word comes from `VOCABULARY`; white space separates words. ``resources/tiny-follower`` is a model trained on
-conversations of the split ``train``; `generate` serves ``test``. A hash of the text decides the split, whatever the
-seeds. This module imports only the standard library and `synthetic`.
+Every word is in `VOCABULARY`; white space separates words. ``resources/tiny-follower`` is a model trained on
+conversations of the split ``train``; `generate` yields conversations of ``test``. A hash of the text determines the
+split, for all seeds. This module imports only the standard library and `synthetic`.
 """
 
 # ruff: noqa: SIM905 - lists of words read better as text
@@ -28,7 +28,7 @@ from kv_transition.data import world
 Words = tuple[str, ...]
 
 # ----------------------------------------------------------------------------------------------------
-# The world: every word there is.
+# The world: all words.
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>")
 
@@ -51,7 +51,7 @@ TOPICS: Mapping[str, Words] = MappingProxyType(
         }.items()
     }
 )
-"""What can be asked about a person, and the values that it takes."""
+"""Attributes of a person that can be asked for, and their values."""
 
 PERSONS = world.FIRST_NAMES[:120]
 
@@ -62,12 +62,12 @@ RULE_WORDS: Words = tuple(
     river rocket saddle shadow signal statue stone tower tunnel valley wagon whistle window wheel carriage
     chimney""".split()
 )
-"""What answers are to start with, to end with or to consist of."""
+"""Words with which answers must start or end, or of which they must consist."""
 
 PLACES: Mapping[str, Words] = MappingProxyType(
     {"start": ("start", "with"), "end": ("end", "with"), "only": ("say", "only")}
 )
-"""Where a rule puts its word, and how it says so: two words right before it."""
+"""Positions of a rule's word in an answer, and the two words of the rule that express each."""
 CHECK_KINDS: Mapping[str, str] = MappingProxyType({"start": "starts_with", "end": "ends_with", "only": "answer"})
 
 FIRST, REPLACED, REPEATED = ",", "now", "still"  # the word after the topic of a rule
@@ -87,7 +87,7 @@ MOST_TURNS = len(PERSONS) // 3  # at most three facts a turn, each about another
 
 @dataclass(frozen=True)
 class Rule:
-    """What to do when asked about a topic."""
+    """A rule: how to answer when asked about a topic."""
 
     topic: str
     place: str  # a key of PLACES
@@ -122,7 +122,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Turn:
-    """The user's words in their order, and the rule in force for the question."""
+    """One turn: the user's words in their order, and the rule that applies to the question."""
 
     rules: tuple[Rule, ...]
     facts: tuple[Fact, ...]
@@ -136,13 +136,13 @@ class Turn:
 
     @property
     def answer(self) -> Words:
-        """The right answer."""
+        """Return the correct answer."""
         return (self.asked.value,) if self.due is None else self.due.answer(self.asked.value)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Rules, given by the system or in the first turn, and the turns."""
+    """A conversation: rules, given by the system or in the first turn, and the turns."""
 
     system: tuple[Rule, ...]
     turns: tuple[Turn, ...]
@@ -160,18 +160,18 @@ class Shape:
     """The parameters of drawing conversations."""
 
     turns: int = 8
-    rules: tuple[int, int] = (4, 6)  # fewest and most at the start
-    facts: tuple[int, int] = (1, 3)  # fewest and most told in a turn
-    gap: int = 3  # turns that lie at least between two mentions of a rule's topic, those of the start excepted
-    system: float = 0.3  # how often the rules stand in a system message
-    replaced: float = 1.0  # how often a rule is replaced
-    repeated: float = 1.0  # how often a rule is repeated
-    free: float = 0.12  # how often something is asked that no rule is about
-    earlier: float = 0.25  # how often the fact asked for was told in an earlier turn
+    rules: tuple[int, int] = (4, 6)  # minimum and maximum number at the start
+    facts: tuple[int, int] = (1, 3)  # minimum and maximum number per turn
+    gap: int = 3  # minimum number of turns between two mentions of a rule's topic, except those at the start
+    system: float = 0.3  # probability that the rules are in a system message
+    replaced: float = 1.0  # probability that a rule is replaced
+    repeated: float = 1.0  # probability that a rule is repeated
+    free: float = 0.12  # probability of a question about a topic without a rule
+    earlier: float = 0.25  # probability that the fact asked for was told in an earlier turn
 
 
 def draw(rng: random.Random, shape: Shape) -> Conversation:
-    """Return a drawn conversation."""
+    """Return a randomly drawn conversation."""
     n = shape.turns
     topics = rng.sample(tuple(TOPICS), rng.randint(*shape.rules))
     words = iter(rng.sample(RULE_WORDS, len(topics) + 1))
@@ -186,7 +186,9 @@ def draw(rng: random.Random, shape: Shape) -> Conversation:
         if free and rng.random() < share:
             word = next(words) if manner == REPLACED else old.word
             changes[rng.choice(free)] = Rule(old.topic, old.place, word, manner)
-    wanted: dict[int, str] = {}  # a changed rule is asked for; the one that leaves the fewest turns chooses first
+    wanted: dict[
+        int, str
+    ] = {}  # a changed rule must be asked for; the rule with the fewest remaining turns chooses first
     for changed_at, rule in sorted(changes.items(), reverse=True):
         if late := [t for t in range(changed_at + shape.gap + 1, n + 1) if t not in wanted]:
             wanted[rng.choice(late)] = rule.topic
@@ -242,36 +244,36 @@ def draw_from(rng: random.Random, shape: Shape, split: str) -> Conversation:
 
 
 # ----------------------------------------------------------------------------------------------------
-# As they are played.
+# The form in which conversations are played.
 
 
 def generate(
     n: int, turns: int = 8, seed: int = 0, *, split: str = "test", shape: Shape | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Generate conversations to be played, a pure function of the arguments; a larger ``n`` extends the list.
+    """Yield conversations, which depend only on the arguments; a larger ``n`` extends the list.
 
-    A rule's check holds from the turn it was given in to the end, so that a rule which was replaced is measured
-    further; it is ``due`` in the turns that ask about its topic. The replacing rule's check ``overrides`` it. Where a
-    rule is repeated, its first check is due before and that of the repetition from then on. Each turn has beside them
-    a check of its own on the value asked for: ``contains``, or ``answer`` where no rule is in force; none where the
-    rule leaves the value out.
+    The check of a rule is in force from the turn in which the rule was given to the end, so that a replaced rule is
+    measured further; it is ``due`` in the turns that ask about its topic. The check of a replacing rule ``overrides``
+    it. If a rule is repeated, its first check is due before the repetition, and the check of the repetition from then
+    on. In addition, each turn has a check of the value asked for: ``contains``, or ``answer`` if no rule is in force;
+    none if the rule omits the value.
 
     Args:
-        n: conversations.
+        n: number of conversations.
         turns: user turns in each.
         seed: any integer.
         split: ``test`` or ``train``.
-        shape: how they are drawn; its ``turns`` gives way to ``turns``. By default a rule is replaced in the first,
-            third, ... conversation and repeated in the others.
+        shape: parameters of drawing; its ``turns`` is replaced by ``turns``. By default a rule is replaced in the 1st,
+            3rd, ... conversation and repeated in the others.
 
     Yields:
         ``{"id", "turns": [{"role": "system" | "user", "content", "checks"?}], "checks", "meta"}`` with the checks
         ``{"id", "kind", "value", "since", "until", "due"?, "overrides"?}`` and meta ``{"split", "answers", "rules"}``:
-        the right answer of each user turn, and for each rule's check its topic, place, word and which check it
+        the correct answer of each user turn, and for each rule's check its topic, place, word and the check that it
         ``repeats``.
 
     Raises:
-        ValueError: there are fewer than one turn or more than fit (`MOST_TURNS`), or no such split.
+        ValueError: there is less than one turn or more than `MOST_TURNS`, or no such split.
     """
     if not 1 <= turns <= MOST_TURNS:
         raise ValueError(f"a conversation has 1 to {MOST_TURNS} turns, {turns} were requested")

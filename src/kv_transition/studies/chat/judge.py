@@ -1,8 +1,8 @@
-"""A language model as judge: does an answer follow an instruction? Asked at an OpenAI-compatible endpoint.
+"""A language model as judge of whether an answer follows an instruction, at an OpenAI-compatible endpoint.
 
     python -m kv_transition.studies.chat.judge --spec JSON --store STORE.sqlite --output JUDGE.parquet CHAT.parquet ...
 
-Each pair of answer and instruction is one question by a fixed rubric, at temperature 0; the reply must be one JSON
+Each pair of answer and instruction is one question with a fixed rubric, at temperature 0; the reply must be one JSON
 object. Any other reply (none in time, an error, an incomplete one, other JSON) is no verdict: its reason is recorded,
 and it counts neither for nor against. Verdicts are stored as they arrive, so that a rerun asks only for the missing
 ones.
@@ -71,22 +71,22 @@ def judged(reply: Reply) -> Judged:
     text = fenced[1] if fenced else text
     shown = repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
     if not text:
-        return Judged(error="MALFORMED: the judge said nothing")
+        return Judged(error="MALFORMED: the reply of the judge is empty")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         cut = " (cut at max_tokens)" if reply.finish_reason == "length" else ""
-        return Judged(error=f"MALFORMED: no JSON object but {shown}{cut}")
+        return Judged(error=f"MALFORMED: the reply is not a JSON object but {shown}{cut}")
     try:
         return Judged(Verdict.model_validate(found))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the verdict"
-        return Judged(error=f"SCHEMA: {where}: {first['msg'][0].lower()}{first['msg'][1:]}; the judge said {shown}")
+        return Judged(error=f"SCHEMA: {where}: {first['msg'][0].lower()}{first['msg'][1:]}; the reply is {shown}")
 
 
 class Store:
-    """Verdicts in an SQLite file, by the digest of the question; each is durable once `put` returns."""
+    """Verdicts in an SQLite file, by the digest of the question; a verdict is durable when `put` returns."""
 
     def __init__(self, path: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +105,7 @@ class Store:
 
 
 def ask(found: Iterable[Case], judge: Mapping[str, Any], store: Store) -> dict[tuple[Any, ...], Judged]:
-    """Return the judge's verdict on each case that has an answer, by `Case.key`; ``judge``: the settings'
-    ``chat.judge``.
+    """Return the judge's verdict on each case that has an answer, by `Case.key`. judge: the settings' ``chat.judge``.
 
     Equal questions are asked once. Only questions that are not in the store are asked, and each verdict is stored at
     once. Raises UserError if no question could be answered: no server, no such model, or the key refused.

@@ -22,7 +22,7 @@ MEASURES = {
     "cache_bytes": "bytes_after",
     "total_bytes": "total_bytes_after",
 }
-"""statistic by column of the answers, beside the shares and the perplexity"""
+"""statistic by column of the answers, in addition to the shares and the perplexity"""
 SHAPE = ["chat_set", "policy", "budget", "turn", "when", "kind", "kv_heads", "head_dim", "dtype"]
 Row = dict[str, Any]
 
@@ -35,8 +35,9 @@ def memory_table(verdicts: pl.DataFrame, answers: pl.DataFrame, statistics: Stat
 
     ``retention_rule``, ``retention_judge``: share of the standing, not overridden instructions that answers follow;
     ``repetition``: share of repeated 4-grams; ``answer_perplexity``: geometric mean over the answers of their
-    perplexity under the full cache; ``entries`` per KV head and ``cache_bytes`` of the evictable layers after each
-    turn's compression, ``total_bytes`` of all layers; ``failed``: share of the answers that the engine failed to give.
+    perplexity under the full cache; ``entries``: per KV head, and ``cache_bytes``: of the evictable layers, after each
+    turn's compression; ``total_bytes``: of all layers; ``failed``: share of the turns for which the engine returned no
+    answer.
     """
     confidence, rows = statistics.confidence, []
 

@@ -1,14 +1,14 @@
-"""Read or generate conversations: the system message, then the user's turns.
+"""Read or generate conversations: the system message and the user's turns.
 
     python -m kv_transition.studies.chat.multiturn --spec JSON --output CONVERSATIONS.parquet
 
-The model gives its own answers, so those of the source are dropped and counted. Formats:
+The model gives its own answers, so the answers of the source are dropped and counted. Formats:
 
-- ``turns``: JSON or JSON lines of ``{"id", "turns": [{"role", "content", "checks"?}], "checks"?, "meta"?}``, the role
-  one of system, user, assistant; `checks` describes a check.
+- ``turns``: JSON or JSON lines of ``{"id", "turns": [{"role", "content", "checks"?}], "checks"?, "meta"?}``, with the
+  role system, user or assistant; `checks` describes a check.
 - ``mt_bench``: ``{"question_id", "category", "turns": [text, ...]}`` (Zheng et al. 2023, arXiv 2306.05685).
-- ``mt_eval``: a list of ``{"user", "sys", "id"}`` a line, where ``sys`` is a recorded answer (Kwan et al. 2024, arXiv
-  2401.16745).
+- ``mt_eval``: a list of ``{"user", "sys", "id"}`` per line, where ``sys`` is a recorded answer (Kwan et al. 2024,
+  arXiv 2401.16745).
 - ``generated``: `conversations`, for the embedded follower.
 """
 
@@ -38,17 +38,17 @@ GENERATED_TURNS = 8
 SUFFIXES = (".json", ".jsonl")
 
 Record = tuple[str, Any]
-"""Where a record stands in its file, and the record."""
+"""Position of a record in its file, and the record."""
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a JSON list or of JSON lines, plain or gzipped; blank lines are skipped.
+    """Yield the records of a JSON list or of JSON lines, plain or gzipped; blank lines are skipped.
 
-    Raises UserError if the file cannot be read, or does not hold JSON.
+    Raises UserError if the file cannot be read or does not contain JSON.
     """
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     if plain.suffix not in SUFFIXES:
-        raise UserError(f"chat.path: {path} must end in {' or '.join(SUFFIXES)}, and may have .gz behind it")
+        raise UserError(f"chat.path: {path} must end in {' or '.join(SUFFIXES)}, optionally followed by .gz")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = content.decode("utf-8-sig")
@@ -59,10 +59,10 @@ def read_records(path: Path) -> Iterator[Record]:
     if plain.suffix == ".json":
         records = parse_json(text, str(path))
         if not isinstance(records, list):
-            raise UserError(f"{path}: a JSON list of conversations was expected, not {type(records).__name__}")
+            raise UserError(f"{path}: the file must contain a JSON list of conversations, not {type(records).__name__}")
         yield from ((f"{path}, conversation {number}", record) for number, record in enumerate(records, 1))
         return
-    # JSON lines end at \n; str.splitlines would also cut at characters that may stand inside a text
+    # JSON lines end at \n; str.splitlines would also split at characters that may occur inside a text
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{path}, line {number}", parse_json(line, f"{path}, line {number}")
@@ -70,7 +70,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 def _object(record: Any, where: str, *fields: str) -> Mapping[str, Any]:
     if not isinstance(record, Mapping):
-        raise UserError(f"{where}: a JSON object was expected, not {type(record).__name__}")
+        raise UserError(f"{where}: the record must be a JSON object, not {type(record).__name__}")
     if missing := [field for field in fields if field not in record]:
         raise UserError(f"{where}: the field {missing[0]!r} is missing; required are {', '.join(fields)}")
     return record
@@ -78,7 +78,7 @@ def _object(record: Any, where: str, *fields: str) -> Mapping[str, Any]:
 
 def _list(value: Any, where: str, what: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {what} must be a list of at least one, not {value!r}")
+        raise UserError(f"{where}: {what} must be a list that is not empty, not {value!r}")
     return value
 
 
@@ -91,7 +91,7 @@ def _id(value: Any, where: str) -> str:
 
 
 def from_turns(record: Any, where: str) -> dict[str, Any]:
-    """Return a conversation in the project's own form; without an id it is named after its content."""
+    """Return a conversation in the project's own format; without an id, its id is a hash of its content."""
     record = _object(record, where, "turns")
     id = _id(record.get("id", digest(record["turns"])), where)
     meta = record.get("meta") or {}
@@ -112,7 +112,7 @@ def from_mt_bench(record: Any, where: str) -> dict[str, Any]:
 
 
 def from_mt_eval(record: Any, where: str) -> dict[str, Any]:
-    """Return a dialogue of MT-Eval's refinement task, named after its turns' ids without their numbers."""
+    """Return a dialogue of MT-Eval's refinement task. Its id is that of its turns without their number."""
     turns, ids = [], []
     for number, turn in enumerate(_list(record, where, "a dialogue"), 1):
         turn = _object(turn, f"{where}, turn {number}", "user", "id")
@@ -127,25 +127,30 @@ FORMATS = {"turns": from_turns, "mt_bench": from_mt_bench, "mt_eval": from_mt_ev
 
 
 def read(path: str, source: str) -> list[dict[str, Any]]:
-    """The conversations of a file as rows of `tables.CONVERSATIONS` without ``chat_set``, their JSON still as values.
+    """Return the conversations of a file as rows of `tables.CONVERSATIONS` without ``chat_set``, with JSON as values.
 
-    Raises UserError: the file cannot be read, or a conversation in it is malformed; the sentence names it and its turn.
+    Raises UserError if the file cannot be read or a conversation is malformed; the message names conversation and turn.
     """
     return normalised(((where, FORMATS[source](record, where)) for where, record in read_records(Path(path))), path)
 
 
 def normalised(records: Iterator[Record], name: str) -> list[dict[str, Any]]:
-    """Return conversations ``{"id", "turns", "checks"?, "meta"?}`` as rows; errors call the whole ``name``."""
+    """Return conversations ``{"id", "turns", "checks"?, "meta"?}`` as rows.
+
+    name: name of the source in error messages.
+    """
     seen: dict[str, str] = {}
     rows = []
     for place, conversation in records:
         where = f"{place}: conversation {conversation['id']}"
         if conversation["id"] in seen:
-            raise UserError(f"{where} has the id of that in {seen[conversation['id']]}; give each an id of its own")
+            raise UserError(
+                f"{where} has the same id as {seen[conversation['id']]}; give each conversation a different id"
+            )
         seen[conversation["id"]] = place
         rows.append(_row(conversation, where))
     if not rows:
-        raise UserError(f"{name} holds no conversation")
+        raise UserError(f"{name} contains no conversation")
     return rows
 
 
@@ -160,13 +165,15 @@ def _row(conversation: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(content, str) or not content.strip():
             raise UserError(f"{at}: content must be a text that is not blank, not {content!r}")
         if role == "system" and users:
-            raise UserError(f"{at}: the system speaks after the user; put its messages before the user's first turn")
+            raise UserError(
+                f"{at}: a system message follows a user message; put system messages before the user's first turn"
+            )
         if role == "assistant":
             dropped += 1
         else:
             (system if role == "system" else users).append(content)
     if not users:
-        raise UserError(f"{where}: the user says nothing; give at least one turn with the role user")
+        raise UserError(f"{where}: there is no user message; give at least one turn with the role user")
     checks = checks_module.of_conversation(conversation, where)
     return {
         "conversation_id": conversation["id"],
@@ -182,21 +189,21 @@ def _row(conversation: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def generated(n: int, turns: int, seed: int) -> list[dict[str, Any]]:
     """Return conversations for the embedded follower, as rows like those of `read`."""
-    # By name, so that the hash of code of conversations from files does not cover the generator.
+    # Imported by name, so that the code hash of conversations from files does not include the generator.
     module = importlib.import_module("kv_transition.studies.chat.conversations")
     made = module.generate(n, turns, seed)
     return normalised(((f"generated conversation {i}", c) for i, c in enumerate(made, 1)), "the generator")
 
 
 def chosen(rows: list[dict[str, Any]], n: int | None, seed: int, max_turns: int | None) -> list[dict[str, Any]]:
-    """Return ``n`` conversations, drawn with ``seed`` and in their own order, each with at most ``max_turns`` turns."""
+    """Return ``n`` conversations, drawn with ``seed``, in their order, each with at most ``max_turns`` turns."""
     if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n))]
     return [row | {"turns": row["turns"][:max_turns]} for row in rows]
 
 
 def write(spec: dict[str, Any], output: str) -> None:
-    """Write the conversations of a spec in one form. Raises UserError as `read` does."""
+    """Write the conversations of a spec in one format. Raises UserError as `read` does."""
     chat = spec["chat"]
     if chat["source"] == "generated":
         rows = generated(chat["n"], chat["max_turns"] or GENERATED_TURNS, chat["seed"])

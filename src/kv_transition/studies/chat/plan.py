@@ -23,15 +23,15 @@ def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
     n = rows_in(files.conversations(section.set)) or section.n or 0
     turns = section.max_turns or 8
     if section.max_turns is None:
-        notes.append(f"conversations counted at {turns} turns each; chat.max_turns bounds them")
+        notes.append(f"the estimate assumes {turns} turns per conversation; chat.max_turns limits them")
     jobs = []
     for policy, budget in specs.cells(settings):
         played = n * turns
-        # each answer is read again where its likelihood under the full cache is asked for
+        # each answer is read again if its likelihood under the full cache is computed
         read = played * section.max_tokens * (2 if section.answer_nll else 1)
         expected = digest(specs.cell(settings, policy, budget))
         path = files.chat(section.set, policy, budget)
         jobs.append(Job(path, expected, n, read, played * section.max_tokens, played))
     if n == 0:
-        notes.append("chat: how many conversations there are is known once their file has been read")
+        notes.append("chat: the number of conversations is known when their file has been read")
     return Work((Item("conversations", "conversations", tuple(jobs), "chat_hash"),), (), tuple(notes))

@@ -1,4 +1,4 @@
-"""Figures of conversations: retention, survival, size of the cache, and conflicts of instructions, turn by turn."""
+"""Figures of conversations by turn: retention, survival, size of the cache, and conflicts of instructions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kv_transition.studies.chat.analysis import WINNERS
 
 WIDTH, HEIGHT, COLUMNS = 330, 220, 2
 BY = {"rule": "by rule", "judge": "by judge"}
-FOLLOWS = {"new": "the new one alone", "old": "the old one alone", "both": "both", "neither": "neither"}
+FOLLOWS = {"new": "only the new one", "old": "only the old one", "both": "both", "neither": "neither"}
 
 
 def policies(table: pl.DataFrame) -> list[str]:
@@ -26,7 +26,7 @@ def policies(table: pl.DataFrame) -> list[str]:
 
 
 def places(table: pl.DataFrame, statistic: str, by: str | None = "rule") -> list[tuple[str, str]]:
-    """Return (set, budget) of each panel; the full cache is drawn in each."""
+    """Return (set, budget) of each panel; the full cache is drawn in every panel."""
     own = table.filter(statistic=statistic).filter(pl.col("by").eq_missing(by) & (pl.col("policy") != FULL["policy"]))
     keys = own.select("chat_set", "budget").unique().rows()
     if not keys:
@@ -37,7 +37,7 @@ def places(table: pl.DataFrame, statistic: str, by: str | None = "rule") -> list
 def turn_rows(
     table: pl.DataFrame, statistic: str, panel: tuple[str, str], by: str | None = "rule", along: str = "turn"
 ) -> list[Row]:
-    """Return a statistic along the turns of one panel, for its policies and the full cache."""
+    """Return a statistic by turn in one panel, for its policies and the full cache."""
     chat_set, budget = panel
     own = table.filter(pl.col("chat_set").eq(chat_set) & pl.col("statistic").eq(statistic))
     own = own.filter(pl.col("by").eq_missing(by) & pl.col(along).is_not_null() & pl.col("estimate").is_not_null())
@@ -61,7 +61,7 @@ def _layers(
     chance: Sequence[Row] = (),
     interpolate: str | None = None,
 ) -> list[alt.Chart]:
-    """Return a line with a band for each policy; the full cache is grey and dashed, chance dotted."""
+    """Return a line with a band for each policy; the full cache is grey and dashed, chance is dotted."""
     turns = sorted({row["turn"] for row in rows}) or [1]
     ticks = [t for t in turns if len(turns) <= 16 or t % 5 == 0]
     axis = alt.Axis(values=ticks, format="d", grid=False, title="turn")
@@ -87,7 +87,7 @@ def _heading(panel: tuple[str, str], several: bool) -> Spec:
     chat_set, budget = panel
     kept = f"{labels.budget(budget)} of the cache kept" if budget.startswith("r") else f"{labels.budget(budget)} kept"
     if budget == FULL["budget"]:
-        kept = "footprints of their own"
+        kept = "each policy's own footprint"
     return panels.title(f"{chat_set}: {kept}" if several else kept)
 
 
@@ -123,7 +123,7 @@ def _shares(
     return panels.figure(drawn, COLUMNS, data, title, how, key)
 
 
-_RETENTION = "How long instructions are kept"
+_RETENTION = "Retention of instructions by turn"
 
 
 def retention_figure(table: pl.DataFrame, confidence: float) -> Spec:
@@ -139,16 +139,16 @@ def retention_figure(table: pl.DataFrame, confidence: float) -> Spec:
 
 
 def survival_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """Return the share of conversations in which every instruction was followed up to the turn."""
+    """Return the figure of the share of conversations in which every instruction was followed up to the turn."""
     return _shares(
-        table, "survival", "Conversations without a failure so far", "not yet failed",
-        "share in which every instruction was followed up to the turn", confidence, "step-after",
+        table, "survival", "Conversations without a failure up to the turn", "not yet failed",
+        "share with every instruction followed up to the turn", confidence, "step-after",
     )  # fmt: skip
 
 
 def size_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """Return the entries per KV head after each turn's compression."""
-    title, about = "What is left of the cache after each turn", "entries per KV head, mean over the conversations"
+    """Return the figure of the entries per KV head after each turn's compression."""
+    title, about = "Size of the cache after each turn", "entries per KV head, mean over the conversations"
     names, data, drawn, every = policies(table), Datasets(), [], []
     several = table["chat_set"].n_unique() > 1
     found = table.filter(statistic="entries_after")
@@ -159,7 +159,7 @@ def size_figure(table: pl.DataFrame, confidence: float) -> Spec:
         drawn.append(panels.panel(_layers(rows, names, data, y), WIDTH, HEIGHT, _heading(panel, several)))
         every += rows
     if not every:
-        return panels.note("No answer says what its cache held.", title, about)
+        return panels.note("No answer has the size of its cache.", title, about)
     how = f"{about}; {panels.share(confidence)}, {_count(every)}"
     return panels.figure(drawn, COLUMNS, data, title, how, "grey, dashed: the full cache")
 
@@ -185,7 +185,7 @@ def conflict_rows(table: pl.DataFrame) -> list[Row]:
 
 
 def conflict_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """Return which of two conflicting instructions is followed: a panel per policy and budget."""
+    """Return the figure of which of two conflicting instructions is followed: a panel per policy and budget."""
     rows, about = conflict_rows(table), "share of the answers after the second instruction, by rule"
     if not rows:
         return panels.note("No instruction overrides another one.", _CONFLICT, about)
@@ -210,7 +210,7 @@ def _conflict_layers(rows: Sequence[Row], data: Datasets) -> list[alt.Chart]:
 
 
 def explorer(table: pl.DataFrame, confidence: float) -> Spec | None:
-    """Return figure 1 as an interactive chart: one budget, rater and set at a time; None without any verdict."""
+    """Return figure 1 as an interactive chart for one budget, rater and set at a time; None without verdicts."""
     rows: list[Row] = []
     for panel in places(table, "retention"):
         for by in BY:
@@ -232,9 +232,9 @@ FIGURES = {
 
 
 def write_retention_plots(table: str, confidence: float, outputs: Mapping[str, str]) -> None:
-    """Write the figures of the `retention_plots` rule; ``outputs``: path by ``{name of FIGURES}_{svg|png}``.
+    """Write the figures of the `retention_plots` rule. Raises UserError for an output of another name.
 
-    Raises UserError for an output of another name.
+    outputs: path by ``{name of FIGURES}_{svg|png}``.
     """
     found = read_table(table)
     figures = {name: partial(draw, found, confidence) for name, draw in FIGURES.items()}

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 FIGURES = {
     "retention": ("Retention", "Share of the instructions in force that answers follow, turn by turn, one line per "
                   "policy; grey is the full cache."),
-    "survival": ("Until the first failure", "Share of conversations in which every instruction was followed so far."),
-    "cache_size": ("Size of the cache", "Entries per KV head that are left after each turn's compression."),
+    "survival": ("Until the first failure", "Share of conversations with every instruction followed up to the turn."),
+    "cache_size": ("Size of the cache", "Entries per KV head that are kept after each turn's compression."),
     "conflicts": ("Conflicting instructions", "Which of two conflicting instructions answers follow, by the turns "
                   "since the second one was given."),
 }  # fmt: skip
 TEXT_DROP = "text_drop"
-EXPLORATORY = 20  # fewer conversations than these are labelled so
-# as the study has them: the full cache, sinks and recent entries, chance, then whatever else there is
+EXPLORATORY = 20  # results from fewer conversations are labelled exploratory
+# the study's order: the full cache, sinks and recent entries, chance, then all others
 FIRST = (FULL["policy"], "streaming_llm", "random")
 COLUMNS = {
     "retention_rule": "Retention, by rule",
@@ -124,7 +124,7 @@ def _table(table: pl.DataFrame, cells: Iterable[Cell]) -> Row:
     """Return table 1: a row per policy and budget, a column per measure."""
     found = _by_cell(table, "statistic")
     there = [name for name in COLUMNS if table.filter(statistic=name).drop_nulls("estimate").height]
-    # nothing failed, or every layer can be evicted: no column of its own
+    # the column is omitted if no answer failed, or if every layer can be evicted
     if not table.filter(pl.col("statistic").eq("failed") & (pl.col("estimate") > 0)).height:
         there = [name for name in there if name != "failed"]
     if all(_equal(found, cell, *SIZES) for cell in cells):
@@ -155,7 +155,7 @@ def _byte_scale(values: Iterable[float | None]) -> tuple[float, str]:
 
 
 def _sentences(stats: pl.DataFrame, cells: Iterable[Cell], alpha: float) -> list[str]:
-    """Return a sentence per policy and budget: retention at the last turn, against the full cache."""
+    """Return a sentence for each policy and budget: retention at the last turn, compared with the full cache."""
     last = _by_cell(stats.filter(statistic="last_turn", by="rule"))
     difference = _by_cell(stats.filter(statistic="last_turn_difference", by="rule"))
     said = []
@@ -167,7 +167,7 @@ def _sentences(stats: pl.DataFrame, cells: Iterable[Cell], alpha: float) -> list
         if cell[1] == FULL["policy"]:
             said.append(f"at the last turn answers from the full cache follow {kept}, n = {row['n']} conversations")
             continue
-        share = "a footprint of its own" if name["budget"] == "its own" else kept_of(cell[2])
+        share = "at its own footprint" if name["budget"] == "its own" else kept_of(cell[2])
         who = f"with {name['policy']}, {share}, they follow {kept}"
         found = difference.get(cell)
         if found is None or found["p_holm"] is None:
@@ -201,11 +201,11 @@ def _last_turn(stats: pl.DataFrame, cells: Iterable[Cell]) -> list[Row]:
 
 
 def _half(row: Row | None) -> Number:
-    """Return the median turn of the first failure; most conversations may end before they fail."""
+    """Return the median turn of the first failure, or "not reached" if most conversations end without a failure."""
     if row is None:
         return MISSING
     if row["estimate"] is None:
-        # the curve's lower bound may come down to a half where the curve does not
+        # the lower bound of the curve may fall to one half although the curve does not
         text = "not reached" if row["ci_low"] is None else f"not reached [{row['ci_low']:.0f}, …]"
         return Number(text, row["n"], _source(row), row["method"])
     return _number(row, 0)
@@ -247,7 +247,7 @@ def _agreement(stats: pl.DataFrame, cells: Iterable[Cell]) -> list[Row]:
 
 
 def _anatomy(cache: pl.DataFrame, cells: Iterable[Cell]) -> list[Row]:
-    """Return the cache before and after the last turn's compression: a row per shape of layer."""
+    """Return the cache before and after the last turn's compression: a row for each shape of layer."""
     rows = []
     for cell in cells:
         own = cache.filter(chat_set=cell[0], policy=cell[1], budget=cell[2])
@@ -271,4 +271,4 @@ def _anatomy(cache: pl.DataFrame, cells: Iterable[Cell]) -> list[Row]:
     return rows
 
 
-SECTIONS = (Section("memory", "Conversations with a failing memory", build),)
+SECTIONS = (Section("memory", "Conversations on a compressed cache", build),)

@@ -1,7 +1,7 @@
 """Rules that decide whether an answer follows an instruction.
 
-`kv_transition.studies.chat.checks` describes checks and when they are in force. An answer of white space alone follows
-no instruction, not even to be short.
+`kv_transition.studies.chat.checks` describes checks and when they are in force. An answer of only white space follows
+no instruction, not even a maximum length.
 """
 
 from __future__ import annotations
@@ -19,33 +19,32 @@ from kv_transition.studies.chat.checks import KINDS, LANGUAGES, Check, at_turn, 
 __all__ = ["KINDS", "LANGUAGES", "Check", "at_turn", "describe", "detect_language", "of_conversation", "passes",
            "validate"]  # fmt: skip
 
-# Where a sentence may end: a mark, closing quotes or brackets, then white space or the end; after a Chinese or
-# Japanese mark no space is needed.
+# The end of a sentence: a mark, closing quotes or brackets, then white space or the end of the text; a Chinese or
+# Japanese mark needs no space after it.
 _SENTENCE_END = re.compile(r"""[.!?…]+["'”’)\]]*(?=\s|$)|[。！？]+[」』”’）]*""")
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 CONFIDENCE = 0.5
-"""share of the probability that a language needs; below it a text is of no language"""
+"""minimum probability of a language; below it the language is undetermined"""
 MATCH_S = 2.0
-"""seconds that a regular expression has for an answer"""
+"""time limit of a regular expression for an answer, in seconds"""
 
 
 def passes(check: Check, text: str) -> bool | None:
-    """Return whether the answer is as the check has it; None where a regular expression takes too long to tell.
+    """Return whether the answer follows the check; None if its regular expression takes too long.
 
-    - ``max_words``, ``min_words``: words are what white space separates.
-    - ``max_sentences``: pieces that hold a letter or digit and end at ``. ! ? …`` before white space, or at the end.
-    - ``lines``: as many lines that are not blank.
-    - ``contains``, ``excludes``: all (none) of the phrases stand in it as whole words.
-    - ``starts_with``, ``ends_with``: one of the phrases stands there, as whole words.
-    - ``case``: ``upper`` without a lower-case letter, ``lower`` without a capital one, ``title`` with a capital as
+    - ``max_words``, ``min_words``: words are separated by white space.
+    - ``max_sentences``: pieces that contain a letter or digit and end at ``. ! ? …`` before white space, or at the end.
+    - ``lines``: exactly this number of lines that are not blank.
+    - ``contains``, ``excludes``: all (none) of the phrases occur in it as whole words.
+    - ``starts_with``, ``ends_with``: it starts (ends) with one of the phrases, as whole words.
+    - ``case``: ``upper`` without a lower-case letter, ``lower`` without a capital letter, ``title`` with a capital as
       every word's first letter.
-    - ``json``: an object or a list and nothing else, alone or in one Markdown fence; with the keys given, an object
-      that has them.
+    - ``json``: only an object or a list, alone or in one Markdown fence; with the keys given, an object that has them.
     - ``language``: the most likely one of ``LANGUAGES`` (py3langid), with a probability of at least one half.
     - ``matches``: the regular expression is found in it; ``^`` and ``$`` are the ends of the text.
     - ``answer``: one of the texts, both normalised as for exact match.
 
-    Phrases and expressions ignore case unless ``case_sensitive``; a blank in a phrase is any white space.
+    Phrases and expressions ignore case unless ``case_sensitive`` is set; a blank in a phrase matches any white space.
     """
     text = text.strip()
     if not text:
@@ -81,7 +80,7 @@ def passes(check: Check, text: str) -> bool | None:
 
 
 _TOO_SLOW: set[str] = set()
-"""expressions that have taken too long once: they are not tried on the answers that follow"""
+"""expressions that exceeded the time limit once; they are not tried on later answers"""
 
 
 def _matches(expression: str, text: str, case_sensitive: bool) -> bool | None:
@@ -95,7 +94,9 @@ def _matches(expression: str, text: str, case_sensitive: bool) -> bool | None:
         return regex.search(expression, text, flags, timeout=MATCH_S) is not None
     except (TimeoutError, MemoryError, regex.error):
         _TOO_SLOW.add(expression)
-        print(f"the regular expression {shown(expression)} takes too long; its check stays undecided", file=sys.stderr)
+        print(
+            f"the regular expression {shown(expression)} takes too long, so its check has no verdict", file=sys.stderr
+        )
         return None
 
 

@@ -2,12 +2,12 @@
 
     python -m kv_transition.studies.chat.run --spec JSON --conversations X.parquet --output Y.parquet --layers Z.parquet
 
-In each turn the model reads the new messages on top of what is left of the earlier turns, answers greedily and reads
-the tokens that close the answer; then the cache is compressed to the budget. A relative budget refers to all tokens of
-the conversation so far, evicted or not. Nothing is read twice, and positions stay those of the text. For the statistic
-``reconstruction`` the model repeats a turn, its own answer included, when it is over.
+In each turn the model reads the new messages after the kept entries of earlier turns, answers greedily and reads the
+tokens that close the answer; then the cache is compressed to the budget. A relative budget refers to all tokens of the
+conversation so far, evicted or not. Nothing is read twice, and positions remain those of the text. For the statistic
+``reconstruction`` the model repeats a turn, its own answer included, at the end of the turn.
 
-With ``hold``, a policy that acts at each step also holds the cache at the budget within a turn, from the second turn
+With ``hold``, a policy that acts at each step also keeps the cache at the budget within a turn, from the second turn
 on. The statistics that policies read are maintained over all turns.
 """
 
@@ -43,17 +43,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class TurnSetting(Setting):
-    """How the cache is compressed in one turn; ``holding``: a policy that acts at each step does so."""
+    """How the cache is compressed in one turn. holding: whether a policy that acts at each step also acts within the
+    turn.
+    """
 
     holding: bool = False
 
     @property
     def while_decoding(self) -> frozenset[str]:
-        """Return the statistics that are read now or after a later turn."""
+        """Return the statistics that are read in this turn or after a later one."""
         return self.policy.statistics if self.evicts else frozenset()
 
     def hold(self, state: CacheState, k: int = 0, *, given_up: bool = False) -> CacheState:
-        """Return the state held at the budget of all tokens so far, instead of at a constant ``k``."""
+        """Return the state compressed to the budget of all tokens so far, instead of to a constant ``k``."""
         return super().hold(state, self.entries(state.length), given_up=given_up) if self.holding else state
 
 
@@ -67,10 +69,10 @@ class Memory(Protocol):
         """Return the tokens to read in turn ``number`` before the answer."""
 
     def forget(self, state: CacheState, number: int, answer: Answer, seen: int) -> CacheState | None:
-        """Return what is left of the state at the end of a turn; None: nothing. seen: tokens of the conversation so
-        far.
+        """Return the compressed state at the end of a turn; None if nothing is kept. seen: tokens of the conversation
+        so far.
 
-        Records in the answer the entries that the budget keeps, and other facts.
+        Records in the answer the entries that the budget allows, and other facts.
         """
 
 
@@ -81,7 +83,7 @@ class CacheMemory:
     turns: Sequence[Turn]
     own: TurnSetting
     hold: bool = True
-    """whether a policy that acts each step does so within the turns as well"""
+    """whether a policy that acts at each step also acts within the turns"""
 
     def setting(self, number: int) -> TurnSetting:
         return replace(self.own, holding=self.hold and number > 1)
@@ -98,7 +100,7 @@ class CacheMemory:
 
 @dataclass
 class Played:
-    """A turn that was played: its seconds, and the states before and after its compression."""
+    """A played turn: its seconds, and the states before and after its compression."""
 
     turn: Turn
     answer: Answer
@@ -111,9 +113,9 @@ class Played:
 
 
 def play(engine: LocalEngine, turns: Sequence[Turn], memory: Memory, answers: Sequence[Answer]) -> Iterator[Played]:
-    """Play a conversation and yield each turn when it is over. answers: one for each turn, filled in."""
+    """Play a conversation and yield each turn at its end. answers: one for each turn; they are filled in."""
     state, seen = None, 0
-    engine.peak_memory_mb()  # each turn has its own peak, from here on
+    engine.peak_memory_mb()  # resets the peak, so that each turn has its own
     for number, (turn, answer) in enumerate(zip(turns, answers, strict=True), 1):
         setting = memory.setting(number)
         state, closing_s = _turn(engine, state, memory.opening(number), turn.closing, setting, answer)
@@ -137,7 +139,7 @@ def _turn(
     """Read, answer and close a turn; return the state and the seconds of closing."""
     statistics = setting.while_decoding
     held = setting.holding and setting.policy.acts_each_step
-    # of a turn that is held at its budget there is no more left than what was just read
+    # if a turn is held at its budget, only the tokens that were just read are complete
     at_the_end = "reconstruction" in statistics and not held
     room = 0 if held else answer.max_new_tokens + len(closing)
     started = engine.clock()
@@ -217,7 +219,7 @@ def memory_of(spec: Row, tokenizer: Any, conversation: Row, turns: Sequence[Turn
     """Return the memory for the policy or control of the spec."""
     budget = Budget.parse(spec["budget"])
     if spec["kind"] == TEXT_DROP:
-        # by name, so that no policy's hash of code covers the control
+        # imported by name, so that the code hash of policies does not include the control
         module = importlib.import_module("kv_transition.studies.chat.text_drop")
         setting = TurnSetting(create("full", {}), Budget.parse("r1"), mode="chat")
         users = [turn.user for turn in turns]
@@ -227,7 +229,7 @@ def memory_of(spec: Row, tokenizer: Any, conversation: Row, turns: Sequence[Turn
 
 
 def turns_of(tokenizer: Any, conversation: Row, chat: bool) -> list[Turn]:
-    """Return the turns of a row of `tables.CONVERSATIONS`. Raises UserError that names the conversation."""
+    """Return the turns of a row of `tables.CONVERSATIONS`. Raises UserError with the name of the conversation."""
     users = [turn["content"] for turn in json.loads(conversation["turns"])]
     try:
         return render(tokenizer, conversation["system"], users, chat=chat)
@@ -246,7 +248,9 @@ class Conversation:
 def conversation_rows(
     engine: LocalEngine, conversation: Row, turns: Sequence[Turn], spec: Row, chat: bool
 ) -> Conversation:
-    """Play a conversation. A turn that runs out of memory is a row with an error, as are the turns after it."""
+    """Play a conversation and return its rows. A turn that runs out of memory is a row with an error, as are later
+    turns.
+    """
     memory = memory_of(spec, engine.tokenizer, conversation, turns, chat, engine)
     key = {name: spec[name] for name in ("chat_set", "policy", "budget")}
     key["conversation_id"] = conversation["conversation_id"]
@@ -294,7 +298,10 @@ def _nll_if_it_fits(engine: LocalEngine, played: Sequence[Played]) -> list[float
     try:
         return answer_nll(engine, played)
     except (torch.OutOfMemoryError, MemoryError):
-        print("the memory does not hold the full cache of this conversation: no answer_nll", file=sys.stderr)
+        print(
+            "the full cache of this conversation does not fit into the memory, so answer_nll is not computed",
+            file=sys.stderr,
+        )
         if engine.device.type == "cuda":
             torch.cuda.empty_cache()
         return [None] * len(played)
@@ -331,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     conversations = job.read_bin(arguments.conversations)
     tokenizer = load_tokenizer(spec["model"]["name"], spec["model"]["revision"])
     chat = spec["chat_template"] == "auto" and tokenizer.chat_template is not None
-    # before the model is loaded, so that an invalid template costs no GPU time
+    # rendered before the model is loaded, so that an invalid template costs no GPU time
     turns = [turns_of(tokenizer, conversation, chat) for conversation in conversations]
     engine = job.load_engine(spec["model"], arguments.threads)
     rows: list[Row] = []

@@ -12,12 +12,12 @@ TEXT_DROP = "text_drop"
 
 
 class Judge(EngineRequest):
-    """A language model that judges, beside the rules, whether answers follow instructions."""
+    """A language model that judges, in addition to the rules, whether answers follow instructions."""
 
     base_url: str = Field(description="address of an OpenAI-compatible endpoint, up to and including /v1")
-    model: str = Field(min_length=1, description="what the endpoint calls the model")
-    api_key_env: str | None = Field("OPENAI_API_KEY", description="environment variable that holds the key")
-    max_tokens: int = Field(512, ge=16, description="longest verdict in tokens")
+    model: str = Field(min_length=1, description="name of the model at the endpoint")
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="environment variable with the key")
+    max_tokens: int = Field(512, ge=16, description="maximum length of a verdict in tokens")
 
     @field_validator("api_key_env")
     @classmethod
@@ -34,28 +34,33 @@ class Chat(Section):
     """Conversations, played turn by turn on one growing cache that is compressed after each answer."""
 
     source: Literal["turns", "mt_bench", "mt_eval", "generated"] = Field(
-        "generated", description="format of the conversations; generated: made on the spot for the embedded follower"
+        "generated", description="format of the conversations; generated: generated for the embedded follower"
     )
-    path: str | None = Field(None, description="the file, .json, .jsonl or either with .gz; null where generated")
+    path: str | None = Field(
+        None, description="file of the conversations, .json or .jsonl, optionally with .gz; null for generated"
+    )
     name: Task | None = Field(None, description="name of the set in files and tables; null: the source")
     n: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
-        None, description="conversations that are played; null: all"
+        None, description="number of conversations that are played; null: all"
     )
     seed: Seed = Field(0, description="seed of the choice, or of the generated conversations")
     max_turns: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
-        None, description="the user's turns that are played; null: all, and 8 where generated"
+        None, description="maximum number of user turns that are played; null: all, or 8 for generated"
     )
-    max_tokens: int = Field(256, ge=1, description="longest answer in tokens")
+    max_tokens: int = Field(256, ge=1, description="maximum length of an answer in tokens")
     hold: bool = Field(
-        True, description="policies that act each step hold their budget within a turn too; false: all at its end only"
+        True,
+        description="true: policies that act at each step also do so within a turn; false: all act only at its end",
     )
     answer_nll: bool = Field(
-        True, description="score the answers under the full cache, in one more pass over each conversation"
+        True, description="true: score the answers under the full cache, in an additional pass over each conversation"
     )
     controls: list[Literal["text_drop"]] = Field(
-        [], description="controls that are no cache policies; text_drop deletes the text of old turns"
+        [], description="controls that are not cache policies; text_drop deletes the text of old turns"
     )
-    judge: Judge | None = Field(None, description="a language model that judges beside the rules; null: rules alone")
+    judge: Judge | None = Field(
+        None, description="a language model that judges in addition to the rules; null: only rules"
+    )
 
     @property
     def set(self) -> str:
@@ -65,9 +70,9 @@ class Chat(Section):
     def _complete(self) -> Chat:
         if self.source == "generated":
             if self.path:
-                raise ValueError("path: generated conversations are in no file; leave it out or choose another source")
+                raise ValueError("path: generated conversations have no file; remove path, or choose another source")
             if self.n is None:
-                raise ValueError("n: say how many conversations are to be generated, such as 40")
+                raise ValueError("n: give the number of conversations to generate, such as 40")
         elif not self.path:
             raise ValueError(f"path: {self.source} needs the file of conversations, .json or .jsonl")
         return self
@@ -83,7 +88,7 @@ class Fields(Section):
         for name, options in self.kv.policies.items():
             if options.get("kind", name) == TEXT_DROP:
                 raise ValueError(
-                    f"kv.policies.{name}: {TEXT_DROP} deletes text and is no cache policy, but a control of "
+                    f"kv.policies.{name}: {TEXT_DROP} deletes text and is not a cache policy but a control of "
                     f"conversations; give chat.controls: [{TEXT_DROP}]"
                 )
         return self

@@ -21,8 +21,8 @@ RUBRIC = Path(__file__).with_name("rubric.txt")
 def cells(settings: Settings) -> list[tuple[str, str]]:
     """Return every (policy, budget) under which conversations are played.
 
-    The full cache, and policies with a footprint of their own, run once, as budget r1. All others and the controls run
-    at each budget below 1.
+    The full cache, and policies with their own footprint, run once, as budget r1. All others and the controls run at
+    each budget below 1.
     """
     if settings.chat is None:
         return []
@@ -61,7 +61,7 @@ def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
         "max_tokens": settings.chat.max_tokens,
         "max_length": settings.model.max_length,
         "chat_template": settings.model.chat_template,
-        # without it all policies act at the end of a turn, and their footprints are equal
+        # without hold, all policies act at the end of a turn and their footprints are equal
         "hold": settings.chat.hold and settings.kv.match == "none",
         "answer_nll": settings.chat.answer_nll,
         "seed": settings.decoding.seed,
@@ -91,9 +91,11 @@ def check(settings: Settings) -> None:
     for name, options in settings.kv.policies.items():
         kind, _ = catalog.resolve(name, options)
         if catalog.is_press(kind):
-            raise UserError(f"kv.policies.{name}: {kind} reads a prompt in one go, so it plays no conversation")
+            raise UserError(
+                f"kv.policies.{name}: {kind} compresses only during a prefill, so it cannot play a conversation"
+            )
         own = recall_of(settings, name)
         if own and (own["tau_quantile"] is not None or own["like"] is not None):
-            raise UserError(f"kv.policies.{name}: conversations have nothing to calibrate on; give tau, in nats")
+            raise UserError(f"kv.policies.{name}: it cannot be calibrated on conversations; give tau, in nats")
         if name in settings.chat.controls:
-            raise UserError(f"kv.policies.{name}: this name is that of a control in chat.controls; choose another one")
+            raise UserError(f"kv.policies.{name}: this name is used by a control in chat.controls; choose another one")

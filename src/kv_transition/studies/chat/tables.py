@@ -6,9 +6,9 @@ import pyarrow as pa
 
 from kv_transition.tables import ESTIMATE, FLOAT, INT, TESTED, TEXT
 
-# Conversations as they are played, whatever their source: what the system says before the first turn (null: nothing),
-# and a JSON list of the user's turns, {"content", "checks": those in force at this turn}. `dropped_assistant` counts
-# turns of the assistant in the source: the model gives its own answers. `meta` is a JSON object.
+# Conversations as they are played, from any source: the system message before the first turn (null: none), and a JSON
+# list of the user's turns, {"content", "checks": those in force at this turn}. `dropped_assistant`: number of assistant
+# turns in the source, which are dropped because the model gives its own answers. `meta` is a JSON object.
 CONVERSATIONS = pa.schema(
     {
         "chat_set": TEXT,
@@ -21,11 +21,11 @@ CONVERSATIONS = pa.schema(
     }
 )
 
-# An answer in a conversation; turns count from 1. `prompt_tokens`: read in this turn beside the answer's own;
-# `tokens_seen`: read so far, whatever was forgotten. Entries per KV head and bytes of the evictable layers before and
-# after the compression that ends the turn, total_bytes_after of all layers; full_bytes as nothing forgotten would take.
-# `repetition`: share of the answer's 4-grams of tokens that stood in it before; `answer_nll`: nats a token of the
-# answer under the full cache of the same conversation. `checks` is a JSON list of those in force at this turn.
+# An answer in a conversation; turns count from 1. `prompt_tokens`: tokens read in this turn, without the answer's own;
+# `tokens_seen`: tokens read so far, evicted ones included. Entries per KV head and bytes of the evictable layers before
+# and after the compression that ends the turn; total_bytes_after: of all layers; full_bytes: of a full cache.
+# `repetition`: share of the answer's 4-grams of tokens that occurred in it before; `answer_nll`: nats per token of the
+# answer under the full cache of the same conversation. `checks`: a JSON list of the checks in force at this turn.
 CHAT = pa.schema(
     {
         "chat_set": TEXT,
@@ -60,8 +60,8 @@ CHAT = pa.schema(
     }
 )
 
-# The anatomy of the cache before and after the compression that ends a turn (`when`), a row a layer. `kind`: full, or
-# sliding (forgets by itself). entries: per KV head, mean over the heads; bytes of keys and values.
+# The anatomy of the cache before and after the compression that ends a turn (`when`), one row per layer. `kind`: full,
+# or sliding (its window limits it). entries: per KV head, mean over the heads; bytes of keys and values.
 CHAT_LAYERS = pa.schema(
     {
         "chat_set": TEXT,
@@ -81,10 +81,11 @@ CHAT_LAYERS = pa.schema(
     }
 )
 
-# An instruction at a turn at which it is in force, and whether the answer follows it: `rule` is null where there is no
-# answer; `judge` where it was not asked or gave no verdict, `judge_error` then says why. `age`: turns since it was
-# given. `standing`: meant for more than that turn. `overrides`, `overridden_by`: the check that it replaces, or that
-# replaces it. `chance`, of the full cache only: how often answers at this turn of conversations without it follow it.
+# An instruction at a turn at which it is in force, and whether the answer follows it. `rule`: null if there is no
+# answer. `judge`: null if the judge was not asked or gave no verdict; `judge_error` is then the reason. `age`: turns
+# since it was given. `standing`: meant for more than that turn. `overrides`, `overridden_by`: the check that it
+# replaces, or that replaces it. `chance` (full cache only): share of the answers at this turn of conversations without
+# the instruction that follow it.
 _CHAT_KEY = {"chat_set": TEXT, "conversation_id": TEXT, "turn": INT, "policy": TEXT, "budget": TEXT}
 CHAT_VERDICTS = pa.schema(
     {
@@ -105,7 +106,7 @@ CHAT_VERDICTS = pa.schema(
     }
 )
 
-# What the judge said of each: a verdict with its reason, or an error.
+# The judge's result for each instruction: a verdict with its reason, or an error.
 JUDGE = pa.schema(
     {
         **_CHAT_KEY,
@@ -116,9 +117,9 @@ JUDGE = pa.schema(
     }
 )
 
-# A statistic of conversations under one policy and budget (null: all of them), by rule or by judge (`by`, null where
-# neither matters), at a turn or, after a conflict, so many turns later (`age`). n counts verdicts, answers or pairs,
-# clusters the conversations. Differences have the reference that is subtracted.
+# A statistic of conversations under one policy and budget (null: all of them), by rule or by judge (`by`, null if
+# neither applies), at a turn, or at a number of turns after a conflict (`age`). n: number of verdicts, answers or
+# pairs; clusters: number of conversations. Differences have the reference that is subtracted.
 RETENTION = pa.schema(
     {
         "chat_set": TEXT,
@@ -135,10 +136,10 @@ RETENTION = pa.schema(
     }
 )
 
-# Table 1 of the memory study, a number a row: what a policy and budget retain and what they take, over all turns.
+# Table 1 of the memory study, one number per row: retention and cost of a policy and budget, over all turns.
 MEMORY_TABLE = pa.schema({"chat_set": TEXT, "policy": TEXT, "budget": TEXT, "statistic": TEXT, **ESTIMATE})
 
-# The cache before and after the compression that ends a turn: means over the conversations of a layer of each shape.
+# The cache before and after the compression that ends a turn: means per layer of each shape, over the conversations.
 CACHE_ANATOMY = pa.schema(
     {
         "chat_set": TEXT,

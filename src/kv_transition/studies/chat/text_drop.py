@@ -2,8 +2,8 @@
 
 After each answer the text of the conversation is cut to the budget, word by word: first the words of the middle turns,
 oldest first, then those of the first turn from its end (the system message last), then those of the latest turn from
-its start. A turn without words is removed with its template. The rest is read from position 0. This model has never
-read the deleted text, while a model with a compressed cache has read all of it.
+its start. A turn without words is removed with its template. The rest is read from position 0. This model never reads
+the deleted text again, while a model with a compressed cache has read all of it once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _WORD = re.compile(r"\s*\S+")
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is left of a turn: the words of the user and of the answer, each with the white space before it."""
+    """The remaining part of a turn: the words of the user and of the answer, each with the white space before it."""
 
     user: tuple[str, ...]
     said: tuple[str, ...]
     ids: tuple[int, ...] | None
-    """the answer's own tokens, while it is whole"""
+    """the answer's own tokens, while no word of it is deleted"""
 
     @property
     def empty(self) -> bool:
@@ -37,7 +37,7 @@ class Exchange:
 
 
 Words = tuple[tuple[str, ...], tuple[Exchange, ...]]
-"""of the system, and of each turn"""
+"""words of the system message, and of each turn"""
 
 
 @dataclass
@@ -95,10 +95,10 @@ class TextMemory:
 
 
 def cut(words: Words, fits: Any) -> Words:
-    """Return the words without as few as possible, in the order given above, such that ``fits`` holds."""
+    """Return the words without as few as possible, in the order given above, such that ``fits`` is true."""
     versions = list(_shorter(words))
     low, high = 0, len(versions) - 1
-    # one word less may be one token more at the seam, so the result is checked again
+    # deleting a word may add a token at the cut, so the result is checked again
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(versions[middle]) else (middle + 1, high)
@@ -108,7 +108,7 @@ def cut(words: Words, fits: Any) -> Words:
 
 
 def _shorter(words: Words) -> Iterator[Words]:
-    """Yield the words, then one less each time, down to none."""
+    """Yield the words, then with one word less each time, until none is left."""
     system, exchanges = words
     now = list(exchanges)
 

@@ -1,9 +1,9 @@
-"""The tokens of each turn of a conversation, whatever the model answers.
+"""The tokens of each turn of a conversation, for any answer of the model.
 
-A chat template renders a whole conversation; a growing cache reads only what is new. The template is therefore rendered
-with a placeholder for each answer and cut there. The *opening* is the text before an answer that has not been read yet,
-the *closing* the text behind it. Between them the model's own token ids stay unchanged. This is valid only if the
-template renders earlier turns the same way whatever follows them, which is checked.
+A chat template renders a whole conversation, but a growing cache reads only the new part. Therefore the template is
+rendered with a placeholder for each answer and split there. The *opening* is the text before an answer that has not
+been read yet; the *closing* is the text after it. Between them the model's own token ids are used unchanged. This is
+valid only if the template renders earlier turns the same way whatever follows them, which is checked.
 
 A tokenizer without a chat template gets a plain one: the system message, then ``User: ...`` and ``Assistant:``, with a
 blank line between turns.
@@ -21,8 +21,8 @@ from kv_transition.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Stands for an answer while a template is rendered; private-use characters, which no text should hold. Templates that
-# leave the reasoning out of earlier answers would lose a part of it.
+# A placeholder for an answer while a template is rendered: private-use characters, which no text should contain. A
+# template that removes the reasoning of earlier answers would remove a part of it.
 _SAID = "\ue000<think>\ue001</think>\ue002"
 
 Message = dict[str, str]
@@ -30,7 +30,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Turn:
-    """One of the user's turns: token ids to read before and behind the model's answer."""
+    """One of the user's turns: the token ids to read before and after the model's answer."""
 
     user: str
     opening: list[int]
@@ -40,10 +40,9 @@ class Turn:
 def render(tokenizer: PreTrainedTokenizerFast, system: str | None, users: Sequence[str], *, chat: bool) -> list[Turn]:
     """Return the turns of a conversation with a ``system`` message (or None) and the messages ``users``.
 
-    chat: whether to use the tokenizer's chat template. Special tokens that a tokenizer puts before a text belong to the
-    first opening; a chat template contains them.
-
-    Raises UserError if the template fails, or renders earlier turns differently when later ones follow.
+    chat: whether to use the tokenizer's chat template. Special tokens that a tokenizer puts before a text are in the
+    first opening; a chat template contains them. Raises UserError if the template fails, or renders earlier turns
+    differently when later ones follow.
     """
     pieces = _pieces(tokenizer, system, users) if chat else _plain(system, users)
 
@@ -62,7 +61,7 @@ def _plain(system: str | None, users: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast, system: str | None, users: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the text before and behind each answer."""
+    """Return the text before and after each answer."""
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     pieces = []
     before = ""
@@ -71,17 +70,17 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, system: str | None, users: Seque
         asked = _rendered(tokenizer, messages, prompt=True)
         if not asked.startswith(before):
             raise UserError(
-                f"model.chat_template: the chat template writes the turns before turn {number} in another way once "
-                f"that one is there ({_difference(before, asked)}), so no conversation can be fed turn by turn; set it "
-                "to never"
+                f"model.chat_template: the chat template renders the turns before turn {number} differently when "
+                f"that turn follows ({_difference(before, asked)}), so a conversation cannot be fed turn by turn; set "
+                "it to never"
             )
         messages.append({"role": "assistant", "content": _SAID})
         answered = _rendered(tokenizer, messages, prompt=False)
         if not answered.startswith(asked + _SAID):
             raise UserError(
-                f"model.chat_template: the chat template does not write the answer of turn {number} as it was said, "
-                f"right behind the start of an answer ({_difference(asked + _SAID, answered)}): it changes answers, or "
-                "leaves reasoning out of them; set it to never"
+                f"model.chat_template: the chat template does not render the answer of turn {number} unchanged "
+                f"after the start of an answer ({_difference(asked + _SAID, answered)}): it changes answers, or "
+                "removes their reasoning; set it to never"
             )
         pieces.append((asked[len(before) :], answered[len(asked + _SAID) :]))
         before = answered
@@ -93,7 +92,7 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, pr
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompt, date_string=TEMPLATE_DATE
         )
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise any exception
         raise UserError(f"model.chat_template: the tokenizer's chat template fails: {error}; set it to never") from None
 
 

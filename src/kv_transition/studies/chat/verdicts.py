@@ -1,6 +1,6 @@
 """Verdicts on whether answers follow the instructions in force, by rule and by judge.
 
-An instruction that a later one overrides is also checked, to tell which of the two wins.
+An instruction that a later one overrides is also checked, to see which of the two wins.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kv_transition.studies.chat.tables import CHAT, CHAT_VERDICTS, JUDGE
 KEY = ("chat_set", "conversation_id", "turn", "policy", "budget")
 FULL = "full"
 OTHERS = 10
-"""answers of other conversations that chance is taken from, at most"""
+"""maximum number of answers of other conversations from which chance is estimated"""
 
 Row = dict[str, Any]
 Key = tuple[Any, ...]
@@ -49,7 +49,7 @@ def read_chat(paths: Iterable[str]) -> list[Row]:
             table = parsing.read_parquet(path, columns=CHAT.names, partitioning=None).cast(CHAT)
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{path} holds no conversations ({reason}): delete it and run again") from None
+            raise UserError(f"{path} contains no conversations ({reason}): delete it and run again") from None
         rows += table.to_pylist()
     return rows
 
@@ -57,8 +57,8 @@ def read_chat(paths: Iterable[str]) -> list[Row]:
 def cases(rows: Sequence[Row]) -> list[Case]:
     """Return every instruction in force at every answer, in the order of the rows."""
     own = [[Check.model_validate(check) for check in json.loads(row["checks"] or "[]")] for row in rows]
-    # A row has the checks in force at its turn; one that is replaced by a check which is not due there is known from
-    # the conversation's other turns.
+    # A row has the checks in force at its turn. A check that is replaced by one that is not due at this turn is taken
+    # from the conversation's other turns.
     known: dict[Key, dict[str, Check]] = {}
     for row, checks in zip(rows, own, strict=True):
         known.setdefault((row["chat_set"], row["conversation_id"]), {}).update({c.id: c for c in checks})
@@ -109,7 +109,7 @@ def _chance(found: Sequence[Case], rows: Sequence[Row]) -> dict[Key, float]:
             continue
         name, turn, own = case.row["chat_set"], case.row["turn"], case.row["conversation_id"]
         there = answers.get((name, turn), [])
-        # those that follow it in the order of the file, round and round
+        # the conversations that follow it in the order of the file, cyclically
         begin = next((i for i, (id, _) in enumerate(there) if id == own), 0)
         others = [
             text
@@ -124,8 +124,9 @@ def _chance(found: Sequence[Case], rows: Sequence[Row]) -> dict[Key, float]:
 
 
 def write_verdicts(chat: Sequence[str], output: str, judge: str | None = None) -> None:
-    """Write ``tables.CHAT_VERDICTS`` to ``output``. ``chat``: paths of ``tables.CHAT``; ``judge``: of
-    ``tables.JUDGE``.
+    """Write ``tables.CHAT_VERDICTS`` to ``output``.
+
+    chat: files of ``tables.CHAT``; judge: a file of ``tables.JUDGE``.
     """
     judged = parsing.read_parquet(judge, columns=JUDGE.names).to_pylist() if judge else []
     rows = read_chat(chat)

@@ -1,9 +1,9 @@
-"""The calibration job: token entropies of held-out examples, answered by the full cache.
+"""The calibration job: token entropies of held-out examples, answered with the full cache.
 
     python -m kv_transition.studies.grid.calibrate --spec JSON --task NAME --examples EXAMPLES.parquet
         --manifest MANIFEST.json --output CALIBRATION.json
 
-A `tau_quantile` of the policy entropy_recall is a quantile of these entropies. One file per task serves every budget
+The `tau_quantile` of the policy entropy_recall is a quantile of these entropies. One file per task serves every budget
 and mode.
 """
 
@@ -31,9 +31,9 @@ Row = dict[str, Any]
 
 
 def held_out(examples: Sequence[Row], manifest: Row, n: int) -> list[Row]:
-    """Return at most ``n`` examples that are in no bin but as long as some bin's, equally many of each length.
+    """Return at most ``n`` examples that are in no bin but have the length of a bin, the same number from each length.
 
-    Examples that share a document with one in a bin are left out. Raises UserError if nothing is left.
+    Examples that share a document with an example in a bin are omitted. Raises UserError if no example is left.
     """
     edges = manifest["edges"]
     used = {name for b in manifest["bins"] for name in b["example_ids"]}
@@ -45,9 +45,9 @@ def held_out(examples: Sequence[Row], manifest: Row, n: int) -> list[Row]:
             by_bin.setdefault(b, []).append(row)
     if not by_bin:
         raise UserError(
-            "kv.policies: tau_quantile is calibrated on examples whose documents are in no bin, and of the "
-            f"{len(examples)} of {manifest['task']} none is left; have more of them (dataset.n_per_length), fewer in "
-            "each bin (binning.n_per_bin), or give tau itself"
+            "kv.policies: tau_quantile is calibrated on examples whose documents are in no bin, but the bins use all "
+            f"{len(examples)} examples of {manifest['task']}; raise dataset.n_per_length, lower binning.n_per_bin, or "
+            "give tau itself"
         )
     ranked = [(place, b, row) for b, rows in by_bin.items() for place, row in enumerate(rows)]
     return [row for _, _, row in sorted(ranked, key=lambda each: each[:2])[:n]]
@@ -59,7 +59,7 @@ def step_entropies(
     """Return the entropy in nats of the distribution of each token of a greedy answer with the full cache."""
     state = engine.prefill(context_ids, question_ids, frozenset()).prompt
     entropies = []
-    # the last token is generated and not read, so it is not a step
+    # the last token is generated but not read, so it is not a decode step
     for left in range(max_new_tokens - 1, 0, -1):
         token = int(state.logits.argmax())
         if token in engine.eos:

@@ -1,8 +1,8 @@
-"""Policies at equal bytes: at the same budget some hold more than others, so scores are interpolated to one footprint.
+"""Policies at equal bytes: scores are interpolated to one footprint, because footprints at one budget can differ.
 
-A policy's score at a footprint lies on the line between its two budgets around it, example by example (the full cache
-is its largest budget). Intervals and tests of the interpolated scores are those of any paired comparison; that the line
-is straight between two budgets is assumed.
+The score of a policy at a footprint is interpolated linearly between the two budgets around it, example by example (the
+full cache is the largest budget). Intervals and tests of interpolated scores are those of any paired comparison. The
+linear course between two budgets is an assumption.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from kv_transition.studies.grid.results import Results
 from kv_transition.studies.grid.tradeoff import footprints
 
 APART = 0.02
-"""footprints of two policies that differ by more than this share are not compared without a word about it"""
+"""if the footprints of two policies differ by more than this share, the report says so beside their comparison"""
 Pair = tuple[str, str]
 
 
 def apart(a: float | None, b: float | None) -> bool:
-    """Whether two footprints differ by more than `APART` of the larger."""
+    """Return whether two footprints differ by more than `APART` of the larger."""
     return a is not None and b is not None and abs(a - b) > APART * max(a, b)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A task and mode: ``scores`` [examples] of each (policy, budget), NaN where there is none, and ``share`` of bytes.
+    """Scores and footprints of one task and mode: ``scores`` [examples] of each (policy, budget), ``share`` of the
+    bytes.
 
-    ``clusters`` [examples]: codes of shared documents.
+    ``scores`` has NaN for missing answers. ``clusters`` [examples]: codes of shared documents.
     """
 
     scores: dict[Pair, np.ndarray]
@@ -43,13 +44,13 @@ class Curve:
     clusters: np.ndarray
 
     def points(self, policy: str) -> list[tuple[float, Pair]]:
-        """Return footprints and budgets of a policy, rising; the full cache's is the last."""
+        """Return footprints and budgets of a policy, from small to large; the full cache is the last."""
         own = [pair for pair in self.share if pair[0] == policy]
         full = tuple(FULL.values())
         return sorted((self.share[pair], pair) for pair in (*own, full) if pair in self.scores)
 
     def at(self, policy: str, share: float) -> np.ndarray | None:
-        """Return the scores [examples] of a policy at a footprint; None below its smallest."""
+        """Return the scores [examples] of a policy at a footprint; None below its smallest footprint."""
         points = self.points(policy)
         for (low, small), (high, large) in pairwise(points):
             if low <= share * (1 + 1e-9) and share <= high:
@@ -64,7 +65,7 @@ class Curve:
 
 
 def curve(results: Results, task: str, mode: str) -> Curve:
-    """Return what is needed to interpolate in one task and mode."""
+    """Return the scores and footprints of one task and mode."""
     own = results.scores.filter(task=task, mode=mode).with_columns(cluster=pl.coalesce("cluster", "example_id"))
     examples = own.group_by("bin", "example_id").agg(pl.col("cluster").first()).sort("bin", "example_id")
     means = own.group_by("policy", "budget", "bin", "example_id").agg(pl.col("score").mean())
@@ -81,10 +82,12 @@ def curve(results: Results, task: str, mode: str) -> Curve:
 
 
 def rankings(results: Results, task: str, mode: str) -> Iterator[dict[str, Any]]:
-    """Yield a row for each budget and policy: the score kept at that budget, and at the bytes of the largest there.
+    """Yield a row for each budget and policy: the score kept at the budget, and at the largest footprint of that
+    budget.
 
-    ``share`` of bytes at the budget, ``at`` the footprint to which all are brought, ``kept`` and ``matched`` with their
-    bounds, ``rank`` and ``rank_matched`` from 1. ``unequal``: footprints at this budget differ by more than `APART`.
+    ``share``: footprint at the budget. ``at``: the largest footprint. ``kept`` and ``matched``: score kept at these
+    two, with bounds. ``rank`` and ``rank_matched``: ranks from 1. ``unequal``: footprints at this budget differ by more
+    than `APART`.
     """
     of = curve(results, task, mode)
     full = of.scores.get(tuple(FULL.values()))
@@ -119,7 +122,7 @@ def _kept(name: str, scores: np.ndarray | None, full: np.ndarray, clusters: np.n
 
 
 def difference(of: Curve, budget: str, one: str, other: str, confidence: float) -> dict[str, Any] | None:
-    """Return ``one`` minus ``other`` at the larger footprint of the two at a budget, as a row; None where not known."""
+    """Return ``one`` minus ``other`` at the larger of their footprints at a budget, as a row; None if it is unknown."""
     shares = [of.share.get((policy, budget)) for policy in (one, other)]
     if None in shares:
         return None

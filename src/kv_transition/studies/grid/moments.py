@@ -12,11 +12,11 @@ from kv_transition.errors import UserError
 from kv_transition.policies.base import Policy
 
 Paces = Mapping[tuple[str, int], tuple[int, int]]
-"""moments and steps of each answer, by its example and repeat"""
+"""(number of recalls, number of steps) of each answer, by example and repeat"""
 
 
 def calibrated(policy: Policy, calibration: str | None) -> Policy:
-    """Return the policy with the tau of its ``tau_quantile``, from the held-out steps of a calibration file."""
+    """Return the policy with tau set to its ``tau_quantile`` of the held-out entropies in a calibration file."""
     wanted = getattr(policy, "tau_quantile", None)
     if wanted is None or calibration is None:
         return policy
@@ -25,16 +25,18 @@ def calibrated(policy: Policy, calibration: str | None) -> Policy:
 
 
 def quantile(values: list[float], share: float, where: str = "the calibration") -> float:
-    """Return the quantile of rising ``values``, linearly interpolated; UserError if there are none."""
+    """Return the quantile of sorted ``values``, linearly interpolated. Raises UserError if there are none."""
     if not values:
-        raise UserError(f"{where} holds no step; give tau itself, or examples whose answers have several tokens")
+        raise UserError(
+            f"{where} contains no decode step; give tau itself, or examples whose answers have several tokens"
+        )
     place = share * (len(values) - 1)
     low, high = values[math.floor(place)], values[math.ceil(place)]
     return low + (high - low) * (place - math.floor(place))
 
 
 def paces(treated: str | None) -> Paces:
-    """Return the paces of the answers of a cell's file; empty without one. A failed answer has none."""
+    """Return the recalls and steps of the answers in a cell's file; empty without a file. A failed answer has 0."""
     if treated is None:
         return {}
 

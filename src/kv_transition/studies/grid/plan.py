@@ -51,15 +51,15 @@ def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
     items.append(Item("cells", "answers", tuple(cells), "cell_hash"))
     notes = []
     if adaptive:
-        notes.append("adaptive allocation is on: at most this much, and less where a bin is decided early")
+        notes.append("adaptive allocation is on: this is the maximum; bins that are decided early need less")
     if unprepared:
-        notes.append(f"not prepared yet: {', '.join(unprepared)}; prompts counted as {_known_as(settings)}")
+        notes.append(f"not prepared yet: {', '.join(unprepared)}; prompt lengths are taken from {_known_as(settings)}")
     if unknown and not remote:
-        notes.append("answers counted at their longest: none of these tasks has been answered yet")
+        notes.append("answers are counted at their largest length, because these tasks have no answers yet")
     return Work(tuple(items), tuple(documents), tuple(notes))
 
 
 def _known_as(settings: Settings) -> str:
     if settings.dataset.lengths:
-        return "dataset.lengths says"
-    return f"model.max_length, {settings.model.max_length:,} tokens, the longest that they can be"
+        return "dataset.lengths"
+    return f"model.max_length, {settings.model.max_length:,} tokens, the largest possible length"

@@ -24,10 +24,14 @@ COLLAPSE = {"text": "×", "fontSize": 26, "fontWeight": "bold", "dy": 1}
 
 FIGURES = {
     "acc_vs_len": ("score_mean", "Score", "Mean score against document length"),
-    "std_vs_len": ("score_std", "Standard deviation", "Spread of the score between examples against document length"),
+    "std_vs_len": (
+        "score_std",
+        "Standard deviation",
+        "Standard deviation of the score between examples against document length",
+    ),
     "failrate_vs_len": ("failure_rate", "Failure rate", "Share of failed answers against document length"),
-    "unknown_vs_len": ("abstention_rate", "Share of “unknown”", "Answers “unknown” against document length"),
-    "broken_vs_len": ("broken_rate", "Share broken", "Broken answers against document length"),
+    "unknown_vs_len": ("abstention_rate", "Share of “unknown”", "Share of answers “unknown” against document length"),
+    "broken_vs_len": ("broken_rate", "Share broken", "Share of broken answers against document length"),
     "latency_vs_len": ("latency_p50", "Seconds, median", "Time to answer against document length"),
 }
 
@@ -37,7 +41,9 @@ def _head(results: Results, task: str, mode: str) -> str:
 
 
 def _rows(results: Results, statistic: str, panel: tuple[str, str, str], scale: float = 1.0) -> list[dict[str, Any]]:
-    """Return the points of one panel; policies are drawn a little apart."""
+    """Return the points of one panel; the points of different policies are shifted slightly so that they do not
+    overlap.
+    """
     task, mode, budget = panel
     curve = results.curve(statistic, task, mode)
     present = [p for p in results.policies if curve.filter(policy=p, budget=budget).height]
@@ -125,13 +131,13 @@ def _panel(
 
 
 def along_length(results: Results, figure: str) -> Spec:
-    """Return one statistic against the length bins: a panel per task, mode and budget, all on one scale."""
+    """Return the figure of one statistic against the length bins: one panel per task, mode and budget."""
     statistic, title_y, title = FIGURES[figure]
     shown = results.stats.filter(statistic=statistic).drop_nulls("estimate")
     share = panels.share(results.confidence)
     if not shown.height:
         reasons = results.stats.filter(statistic=statistic)["method"].unique().sort().to_list()
-        text = f"Nothing to draw: {'; '.join(reasons) or 'not measured'}."
+        text = f"There is nothing to draw: {'; '.join(reasons) or 'not measured'}."
         return panels.note(text, title, share)
     top = 1.03
     if statistic == "score_std":
@@ -153,7 +159,7 @@ def along_length(results: Results, figure: str) -> Spec:
     return panels.compose({"vconcat": rows, "spacing": 26}, data, title, *subtitle)
 
 
-# Failures of the engine, useless answers, refusals.
+# One colour for each failure label: failures of the engine, unusable answers, refusals.
 FAILURE_COLORS = dict(
     zip(
         LABELS,
@@ -167,9 +173,9 @@ _STACK_PX = 300
 
 
 def failure_rows(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the share of each failure by task, mode, budget and policy, and the overall rates with intervals.
+    """Return the share of each failure by task, mode, budget and policy, and the overall failure rates with intervals.
 
-    Rows of the latter have those of its two kinds, answers “unknown” and broken ones, as rows of their own.
+    A row of the rates also contains the rates of its two kinds: answers “unknown”, and broken answers.
     """
     frame = results.scores.filter(~pl.col("alias"))
     group = ["task", "mode", "policy", "budget"]
@@ -198,7 +204,7 @@ def failure_rows(results: Results) -> tuple[list[dict[str, Any]], list[dict[str,
 def failure_stack(results: Results) -> Spec:
     """Return stacked shares of failures per policy and budget, with the overall rate and its interval."""
     parts, totals = failure_rows(results)
-    title = "What failed answers look like"
+    title = "Failures by kind"
     share = f"share of all answers over all lengths; whole rate with {100 * results.confidence:g} % interval and n"
     if not parts:
         n = sum(row["n"] for row in totals)
@@ -238,7 +244,7 @@ def failure_stack(results: Results) -> Spec:
     return panels.figure(drawn, 2, data, title, share)
 
 
-# What can be chosen in the interactive figure: the statistic of the table, how it is called, its scale.
+# Measures of the interactive figure: label, and the statistic of the table with its scale.
 MEASURES = {
     "Score": ("score_mean", 1.0),
     "Failure rate": ("failure_rate", 1.0),
@@ -256,7 +262,7 @@ _ZONED = ("Score", "Failure rate", "Answered “unknown”", "Broken answers")
 
 
 def _explored(results: Results) -> tuple[list[dict], list[dict], list[dict]]:
-    """Return the rows of every measure, of the transition zones and of the collapses, with the columns to choose by."""
+    """Return the rows of every measure, of the transition zones and of the collapses, with the choice columns."""
     rows, zones, collapses = [], [], []
     for measure, (statistic, scale) in MEASURES.items():
         for panel in results.panels:
@@ -275,7 +281,9 @@ def interactive(results: Results) -> Spec:
     """Return a chart with lists for measure, mode, budget and policy."""
     rows, zones, collapses = _explored(results)
     if not rows:
-        return panels.note("Nothing to draw: no statistic has an estimate.", "Answers against document length")
+        return panels.note(
+            "There is nothing to draw, because no statistic has an estimate.", "Answers against document length"
+        )
     controls = {"budget": "Cache kept", "mode": "Compressed", "task": "Task", "measure": "Measure"}
     by = panels.choices(rows, controls)
     names = [FULL["policy"], *results.policies]
@@ -325,7 +333,7 @@ FIGURE_NAMES = (*FIGURES, "failures", "front", "differences")
 def write_plots(scores: str, bin_stats: str, comparisons: str, transition: str, outputs: Mapping[str, str]) -> None:
     """Write the figures of the `plots` rule. ``outputs``: path by ``{figure}_{svg|png}`` and ``interactive``.
 
-    Raises UserError for an output of another name.
+    Raises UserError for an output with another name.
     """
     results = read_results(scores, bin_stats, comparisons, transition)
     drawers = (*(partial(along_length, figure=name) for name in FIGURES), failure_stack, tradeoff.front_figure,

@@ -3,9 +3,9 @@
     python -m kv_transition.studies.grid.remote --spec JSON --bin BIN.parquet --output CELL.parquet
 
 Each row is written to a journal beside the output as soon as it arrives. After an interruption the job reads the
-journal, sends only the missing requests and gives the same file; an incomplete last line is dropped. The experiment
-declares what the endpoint does with its cache. Columns that only the engine can know are null, unless the server
-reports them, as kv_transition's own does.
+journal, sends only the missing requests and writes the same file; an incomplete last line is dropped. The experiment
+declares what the endpoint does with its cache. Columns that only the engine knows are null, unless the server reports
+them, as the server of kv_transition does.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from kv_transition.run import command
 from kv_transition.studies.grid.tables import CELLS
 
 REQUESTS_VARIABLE = "KVT_REQUESTS"
-"""``retries:concurrency:alone:api_key_env``: how requests are sent changes no answer, so no rule depends on it. alone:
-1 where no other job sends requests to the endpoint meanwhile"""
+"""environment variable ``retries:concurrency:alone:api_key_env``. It is not part of a spec, because the way of sending
+requests changes no answer. alone: 1 if no other job sends requests to the endpoint at the same time"""
 
 _SEED_BITS = 31
 
@@ -70,9 +70,9 @@ class Journal:
 
 @contextmanager
 def journal_of(output: str) -> Iterator[Journal]:
-    """Within the block: the journal of a cell. It is deleted when the block ends without an error.
+    """Yield the journal of a cell. It is deleted at the end of the block, unless the block raises.
 
-    Raises UserError if another process is writing it.
+    Raises UserError if another process is writing the journal.
     """
     path = Path(output)
     path = path.with_name(f".{path.name}.journal")
@@ -130,12 +130,12 @@ def sends_tokens(endpoint: Row) -> bool:
 
 
 def _content(example: Row) -> tuple[str, int]:
-    """Return the user's message and where the context ends in it; the endpoint adds the chat template."""
+    """Return the user's message and the end of the context in it; the endpoint adds the chat template."""
     start, end = example["content_start"], example["content_end"]
     if start is None or end is None:
         raise UserError(
-            f"{example['task']}, {example['example_id']}: the chat template does not show where the message begins and "
-            "ends; set model.chat_template to never, or engine.api to completions"
+            f"{example['task']}, {example['example_id']}: the message cannot be separated from the chat template; set "
+            "model.chat_template to never, or engine.api to completions"
         )
     context = example["context_text"][start:]
     return context + example["question_text"][:end], len(context)
@@ -158,7 +158,7 @@ def _asked_of_kv_transition(spec: Row, place: Any, seed: int) -> Row:
 
 
 def _tiny(example: Row) -> Row:
-    """Return an example of one token that uses every option of the cell."""
+    """Return an example that generates one token and uses every option of the cell."""
     return example | {
         "context_text": "Hello,",
         "question_text": " world",
@@ -173,11 +173,11 @@ def _tiny(example: Row) -> Row:
 def rows(
     examples: Sequence[Row], spec: Row, client: Client, journal: Journal, concurrency: int = 1, *, alone: bool = True
 ) -> list[Row]:
-    """The cell's rows, an answer each, in the order of the bin; those in the journal are not asked for again.
+    """Return the cell's rows, one per answer, in the order of the bin; answers in the journal are not requested again.
 
-    alone: whether the endpoint answers no other job meanwhile.
+    alone: whether the endpoint serves no other job at the same time.
 
-    Raises UserError if the endpoint cannot answer at all; what it answered is in the journal then.
+    Raises UserError if the endpoint cannot answer at all; the journal then contains the answers so far.
     """
     units = [(example, repeat) for example in examples for repeat in range(spec["decoding"]["repeats"])]
     cell_hash = digest(spec)
@@ -185,7 +185,7 @@ def rows(
     prompts = {example["example_id"]: example["prompt_sha256"] for example in examples}
     done = {key: row for key, row in done.items() if row["prompt_sha256"] == prompts.get(key[0])}
     missing = [(example, repeat) for example, repeat in units if (example["example_id"], repeat) not in done]
-    # the longest first, as in the local engine, so that a lack of memory shows at once
+    # the longest prompts first, as in the local engine, so that a lack of memory appears at once
     missing.sort(key=lambda unit: -unit[0]["prompt_len"])
     requests = [request_of(spec, *unit) for unit in missing]
     if missing:
@@ -216,8 +216,8 @@ def _check_served(reply: Reply, spec: Row) -> None:
     asked = {"policy": spec["kind"]} | {key: spec[key] for key in ("hyper_parameters", "budget", "mode")}
     if did != asked:
         raise UserError(
-            f"{spec['endpoint']['base_url']} does not say that it served {spec['policy']} at {spec['budget']}; is it "
-            "python -m kv_transition serve, of this version? Otherwise set engine.serves to null"
+            f"{spec['endpoint']['base_url']} does not confirm that it served {spec['policy']} at {spec['budget']}; it "
+            "must be python -m kv_transition serve of this version, otherwise set engine.serves to null"
         )
 
 
@@ -242,7 +242,7 @@ def _row(reply: Reply, example: Row, spec: Row, memory: Watch, alone: bool) -> R
     kv = dict(reply.kv or {})
     seconds = {"ttft_s": reply.ttft_s, "decode_s": reply.decode_s, "latency_s": reply.latency_s}
     if kv:
-        # its clock is that of the local engine: without network, queue, and prompts that it had read before
+        # the server reports times like those of the local engine: without network, queue and cache hits
         http |= seconds
         seconds["latency_s"] = kv["prefill_s"] + kv["compress_s"] + kv["decode_s"]
     begin, end = reply.window or (0.0, 0.0)
@@ -252,7 +252,7 @@ def _row(reply: Reply, example: Row, spec: Row, memory: Watch, alone: bool) -> R
         **usage,
         "load_s": 0.0,
         **seconds,
-        # of requests that overlap, the server may decode several at once
+        # the server may decode overlapping requests as one batch
         "batch_size": 1 if shared is False else None,
         "co_running": shared,
         "peak_mem_mb": memory.peak_mb(begin, end),
@@ -262,11 +262,10 @@ def _row(reply: Reply, example: Row, spec: Row, memory: Watch, alone: bool) -> R
 
 
 def usage_of(reply: Reply, example: Row, spec: Row) -> tuple[Row, list[str]]:
-    """``prompt_tokens`` and ``completion_tokens`` as the endpoint counted them, null where they cannot be right, and
-    what is strange about them.
+    """Return ``prompt_tokens`` and ``completion_tokens`` as the endpoint counted them, and concerns about them.
 
-    Of the prompt, which may be tokenized or wrapped in another way there, any count is believed; one that differs from
-    ours is a concern.
+    A count that is impossible becomes null. The endpoint may tokenize or wrap the prompt in another way, so any count
+    of the prompt is accepted; a count that differs from this project's is a concern.
     """
     told = reply.usage or {}
     concerns = [] if reply.usage else ["no usage"]
@@ -279,7 +278,7 @@ def usage_of(reply: Reply, example: Row, spec: Row) -> tuple[Row, list[str]]:
         right = isinstance(value, int) and not isinstance(value, bool) and value >= low
         counts[name] = value if right and (high is None or value <= high) else None
         if reply.usage and counts[name] is None:
-            concerns.append(f"{name} {value!r} cannot be")
+            concerns.append(f"{name} {value!r} cannot be right")
     given, ours = counts["prompt_tokens"], example["prompt_len"]
     if given is not None and given != ours:
         concerns.append(f"prompt_tokens {given}, and {ours} by the tokenizer of model.name")

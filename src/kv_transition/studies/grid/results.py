@@ -1,4 +1,4 @@
-"""The experiment's tables for figures and report: without aliases, with null in place of NaN, in a fixed order."""
+"""The experiment's tables for figures and report: without aliases, with null instead of NaN, in a fixed order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kv_transition.stats.frames import read_table
 KEY = ("task", "mode", "policy", "budget", "bin", "statistic")
 Row = dict[str, Any]
 BYTES_IN_ALL = pl.col("raw").str.json_path_match("$.total_bytes").cast(pl.Float64)
-"""of the answers of policies that keep what they evict in other memory; null for all others"""
+"""total bytes of the answers of policies that keep evicted entries in other memory; null for all others"""
 
 
 def in_family(row: Row | None) -> Row | None:
-    """Return a comparison with the interval that belongs to its p-value after Holm."""
+    """Return a comparison with the interval that agrees with its p-value after Holm."""
     return row and row | {"ci_low": row["holm_low"], "ci_high": row["holm_high"]}
 
 
@@ -38,7 +38,7 @@ class Results:
 
     @cached_property
     def policies(self) -> list[str]:
-        """All policies but the full cache, always in the same order, so that a policy keeps its colour."""
+        """Return all policies but the full cache, always in the same order, so that a policy keeps its colour."""
         return sorted(set(self.stats["policy"]) - {FULL["policy"]})
 
     @cached_property
@@ -48,13 +48,13 @@ class Results:
 
     @cached_property
     def groups(self) -> list[tuple[str, str]]:
-        """(task, mode) of each group; modes are never mixed."""
+        """Return the (task, mode) of each group; modes are never mixed."""
         found = self.stats.select("task", "mode").unique().rows()
         return sorted(found, key=lambda k: (k[0], list(labels.MODES).index(k[1])))
 
     @cached_property
     def panels(self) -> list[tuple[str, str, str]]:
-        """(task, mode, budget) of each panel with a policy, or of the full cache alone."""
+        """Return the (task, mode, budget) of each panel with a policy, or of the full cache alone."""
         frame = self.stats.filter(pl.col("policy") != FULL["policy"])
         if not frame.height:
             frame = self.stats
@@ -63,18 +63,18 @@ class Results:
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:
-        """(policy, budget), the full cache first, large budgets before small ones."""
+        """Return each (policy, budget), the full cache first, large budgets before small ones."""
         own = self.stats.filter(pl.col("policy") != FULL["policy"]).select("policy", "budget").unique().rows()
         return [tuple(FULL.values()), *sorted(own, key=lambda k: (labels.budget_order(k[1]), k[0]))]
 
     @cached_property
     def keeping_all(self) -> list[str]:
-        """Policies that keep evicted entries in other memory and report the total bytes."""
+        """Return the policies that keep evicted entries in other memory and report the total bytes."""
         return sorted(set(self.scores.filter(BYTES_IN_ALL.is_not_null())["policy"]))
 
     @cached_property
     def contenders(self) -> list[str]:
-        """Policies that can answer how little memory is enough."""
+        """Return the policies that save memory and can therefore show how little memory is enough."""
         return [policy for policy in self.policies if policy not in self.keeping_all] or self.policies
 
     def curve(self, statistic: str, task: str, mode: str) -> pl.DataFrame:
@@ -111,9 +111,7 @@ class Results:
 
 
 def read_results(scores: str, bin_stats: str, comparisons: str, transition: str) -> Results:
-    """Return the tables from their files, without the aliases of the full cache. Raises UserError if nothing is
-    left.
-    """
+    """Return the tables from their files, without aliases of the full cache. Raises UserError if nothing is left."""
     confidence = json.loads(read_metadata(bin_stats).get("statistics", "{}")).get("confidence", 0.95)
     answers = read_table(scores)
     aliases = answers.filter("alias").select("policy", "budget").unique()

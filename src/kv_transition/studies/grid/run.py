@@ -2,7 +2,8 @@
 
     python -m kv_transition.studies.grid.run --spec JSON --bin BIN.parquet --output CELL.parquet
 
-For each example: load or compute its prefill, compress it to the budget, read the question, decode (see `run.decode`).
+For each example the job loads or computes its prefill, compresses it to the budget, reads the question and decodes (see
+`run.decode`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kv_transition.studies.grid.moments import Paces, calibrated, paces
 from kv_transition.studies.grid.tables import CELLS
 
 GUESS = 8
-"""steps that an answer is expected to take before it is known, where K depends on them"""
+"""first guess of the number of decode steps of an answer, if K depends on that number"""
 Unit = tuple[dict[str, Any], int]
 """an example and the number of its repeat"""
 
@@ -54,15 +55,16 @@ def _policy(kind: str, hyper_parameters: dict[str, Any]) -> Policy:
 
 
 def _presses() -> ModuleType:
-    """Import by name, so that the code hash of other cells does not cover it."""
+    """Return the module of presses, imported by name, so that the code hash of other cells does not include it."""
     return importlib.import_module("kv_transition.run.press")
 
 
 def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool) -> Iterator[list[Unit]]:
-    """Yield runs of at most ``size`` answers to decode together: those whose caches will hold equally many entries.
+    """Yield lists of at most ``size`` answers to decode as one batch: answers whose caches will hold the same number of
+    entries.
 
-    ragged: also others, if padding costs less than it gains. A policy that acts at each step is never padded, and one
-    that acts before a step's attention decodes one answer at a time.
+    ragged: also combine other answers, if padding costs less than the batch saves. The caches of a policy that acts at
+    each step are never padded, and a policy that acts before a step's attention decodes one answer at a time.
     """
     if setting.policy.one_at_a_time or setting.matches:
         size = 1
@@ -76,8 +78,8 @@ def batches(units: Sequence[Unit], size: int, setting: Setting, *, ragged: bool)
         k = setting.entries(n) if setting.evicts else n
         return k + question if before_question and not held else k
 
-    # the largest first: what does not fit is known at once, and the buffers of compiled decoding hold all that follow;
-    # those of one context in a row
+    # The largest answers come first, so that a lack of memory appears at once and the buffers of compiled decoding are
+    # large enough for all later answers. Answers about one context follow each other.
     place: dict[tuple[int, ...], tuple[int, int]] = {}
     for number, unit in enumerate(units):
         most, first = place.get(key_of(unit[0]), (0, number))
@@ -102,9 +104,9 @@ def rows(
     calibration: str | None = None,
     treated: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Yield the cell's rows, one per answer, in the order of the bin.
+    """Return the cell's rows, one per answer, in the order of the bin.
 
-    calibration, treated: the files that a cell of entropy_recall takes beside its bin (see `moments`).
+    calibration, treated: the files that a cell of entropy_recall reads in addition to its bin (see `moments`).
     """
     setting = setting_of(spec)
     setting = replace(setting, policy=calibrated(setting.policy, calibration))
@@ -122,7 +124,7 @@ def rows(
 def _answered(
     engine: LocalEngine, units: list[Unit], setting: Setting, spec: dict[str, Any], contexts: Contexts, paced: Paces
 ) -> list[dict[str, Any]]:
-    """Return a row for each answer. A batch that runs out of memory is halved; a single answer that does is a
+    """Return a row for each answer. If memory runs out, a batch is halved, and a single answer is recorded as a
     failure.
     """
     try:
@@ -229,12 +231,12 @@ def _row(engine: LocalEngine, setting: Setting, got: Answer, load_s: float, peak
 
 
 def _telemetry(setting: Setting, got: Answer) -> dict[str, Any]:
-    """Entries over time, of an answer whose cache was compressed while it was generated."""
+    """Return the entries over time for an answer whose cache was compressed while it was generated."""
     return {"entries": over_time(got.kept)} if isinstance(setting.policy, Paced) else {}
 
 
 def _full(got: Answer, match: Match) -> float | None:
-    """Return the entries of a full cache over the same answer."""
+    """Return the number of entries of a full cache over the same answer."""
     return None if got.course is None else replace(got.course, steps=len(got.kept)).full(match)
 
 

@@ -1,4 +1,4 @@
-"""Score all answers of an experiment: cells and their examples, joined into one table."""
+"""Score all answers of an experiment: join cells and their examples into one table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Example = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """The answers of one cell, and the key that its path names."""
+    """The answers of one cell, and the key in its path."""
 
     path: str
     key: Mapping[str, str]  # task, mode, policy, budget, bin
@@ -45,7 +45,7 @@ def write_scores(
     aliases: Sequence[tuple[str, str]],
     output: str,
 ) -> None:
-    """Score the cells of the ``score`` rule; ``grid``: the JSON file with the hash that each cell's rows must carry."""
+    """Score the cells of the ``score`` rule; ``grid``: a JSON file with the hash that each cell's rows must have."""
     expected = parsing.read_json(grid)
     score_cells(cells, bins, manifests, expected, output, aliases)
 
@@ -61,17 +61,17 @@ def score_cells(
     """Score every answer and write them as one table (``tables.SCORES``), in the order of the cells.
 
     Args:
-        cells: paths of cells (``tables.CELLS``); a cell of an empty bin is empty.
+        cells: paths of cells (``tables.CELLS``); the cell of an empty bin is empty.
         bins: paths of the bin files (``tables.BIN``) that the cells answer.
         manifests: paths of the tasks' manifests, which name data set and task.
-        expected: the ``cell_hash`` that each cell should carry, by path.
-        output: path of the table. It carries the metadata that all cells have in common.
-        aliases: (policy, budget) that are the full cache by definition: the full cache's rows are repeated under each
-            such name, in every mode, with ``alias`` true.
+        expected: the ``cell_hash`` that each cell must have, by path.
+        output: path of the table. It gets the metadata that all cells have in common.
+        aliases: (policy, budget) pairs that are the full cache by definition: the full cache's rows are repeated under
+            each of these names, in every mode, with ``alias`` true.
 
     Raises:
-        UserError: a file cannot be read; a cell does not answer exactly the prompts of its bin, each once a repeat,
-            or was made with other settings or code; a bin file or a manifest is missing. Nothing is written then.
+        UserError: a file cannot be read; a cell does not answer exactly the prompts of its bin, each once a repeat, or
+            was computed with other settings or code; a bin file or a manifest is missing. Nothing is written then.
     """
     examples = {_bin_key(path): _read_examples(path) for path in bins}
     tasks = dict(_read_task(path) for path in manifests)
@@ -95,7 +95,9 @@ def score_cells(
     if aliases:
         full = [rows for cell, rows in zip(loaded, scored, strict=True) if cell.key["policy"] == "full"]
         if not full:
-            raise UserError("a budget of 1.0 repeats the full cache's answers, which were not run: add policy full")
+            raise UserError(
+                "a budget of 1.0 repeats the full cache's answers, but the full cache was not run: add the policy full"
+            )
         table = pa.concat_tables([table, *(_alias(pa.concat_tables(full), *name) for name in aliases)])
     provenance.write_table(output, table, _common_metadata(loaded))
 
@@ -160,9 +162,9 @@ def _check(cell: Cell, examples: Mapping[str, Example], expected_hash: str | Non
     columns = cell.answers.select([*cell.key, "example_id", "repeat", "prompt_sha256", "cell_hash"]).to_pydict()
     for name, value in cell.key.items():
         if other := {str(v) for v in columns[name]} - {value}:
-            raise _UnfitError(f"holds answers of {name} {min(other)}")
+            raise _UnfitError(f"contains answers of {name} {min(other)}")
     if other := {str(h) for h in columns["cell_hash"]} - {expected_hash}:
-        raise _UnfitError(f"made with other settings or code, cell_hash {min(other)} instead of {expected_hash}")
+        raise _UnfitError(f"computed with other settings or code, cell_hash {min(other)} instead of {expected_hash}")
 
     ids = columns["example_id"]
     if surplus := set(ids) - set(examples):
@@ -184,7 +186,7 @@ def _sentence(problems: Mapping[str, str], n_cells: int) -> str:
     named = "; ".join(f"{path}: {why}" for path, why in list(problems.items())[:_NAMED_FILES])
     more = f"; and {len(problems) - _NAMED_FILES} more" if len(problems) > _NAMED_FILES else ""
     return (
-        f"{len(problems)} of {n_cells} cells do not fit this experiment ({named}{more}): "
+        f"{len(problems)} of {n_cells} cells do not match this experiment ({named}{more}): "
         "delete these files and run again, or rerun all cells with snakemake --forcerun cell"
     )
 
@@ -196,10 +198,10 @@ def _sentence(problems: Mapping[str, str], n_cells: int) -> str:
 def grade(
     text: str | None, finish_reason: str | None, error: str | None, example: Example, task: Task
 ) -> dict[str, Any]:
-    """What one answer is worth: the columns of ``tables.SCORES`` from ``metric`` to ``failure``.
+    """Return the scores of one answer: the columns of ``tables.SCORES`` from ``metric`` to ``failure``.
 
-    Where the engine reported an error there is no answer to be right or wrong: the scores are null and the failure
-    says why. ``gold_norm`` is the gold answer that the answer is closest to by F1, the first of several.
+    If the engine reported an error, there is no answer to score: the scores are null and the failure states the reason.
+    ``gold_norm`` is the gold answer with the highest F1, the first of several.
     """
     answers, classes = example["answers"] or [], example["all_classes"]
     label = failures.failure(text or "", answers, classes, task.pattern, task.first_line_only, finish_reason, error)
@@ -248,7 +250,7 @@ def _alias(full: pa.Table, policy: str, budget: str) -> pa.Table:
 
 
 def _common_metadata(cells: Sequence[Cell]) -> dict[str, str]:
-    """Return the metadata that all cells share; commit and versions of the cells beside those of this file."""
+    """Return the metadata that all cells share; commit and versions of the cells get names of their own."""
     if not cells:
         return {}
     common = dict(set.intersection(*(set(cell.metadata.items()) for cell in cells)))

@@ -29,7 +29,7 @@ class Dataset(Section):
         None, description="synthetic, ruler: sizes in tokens"
     )
     n_per_length: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
-        None, description="synthetic, ruler: how many of each"
+        None, description="synthetic, ruler: number of examples of each length"
     )
     seed: Seed = Field(0, description="synthetic, ruler: seed of the documents")
 
@@ -46,7 +46,7 @@ class Dataset(Section):
                 f"path: {self.name} needs the benchmark's file, its folder, or a hub repository owner/name"
             )
         if self.name == "jsonl" and not self.path:
-            raise ValueError("path: jsonl needs the .jsonl file or the folder that holds {task}.jsonl")
+            raise ValueError("path: jsonl needs the .jsonl file or the folder that contains {task}.jsonl")
         return self
 
 
@@ -55,7 +55,7 @@ class Binning(Section):
 
     n_bins: int = Field(5, ge=1, le=50, description="number of length bins")
     edges: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="n_bins + 1 edges; null: quantiles")
-    n_per_bin: int = Field(20, ge=1, le=100_000, description="examples chosen in each bin")
+    n_per_bin: int = Field(20, ge=1, le=100_000, description="number of examples chosen in each bin")
     strict: bool = Field(False, description="stop when a bin has fewer examples than n_per_bin")
     seed: Seed = Field(0, description="seed of the choice")
 
@@ -74,22 +74,24 @@ class Binning(Section):
 
 
 class Adaptive(Section):
-    """More examples only where the transition is undecided."""
+    """Adaptive allocation: further examples only for bins in which the transition is undecided."""
 
-    enabled: bool = Field(False, description="true: examples are added to a bin in shards while it is undecided")
+    enabled: bool = Field(False, description="true: shards of examples are added to a bin while it is undecided")
     start: int = Field(5, ge=1, le=100_000, description="examples in each bin at the first look")
-    step: int = Field(5, ge=1, le=100_000, description="examples that an undecided bin gets at each look after it")
-    cap: int = Field(40, ge=1, le=100_000, description="examples in a bin at most; fixes the looks and their levels")
+    step: int = Field(5, ge=1, le=100_000, description="examples that an undecided bin gets at each later look")
+    cap: int = Field(
+        40, ge=1, le=100_000, description="largest number of examples in a bin; determines the looks and their levels"
+    )
 
     @model_validator(mode="after")
     def _room(self) -> Adaptive:
         if self.start > self.cap:
-            raise ValueError(f"start: {self.start} is more than cap, {self.cap}; give at most that")
+            raise ValueError(f"start: {self.start} is more than cap, {self.cap}; give at most the value of cap")
         return self
 
     @property
     def shards(self) -> list[tuple[int, int]]:
-        """Where each shard begins in a bin's order of choice, and the place behind its end; as many as looks."""
+        """Return start and end of each shard in a bin's order of choice; there are as many shards as looks."""
         ends = [*range(self.start, self.cap, self.step), self.cap]
         return list(pairwise([0, *ends]))
 
@@ -103,7 +105,7 @@ class Fields(Section):
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that are answered; none in an experiment of perplexity or conversations only."""
+        """Return the tasks that are answered; none in an experiment with perplexity or conversations only."""
         return self.dataset.tasks if self.dataset else []
 
     @field_validator("adaptive")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _DECODED = {"temperature", "repeats", "batch", "compile", "seed", "compress_every", "budget_of", "max_entries"}
 
 HELD_OUT = 32
-"""examples of a task that tau is calibrated on, at most"""
+"""largest number of examples of a task that tau is calibrated on"""
 
 
 def cells(settings: Settings) -> list[tuple[str, str, str]]:
@@ -32,7 +32,7 @@ def cells(settings: Settings) -> list[tuple[str, str, str]]:
 
 
 def aliases(settings: Settings) -> list[tuple[str, str]]:
-    """Return the (policy, budget) pairs that keep everything: the full cache's rows are used for them."""
+    """Return the (policy, budget) pairs that keep every entry, for which the full cache's rows are used."""
     full_asked = any(budget.is_full for budget in settings.kv.all_budgets())
     policies = [policy for policy in settings.kv.policies if policy != FULL and not once(settings, policy)]
     return [(policy, FULL_BUDGET) for policy in policies] if full_asked else []
@@ -45,7 +45,7 @@ def calibrated(settings: Settings, policy: str) -> bool:
 
 
 def treated(settings: Settings, policy: str) -> str | None:
-    """Return the policy whose cell a control's cell reads, in the same task, mode, budget and bin; None for others."""
+    """Return the policy whose cell a control reads, in the same task, mode, budget and bin; None for other policies."""
     own = recall_of(settings, policy)
     return None if own is None else own["like"]
 
@@ -98,7 +98,9 @@ def cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, A
 
 
 def _remote_cell(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:
-    """Return the spec of a cell of an endpoint. It contains what the endpoint is declared to be, unverified."""
+    """Return the spec of a cell of an endpoint. It contains what the experiment declares about the endpoint,
+    unverified.
+    """
     kind, hyper_parameters = resolve(settings, policy)
     engine = settings.engine
     return {
@@ -127,10 +129,12 @@ def _dataset(settings: Settings, *files: str) -> dict[str, Any]:
 def check(settings: Settings) -> None:
     """Raise UserError if the keys of the grid contradict each other or name something that does not exist."""
     if settings.adaptive.enabled and not settings.dataset:
-        raise UserError("adaptive.enabled: true needs a dataset; add one, or leave it out")
+        raise UserError("adaptive.enabled: true needs a dataset; add one, or remove this key")
     _check_pace(settings)
     if settings.kv.match != "none" and settings.decoding.compress_every is not None:
-        raise UserError("kv.match: with decoding.compress_every the cache grows and shrinks in steps; use none")
+        raise UserError(
+            "kv.match: with decoding.compress_every the cache grows and is compressed again and again; use none"
+        )
     if settings.dataset:
         _check_dataset(settings, settings.dataset)
         if settings.engine.kind == "openai":
@@ -138,41 +142,43 @@ def check(settings: Settings) -> None:
 
 
 def _check_pace(settings: Settings) -> None:
-    """Raise UserError where compression while decoding is asked for in part, or of what cannot do it."""
+    """Raise UserError if keys of compression while decoding are incomplete, or if a policy or engine does not support
+    it.
+    """
     decoding = settings.decoding
     if decoding.compress_every is None:
         for key, default in (("budget_of", "prompt"), ("max_entries", None)):
             if getattr(decoding, key) != default:
                 raise UserError(
-                    f"decoding.{key}: only with compress_every; give that a number of entries, or leave this out"
+                    f"decoding.{key}: this key needs compress_every; set compress_every, or remove this key"
                 )
         return
     if settings.engine.kind == "openai":
         raise UserError(
-            "decoding.compress_every: an endpoint decodes by itself; leave it out, or set engine.kind: local"
+            "decoding.compress_every: an endpoint decodes by itself; remove this key, or set engine.kind to local"
         )
     for name in settings.kv.policies:
         kind, _ = resolve(settings, name)
         if catalog.is_press(kind) or kind == RECALL:
             raise UserError(
-                f"decoding.compress_every: {name} cannot be compressed again while it decodes; leave out one of them"
+                f"decoding.compress_every: {name} cannot compress again while it decodes; remove one of the two"
             )
 
 
 def _check_dataset(settings: Settings, dataset: Dataset) -> None:
     if dataset.name == "longbench" or dataset.name in OF_FILES:
-        hub_source(dataset.model_dump())  # raises where it is neither here nor a pinned repository
+        hub_source(dataset.model_dump())  # raises if it is neither a local path nor a pinned repository
     if dataset.name == "ruler" and max(dataset.lengths) > settings.model.max_length:
         longest = max(dataset.lengths)
         raise UserError(
             f"model.max_length: {settings.model.max_length} would cut the middle out of documents of {longest} tokens "
-            "(dataset.lengths); give at least that"
+            "(dataset.lengths); give at least that number"
         )
     for task in dataset.tasks:
         known = get_task(dataset.name, task)
         if "before_question" in settings.kv.modes and not known.has_question:
-            raise UserError(f"kv.modes: {task} has no question, so it has no before_question mode; use [after_prompt]")
-        local_source(dataset.model_dump(), task)  # raises where a local file is missing
+            raise UserError(f"kv.modes: {task} has no question, so it has no mode before_question; use [after_prompt]")
+        local_source(dataset.model_dump(), task)  # raises if a local file is missing
     for key in ("prompts", "max_lengths"):
         path = getattr(dataset, key)
         if path is not None and not Path(path).is_file():
@@ -186,17 +192,17 @@ def _check_engine(settings: Settings) -> None:
     for name in settings.kv.policies:
         own = recall_of(settings, name)
         if own and (own["tau_quantile"] is not None or own["like"] is not None):
-            raise UserError(f"kv.policies.{name}: an endpoint has nothing to calibrate it on; give tau, in nats")
+            raise UserError(f"kv.policies.{name}: it cannot be calibrated on an endpoint; give tau, in nats")
     if engine.serves:
         if engine.endpoints:
             raise UserError(
-                "engine.endpoints: a server of kv_transition takes the policy with each request; leave this out, "
+                "engine.endpoints: a server of kv_transition receives the policy with each request; remove this key, "
                 "or set engine.serves to null"
             )
         return
     if "before_question" in settings.kv.modes:
         raise UserError(
-            "kv.modes: an endpoint gets the whole prompt at once, so it cannot forget before the question; use "
+            "kv.modes: an endpoint gets the whole prompt at once, so it cannot evict entries before the question; use "
             "[after_prompt], or engine.serves: kv_transition"
         )
     used, there = set(), {}
@@ -205,8 +211,8 @@ def _check_engine(settings: Settings) -> None:
         other = there.setdefault(digest(endpoint(settings, policy, budget)), f"{policy} at {budget}")
         if other != f"{policy} at {budget}":
             raise UserError(
-                f"engine.endpoints: {other} and {policy} at {budget} have the same server, model and fields; say what "
-                "tells them apart"
+                f"engine.endpoints: {other} and {policy} at {budget} have the same server, model and fields; give them "
+                "different ones"
             )
     if strange := [key for key in engine.endpoints if key not in used]:
-        raise UserError(f"engine.endpoints.{strange[0]}: the experiment has no such policy and budget; leave it out")
+        raise UserError(f"engine.endpoints.{strange[0]}: the experiment has no such policy and budget; remove this key")

@@ -6,8 +6,9 @@ import pyarrow as pa
 
 from kv_transition.tables import CELL_KEY, ESTIMATE, FLOAT, INT, RATIO, TESTED, TEXT, TEXTS
 
-# An answer. Seconds; bytes of the cache's tensors; entries per KV head, before each of its `steps`, of the policy's
-# cache (kept_) and of a full one; null where a machine cannot measure.
+# An answer. Columns ending in _s: seconds. Columns ending in _bytes: bytes of the cache's tensors. kept_* and full_*:
+# entries per KV head of the policy's cache and of a full cache, as mean over the `steps` or at the last step. Null: the
+# machine cannot measure the value.
 CELLS = pa.schema(
     {
         "task": TEXT,
@@ -49,7 +50,8 @@ CELLS = pa.schema(
     }
 )
 
-# An answer and what it is worth. `metric` names what `score` is for the task; em and contains are ours.
+# An answer with its scores. `metric`: name of the task's own metric, whose value is `score`. em and contains are
+# metrics of this project.
 SCORES = pa.schema(
     [
         *CELLS,
@@ -66,7 +68,7 @@ SCORES = pa.schema(
         pa.field("gold_norm", TEXT),
         pa.field("failure", TEXT),
         pa.field("alias", pa.bool_()),
-        # The document that examples share; null: each has its own.
+        # Hash of the document, which examples may share; null: each example has its own document.
         pa.field("cluster", TEXT),
     ]
 )
@@ -76,11 +78,11 @@ BIN_STATS = pa.schema(
     {**CELL_KEY, "token_min": INT, "token_max": INT, "token_mean": FLOAT, "statistic": TEXT, **ESTIMATE}
 )
 
-# A paired difference against `reference_policy` at `reference_budget` on the same examples: comparisons.parquet (from
-# the full cache) and pairs.parquet (from another policy). `effect`: share of the examples that are better minus share
-# that are worse, `effect_p` the p-value that it is 0; `holm_low` and `holm_high`: the interval that excludes 0 exactly
-# where p_holm is below 1 - confidence; `mdd`: the true difference that such a test finds with a power of 80 %;
-# `n_decides`: about how many examples would show the difference that was seen.
+# A paired difference from `reference_policy` at `reference_budget` on the same examples: comparisons.parquet (from the
+# full cache) and pairs.parquet (from another policy). `effect`: share of the examples that are better minus share that
+# are worse; `effect_p`: p-value of the hypothesis that it is 0. `holm_low`, `holm_high`: the interval that excludes 0
+# exactly if p_holm is below 1 - confidence. `mdd`: the true difference that such a test detects with a power of 80 %.
+# `n_decides`: about how many examples would show the observed difference.
 COMPARISONS = pa.schema(
     {
         **CELL_KEY,
@@ -100,10 +102,10 @@ COMPARISONS = pa.schema(
     }
 )
 
-# A test whether a policy keeps the share `kept` of the full cache's score: `estimate` is the mean of
-# score - kept * full score, `n_needed` the fewest examples with which the test can succeed at all,
-# `n_decides` about how many it would take were what was seen the truth; null where less than `kept` was seen;
-# `ratio_holm_low` the lower end of the ratio that lies above `kept` exactly where p_holm shows it.
+# A test whether a policy keeps the share `kept` of the full cache's score. `estimate`: mean of score - kept * full
+# score. `n_needed`: the smallest number of examples with which the test can succeed. `n_decides`: about how many
+# examples would decide if the observed mean were the true one; null if less than `kept` was observed. `ratio_holm_low`:
+# the lower bound of the ratio; it is above `kept` exactly if p_holm shows non-inferiority.
 NONINFERIORITY = pa.schema(
     {
         **CELL_KEY,
@@ -118,8 +120,8 @@ NONINFERIORITY = pa.schema(
     }
 )
 
-# The smallest budget that passes that test together with all larger ones; the ratio is that at this budget, or at the
-# largest one tested where none passes.
+# The smallest budget that passes that test together with all larger budgets. The ratio is the one at this budget, or at
+# the largest tested budget if none passes.
 SMALLEST_BUDGET = pa.schema(
     {
         "task": TEXT,
@@ -138,10 +140,11 @@ SMALLEST_BUDGET = pa.schema(
     }
 )
 
-# One row per (task, mode, policy, budget): where answers become unreliable along the length bins. Bins are null where
-# there is none; `detector` is "definition" or "zscore"; `outcome` a word of analysis/scale.py (null for zscore), which
-# begins at `since_bin`; `n_decides` examples would decide an undecided one; `kept_low` and `kept_high`: the interval
-# of the score kept that agrees with it, after Holm; `details` a JSON object.
+# One row per (task, mode, policy, budget): the bins in which answers become unreliable along the length. `onset_bin`,
+# `collapse_bin`: null if there is none. `detector`: "definition" or "zscore". `outcome`: a word of analysis/scale.py
+# (null for zscore), which begins at `since_bin`. `n_decides`: about how many examples would decide an undecided
+# outcome. `kept_low`, `kept_high`: the interval of the score kept that agrees with the outcome, after Holm. `details`:
+# a JSON object.
 TRANSITION = pa.schema(
     {
         "task": TEXT,
@@ -192,7 +195,7 @@ BUDGET_TRANSITION = pa.schema(
     }
 )
 
-# A decision of one round of adaptive allocation: how many examples a bin gets next, and why.
+# A decision of one look of adaptive allocation: how many examples a bin gets next, with the reason.
 ALLOCATION = pa.schema(
     {
         "task": TEXT,

@@ -19,10 +19,10 @@ DIFFERENCES = {"score": "Score", "failure_rate": "Failure rate"}
 
 
 def footprints(results: Results) -> dict[tuple[str, str, str, str], Row]:
-    """Return bytes kept (in any memory) over bytes of the full cache, by (task, mode, policy, budget).
+    """Return the bytes kept (in any memory) divided by the bytes of the full cache, by (task, mode, policy, budget).
 
-    The mean over an answer if its course is known, else at its end; over all lengths; the context is the cluster. Rows
-    have estimate, ci_low, ci_high, n, method.
+    The value is the mean over an answer if it is known, else the value at its end, and the mean over all lengths with
+    the context as the cluster. Rows have estimate, ci_low, ci_high, n, method.
     """
     key = ["task", "mode", "policy", "budget"]
     share = held_share(results.scores, pl.coalesce(BYTES_IN_ALL, "cache_bytes"))
@@ -40,10 +40,10 @@ def footprints(results: Results) -> dict[tuple[str, str, str, str], Row]:
 
 
 def front(results: Results) -> list[Row]:
-    """Return every policy and budget as a point: share of the bytes kept, share of the full cache's score kept.
+    """Return every policy and budget as a point: share of the bytes kept, and share of the full cache's score kept.
 
     ``best`` marks the Pareto front of its task and mode: no other point has at most the bytes and at least the score,
-    with one of the two better. Points without measured bytes are left out.
+    with one of the two better. Points without measured bytes are omitted.
     """
     bytes_kept, points = footprints(results), []
     for task, mode in results.groups:
@@ -116,7 +116,7 @@ def _front_layers(rows: list[Row], policies: Sequence[str], data: Datasets) -> l
     ]  # fmt: skip
 
 
-_FRONT_TITLE = "What is kept against what it costs"
+_FRONT_TITLE = "Score kept against bytes kept"
 
 
 def _front_note(results: Results) -> str:
@@ -124,12 +124,12 @@ def _front_note(results: Results) -> str:
 
 
 def _nothing_measured(title: str, results: Results) -> Spec:
-    why = "Nothing to draw: bytes of the cache were not measured, or nothing was compared."
+    why = "There is nothing to draw, because bytes of the cache were not measured or nothing was compared."
     return panels.note(why, title, panels.share(results.confidence))
 
 
 def front_figure(results: Results) -> Spec:
-    """Return score kept against bytes kept, a panel per task and mode, with the Pareto front ringed."""
+    """Return the figure of score kept against bytes kept: a panel per task and mode, with the Pareto front ringed."""
     rows = _front_rows(results)
     if not rows:
         return _nothing_measured(_FRONT_TITLE, results)
@@ -143,7 +143,7 @@ def front_figure(results: Results) -> Spec:
 
 
 def front_explorer(results: Results) -> Spec | None:
-    """Return the same as an interactive chart, for one mode at a time; None without measured bytes."""
+    """Return that figure as an interactive chart, one mode at a time; None if no bytes were measured."""
     rows = _front_rows(results)
     if not rows:
         return None
@@ -181,7 +181,7 @@ def forest(
     data: Datasets,
     what: str = "policy minus full cache, same examples",
 ) -> list[alt.Chart]:
-    """Return the layers of a forest plot of differences: rows as those of `difference_rows`, one line per ``name``."""
+    """Return the layers of a forest plot of differences: rows as of `difference_rows`, one line per ``name``."""
     ends = [r[k] for r in rows for k in ("estimate", "low", "high") if r[k] is not None]
     domain = [max(-1.0, 1.05 * min([-0.1, *ends])), min(1.0, 1.05 * max([0.1, *ends]))]
     signs = "datum.value == 0 ? '0' : format(datum.value, '+.2~f')"
@@ -221,7 +221,7 @@ def difference_figure(results: Results) -> Spec:
 
 
 def difference_explorer(results: Results) -> Spec | None:
-    """Return the same as an interactive chart: score or failures, one bin or all, one mode at a time."""
+    """Return the differences as an interactive chart: score or failures, one bin or all, one mode at a time."""
     rows = difference_rows(results)
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""Scores of lm-evaluation-harness's tasks against the full cache, and their section of the report."""
+"""The analysis and the report section of lm-evaluation-harness's tasks: scores, and differences from the full cache."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Row = dict[str, Any]
 
 
 def write_harness(measured: Sequence[str], output: str, expected: Mapping[str, str], confidence: float) -> None:
-    """Write tables.HARNESS from the jobs' files; ``expected``: the hash that each of them has to carry.
+    """Write tables.HARNESS from the jobs' files; ``expected``: the hash that each file must have.
 
-    Raises UserError if a file was made under other settings or has another model's documents.
+    Raises UserError if a file was computed with other settings.
     """
     facts = [json.loads(read_metadata(path)["harness"]) for path in measured]
     for path, found in zip(measured, facts, strict=True):
         if found["harness_hash"] != expected[path]:
-            raise UserError(f"{path} was made under other settings; delete it and run again")
+            raise UserError(f"{path} was computed with other settings; delete it and run again")
     documents = pl.concat([frames.read_parquet(path) for path in measured])
     rows = [row for found in facts for row in _rows(found, documents, confidence)]
     adjust(rows)
@@ -43,7 +43,7 @@ def write_harness(measured: Sequence[str], output: str, expected: Mapping[str, s
 
 
 def _rows(found: Row, documents: pl.DataFrame, confidence: float) -> Iterator[Row]:
-    """Return the scores of one job, each with its difference from the full cache on the same documents."""
+    """Yield the scores of one job, each with its difference from the full cache on the same documents."""
     full = found["policy"] == FULL["policy"]
     key = {"mode": found["mode"], "policy": found["policy"], "budget": found["budget"]}
     for score in found["scores"]:
@@ -62,7 +62,8 @@ def _rows(found: Row, documents: pl.DataFrame, confidence: float) -> Iterator[Ro
 def compared(both: pl.DataFrame, confidence: float, family: str) -> Row:
     """Return the mean of ``value - value_full`` over documents with its interval, and a p-value for scores in [0, 1].
 
-    Scores in [0, 1] take the project's paired inference (docs/statistics.md), others Student's t without a p-value.
+    Scores in [0, 1] use the project's paired inference (docs/statistics.md); other scores use Student's t without a
+    p-value.
     """
     if not both.height:
         return {"paired": 0}
@@ -95,9 +96,10 @@ def build(source: Source) -> dict[str, Any] | None:
         })  # fmt: skip
     return {
         "sentences": [
-            "Prompts, scores and standard errors (after ±) are those of lm-evaluation-harness, n its documents. The "
-            "difference is the policy's mean score minus that of the full cache on the same documents, with the "
-            "interval of the paired test; p after Holm over the policies, budgets and modes of a task and metric.",
+            "Prompts, scores and standard errors (after ±) are those of lm-evaluation-harness; n is the number of its "
+            "documents. The difference is the policy's mean score minus that of the full cache on the same documents, "
+            "with the interval of the paired test. The adjusted p-value is Holm's over the policies, budgets and modes "
+            "of a task and metric.",
         ],
         "figures": list(FIGURES),
         "tables": tables,

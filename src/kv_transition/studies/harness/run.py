@@ -25,18 +25,18 @@ Row = dict[str, Any]
 
 
 def evaluated(spec: Row) -> Mapping[str, Any]:
-    """Return what the harness returns of the spec's tasks: results, samples and more.
+    """Return the harness's results for the tasks of the spec: scores, samples and more.
 
-    Raises UserError where the harness is not installed, has no such task, or a task and the policy do not go together.
+    Raises UserError if the harness is not installed, has no such task, or if a task cannot be run with the policy.
     """
     if find_spec("lm_eval") is None:
         raise UserError(
-            "harness: lm-evaluation-harness is not installed here; run from an environment with the extra lm-eval "
-            "(`make lm-eval` makes one), or let Snakemake make it with --sdm conda"
+            "harness: lm-evaluation-harness is not installed; use an environment with the extra lm-eval "
+            "(`make lm-eval` creates one), or let Snakemake create it with --sdm conda"
         )
     from lm_eval import simple_evaluate
 
-    tasks = _tasks(spec)  # before the model is loaded, since this may refuse
+    tasks = _tasks(spec)  # before the model is loaded, because this may raise
     return simple_evaluate(
         _model(spec), tasks=spec["tasks"], task_manager=tasks, num_fewshot=spec["num_fewshot"], limit=spec["limit"],
         batch_size=spec["batch_size"], bootstrap_iters=spec["resamples"], log_samples=True,
@@ -48,7 +48,7 @@ def _model(spec: Row) -> Any:
 
     own = {key: value for key, value in spec["model"].items() if key not in ("name", "fingerprint")}
     model = load_model(spec["model"]["name"], **own)
-    model.set_attn_implementation("sdpa")  # GuestEngine takes its attention over where the cache is compressed
+    model.set_attn_implementation("sdpa")  # GuestEngine replaces the attention while the cache is compressed
     budget = Budget.parse(spec["budget"])
     return CompressedLM(
         model, spec["kind"], None if budget.is_full else spec["budget"], spec["mode"], spec["separator"], spec["seed"],
@@ -58,18 +58,18 @@ def _model(spec: Row) -> Any:
 
 
 def _tasks(spec: Row) -> Any:
-    """Return the harness's index of tasks. Raises UserError if one of the spec's tasks is not in it."""
+    """Return the harness's index of tasks. Raises UserError if it lacks one of the spec's tasks."""
     from lm_eval.tasks import TaskManager
 
     manager = None
-    if spec["include_path"]:  # the harness's own are thousands of files, and read only where they are asked for
+    if spec["include_path"]:  # the harness's own tasks are thousands of files, so they are read only if they are needed
         manager = TaskManager(include_path=spec["include_path"], include_defaults=False)
     if manager is None or not set(spec["tasks"]) <= set(manager.all_tasks):
         manager = TaskManager(include_path=spec["include_path"])
     if unknown := [name for name in spec["tasks"] if name not in manager.all_tasks]:
         raise UserError(
             f"harness.tasks: lm-evaluation-harness {version('lm-eval')} has no task {unknown[0]!r}; `lm_eval ls tasks` "
-            "lists them, and harness.include_path names a folder with others"
+            "lists its tasks, and harness.include_path names a folder with further tasks"
         )
     return manager
 
@@ -92,7 +92,7 @@ def scores(found: Mapping[str, Any]) -> list[Row]:
 
 
 def documents(found: Mapping[str, Any]) -> list[Row]:
-    """Return a row for each document of each task under each metric and filter."""
+    """Return one row for each document of each task, metric and filter."""
     return [
         {
             "task": task, "metric": metric, "filter": sample["filter"],
@@ -107,7 +107,7 @@ def documents(found: Mapping[str, Any]) -> list[Row]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number of any library as a float; None for what is none, such as N/A or a pair of sums."""
+    """Return a number of any library as a float; None for other values, such as N/A or a pair of sums."""
     try:
         return float(value) if value is not None and not isinstance(value, str) else None
     except (TypeError, ValueError):

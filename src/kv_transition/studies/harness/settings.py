@@ -1,4 +1,4 @@
-"""The keys of the study that runs tasks of lm-evaluation-harness."""
+"""The configuration keys of the study that runs tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ class Harness(Section):
     tasks: list[Task] = Field(min_length=1, description="names of tasks or groups of lm-evaluation-harness")
     include_path: str | None = Field(None, min_length=1, description="folder with task files of your own")
     policies: list[Name] | None = Field(
-        None, min_length=1, description="names of kv.policies; null: all. full is always among them"
+        None, min_length=1, description="names from kv.policies; null: all. full is always included"
     )
     budgets: list[Budget] | None = Field(
-        None, min_length=1, description="those of kv.budgets, as r0.2 or t128; null: all"
+        None, min_length=1, description="budgets from kv.budgets, as r0.2 or t128; null: all"
     )
-    modes: list[Mode] | None = Field(None, min_length=1, description="those of kv.modes or others; null: kv.modes")
+    modes: list[Mode] | None = Field(
+        None, min_length=1, description="modes, also ones that kv.modes does not list; null: kv.modes"
+    )
     separator: str = Field("\n\n", min_length=1, description="before_question: text between context and question")
-    limit: int | None = Field(None, ge=1, description="documents of each task, the first ones; null: all")
-    num_fewshot: int | None = Field(None, ge=0, description="examples before each document; null: as the task says")
-    batch_size: int = Field(1, ge=1, le=10_000, description="requests answered together")
+    limit: int | None = Field(
+        None, ge=1, description="number of documents of each task, taken from the front; null: all"
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="number of examples before each document; null: as the task defines"
+    )
+    batch_size: int = Field(1, ge=1, le=10_000, description="number of requests answered together")
 
     @model_validator(mode="after")
     def _each_once(self) -> Harness:

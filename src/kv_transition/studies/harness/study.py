@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kv_transition.settings import Settings
 
 FULL_MODE = "after_prompt"
-"""the full cache is run once: its answers are the same in each mode"""
+"""mode of the full cache, which is run only once because its answers are the same in each mode"""
 
 
 def _policies(settings: Settings) -> list[str]:
@@ -26,7 +26,7 @@ def _policies(settings: Settings) -> list[str]:
 
 
 def cells(settings: Settings) -> list[tuple[str, str, str]]:
-    """Return every (mode, policy, budget) that the tasks are run under; none without the section ``harness``."""
+    """Return every (mode, policy, budget) that the tasks are run with; none without the section ``harness``."""
     section = settings.harness
     if section is None:
         return []
@@ -45,7 +45,7 @@ def cells(settings: Settings) -> list[tuple[str, str, str]]:
 
 
 def spec(settings: Settings, mode: str, policy: str, budget: str) -> dict[str, Any]:
-    """Return what the job is told; its digest is the ``harness_hash`` of the rows."""
+    """Return the spec of a job; its digest is the ``harness_hash`` of the rows."""
     kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
     section = settings.harness
     own = ("name", "revision", "dtype", "device", "device_map", "quantization", "fingerprint")
@@ -81,22 +81,22 @@ def check(settings: Settings) -> None:
             raise UserError(f"harness.{key}: there is no {unknown[0]!r}; choose from {', '.join(known)}")
     if section.include_path and not Path(section.include_path).is_dir():
         raise UserError(
-            f"harness.include_path: there is no folder {section.include_path}; give one that holds task files (.yaml), "
-            "or leave it out for the harness's own tasks"
+            f"harness.include_path: there is no folder {section.include_path}; give one with task files (.yaml), "
+            "or remove this key for the harness's own tasks"
         )
     for name in _policies(settings):
         kind, own = catalog.resolve(name, settings.kv.policies[name])
-        where = f"name those that are to be run in harness.policies, without {name}"
+        where = f"list the policies to run in harness.policies, without {name}"
         if catalog.is_press(kind):
             raise UserError(f"kv.policies.{name}: a press cannot run the harness's tasks; {where}")
         if kind == RECALL and (own["tau_quantile"] is not None or own["like"] is not None):
             raise UserError(
-                f"kv.policies.{name}: its moments follow from the answers to a task of this project; {where}"
+                f"kv.policies.{name}: its moments are derived from the answers to a task of this project; {where}"
             )
 
 
 def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
-    """Return a remark: the harness reads its tasks in the job, so that nothing is known of them beforehand."""
+    """Return a remark for the plan: the jobs' size is unknown, because the harness reads its tasks only in the job."""
     n = len(cells(settings))
     return Work(notes=(f"harness: the time of its {n} jobs is not estimated",)) if n else Work()
 

@@ -8,8 +8,8 @@ from kv_transition.tables import FLOAT, INT, TESTED, TEXT
 
 _METRIC = {"task": TEXT, "metric": TEXT, "filter": TEXT}
 
-# A document of a task under one metric and filter of the harness. `value` is null where the metric has no number for a
-# single document (perplexities); `response` is the harness's own after the filter, as JSON.
+# A document of a task under one metric and filter of the harness. `value` is null if the metric has no number for a
+# single document (perplexities). `response` is the harness's own, after the filter, as JSON.
 DOCUMENTS = pa.schema(
     {
         **_METRIC,
@@ -25,7 +25,7 @@ DOCUMENTS = pa.schema(
     }
 )
 
-# A task, metric and filter under a policy, budget and mode (null: the full cache, whose answers no mode changes).
+# A task, metric and filter under a policy, budget and mode (null: the full cache, which is the same in every mode).
 # `score` and `stderr` are the harness's own over `n` documents; `difference` is the mean of the policy's values minus
 # those of the full cache over the `paired` documents that both have.
 HARNESS = pa.schema(

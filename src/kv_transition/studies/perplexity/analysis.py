@@ -1,8 +1,8 @@
 """Perplexity of each policy and budget, and its ratio to the full cache's, from the scored windows.
 
 Perplexity is exp(sum of nll / number of tokens). Windows of one book depend on each other, so books are the clusters
-of every interval and test (`stats.quotients`), for perplexities and ratios on the logarithm. Policies are compared on
-the windows that both scored (docs/perplexity.md).
+of every interval and test (`stats.quotients`), which are computed on the logarithm for perplexities and ratios.
+Policies are compared on the windows that both scored (docs/perplexity.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEANS = ("budget_entries", "kept_final", "kept_mean", "cache_bytes", "total_byte
 COLUMNS = [*WINDOW, "policy", "budget", "context_tokens", "nll_sum", "n_tokens", "bytes_before", "bytes_after",
            "peak_mem_mb", "perplexity_hash", *MEANS]  # fmt: skip
 MERGE, DROP = "entropy_merge", "entropy_drop"
-EXPLORATORY = 20  # fewer books than these are labelled so
+EXPLORATORY = 20  # results from fewer books are labelled exploratory
 METHOD = "Student t by book, with one more book as far out as the farthest"
 ONE_BOOK = "; no interval from one book"
 Options = Mapping[str, Mapping[str, Any] | None]
@@ -39,16 +39,16 @@ Row = dict[str, Any]
 
 
 def read_windows(paths: Sequence[str], expected: Mapping[str, str] | None = None) -> pl.DataFrame:
-    """The rows of all files (tables.PERPLEXITY) in their order; a sum of nll that is no number is null.
+    """Return the rows of all files (tables.PERPLEXITY) in their order; a sum of nll that is NaN becomes null.
 
-    expected: the ``perplexity_hash`` that the rows of each file must carry, by its path; None: any. Raises UserError
-    where they carry another, there is no window, one stands twice, or its nll or number of tokens makes no sense.
+    expected: by path, the ``perplexity_hash`` that the rows of the file must have; None: any. Raises UserError if a
+    hash differs, if there is no window, if a window occurs twice, or if its nll or its number of tokens is invalid.
     """
     read = {path: frames.read_parquet(path, columns=COLUMNS) for path in paths}
     for path, part in read.items() if expected is not None else ():
         if other := set(part["perplexity_hash"]) - {expected.get(path)}:
             raise UserError(
-                f"{path} was made with other settings or code, perplexity_hash {min(map(str, other))} instead of "
+                f"{path} was computed with other settings or code, perplexity_hash {min(map(str, other))} instead of "
                 f"{expected.get(path)}; delete it and run again"
             )
     parts = [part for part in read.values() if part.height]
@@ -58,7 +58,7 @@ def read_windows(paths: Sequence[str], expected: Mapping[str, str] | None = None
     nll = pl.col("nll_sum").cast(pl.Float64)
     frame = frame.with_columns(nll_sum=pl.when(nll.is_finite()).then(nll))
     wrong = {
-        "stands more than once; run the perplexity step again": frame.select(
+        "occurs more than once; run the perplexity step again": frame.select(
             *CELL, "book_id", "window"
         ).is_duplicated(),
         "has a negative sum of nll; run the perplexity step again": (frame["nll_sum"] < 0).fill_null(False),
@@ -75,7 +75,7 @@ def read_windows(paths: Sequence[str], expected: Mapping[str, str] | None = None
 
 
 def _levels(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """Yield each length bin, and all of them as one with bin null."""
+    """Yield the rows of each length bin, and then all rows with bin null."""
     yield frame
     yield frame.with_columns(bin=pl.lit(None, dtype=frame.schema["bin"]))
 
@@ -95,8 +95,9 @@ def _method(books: int) -> str:
 def perplexity(windows: pl.DataFrame, statistics: Statistics) -> pa.Table:
     """Return a row per corpus, policy, budget and length bin, and over all lengths (tables.PERPLEXITY_STATS).
 
-    The full cache's own ratio is 1 by definition and has no interval. p-values are of the same inference as the
-    interval of the ratio, Holm-adjusted over the policies and bins of a corpus and budget (all lengths apart).
+    The full cache's own ratio is 1 by definition and has no interval. p-values have the same inference as the interval
+    of the ratio. They are Holm-adjusted over the policies and bins of a corpus and budget; the results over all lengths
+    are a separate family.
     """
     full = windows.filter(is_full()).select(*WINDOW, nll_full="nll_sum", tokens_full="n_tokens")
     both = windows.join(full, on=WINDOW, how="left", maintain_order="left")
@@ -144,7 +145,7 @@ def _cell(own: pl.DataFrame, statistics: Statistics) -> Row:
 
 
 def pairs_of(policies: Options) -> list[tuple[str, str]]:
-    """Return (merging, dropping): policies of ``kv.policies`` that choose the same spans."""
+    """Return pairs (merging, dropping) of policies of ``kv.policies`` that select the same spans."""
     found: dict[str, dict[str, Row]] = {MERGE: {}, DROP: {}}
     for name, options in policies.items():
         kind, chosen = catalog.resolve(name, options or {})
@@ -154,16 +155,16 @@ def pairs_of(policies: Options) -> list[tuple[str, str]]:
         (merging, dropping)
         for merging, options in found[MERGE].items()
         for dropping, spans in found[DROP].items()
-        # how spans are merged is the difference that is looked at
+        # the way of merging may differ, because its effect is what is compared
         if options | spans == options
     ]
 
 
 def merge_against_drop(windows: pl.DataFrame, policies: Options, statistics: Statistics) -> pa.Table:
-    """Return each merging policy against the one that drops the same spans (tables.PERPLEXITY_PAIRS).
+    """Return the comparison of each merging policy with the policy that drops the same spans (tables.PERPLEXITY_PAIRS).
 
-    p-values are of the same inference as the ratio's interval; Holm-adjusted over all pairs, budgets and bins of a
-    corpus (those over all lengths apart).
+    p-values have the same inference as the interval of the ratio. They are Holm-adjusted over all pairs, budgets and
+    bins of a corpus; the results over all lengths are a separate family.
     """
     rows = []
     for merging, dropping in pairs_of(policies):
@@ -211,9 +212,10 @@ def write_perplexity(
     policies: Options,
     expected: Mapping[str, str] | None = None,
 ) -> None:
-    """The `perplexity_stats` rule; ``policies``: the configuration's ``kv.policies``; ``expected``: as `read_windows`.
+    """Write the tables of the `perplexity_stats` rule.
 
-    Raises UserError where the windows cannot be analysed.
+    policies: the configuration's ``kv.policies``. expected: as for `read_windows`. Raises UserError if the windows
+    cannot be analysed.
     """
     found, chosen = read_windows(windows, expected), Statistics(**statistics)
     fields = inherited(windows[0]) | {"statistics": dict(statistics)}

@@ -1,4 +1,4 @@
-"""The books that perplexity is measured on: from files, from a hub repository, or synthetic.
+"""The books that perplexity is measured on: local files, a hub repository, or synthetic documents.
 
 A book is a cluster: measurements on several windows of one book are not independent.
 """
@@ -22,22 +22,22 @@ TEXTS = (".txt", ".txt.gz")
 TABLES = (".parquet", *SUFFIXES)
 
 _MISSING = 4
-"""tokens that a synthetic document may have less than it was to have, its <bos> among them"""
+"""maximum number of tokens by which a synthetic document is shorter than requested, its <bos> included"""
 
 Books = dict[str, Callable[[], str]]
-"""Names of books, each with what reads its text."""
+"""The function that reads a book's text, by the name of the book."""
 
 
 def books(section: Mapping[str, Any], tokens: int) -> Books:
-    """Every book of the corpus that the ``perplexity`` section of a configuration names, in the order of their names.
+    """Return every book of the corpus of the ``perplexity`` section, in the order of their names.
 
     Args:
         section: corpus, path, revision, split, text_field, book_field, books, seed.
-        tokens: length of a synthetic document; others have their own.
+        tokens: length of a synthetic document; other books have their own length.
 
     Raises:
-        UserError: there is no such file or repository, a record lacks a field, or two books have one name. Reading a
-            text raises it where the file is damaged or not UTF-8.
+        UserError: there is no such file or repository, a record lacks a field, or two books have the same name. Reading
+            the text of a book raises it if the file is damaged or not UTF-8.
     """
     if section["corpus"] == "synthetic":
         return dict(_synthetic(section, tokens))
@@ -46,10 +46,10 @@ def books(section: Mapping[str, Any], tokens: int) -> Books:
     named: Books = {}
     for name, read in found:
         if name in named:
-            raise UserError(f"perplexity.path: two books are named {name!r}; give each a name of its own")
+            raise UserError(f"perplexity.path: two books are named {name!r}; give each book a different name")
         named[name] = _cleaned(read) if section["corpus"] == "pg19" else _plain(read)
     if not named:
-        raise UserError(f"perplexity.path: {section['path']} holds no book, no file ending in {_listing()}")
+        raise UserError(f"perplexity.path: {section['path']} contains no book: no file ends in {_listing()}")
     return dict(sorted(named.items()))
 
 
@@ -89,7 +89,7 @@ def _local(section: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], str]]
         yield from _file(root, root.name, section)
         return
     files = sorted(file for file in root.rglob("*") if file.name.endswith(TEXTS + TABLES))
-    # a list beside the texts is not a book
+    # a table in a folder with texts is not a book
     chosen = [file for file in files if file.name.endswith(TEXTS)] or files
     for file in chosen:
         yield from _file(file, file.relative_to(root).as_posix(), section)
@@ -104,7 +104,7 @@ def _from_hub(repository: str, revision: str, section: Mapping[str, Any]) -> Ite
         if not chosen:
             raise UserError(
                 f"{repository} at {revision} has no file of the split {section['split']!r} that ends in {_listing()}; "
-                f"there is {', '.join(there[:5]) or 'none of any split'}"
+                f"it has {', '.join(there[:5]) or 'none of any split'}"
             )
         for file in sorted(chosen):
             yield from _file(fetch(repository, revision, file), file, section)
@@ -118,7 +118,7 @@ def _of_split(file: PurePosixPath, split: str) -> bool:
 
 
 def _file(path: Path, name: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield the book of a text file, or the books of a table; ``name``: of the file."""
+    """Yield the book of a text file, or the books of a table. name: name of the file."""
     if name.endswith(TEXTS):
         yield name.removesuffix(".gz").removesuffix(".txt"), lambda: _text(path, name)
     elif name.endswith(TABLES):
@@ -158,7 +158,7 @@ def _record(record: Mapping[str, Any], where: str, section: Mapping[str, Any]) -
             raise UserError(f"perplexity.{key}: {where} has no {field!r}; its fields are {there}")
     text = record[section["text_field"]]
     if not isinstance(text, str):
-        raise UserError(f"{where}: {section['text_field']!r} holds no text but {type(text).__name__}")
+        raise UserError(f"{where}: {section['text_field']!r} must be a text, not {type(text).__name__}")
     name = record[section["book_field"]] if "book_field" in fields else sha256(text.encode()).hexdigest()[:16]
     return str(name), lambda: text
 
@@ -170,8 +170,8 @@ def _synthetic(section: Mapping[str, Any], tokens: int) -> Iterator[tuple[str, C
     tokens += _MISSING
     if tokens > high:
         raise UserError(
-            f"perplexity.context_tokens: a synthetic document has {high} tokens at most, and the longest context with "
-            f"perplexity.windows_per_book * perplexity.stride tokens after it takes {tokens}; lower one of them"
+            f"perplexity.context_tokens: a synthetic document has at most {high} tokens, but the longest context with "
+            f"perplexity.windows_per_book * perplexity.stride tokens after it needs {tokens}; lower one of them"
         )
     if section["split"] not in ("test", "train"):
         raise UserError(f"perplexity.split: synthetic has the splits test and train, not {section['split']!r}")

@@ -1,4 +1,4 @@
-"""Remove from PG-19's books the notes of producers and transcribers.
+"""Remove the notes of producers and transcribers from the books of PG-19.
 
 PG-19 (Rae et al. 2019, arXiv 1911.05507) consists of Project Gutenberg's files without their licence but with
 volunteers' notes. docs/data.md lists what is removed and what is kept.
@@ -10,9 +10,9 @@ import re
 
 _BLANK = re.compile(r"\A(?:[ \t]*\n)+")
 _TO_ITS_END = r".*?(?=\n[ \t]*\n|\Z)"
-"""the rest of a paragraph"""
+"""pattern of the rest of a paragraph"""
 
-# A first paragraph that says who made the file.
+# A first paragraph that names the producers of the file.
 _PRODUCERS = re.compile(
     r"\s*(this )?(produced|transcribed|prepared|scanned|digitized|proofed|e-?text|e-?book)\b[^\n]*\b(by|from)\b"
     + _TO_ITS_END,
@@ -20,19 +20,19 @@ _PRODUCERS = re.compile(
 )
 
 _NOTE = r"transcriber['’]?s?['’]? notes?"
-# One pair of brackets inside may have to be closed first: [Transcriber's note: [=e] stands for ...]
+# A note in brackets may contain pairs of brackets: [Transcriber's note: [=e] stands for ...]
 _BRACKETED = re.compile(rf"\[\s*{_NOTE}\b[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]", re.IGNORECASE)
-# A line of its own, and the paragraph below it.
+# A heading on its own line, and the paragraph below it.
 _HEADED = re.compile(rf"^[ \t]*{_NOTE}[ \t]*:?[ \t]*\n\s*\S{_TO_ITS_END}", re.IGNORECASE | re.DOTALL | re.M)
 _END = re.compile(r"^[ \t*]*end of (?:the |this )?project gutenberg\b", re.IGNORECASE | re.M)
 
 
 def clean(text: str) -> str:
-    r"""Return the text of a book from its first to its last own line, with ``\n`` at the end of lines."""
+    r"""Return the text of a book from its first to its last own line, with lines ending in a newline."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if end := _END.search(text, len(text) // 2):
         text = text[: end.start()]
-    # A note in the last quarter is a list of corrections that goes on to the end.
+    # A note in the last quarter is a list of corrections that continues to the end.
     if note := _HEADED.search(text, 3 * len(text) // 4):
         text = text[: note.start()]
     text = _HEADED.sub("", _BRACKETED.sub("", text))

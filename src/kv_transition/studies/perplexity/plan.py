@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
-    """Return the jobs of scored text; none without the section ``perplexity``."""
+    """Return the perplexity jobs; none without the section ``perplexity``."""
     if not settings.perplexity:
         return Work()
     files, section = Paths(settings.output.dir, settings.experiment), settings.perplexity
@@ -30,5 +30,5 @@ def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
             read = 0 if steps else n * (context + section.stride)
             jobs.append(Job(files.perplexity(section.corpus, policy, budget, bin), expected, n, read, n * steps, n))
     uncut = any(job.sequences == 0 for job in jobs)
-    notes = ("perplexity: how many windows there are is known once the books have been cut",) if uncut else ()
+    notes = ("perplexity: the number of windows is known when the books have been cut into windows",) if uncut else ()
     return Work((Item("perplexity", "windows", tuple(jobs), "perplexity_hash"),), (), notes)

@@ -1,7 +1,7 @@
-"""Figures of perplexity: against compression, against context length, and merging beside dropping.
+"""Figures of perplexity: against compression, against context length, and merging compared with dropping.
 
-Books differ far more than policies do. A policy is therefore drawn at the full cache's perplexity times its ratio to
-it, with the ratio's interval. If both scored the same windows, this is the policy's own perplexity.
+Books differ far more than policies do. Therefore a policy is drawn at the full cache's perplexity times its ratio to
+it, with the interval of the ratio. If both scored the same windows, this is the policy's own perplexity.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Options = Mapping[str, Mapping[str, Any] | None]
 
 
 def curves(policies: Options) -> dict[str, str]:
-    """Return the line of each policy, by its name: policies that differ in their threshold share one."""
+    """Return the line of each policy by its name; policies that differ only in their threshold share a line."""
     resolved = {name: catalog.resolve(name, options or {}) for name, options in policies.items()}
     alike: dict[str, list[str]] = {}
     for name, (kind, chosen) in resolved.items():
@@ -60,7 +60,7 @@ def _names(points: Sequence[Row]) -> list[str]:
 
 
 def points(table: pl.DataFrame, policies: Options) -> list[Row]:
-    """Return every cell as drawn: compression in per cent, perplexity with the bounds of its ratio to the full
+    """Return every cell as drawn: compression in per cent, and perplexity with the bounds of its ratio to the full
     cache.
     """
     lines, names = curves(policies), spans(table)
@@ -117,12 +117,12 @@ def _said(found: Sequence[Row], confidence: float) -> str:
     return f"{panels.share(confidence)} with books as clusters; {counts}"
 
 
-_BANDS = "bands: how well the ratio to the full cache (grey) is known; of the perplexity itself the table says it"
+_BANDS = "bands: interval of the ratio to the full cache (grey); the table has the interval of the perplexity itself"
 _COMPRESSION_TITLE = "Perplexity against compression"
 
 
 def compression_figure(table: pl.DataFrame, policies: Options, confidence: float) -> Spec:
-    """Return perplexity against compression: a panel per corpus and length, a line per policy."""
+    """Return the figure of perplexity against compression: a panel per corpus and length, a line per policy."""
     found = [p for p in points(table, policies) if p["compression"] is not None]
     if not found:
         return panels.note("No window was scored.", _COMPRESSION_TITLE, panels.share(confidence))
@@ -135,7 +135,7 @@ def compression_figure(table: pl.DataFrame, policies: Options, confidence: float
 
 
 def explorer(table: pl.DataFrame, policies: Options, confidence: float) -> Spec | None:
-    """Return the same as an interactive chart, for one corpus and length at a time; None without any window."""
+    """Return the same as an interactive chart for one corpus and length at a time; None without windows."""
     found = [p for p in points(table, policies) if p["compression"] is not None]
     if not found:
         return None
@@ -149,12 +149,12 @@ _LENGTH_TITLE = "Perplexity against context length"
 
 
 def length_figure(table: pl.DataFrame, policies: Options, confidence: float) -> Spec:
-    """Return perplexity against context length: a panel per corpus and budget, a line per policy."""
+    """Return the figure of perplexity against context length: a panel per corpus and budget, a line per policy."""
     found = [p for p in points(table, policies) if p["bin"] is not None]
     if not found:
         return panels.note("No window was scored.", _LENGTH_TITLE, panels.share(confidence))
     for point in found:
-        point["policy"] = point["name"]  # thresholds are lines of their own here
+        point["policy"] = point["name"]  # in this figure each threshold has its own line
     data, drawn, names = Datasets(), [], _names(found)
     budgets = sorted({(p["corpus"], p["budget"]) for p in found if p["name"] != FULL["policy"]},
                      key=lambda k: (k[0], labels.budget_order(k[1])))  # fmt: skip
@@ -177,15 +177,17 @@ def length_figure(table: pl.DataFrame, policies: Options, confidence: float) -> 
     return panels.figure(drawn, COLUMNS, data, _LENGTH_TITLE, _said(found, confidence), _BANDS)
 
 
-_PAIRS_TITLE = "Merging beside dropping the same spans"
+_PAIRS_TITLE = "Merging compared with dropping the same spans"
 
 
 def pairs_figure(pairs: pl.DataFrame, confidence: float) -> Spec:
-    """Return the ratio of the two perplexities, a line per pair and budget; a panel per corpus, colours by length."""
-    about = "perplexity with merging over that with dropping, on the same windows at the same footprint"
+    """Return the ratio of the two perplexities, a line per pair and budget, a panel per corpus, a colour per length."""
+    about = "perplexity with merging divided by that with dropping, on the same windows at the same footprint"
     own = pairs.drop_nulls("ratio")
     if not own.height:
-        return panels.note("No policy that merges was run beside one that drops the same spans.", _PAIRS_TITLE, about)
+        return panels.note(
+            "No merging policy was run together with a policy that drops the same spans.", _PAIRS_TITLE, about
+        )
     names = spans(own)
     lengths = list(dict.fromkeys(names.values()))
     order = list(dict.fromkeys(zip(own["policy"], own["reference_policy"], own["budget"], strict=True)))
@@ -208,7 +210,7 @@ def pairs_figure(pairs: pl.DataFrame, confidence: float) -> Spec:
             })  # fmt: skip
         drawn.append(panels.panel(_forest(rows, lengths, data), 380, {"step": 14}, panels.title(corpus)))
     said = _said([{"n": r["n"], "books": r["clusters"]} for r in own.iter_rows(named=True)], confidence)
-    return panels.figure(drawn, 2, data, _PAIRS_TITLE, about + "; below 1 merging is better", said)
+    return panels.figure(drawn, 2, data, _PAIRS_TITLE, about + "; below 1: merging is better", said)
 
 
 def _forest(rows: list[Row], lengths: list[str], data: Datasets) -> list[alt.Chart]:
@@ -226,10 +228,10 @@ def _forest(rows: list[Row], lengths: list[str], data: Datasets) -> list[alt.Cha
 def write_perplexity_plots(
     table: str, pairs: str, policies: Options, confidence: float, outputs: Mapping[str, str]
 ) -> None:
-    """Write the figures. ``policies``: the configuration's ``kv.policies``; ``outputs``: path by
-    ``{ppl_vs_compression|ppl_vs_len|merge_vs_drop}_{svg|png}``.
+    """Write the figures. Raises UserError for an output of another name.
 
-    Raises UserError for an output of another name.
+    policies: the configuration's ``kv.policies``. outputs: path by
+    ``{ppl_vs_compression|ppl_vs_len|merge_vs_drop}_{svg|png}``.
     """
     stats = read_table(table)
     figures = {

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 FIGURES = {
     "ppl_vs_compression": ("Perplexity against compression", "Perplexity against the share of the cache's bytes that "
-                           "is gone, one line per policy; grey is the full cache."),
+                           "is removed, one line per policy; grey is the full cache."),
     "ppl_vs_len": ("Perplexity against length", "Perplexity against the tokens of context, one panel per budget."),
-    "merge_vs_drop": ("Merging beside dropping", "Perplexity with merging over perplexity with dropping the same "
-                      "spans; below 1 merging is better."),
+    "merge_vs_drop": ("Merging compared with dropping", "Perplexity with merging divided by perplexity with dropping "
+                      "the same spans; below 1: merging is better."),
 }  # fmt: skip
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """An expectation of the study of entropy-guided merging for Llama-2-7B on PG-19, from its table."""
+    """An expectation of the study of entropy-guided merging for Llama-2-7B on PG-19: a row of its table."""
 
     name: str
     kind: str
@@ -78,8 +78,10 @@ def build(source: Source) -> Row | None:
 def _how(section: Mapping[str, Any]) -> str:
     stride = f"the next {section['stride']} tokens" if section.get("stride") else "the tokens that follow"
     if section.get("streaming"):
-        return f"The policy acts from the first token of each context on; then {stride} are scored from what is left."
-    return f"Each context is read with the full cache and compressed; then {stride} are scored from what is left."
+        return (
+            f"The policy acts from the first token of each context on; then {stride} are scored with the kept entries."
+        )
+    return f"Each context is read with the full cache and compressed; then {stride} are scored with the kept entries."
 
 
 def _number(row: Mapping[str, Any], name: str, digits: int = 2, scale: float = 1.0, unit: str = "") -> Number:
@@ -100,7 +102,7 @@ def _table(row: Mapping[str, Any]) -> str:
 
 
 def _whole(table: pl.DataFrame, corpus: str) -> tuple[str, pl.DataFrame]:
-    """Return the longest view of a corpus (all lengths, or its only one) and its name."""
+    """Return the name and the rows of a corpus over all lengths, or of its only length."""
     names = {bin: name for (of, bin), name in spans(table).items() if of == corpus}
     bin, name = list(names.items())[-1]
     own = table.filter(pl.col("bin").is_null() if bin is None else pl.col("bin") == bin, corpus=corpus)
@@ -118,11 +120,11 @@ def _sentences(table: pl.DataFrame) -> Iterable[str]:
         for budget in sorted(set(others["budget"]) - {FULL["budget"]}, key=labels.budget_order):
             ranked = others.filter(budget=budget).sort("ratio").to_dicts()
             best, worst = ranked[0], ranked[-1]
-            text = f"with {kept_of(budget)} kept, {best['policy']} loses least: perplexity is "
+            text = f"with {kept_of(budget)} kept, {best['policy']} loses the least: its perplexity is "
             text += f"{_number(best, 'ratio', 3)} times the full cache's"
             if len(ranked) > 1:
                 apart = None not in (best["ratio_high"], worst["ratio_low"]) and best["ratio_high"] < worst["ratio_low"]
-                text += f"; {worst['policy']} most, {_number(worst, 'ratio', 3)}"
+                text += f"; {worst['policy']} loses the most, {_number(worst, 'ratio', 3)}"
                 text += "" if apart else "; their intervals overlap"
             yield text + "."
 
@@ -133,7 +135,7 @@ def _counted(row: Mapping[str, Any]) -> str:
 
 
 def _groups(table: pl.DataFrame) -> list[Row]:
-    """Return a table per corpus and length, all lengths first."""
+    """Return a table for each corpus and length, all lengths first."""
     found, several = [], table["corpus"].n_unique() > 1
     places = sorted(spans(table).items(), key=lambda item: (item[0][0], item[0][1] is not None, item[0][1] or 0))
     for (corpus, bin), name in places:
@@ -170,7 +172,7 @@ def _memory(size: float | None) -> str:
 
 
 def _merging(pairs: pl.DataFrame, alpha: float) -> Row:
-    """Return a sentence on merging against dropping for each corpus, and a row for each pair, budget and length."""
+    """Return a sentence on merging compared with dropping, and a row for each pair, budget and length."""
     several = pairs["corpus"].n_unique() > 1
     names, rows = spans(pairs), []
     for row in pairs.sort("corpus", "policy", "bin", nulls_last=False).to_dicts():
@@ -203,7 +205,7 @@ def _percent(share: float | None) -> str:
 
 
 def _study(table: pl.DataFrame, corpus: str, policies: Mapping[str, Any], settings: Mapping[str, Any]) -> Row:
-    """Return the study's expectations, each beside the measured cell of its kind with the nearest compression."""
+    """Return the study's expectations, each with the measured cell of its kind whose compression is nearest."""
     name, own = _whole(table, corpus)
     kinds = {policy: catalog.resolve(policy, options or {})[0] for policy, options in policies.items()}
     rows = []

@@ -1,15 +1,15 @@
-"""The perplexity job: every window of a length bin under one policy and budget.
+"""The perplexity job: score every window of a length bin under one policy and budget.
 
     python -m kv_transition.studies.perplexity.run --spec JSON --windows WINDOWS.parquet --output SCORES.parquet
 
 For each window the model reads the context, the cache is compressed to the budget, and the following tokens are fed
-(teacher forcing); the negative log-likelihood of each next token is recorded. The first of them is fed and not scored,
-because the full cache has predicted it: every score comes from the compressed cache. A policy that acts at each step
-acts after each token.
+(teacher forcing); the negative log-likelihood of each next token is recorded. The first of these tokens is fed but not
+scored, because the full cache predicted it: every score comes from the compressed cache. A policy that acts at each
+step acts after each token.
 
-Policies that act each step score windows of equal length together, so that the model's weights are read once a step for
-all of them. Products of batches are rounded in another order: the nats differ by rounding errors from those of a window
-by itself, the entries that are held do not but where two scores are that close.
+Under a policy that acts at each step, windows of equal length are scored together, so that the weights are read once
+per step for all of them. Batched products are rounded in another order, so the nats differ by rounding errors from
+those of a single window. The kept entries are the same, unless two scores differ by less than such an error.
 
 With ``streaming`` the policy also acts while the context is read, as in the evaluation of StreamingLLM (Xiao et al.,
 arXiv 2309.17453); otherwise the context is read with the full cache.
@@ -44,21 +44,21 @@ from kv_transition.studies.perplexity.tables import PERPLEXITY, WINDOW_KEY
 Row = dict[str, Any]
 
 TOGETHER = 8
-"""windows that are scored at once, at most"""
+"""maximum number of windows that are scored together"""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A context with the cache that the policy left."""
+    """A context that was read, with the compressed cache."""
 
     state: CacheState
     token_bytes: float
-    """of a full cache"""
+    """bytes per token of a full cache"""
     prefill_s: float
-    """of reading; with streaming, of what the policy did meanwhile as well"""
+    """seconds of reading; with streaming, the time of the policy is included"""
     compress_s: float = 0.0
     record: Row = field(default_factory=dict)
-    """what the policy says of its compression"""
+    """facts that the policy records about its compression"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Scored:
     kept: Sequence[float]
     """entries per KV head after each fed token"""
     record: Row = field(default_factory=dict)
-    """what the policy says of its steps"""
+    """facts that the policy records about its steps"""
 
 
 def setting_of(spec: Row) -> Setting:
@@ -92,9 +92,7 @@ def read(engine: LocalEngine, window: Row, setting: Setting, k: int, seed: int, 
 
 
 def stream(engine: LocalEngine, tokens: Sequence[int], setting: Setting, k: int, chunk: int) -> Read:
-    """Return the state after reading ``tokens`` in pieces of ``chunk``, with at most ``k`` entries held between
-    them.
-    """
+    """Return the cache after reading ``tokens`` in pieces of ``chunk``, with at most ``k`` entries in between."""
     started = engine.clock()
     state, token_bytes = None, 0.0
     for start in range(0, len(tokens), chunk):
@@ -107,10 +105,10 @@ def stream(engine: LocalEngine, tokens: Sequence[int], setting: Setting, k: int,
 def score(
     engine: LocalEngine, state: CacheState, tokens: Sequence[int], setting: Setting, k: int, seed: int = 0
 ) -> Scored:
-    """Feed all ``tokens`` [n + 1] but the last against ``state``, and return the scores of all but the first.
+    """Feed all ``tokens`` [n + 1] except the last after ``state``, and return the scores of all except the first.
 
-    A policy that acts at each step does so after each of them, and before it if it watches. For other policies the
-    tokens are read as one block, with the same result.
+    A policy that acts at each step acts after each token, and also before it if it observes the steps. For other
+    policies the tokens are read as one block, with the same result.
     """
     fed, targets = tokens[:-1], tokens[1:]
     if not (setting.evicts and setting.policy.acts_each_step):
@@ -131,8 +129,10 @@ def score(
 def score_together(
     engine: LocalEngine, states: Sequence[CacheState], tokens: Sequence[Sequence[int]], setting: Setting, k: int
 ) -> list[Scored]:
-    """As `score`, for several windows under a policy that acts each step: states of equally many entries and tokens
-    [B, n + 1]."""
+    """Return the scores of several windows, as `score`, under a policy that acts at each step.
+
+    The states must have the same number of entries, and the ``tokens`` [B, n + 1] the same length.
+    """
     state = stack(states, setting.while_decoding)
     nats, kept = [], []
     for step in range(len(tokens[0]) - 1):
@@ -146,14 +146,14 @@ def score_together(
 
 
 def course_of(window: Row) -> Course:
-    """Return how the cache grows: entries are counted after each fed token, so the first has followed already."""
+    """Return how the cache grows; entries are counted after each fed token, so the first count includes one."""
     return Course(len(window["context_ids"]), 1, len(window["target_ids"]) - 1)
 
 
 def together(
     engine: LocalEngine, windows: Sequence[Row], setting: Setting, spec: Row, store: PrefillStore
 ) -> list[Row]:
-    """As `measured`, for windows of equal lengths; each has an equal share of the seconds of their scoring."""
+    """Return the measurements, as `measured`, of windows of equal length; the scoring time is divided equally."""
     k = setting.entries_over(course_of(windows[0]))
     read = [_read(engine, window, setting, k, spec, store) for window in windows]
     bytes_after = [own.state.nbytes for own in read]
@@ -164,7 +164,7 @@ def together(
 
 
 def measured(engine: LocalEngine, window: Row, setting: Setting, spec: Row, store: PrefillStore) -> Row:
-    """Return the columns of PERPLEXITY that hold measurements of a window."""
+    """Return the measurements of a window, as columns of PERPLEXITY."""
     k = setting.entries_over(course_of(window))
     own = _read(engine, window, setting, k, spec, store)
     bytes_after = own.state.nbytes
@@ -223,7 +223,9 @@ def rows(engine: LocalEngine, windows: Sequence[Row], spec: Row, store: PrefillS
 
 
 def _groups(windows: Sequence[Row], setting: Setting) -> Iterator[Sequence[Row]]:
-    """Windows in their order that are scored together: neighbours of equal lengths, where it saves anything."""
+    """Yield the windows in their order, in groups that are scored together: neighbours of equal length, if this saves
+    time.
+    """
     policy = setting.policy
     most = TOGETHER if setting.evicts and policy.acts_each_step and not policy.one_at_a_time else 1
     for _, alike in groupby(windows, key=lambda window: (len(window["context_ids"]), len(window["target_ids"]))):
@@ -234,7 +236,7 @@ def _groups(windows: Sequence[Row], setting: Setting) -> Iterator[Sequence[Row]]
 def _measured_all(
     engine: LocalEngine, windows: Sequence[Row], setting: Setting, spec: Row, store: PrefillStore
 ) -> list[Row]:
-    """Together if there are several and the memory takes them, else one by one."""
+    """Return the measurements of a group of windows, scored together if the memory is sufficient."""
     if len(windows) > 1:
         try:
             return together(engine, windows, setting, spec, store)

@@ -15,27 +15,34 @@ class Perplexity(Section):
 
     corpus: Literal["text", "pg19", "synthetic"] = Field("text", description="kind of the books")
     path: str | None = Field(None, description="text, pg19: a local file or folder, or a hub repository owner/name")
-    revision: str | None = Field(None, description="commit (40 hex digits) of the hub repository; required for one")
+    revision: str | None = Field(
+        None, description="commit (40 hex digits) of the hub repository; a hub repository needs it"
+    )
     split: str = Field("test", description="split of the hub repository; of the synthetic documents: test or train")
     text_field: str = Field("text", min_length=1, description="Parquet, JSONL: the column with a book's text")
     book_field: str | None = Field(
         None, min_length=1, description="Parquet, JSONL: the column with a book's name; null: a hash of its text"
     )
     context_tokens: list[Annotated[int, Field(ge=2, le=100_000_000)]] = Field(
-        [1024], min_length=1, description="tokens read before any is scored, rising: a length bin each"
+        [1024],
+        min_length=1,
+        description="numbers of context tokens before the scored tokens, in increasing order: one length bin each",
     )
     stride: int = Field(256, ge=1, le=100_000_000, description="tokens scored in each window")
-    books: Annotated[int, Field(ge=1, le=100_000)] | None = Field(None, description="books, drawn at random; null: all")
+    books: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None, description="number of books, drawn at random; null: all"
+    )
     windows_per_book: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
-        None, description="windows of each book, drawn at random; null: all"
+        None, description="number of windows of each book, drawn at random; null: all"
     )
     bos: Literal["auto", "never"] = Field(
-        "auto", description="auto: each context begins with the token that the tokenizer puts before a text"
+        "auto",
+        description="auto: each context begins with the token that the tokenizer puts before a text; none: without it",
     )
     streaming: bool = Field(False, description="true: the policy acts from the first token of the context on")
-    streaming_chunk: int = Field(1, ge=1, description="streaming: tokens of the context read at a time")
+    streaming_chunk: int = Field(1, ge=1, description="streaming: number of context tokens that are read at a time")
     policies: list[Name] | None = Field(
-        None, min_length=1, description="names of kv.policies; null: all. full is always among them"
+        None, min_length=1, description="names of kv.policies; null: all. full is always included"
     )
     seed: Seed = Field(0, description="seed of books, windows and random policies")
 
@@ -43,7 +50,7 @@ class Perplexity(Section):
     @classmethod
     def _rising(cls, lengths: list[int]) -> list[int]:
         if any(a >= b for a, b in pairwise(lengths)):
-            raise ValueError(f"lengths must rise from each to the next, not {lengths}")
+            raise ValueError(f"lengths must be in increasing order, not {lengths}")
         return lengths
 
     @model_validator(mode="after")

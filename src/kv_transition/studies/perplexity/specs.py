@@ -24,7 +24,7 @@ def scored(settings: Settings) -> list[str]:
 
 
 def cells(settings: Settings) -> list[tuple[str, str]]:
-    """Return every (policy, budget) that texts are scored under; none without the section ``perplexity``."""
+    """Return every (policy, budget) under which texts are scored; none without the section ``perplexity``."""
     return budgeted(settings, scored(settings)) if settings.perplexity else []
 
 
@@ -42,12 +42,13 @@ def windows(settings: Settings) -> dict[str, Any]:
 
 
 def cell(settings: Settings, policy: str, budget: str) -> dict[str, Any]:
-    """Return the spec of a (policy, budget), for every length bin; its digest is the ``perplexity_hash`` of the
-    rows.
+    """Return the spec of a (policy, budget) for every length bin.
+
+    Its digest is the ``perplexity_hash`` of the rows.
     """
     kind, hyper_parameters = catalog.resolve(policy, settings.kv.policies[policy])
     if kind == "streaming_llm" and "positions" not in settings.kv.policies[policy]:
-        # the paper's way, and the only one for texts that are longer than the model was trained for
+        # as in the paper, and the only way for texts that are longer than the model's maximum length
         hyper_parameters |= {"positions": "cache"}
     reading = prefill(settings)
     return {
@@ -79,13 +80,13 @@ def check(settings: Settings) -> None:
         )
     for name in scored(settings):
         kind, own = catalog.resolve(name, settings.kv.policies[name])
-        where = f"name those that are to be scored in perplexity.policies, without {name}"
+        where = f"list the policies to score in perplexity.policies, without {name}"
         if catalog.is_press(kind):
-            raise UserError(f"kv.policies.{name}: a press acts in its own reading of a prompt, not of a text; {where}")
+            raise UserError(f"kv.policies.{name}: a press compresses only during its own prefill of a prompt; {where}")
         if kind == RECALL and (own["tau_quantile"] is not None or own["like"] is not None):
-            raise UserError(f"kv.policies.{name}: its moments follow from the answers to a task; {where}")
+            raise UserError(f"kv.policies.{name}: its moments depend on the answers to a task; {where}")
         if section.streaming and name != FULL and (kind == RECALL or not catalog.acts_each_step(kind)):
             raise UserError(
-                f"kv.policies.{name}: {kind} does not evict while a text is read, as perplexity.streaming asks; {where}"
+                f"kv.policies.{name}: {kind} cannot evict while a text is read, as perplexity.streaming needs; {where}"
             )
-    hub_repository(section.model_dump())  # raises where the corpus is neither here nor a pinned repository
+    hub_repository(section.model_dump())  # raises if the corpus is neither local nor a pinned repository

@@ -14,7 +14,7 @@ STUDY = Study(
         "perplexity": ("perplexity_stats", "perplexity_plots"),
     },
     command="perplexity",
-    help="Score text from compressed caches.",
+    help="Measure the perplexity of text that is scored from compressed caches.",
     check=specs.check,
     work=plan.work,
 )

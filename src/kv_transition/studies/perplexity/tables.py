@@ -7,8 +7,8 @@ import pyarrow as pa
 from kv_transition.tables import FLOAT, INT, INTS, RATIO, TESTED, TEXT
 
 # A window of a book: a context, and the tokens after it, of which the first is only fed and the last only scored.
-# `window` counts the book's windows; the same scored tokens have the same number in each length bin. `context_start` is
-# the place in the book of the context's first token.
+# `window`: index of the window in its book; the same scored tokens have the same index in each length bin.
+# `context_start`: position in the book of the context's first token.
 _WINDOW = {
     "corpus": TEXT,
     "book_id": TEXT,
@@ -20,9 +20,9 @@ _WINDOW = {
 WINDOW_KEY = tuple(_WINDOW)
 WINDOWS = pa.schema({**_WINDOW, "prompt_sha256": TEXT, "context_ids": INTS, "target_ids": INTS})
 
-# A window scored. Nats over n_tokens tokens; seconds; bytes of the cache's tensors in the evictable layers (total: all
-# layers) after the last token, of which full_bytes would be a full cache's; bytes_before and bytes_after the
-# compression; entries per KV head. `raw`: what the policy says of itself, a JSON object.
+# A scored window. nll_sum: nats over n_tokens tokens. *_s: seconds. Bytes of the cache's tensors in the evictable
+# layers (total: in all layers) after the last token; full_bytes: the same of a full cache; bytes_before, bytes_after:
+# before and after the compression. Entries are per KV head. `raw`: facts that the policy records, a JSON object.
 PERPLEXITY = pa.schema(
     {
         **_WINDOW,
@@ -49,11 +49,11 @@ PERPLEXITY = pa.schema(
     }
 )
 
-# A policy and budget on the windows of one corpus, by length bin and over all of them (bin null). `perplexity` is that
-# of all its windows; `ratio`, to the full cache, of the `paired` ones that both scored. `compression`: share of the
-# full cache's bytes that is gone once the context is compressed, `compression_end` after the last scored token. n
-# counts windows, clusters the books that they are from, `missing` the windows without a score. Bytes (after the last
-# token), entries and seconds are means over windows, peak_mem_mb the highest.
+# A policy and budget on the windows of one corpus, by length bin and over all lengths (bin null). `perplexity`: of all
+# its windows. `ratio`: to the full cache, over the `paired` windows that both scored. `compression`: share of the full
+# cache's bytes that is removed when the context is compressed; `compression_end`: the same after the last scored
+# token. n: number of windows; clusters: number of their books; `missing`: number of windows without a score. Bytes
+# (after the last token), entries and seconds are means over windows; peak_mem_mb is the maximum.
 _SPAN = {"context_min": INT, "context_max": INT}
 PERPLEXITY_STATS = pa.schema(
     {
@@ -96,8 +96,9 @@ PERPLEXITY_STATS = pa.schema(
     }
 )
 
-# Merging against dropping the same spans: `ratio` is the perplexity of `policy` over that of `reference_policy` on the
-# same windows, so that below 1 merging is better. The compressions say whether the footprints were the same.
+# Merging compared with dropping the same spans. `ratio`: the perplexity of `policy` divided by that of
+# `reference_policy` on the same windows; below 1, merging is better. The compressions show whether the footprints were
+# the same.
 PERPLEXITY_PAIRS = pa.schema(
     {
         "corpus": TEXT,

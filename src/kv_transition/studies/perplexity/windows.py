@@ -3,7 +3,7 @@
     python -m kv_transition.studies.perplexity.windows --spec JSON --output BIN0.parquet BIN1.parquet ...
 
 The scored tokens of a book are consecutive runs of ``stride`` tokens. Each length bin puts its own number of tokens
-before the same scored ones, so that bins differ only in the context.
+before the same scored tokens, so that the bins differ only in the context.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Row = dict[str, Any]
 
 
 def starts(tokens: int, contexts: Sequence[int], stride: int) -> range:
-    """Return where the scored tokens of each window begin in a book of so many ``tokens``.
+    """Return where the scored tokens of each window begin in a book of ``tokens`` tokens.
 
-    Before the first there must be space for the longest of ``contexts`` (in the book's tokens) and one more token,
-    which is fed without being scored; behind each there are ``stride`` tokens.
+    Before the first window there must be space for the longest of ``contexts`` (in tokens of the book) and one more
+    token, which is fed without being scored; each window has ``stride`` tokens after its start.
     """
     return range(max(contexts) + 1, tokens - stride + 1, stride)
 
@@ -67,10 +67,10 @@ def bos_of(tokenizer: PreTrainedTokenizerFast, bos: str) -> list[int]:
 
 
 def cut(section: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> tuple[list[list[Row]], Row]:
-    """The rows of WINDOWS in each length bin, and what is worth saying of them.
+    """Return the rows of WINDOWS in each length bin, and facts about the choice.
 
     Books and windows are drawn by their names and the seed, so that a larger ``books`` or ``windows_per_book`` extends
-    the choice. Books too short for one window are passed over.
+    the choice. Books that are too short for one window are skipped.
 
     Raises:
         UserError: no book is long enough, or the corpus cannot be read.
@@ -100,7 +100,7 @@ def cut(section: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> tuple
                 bins[b].append(identity | {"bin": b} | row)
     if not taken:
         raise UserError(
-            f"perplexity.context_tokens: a window takes {needed} tokens of a book, and the longest of "
+            f"perplexity.context_tokens: a window needs {needed} tokens of a book, but the longest of "
             f"{len(names)} has {longest}; lower it, or perplexity.stride"
         )
     return bins, {"books": taken, "too_short": short, "bos": bool(bos)}
@@ -112,7 +112,7 @@ def write(spec: Mapping[str, Any], outputs: Sequence[str]) -> None:
     tokenizer = load_tokenizer(model["name"], model.get("revision"))
     bins, about = cut(section, tokenizer)
     if about["too_short"]:
-        print(f"{len(about['too_short'])} books are too short for a window", file=sys.stderr)
+        print(f"{len(about['too_short'])} books are too short for one window", file=sys.stderr)
     source = hub_repository(section)
     facts = about | {
         "corpus": section["corpus"],

@@ -1,8 +1,9 @@
-"""The analysis of entropy against recall: does uncertainty tell when a policy has evicted what is needed?
+"""The analysis of entropy against recall: is recall low at decode steps of high entropy?
 
-For every task, policy, budget, granularity and memory: means by entropy bin, correlations (raw, within examples, and
-after controls), the trend over the bins, AUROC of entropy for a failed recall, and a verdict. The steps of an example
-are dependent, and so are examples about one context: intervals resample whole contexts (docs/entropy_recall.md).
+Low recall means that a policy has evicted entries that the step needs. For every task, policy, budget, granularity and
+memory: means by entropy bin, correlations (raw, within examples, and after controls), the trend over the bins, AUROC of
+entropy for a failed recall, and a verdict. The steps of an example are dependent, and so are examples about one
+context, so intervals resample whole contexts (docs/entropy_recall.md).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from kv_transition.studies.recall.observations import LEVELS, Steps, cells, read
 from kv_transition.studies.recall.tables import ENTROPY_RECALL
 from kv_transition.studies.recall.verdict import Bin, Verdict, controlled, empty_bin, judge
 
-FAILED_BELOW = 0.5  # a recall that AUROC calls failed
+FAILED_BELOW = 0.5  # AUROC counts a lower recall as failed
 Row = dict[str, Any]
 
 
@@ -76,7 +77,7 @@ def analyse(steps: Steps, statistics: Statistics) -> Cell:
     after = controlled(raw, estimates["pearson"], estimates["partial"], low, high, _varying(steps))
     cell = Cell(steps, bins, estimates, raw, after, mean_rows)
     cell.rows.extend(_row(name, found) | cell.size for name, found in estimates.items())
-    left_out = f"{steps.left_out} steps without entropy or recall left out; " if steps.left_out else ""
+    left_out = f"{steps.left_out} steps without entropy or recall omitted; " if steps.left_out else ""
     for name, found in (("verdict", raw), ("verdict_controlled", after)):
         cell.rows.append({"statistic": name, "outcome": found.outcome, "reason": left_out + found.reason} | cell.size)
     return cell
@@ -100,8 +101,8 @@ def _examples(steps: Steps, values: np.ndarray) -> list[int]:
 
 
 def _means(steps: Steps, confidence: float) -> tuple[dict[str, Bin], list[Row]]:
-    """Return mean recall by entropy bin, as values and as rows with the overall mean and the share of failed
-    recalls.
+    """Return mean recall by entropy bin as values, and as rows with the overall mean and the
+    share of failed recalls.
     """
     names = [*(f"recall_{level}" for level in LEVELS), "recall", "failed_recall"]
     if not len(steps):
@@ -166,7 +167,7 @@ def _estimates(steps: Steps, statistics: Statistics) -> dict[str, Estimate]:
 
 
 def _kinds(steps: Steps, confidence: float) -> list[Row]:
-    """Return mean entropy and recall of each kind of prompt, if there are several."""
+    """Return the rows of mean entropy and mean recall of each kind of prompt, if there are several."""
     if len(steps.kinds) < 2:
         return []
     inside = steps.kind == np.arange(len(steps.kinds))[:, None]
@@ -182,18 +183,18 @@ def _kinds(steps: Steps, confidence: float) -> list[Row]:
 
 
 def _sensitivity(found: Mapping[str, Cell], confidence: float) -> Iterator[Row]:
-    """Return how the slope of recall on entropy changes with the budget, for budgets that are shares.
+    """Yield how the slope of recall on entropy changes with the budget, for budgets that are fractions.
 
-    ``sensitivity``: change of the slope for a budget larger by 1; above 0, entropy matters more at small budgets.
-    Chance alone gives a recall of r, which flattens slopes at large budgets; ``sensitivity_corrected`` uses the slope
-    of (recall - r) / (1 - r).
+    ``sensitivity``: change of the slope per increase of the budget by 1; above 0, the slope is steeper at small
+    budgets. Random sets have a recall of r, which flattens slopes at large budgets; ``sensitivity_corrected`` uses the
+    slope of (recall - r) / (1 - r).
     """
     shares = {float(budget[1:]): cell for budget, cell in found.items() if budget.startswith("r") and budget != "r1"}
     size = next(iter(found.values())).size
     r = np.array(list(shares))
     why = None
     if len(shares) < 2:
-        why = "needs two budgets that are shares"
+        why = "needs two budgets that are fractions"
     elif any(cell.slope.draws is None for cell in shares.values()):
         why = next(cell.slope.method for cell in shares.values() if cell.slope.draws is None)
     elif len({tuple(cell.steps.examples) for cell in shares.values()}) > 1:

@@ -16,7 +16,7 @@ from kv_transition.studies.recall.tables import OBSERVATION_CHECKS
 KEY = ["task", "policy", "budget", "granularity", "memory"]
 SEQUENCE = ["example_id", "prompt_kind"]
 
-# An entropy is summed in fp32, which may miss its bounds by a rounding.
+# An entropy is summed in fp32, so rounding may put it slightly outside its bounds.
 _TOLERANCE = 1e-4
 
 _WORDS = {
@@ -24,10 +24,10 @@ _WORDS = {
     "recall_always_1": "recall is 1 at every step of {} of {} sequences",
     "gold_never_changes": "the gold entries never change in {} of {} sequences",
     "steps_missing": "{} of {} sequences lack steps",
-    "entropy_outside": "the entropy of {} steps lies outside of [0, log V]",
+    "entropy_outside": "the entropy of {} steps is outside [0, log V]",
 }
 _EXPECTED = {"oracle": {"recall_always_1"}}
-"""What is no concern: the oracle holds what the step needs."""
+"""Checks that are expected to hold, by policy: the oracle holds all entries that the step needs."""
 
 
 def check(
@@ -36,7 +36,7 @@ def check(
     """Return a row of OBSERVATION_CHECKS for each policy, budget, granularity and memory.
 
     sequences: steps and finish reason by (example_id, prompt_kind), as the job recorded them. A sequence without steps
-    is missing unless the model ended it at once. A sequence of one step cannot show what is constant.
+    is missing, unless the model ended it at once. A sequence of one step cannot show that a value never changes.
     """
     recorded = pl.DataFrame(
         [(*key, steps, reason) for key, (steps, reason) in sequences.items()],
@@ -50,7 +50,7 @@ def check(
         ((pl.col("recall") == 0).all() & (pl.len() > 1)).alias("recall_always_0"),
         ((pl.col("recall") == 1).all() & (pl.len() > 1)).alias("recall_always_1"),
         ((pl.col("gold_new").fill_null(0) == 0).all() & (pl.len() > 1)).alias("gold_never_changes"),
-        # Comparing with NaN is no error there; it is here.
+        # A comparison with NaN is not an error in polars, so NaN is checked separately.
         (outside | pl.col("entropy").is_nan() | pl.col("entropy").is_null()).sum().alias("entropy_outside"),
         (pl.col("step").sort() != pl.int_range(pl.len())).any().alias("broken"),
     )
@@ -83,7 +83,7 @@ def _concern(row: Mapping[str, Any]) -> str | None:
 
 
 def write_checks(observations: Sequence[str], output: str) -> None:
-    """Check the observation files of one task, a file for each bin."""
+    """Write the checks of the observation files of one task, a file for each bin."""
     sequences: dict[tuple[str, str], tuple[int, str]] = {}
     vocabulary = 0
     for path in observations:

@@ -1,7 +1,7 @@
-"""entropy_recall against its controls: does entropy choose better moments to recall than chance?
+"""The comparison of entropy_recall with its controls: does entropy choose better moments to recall than chance?
 
 A control recalls as often in the same example, at random or evenly spread moments. The paired difference of the scores
-is the value of the choice of moments. `never` and `always` are the bounds.
+is the effect of the choice of moments. `never` and `always` are the bounds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def answers(scores: pa.Table, policies: Options) -> pl.DataFrame:
 
 
 def points(scores: pa.Table, policies: Options, confidence: float) -> list[dict[str, Any]]:
-    """Return each policy and budget with mean score and means of `COUNTED`, as estimate, ci_low, ci_high, n."""
+    """Return each policy and budget with the mean score and the means of `COUNTED`, as estimate, ci_low, ci_high, n."""
     lists = by_cell(answers(scores, policies), CELL)
     if not lists.height:
         return []
@@ -78,11 +78,12 @@ def points(scores: pa.Table, policies: Options, confidence: float) -> list[dict[
 
 
 def recall_moments(scores: pa.Table, policies: Options, statistics: Statistics) -> pa.Table:
-    """Return entropy's moments minus the others' on the same examples, over all lengths (tables.COMPARISONS).
+    """Return the differences between entropy's moments and others on the same examples, over all lengths
+    (tables.COMPARISONS).
 
-    ``score`` with the p-value of the same inference as its interval, Holm-adjusted within a task and mode over all
-    policies and budgets whose control recalls at moments of chance; ``triggers`` and ``moved_bytes`` show whether it
-    recalled as often and moved as much.
+    The p-value of ``score`` has the same inference as its interval. It is Holm-adjusted within a task and mode, over
+    all policies and budgets whose control recalls at moments of chance. ``triggers`` and ``moved_bytes`` show whether
+    the control recalled as often and moved as many bytes.
     """
     frame, rows = answers(scores, policies), []
     for treated, other in pairs_of(policies):
@@ -117,13 +118,13 @@ def _differences(lists: pl.DataFrame, treated: str, other: str, how: str, statis
 def answer(row: Mapping[str, Any], how: str, alpha: float) -> str:
     """Return a sentence on the difference in score from a control."""
     if row["estimate"] is None:
-        return f"Not known: no example was answered both at entropy's and at {how} moments."
+        return f"Unknown: no example was answered both at entropy's and at {how} moments."
     shown = labels.interval(row["estimate"], row["ci_low"], row["ci_high"], 3).replace("-", "−")
     said = f"score {shown} compared with {how} moments, n = {row['n']}, p = {row['p_holm']:.2g} after Holm"
     if row["p_holm"] < alpha and row["ci_low"] > 0:
         return f"Yes: {said}."
     if row["p_holm"] < alpha and row["ci_high"] < 0:
-        return f"No, worse ones: {said}."
+        return f"No, entropy chooses worse moments: {said}."
     return f"Not shown: {said}; a gain of more than {max(row['ci_high'], 0):.3f} is excluded."
 
 

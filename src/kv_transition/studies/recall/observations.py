@@ -1,4 +1,4 @@
-"""The observed steps as arrays: entropy and recall of each decode step."""
+"""The observed decode steps as arrays, with their entropy and recall."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ LEVELS = ("low", "medium", "high")
 class Steps:
     """The steps of one task, policy, budget, granularity and memory, grouped by context and example.
 
-    ``example`` [steps] int codes 0, 1, ... of ``examples``; ``entropy`` (nats), ``recall``, ``step``, ``length``
-    (entries in the cache) [steps] float; ``kind`` [steps] int codes of ``kinds``, kinds of prompt; ``left_out``: number
-    of steps without entropy or recall; ``context`` [steps] int codes of contexts, rising, where examples share them.
+    ``example`` [steps] int: codes 0, 1, ... of ``examples``. ``entropy`` (nats), ``recall``, ``step``, ``length``
+    (entries in the cache) [steps] float. ``kind`` [steps] int: codes of ``kinds``, the kinds of prompt. ``left_out``:
+    number of steps without entropy or recall. ``context`` [steps] int: codes of the contexts, in increasing order, if
+    examples share contexts.
     """
 
     examples: list[str]
@@ -83,8 +84,8 @@ def read_observations(paths: Sequence[str], columns: Sequence[str] = COLUMNS) ->
 def _check(frame: pl.DataFrame) -> None:
     double = frame.filter(frame.select(*CELL, "example_id", "prompt_kind", "step").is_duplicated())
     wrong = {
-        "stands more than once; run the observe step again": double,
-        "has a recall outside of 0 and 1": frame.filter(~pl.col("recall").is_between(0, 1)),
+        "occurs more than once; run the observe step again": double,
+        "has a recall outside [0, 1]": frame.filter(~pl.col("recall").is_between(0, 1)),
         "has an entropy that is negative or infinite": frame.filter(
             (pl.col("entropy") < 0) | pl.col("entropy").is_infinite()
         ),

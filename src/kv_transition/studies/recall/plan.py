@@ -18,7 +18,7 @@ ROW_BYTES = 40
 
 
 def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
-    """Return the observations of an experiment; none where ``observe`` is not enabled."""
+    """Return the observation jobs of an experiment; none if ``observe`` is not enabled."""
     section = settings.observe
     if not (settings.tasks and section.enabled):
         return Work()
@@ -35,5 +35,5 @@ def work(settings: Settings, answer_tokens: Mapping[str, float]) -> Work:
             steps = sequences * tokens
             path = files.observations(task, bin)
             jobs.append(Job(path, expected, sequences, 0, steps, steps * sets, ROW_BYTES))
-    note = "observations counted as the decoding alone, without what comparing each step costs"
+    note = "the time of observations includes only the decoding, not the comparison of each step"
     return Work((Item("observations", "sequences", tuple(jobs), "observe_hash"),), (), (note,))

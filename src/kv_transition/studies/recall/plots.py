@@ -1,4 +1,4 @@
-"""Figures of entropy and recall: by entropy bin, step by step, and the score of recalling against its cost."""
+"""Figures of entropy and recall: by entropy bin, by step, and the score of recalling against its cost."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kv_transition.studies.recall.observations import LEVELS, read_observations
 from kv_transition.studies.recall.verdict import FAILS, HOLDS
 
 KEY = ["task", "policy", "granularity", "memory"]
-# A policy is drawn in the study's form if that was observed, else in the first form that was.
+# A policy is drawn in the study's form if that was observed, otherwise in the first observed form of this list.
 PREFERRED = (("global", "ideal"), ("per_head", "ideal"), ("global", "irreversible"), ("per_head", "irreversible"))
 BINS = ("low\n< 1 nat", "medium", "high\n> 2.5 nats")
-POINTS = 150  # of a policy and budget in the scatter
+POINTS = 150  # points of a policy and budget in the scatter plot
 SEED = 0
 WIDTH, HEIGHT, COLUMNS = 260, 190, 3
-GRANULARITY = {"global": "one set for all heads", "per_head": "a set for each head"}
+GRANULARITY = {"global": "one set for all heads", "per_head": "one set for each head"}
 
 
 def chosen(table: pl.DataFrame) -> list[tuple[str, str, str, str]]:
@@ -41,7 +41,7 @@ def _budgets(table: pl.DataFrame) -> list[str]:
 
 
 def bin_rows(table: pl.DataFrame) -> list[Row]:
-    """Return mean recall of each entropy bin with its interval; budgets are drawn a little apart."""
+    """Return mean recall of each entropy bin with its interval; the budgets are drawn slightly side by side."""
     budgets, rows = _budgets(table), []
     names = {f"recall_{level}": i for i, level in enumerate(LEVELS)}
     own = table.filter(pl.col("statistic").is_in(list(names))).drop_nulls("estimate")
@@ -58,7 +58,7 @@ def bin_rows(table: pl.DataFrame) -> list[Row]:
 
 
 def _chance(rows: list[Row]) -> list[Row]:
-    """Return the recall of a random set for each budget."""
+    """Return the expected recall of a random set for each budget."""
     shares = {(*(r[k] for k in KEY), r["budget"]): r for r in rows if r["budget"].endswith("%")}
     return [r | {"chance": float(r["budget"].removesuffix("%")) / 100} for r in shares.values()]
 
@@ -90,11 +90,11 @@ def _bin_layers(table: pl.DataFrame, rows: list[Row], data: Datasets) -> list[al
     ]  # fmt: skip
 
 
-_BINS_TITLE = "What the cache would have held, by the model's uncertainty"
+_BINS_TITLE = "Recall of the needed entries, by the model's uncertainty"
 
 
 def _bins_note(rows: list[Row], confidence: float) -> tuple[str, str]:
-    n = f"n = {panels.span([row['n'] for row in rows])} examples a point"
+    n = f"n = {panels.span([row['n'] for row in rows])} examples per point"
     if any(row["clusters"] != row["n"] for row in rows):
         n += f" from {panels.span([row['clusters'] for row in rows])} contexts"
     return (
@@ -104,7 +104,7 @@ def _bins_note(rows: list[Row], confidence: float) -> tuple[str, str]:
 
 
 def bins_figure(table: pl.DataFrame, confidence: float) -> Spec:
-    """Return mean recall against the entropy bin: a panel per policy, a line per budget."""
+    """Return the figure of mean recall against the entropy bin: a panel per policy, a line per budget."""
     rows = bin_rows(table)
     if not rows:
         return panels.note("No step has entropy and recall.", _BINS_TITLE, panels.share(confidence))
@@ -124,7 +124,7 @@ def _panel_title(key: tuple[str, str, str, str], several: bool, more: str = "") 
 
 
 def bins_explorer(table: pl.DataFrame, confidence: float) -> Spec | None:
-    """Return the same as an interactive chart, for one policy, granularity and memory at a time; None without data."""
+    """Return the same as an interactive chart for one policy, granularity and memory at a time; None without data."""
     rows = bin_rows(table)
     if not rows:
         return None
@@ -141,7 +141,9 @@ _SCATTER_TITLE = "Entropy and recall, step by step"
 
 
 def scatter_figure(table: pl.DataFrame, observations: pl.DataFrame, confidence: float) -> Spec:
-    """Return steps as points (a seeded sample) with the least-squares line of all steps: a panel per policy."""
+    """Return the figure of steps as points (a seeded sample), with the least-squares line of all steps; a panel per
+    policy.
+    """
     steps = observations.drop_nulls(["entropy", "recall"])
     share = f"at most {POINTS} steps of each budget are drawn; lines: least squares over all steps"
     if not steps.height:
@@ -171,11 +173,11 @@ def _scatter_layers(table: pl.DataFrame, steps: pl.DataFrame, data: Datasets, ke
             ends = (own["entropy"].min(), own["entropy"].max())
             lines += [{"budget": name, "x": x, "y": mean_y + slope * (x - mean_x)} for x in ends]
         r = found["pearson"]
-        if r["estimate"] is not None:  # the last, smallest budget's
+        if r["estimate"] is not None:  # the last one is that of the smallest budget
             interval = labels.interval(r["estimate"], r["ci_low"], r["ci_high"]).replace("-", "−")
             said = f"r = {interval} at {name}, n = {r['n']}"
     x = alt.X("x:Q", axis=alt.Axis(title="entropy of the token, nats", grid=False, tickCount=6))
-    # not clamped: a line that leaves the panel must keep its slope
+    # not clamped, because a line that leaves the panel must keep its slope
     y = alt.Y("y:Q", scale=marks.unit_scale(clamp=False), axis=alt.Axis(title="recall", tickCount=5))
     colors, _ = _budget_scales(table)
     return [
@@ -186,16 +188,16 @@ def _scatter_layers(table: pl.DataFrame, steps: pl.DataFrame, data: Datasets, ke
 
 MOVED = {"moved_bytes": "moved between the two, MiB", "hot_bytes": "in the cache (hot), MiB",
          "total_bytes": "in cache and store (total), MiB"}  # fmt: skip
-_MOMENTS_TITLE = "What recalling evicted entries gives, and what it costs"
+_MOMENTS_TITLE = "Score and cost of recalling evicted entries"
 
 
 def moments_figure(scores: Any, policies: recall_moments.Options, confidence: float) -> Spec:
-    """Return the mean score of entropy_recall and its controls against bytes moved, hot and total.
+    """Return the figure of the mean score of entropy_recall and its controls against bytes moved, hot and total.
 
-    There is a row of panels per task and mode.
+    There is a row of panels for each task and mode.
     """
     points = recall_moments.points(scores, policies, confidence)
-    share = f"means of an answer, over all lengths; {panels.share(confidence)}"
+    share = f"means per answer, over all lengths; {panels.share(confidence)}"
     rows = []
     for point in points:
         for column in MOVED:
@@ -237,9 +239,9 @@ def _moments_layers(rows: list[Row], full: list[Row], names: list[str], title: s
 def write_entropy_recall_plots(
     table: str, observations: Sequence[str], confidence: float, outputs: Mapping[str, str]
 ) -> None:
-    """Write the figures; ``outputs``: path by ``{entropy_bins|entropy_scatter}_{svg|png}``.
+    """Write the figures. Raises UserError for an output of another name.
 
-    Raises UserError for an output of another name.
+    outputs: path by ``{entropy_bins|entropy_scatter}_{svg|png}``.
     """
     found = read_table(table)
     figures = {
@@ -252,9 +254,9 @@ def write_entropy_recall_plots(
 def write_moments_plots(
     scores: str, policies: recall_moments.Options, confidence: float, outputs: Mapping[str, str]
 ) -> None:
-    """Write the figure of the moments; ``outputs``: path by ``recall_moments_{svg|png}``.
+    """Write the figure of the moments. Raises UserError for an output of another name.
 
-    Raises UserError for an output of another name.
+    outputs: path by ``recall_moments_{svg|png}``.
     """
     figures = {"recall_moments": lambda: moments_figure(parsing.read_parquet(scores), policies, confidence)}
     save.save_figures(figures, outputs)

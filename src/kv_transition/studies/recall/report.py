@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 FIGURES = {
     "entropy_bins": ("Recall by entropy", "Mean recall of steps of low, medium and high entropy, one line per budget."),
-    "entropy_scatter": ("Steps", "Entropy and recall of single steps with the least-squares line of each budget."),
+    "entropy_scatter": ("Steps", "Entropy and recall of single steps, with the least-squares line of each budget."),
     "recall_moments": ("Recalling", "Score against bytes moved, hot and total: the policy that recalls, its controls, "
                        "its bounds."),
 }  # fmt: skip
-ORACLE = "oracle"  # an upper bound that knows the answer
+ORACLE = "oracle"  # an upper bound: it uses the attention of the step itself
 CELL = (*KEY[:2], "budget", *KEY[2:])
 SHOWN = ("recall_low", "recall_high", "pearson", "partial", "auroc")
 CONTROLS = ("pearson_within", "spearman_within", "partial_step", "partial_length", "partial_kind", "partial")
@@ -71,7 +71,7 @@ def _number(row: Row | None, digits: int = 2, signed: bool = False) -> Number:
 
 
 def _lead(table: pl.DataFrame) -> str:
-    """Return the overall answer in one or two sentences, over all cells but the oracle's."""
+    """Return the overall answer in one or two sentences, over all cells except the oracle's."""
     verdicts = table.filter(pl.col("policy") != ORACLE, statistic="verdict_controlled")
     counts = Counter(verdicts["outcome"].to_list())
     whole = verdicts.height
@@ -80,7 +80,7 @@ def _lead(table: pl.DataFrame) -> str:
     names = {
         CONFIRMED: "confirmed for",
         NOT_CONFIRMED: "not confirmed for",
-        AFTER_CONTROLLING: "gone once step, length and kind of prompt are held constant for",
+        AFTER_CONTROLLING: "not confirmed with step, length and kind of prompt held constant for",
         UNDECIDED: "undecided for",
     }
     parts = [f"{text} {counts[outcome]}" for outcome, text in names.items() if counts[outcome]]
@@ -91,7 +91,7 @@ def _lead(table: pl.DataFrame) -> str:
 
 
 def _groups(table: pl.DataFrame) -> list[Row]:
-    """Return a table per task, granularity and memory, the study's own form first."""
+    """Return a table for each task, granularity and memory, the study's own form first."""
     keys = table.select("task", "granularity", "memory").unique().rows()
     several, groups = len({key[0] for key in keys}) > 1, []
     for task, granularity, memory in sorted(keys, key=lambda k: (k[0], PREFERRED.index(k[1:]))):
@@ -119,7 +119,9 @@ def _by_statistic(rows: pl.DataFrame) -> dict[str, Row]:
 
 
 def _confounders(table: pl.DataFrame) -> list[Row]:
-    """Return what else correlates with entropy, per task. It is the same in every cell, so the first one is used."""
+    """Return the other variables that correlate with entropy, per task. They are equal in every cell, so the first is
+    used.
+    """
     found = []
     for task in table["task"].unique().sort():
         own = table.filter(task=task).drop_nulls("budget")
@@ -161,7 +163,7 @@ def _steeper(row: Row) -> str:
         return row["method"]
     if row["ci_low"] <= 0 <= row["ci_high"]:
         return "no difference between budgets is shown"
-    return f"recall falls {'faster' if row['ci_low'] > 0 else 'more slowly'} where less is kept"
+    return f"recall falls {'faster' if row['ci_low'] > 0 else 'more slowly'} at smaller budgets"
 
 
 def _moments(table: pl.DataFrame, policies: Mapping[str, Any], alpha: float) -> Row:

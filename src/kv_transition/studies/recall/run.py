@@ -1,10 +1,10 @@
-"""The observation job: what each policy would hold at each decode step of the full cache, and the token entropy.
+"""The observation job: the entries that each policy would hold at each decode step of the full cache, and the entropy.
 
     python -m kv_transition.studies.recall.run --spec JSON --bin BIN.parquet --output STEPS.parquet
         --layers LAYERS.parquet
 
 Nothing is evicted: the full cache decodes greedily from the prefill after the prompt. Before each token is read, every
-policy states under every budget which entries it would hold (see `shadow`). The token's attention then shows which
+policy predicts under every budget which entries it would hold (see `shadow`). The token's attention then shows which
 entries the step needed.
 """
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 REASONING = " Let us reason step by step, one fact at a time:\n"
-"""Read after the prompt, as the beginning of the answer, in the manner of Kojima et al. (2022), arXiv 2205.11916"""
+"""Text that is read after the prompt as the beginning of the answer, as in Kojima et al. (2022), arXiv 2205.11916"""
 
 CONTINUATION = "continuation"
 """kind of prompt: the context alone, with no question after it"""
 
 _SEED_BITS = 40
-"""as in the cells"""
+"""bits of a seed, as in the cells"""
 
 Key = tuple[str, str, str, str]
 """policy, budget, granularity, memory"""
@@ -56,7 +56,7 @@ class Trace:
     entropy: list[float] = field(default_factory=list)
     n: list[int] = field(default_factory=list)
     k: list[list[int]] = field(default_factory=list)
-    """[T, B], as all below"""
+    """number of entries that may be held, [T, B] like the fields below"""
     recall: list[list[float]] = field(default_factory=list)
     gold_mass_kept: list[list[float]] = field(default_factory=list)
     gold_new: list[list[float | None]] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Trace:
     entropy_gap_gold: list[list[float | None]] = field(default_factory=list)
     finish_reason: str = "length"
     layers: dict[Key, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """sums over the steps of recall and gold_mass_kept in each evictable layer, of keys per KV head"""
+    """sums over the steps of recall and gold_mass_kept in each evictable layer, for keys with granularity per_head"""
 
 
 @torch.inference_mode()
@@ -73,9 +73,9 @@ def follow(
 ) -> Trace:
     """Decode greedily from a full state and compare, at each step, the needed entries with the held ones.
 
-    Step t reads the token that the previous logits produced; the entropy of these logits is that of the step. Gold are
-    the K entries, of the n before the token, with the highest attention. The end token is not read. shadows: new ones.
-    entropy_gap_every: measure both entropy gaps at every such step; 0: never.
+    Step t reads the token that the previous logits produced; the entropy of these logits is the entropy of the step.
+    Gold entries are the K entries, of the n before the token, with the highest attention. The end token is not read.
+    shadows: must be new. entropy_gap_every: both entropy gaps are measured at every such step; 0: never.
     """
     for each in shadows:
         each.begin(state)
@@ -90,7 +90,7 @@ def follow(
         predictions = [each.predict(state) for each in shadows]
         attention: list[Tensor] = []
         after = engine.extend(state, [token], statistics, max_tokens - step, attention)
-        # the token's own entry is in no set
+        # the sets do not include the token's own entry
         attention = [row[:, : state.length] for row in attention]
         for each, sets in zip(shadows, predictions, strict=True):
             if isinstance(each, Oracle):
@@ -115,25 +115,25 @@ def entropy(logits: Tensor) -> float:
 
 @dataclass
 class _Altered:
-    """The change of a step's next-token distribution when it sees fewer entries."""
+    """The change of a step's next-token distribution if the step attends to fewer entries."""
 
     engine: LocalEngine
     state: CacheState
     token: int
     logits: Tensor
-    """[V], of the step as it was"""
+    """[V], of the step with all entries"""
 
     _known: dict[int, float] = field(default_factory=dict)
 
     def divergence(self, mask: Tensor) -> float:
-        """Return the KL divergence, in nats, of the distribution with the entries of a mask [R, n] only."""
-        # both memories may hold the same set
+        """Return the KL divergence, in nats, of the distribution with only the entries of a mask [R, n]."""
+        # both memories may have the same set, so divergences are cached by mask
         if id(mask) not in self._known:
             self._known[id(mask)] = self._divergence(mask)
         return self._known[id(mask)]
 
     def without(self, mask: Tensor) -> float:
-        """Return the same with all entries except those of a mask."""
+        """Return the KL divergence of the distribution without the entries of a mask."""
         return self._divergence(~mask)
 
     def _divergence(self, mask: Tensor) -> float:
@@ -174,7 +174,7 @@ def _compare(
         gold = torch.stack([golds[columns[i][2]] for i in chosen])
         sizes = torch.tensor([columns[i][1] for i in chosen], device=row.device)[:, None]
         hits = (pred & gold).sum(-1).double() / sizes  # [b, R]
-        # all attention may be on the token itself
+        # the sum may be 0, if all attention is on the token itself
         share = row / row.sum(-1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
         masses = (pred * share).sum(-1).double()
         recall[chosen], mass[chosen] = hits.mean(-1).cpu(), masses.mean(-1).cpu()
@@ -192,7 +192,7 @@ def _compare(
 
 
 def _share_new(gold: Tensor, before: Tensor | None, k: int) -> float | None:
-    """Return the share of the gold entries that were not gold at the step before."""
+    """Return the share of the gold entries that were not gold at the previous step."""
     if before is None:
         return None
     again = (gold[:, : before.shape[-1]] & before).sum(-1)
@@ -223,7 +223,9 @@ def shadows_of(spec: dict[str, Any], seed: int) -> list[Shadow]:
 def observed(
     engine: LocalEngine, examples: Sequence[dict[str, Any]], spec: dict[str, Any], store: Any
 ) -> Iterator[tuple[dict[str, Any], str, Trace]]:
-    """Yield each example, the kind of its prompt and its trace; with continuations also without its question."""
+    """Yield each example, the kind of its prompt and its trace; with continuations, also the context without a
+    question.
+    """
     statistics = frozenset({"attn_sum"}).union(*(s.policy.statistics for s in shadows_of(spec, 0)))
     reader = Reader(engine, store, examples)
     for number, example in enumerate(by_context(examples), 1):
@@ -237,14 +239,14 @@ def observed(
             prompts.append((CONTINUATION, prefill.context))
         most = example["max_new_tokens"] if spec["max_tokens"] == "task" else spec["max_tokens"]
         for prompt_kind, state in prompts:
-            # that of the cells' first repeat
+            # the seed of the first repeat in the cells
             seed = int(digest([spec["seed"], example["example_id"], 0]), 16) % 2**_SEED_BITS
             yield example, prompt_kind, follow(engine, state, shadows_of(spec, seed), most, spec["entropy_gap_every"])
         print(f"observed {number} of {len(examples)} prompts", file=sys.stderr, flush=True)
 
 
 def steps_table(example: dict[str, Any], prompt_kind: str, trace: Trace) -> pa.Table:
-    """Return T x B rows of OBSERVATIONS."""
+    """Return the T x B rows of OBSERVATIONS of a trace."""
     import numpy as np
     import pyarrow as pa
 

@@ -1,6 +1,6 @@
-"""Shadows: the entries that a policy would hold, followed beside a cache from which nothing is evicted.
+"""Shadows: predictions of the entries that a policy would hold, beside a cache from which nothing is evicted.
 
-Sets are masks [R, n] over the n entries before a step: one row with granularity ``global``, a row for each KV head of
+Sets are masks [R, n] over the n entries before a step: one row with granularity ``global``, one row for each KV head of
 each layer with ``per_head``. Sliding-window layers, which are never evicted, are not included.
 """
 
@@ -24,7 +24,7 @@ MEMORIES = ("ideal", "irreversible")
 ORACLE = "oracle"
 
 _NOT_OF_A_POSITION = ("random", "tova")
-"""kinds whose score is drawn anew in each head, or is one of a whole layer by its definition"""
+"""kinds whose score is drawn separately in each head, or defined for a whole layer"""
 
 Sets = dict[tuple[str, str], Tensor]
 """(granularity, memory) -> mask [R, n]"""
@@ -53,7 +53,7 @@ def best(score: Tensor, k: int) -> Tensor:
 
 
 def without_lowest(score: Tensor, held: Tensor) -> Tensor:
-    """Return the mask of the held entries [R, n] without the lowest of each row, the higher index among equals."""
+    """Return the mask of the held entries [R, n] without the lowest of each row; the higher index in a tie."""
     of_held = score.masked_fill(~held, torch.inf)
     return held.scatter(-1, score.shape[-1] - 1 - of_held.flip(-1).argmin(-1, keepdim=True), False)
 
@@ -76,7 +76,9 @@ def held_by(state: CacheState, n: int) -> Tensor:
 
 
 def thinned(state: CacheState, mask: Tensor) -> CacheState:
-    """Return a full state with the entries of a mask [R, n] only; R is 1, or the KV heads of all evictable layers."""
+    """Return a full state with only the entries of a mask [R, n]; R is 1, or the number of KV heads of all evictable
+    layers.
+    """
     layers, first = [], 0
     for layer in state.layers:
         if layer.window is not None:
@@ -99,7 +101,9 @@ def _chosen(layer: LayerCache, mask: Tensor) -> Layer:
 
 @dataclass
 class Shadow:
-    """One policy under one budget. Call `begin` at the end of the prompt, then `predict` before each token is read."""
+    """The shadow of one policy under one budget. Call `begin` at the end of the prompt, and `predict` before each
+    token.
+    """
 
     name: str
     policy: Policy
@@ -109,12 +113,14 @@ class Shadow:
     seed: int = 0
 
     def begin(self, prompt: CacheState) -> None:
-        """prompt: the full state after the prompt. Raises UserError if it lacks a statistic that the policy reads."""
+        """Start after the prompt. prompt: its full state. Raises UserError if it lacks a statistic that the policy
+        reads.
+        """
         for layer in prompt.evictable:
             self.policy._require_statistics(layer)
 
     def predict(self, state: CacheState) -> Sets:
-        """Return the sets held when the next token is about to be read on top of the full ``state``."""
+        """Return the sets held before the next token is read; ``state`` is the full state."""
         raise NotImplementedError
 
     def _k(self, n: int) -> int:
@@ -140,10 +146,10 @@ class Shadow:
 
 @dataclass
 class Once(Shadow):
-    """A policy that acts once, on the prompt, with the scores of that moment.
+    """The shadow of a policy that acts once, on the prompt, with the scores at the end of the prompt.
 
-    Generated entries are held. If more is held than the budget allows, the prompt's entries with the lowest scores are
-    dropped first. The policy never recalls an entry, so both memories agree.
+    Generated entries are held. If more entries are held than the budget allows, the prompt's entries with the lowest
+    scores are dropped first. The policy never recalls an entry, so both memories have the same sets.
     """
 
     _ranks: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -173,8 +179,9 @@ class Once(Shadow):
 
 @dataclass
 class Reduced(Shadow):
-    """A policy that acts once and chooses by more than a score: as `Once`, but it chooses anew for each remaining
-    number of the prompt's entries.
+    """The shadow of a policy that acts once and selects by more than a score.
+
+    As `Once`, but it selects again for each remaining number of the prompt's entries.
     """
 
     _last: tuple[int, Tensor] | None = field(default=None, repr=False)
@@ -200,10 +207,10 @@ class Reduced(Shadow):
 
 @dataclass
 class EachStep(Shadow):
-    """A policy that acts at each step, by scores of the full cache.
+    """The shadow of a policy that acts at each step, by scores of the full cache.
 
-    ``ideal`` keeps the best of all entries. ``irreversible`` keeps the best of those it kept at the step before and the
-    new entry: an evicted entry has no score.
+    ``ideal`` keeps the best of all entries. ``irreversible`` keeps the best of the new entry and the entries kept at
+    the previous step, because an evicted entry has no score.
     """
 
     _held: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -233,7 +240,7 @@ class EachStep(Shadow):
         return sets
 
     def _cut(self, rows: Tensor, held: Tensor, budgets: list[int], scores: list[Tensor]) -> Tensor:
-        """Return what stays of the held entries and of the entries that were added since."""
+        """Return the mask of the entries that are kept, of the held entries and those added since."""
         new = rows.shape[-1] - held.shape[-1]
         grown = functional.pad(held, (0, new), value=True)
         k = budgets[0]
@@ -251,7 +258,7 @@ class EachStep(Shadow):
 
 @dataclass
 class Ends(EachStep):
-    """StreamingLLM, whose choice is known without a score: the first entries and the newest, alike in all heads."""
+    """The shadow of StreamingLLM, which holds the first and the newest entries, equal in all heads."""
 
     def predict(self, state: CacheState) -> Sets:
         n, layers = state.length, state.evictable
@@ -266,7 +273,7 @@ class Ends(EachStep):
         return {(g, m): found[m].expand(rows[g], n) for g in self.granularities for m in self.memories}
 
     def _of(self, there: Tensor, k: int) -> Tensor:
-        """What is kept of the entries that are there, a mask [1, n]."""
+        """Return the mask [1, n] of the entries that are kept, of the available entries ``there``."""
         first = torch.zeros_like(there)
         first[:, : self.policy.protected(k)] = there[:, : self.policy.protected(k)]
         others = there & ~first
@@ -276,13 +283,13 @@ class Ends(EachStep):
 
 @dataclass
 class Oracle(EachStep):
-    """The upper bound: its scores are the attention of the step itself."""
+    """The upper bound, whose scores are the attention of the step itself."""
 
     def predict(self, state: CacheState) -> Sets:
         return {}
 
     def hindsight(self, attention: list[Tensor]) -> Sets:
-        """Return the sets by ``attention`` [Hkv, n] of the step in each evictable layer."""
+        """Return the sets by the ``attention`` [Hkv, n] of the step in each evictable layer."""
         return self._kept(attention, [self._k(attention[0].shape[-1])] * len(attention))
 
 
@@ -303,7 +310,9 @@ def shadow(
     memories: Sequence[str],
     seed: int = 0,
 ) -> Shadow | None:
-    """Return the shadow of a policy (None: of the oracle) at the granularities that it has; None if it has none."""
+    """Return the shadow of a policy (None: of the oracle) at the granularities that it supports; None if it supports
+    none.
+    """
     if policy is None:
         return Oracle(name, Policy(), budget, tuple(granularities), tuple(memories), seed)
     fitting = tuple(g for g in granularities if g == "per_head" or has_global_score(policy, kind))
@@ -315,5 +324,5 @@ def shadow(
     elif not policy.acts_each_step:
         form = Reduced
     else:
-        raise ValueError(f"{kind} acts at each step and chooses by more than a score; there is no shadow of that")
+        raise ValueError(f"{kind} acts at each step and selects by more than a score, so it has no shadow")
     return form(name, policy, budget, fitting, tuple(memories), seed)

@@ -1,4 +1,4 @@
-"""The spec of the observation job, and the policies that can be observed."""
+"""The spec of the observation job, and the choice of the observed policies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 ORACLE = "oracle"
 _UNOBSERVED = {
     FULL: "keeps everything",
-    "entropy_merge": "holds entries that stand for several",
-    "entropy_recall": "chooses by the step's own query",
+    "entropy_merge": "holds merged entries",
+    "entropy_recall": "selects by the query of the step itself",
 }
 
 
 def why_not_observed(kind: str, hyper_parameters: Mapping[str, Any]) -> str | None:
-    """Return why a policy cannot be observed; None if it can."""
+    """Return the reason why a policy cannot be observed; None if it can."""
     if catalog.is_press(kind):
         return "reads the prompt itself"
     if catalog.ignores_budget(kind, hyper_parameters):
@@ -37,14 +37,16 @@ def observed(settings: Settings) -> dict[str, dict[str, Any]]:
     Raises UserError if a requested policy does not exist or cannot be observed.
     """
     if ORACLE in settings.kv.policies:
-        raise UserError("kv.policies.oracle: this name is that of observation's upper bound; choose another one")
+        raise UserError(
+            "kv.policies.oracle: this name is reserved for the upper bound of observations; choose another one"
+        )
     there = {name: catalog.resolve(name, options) for name, options in settings.kv.policies.items()}
     why = {name: reason for name, resolved in there.items() if (reason := why_not_observed(*resolved))}
     there[ORACLE] = ORACLE, {}
     fitting = [name for name in there if name not in why]
     for name in settings.observe.policies or []:
         if name in why:
-            raise UserError(f"observe.policies: {name} {why[name]}, so that it has no recall; leave it out")
+            raise UserError(f"observe.policies: {name} {why[name]}, so it has no recall; leave it out")
         if name not in there:
             raise UserError(f"observe.policies: there is no {name!r}; choose from {', '.join(fitting)}")
     names = settings.observe.policies or fitting
@@ -73,11 +75,11 @@ def check(settings: Settings) -> None:
     if not settings.observe.enabled:
         return
     if not settings.dataset:
-        raise UserError("observe.enabled: true needs a dataset; add one, or leave it out")
+        raise UserError("observe.enabled: true needs a dataset; add one, or set it to false")
     needs_the_model(settings, "observe.enabled")
     observed(settings)
 
 
 def statistics(settings: Settings) -> frozenset[str]:
-    """Return the statistic that every observation needs: the attention received."""
+    """Return the statistics that every observation needs: the received attention."""
     return frozenset({"attn_sum"} if settings.observe.enabled else ())

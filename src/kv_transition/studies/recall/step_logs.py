@@ -1,10 +1,10 @@
-"""Observations in the recall study's own layout: a log of steps and a plot for each budget.
+"""Observations in the recall study's own file format: a log of steps and a plot for each budget.
 
-    {task}_budget_{ratio}_{timestamp}.jsonl   metadata in the first line, then a step a line
+    {task}_budget_{ratio}_{timestamp}.jsonl   metadata in the first line, then one step per line
     {task}_budget_{ratio}/logs.json           the same as {"metadata", "steps"}
     {task}_budget_{ratio}/plots/entropy_recall.svg, .png
 
-As in the study, they follow accumulated attention (h2o_heavy, else h2o, else the first observed policy), with scores of
+As in the study, they show accumulated attention (h2o_heavy, else h2o, else the first observed policy), with scores of
 the full cache (memory ideal) and sets averaged over layers and heads (granularity global), if these were observed.
 """
 
@@ -28,7 +28,7 @@ _COLUMNS = ["example_id", "prompt_kind", "step", "token_id", "entropy", "n"]
 
 
 def write_logs(observations: Sequence[str], folder: str) -> None:
-    """Write the observation files of one task, a file for each bin, as the study's logs. A second run replaces them."""
+    """Write the study's logs from the observation files of one task; a second run replaces them."""
     steps = pl.concat([frames.read_parquet(path) for path in observations])
     about = read_metadata(observations[0])
     chosen: dict[str, str] = {}
@@ -64,12 +64,12 @@ def write_logs(observations: Sequence[str], folder: str) -> None:
 
 
 def _column(budget: str) -> str:
-    """Return ``recall_10`` for ``r0.1``."""
+    """Return the name of a budget's column, such as ``recall_10`` for ``r0.1``."""
     return f"recall_{float(budget[1:]) * 100:g}"
 
 
 def _in_columns(steps: pl.DataFrame, budgets: Sequence[str]) -> pl.DataFrame:
-    """Return a row per step: recall_10, recall_20, ... beside its entropy."""
+    """Return a row per step with its entropy and recall_10, recall_20, ..."""
     logs = steps.select(_COLUMNS).unique(maintain_order=True)
     for budget in budgets:
         own = steps.filter(pl.col("budget") == budget).select(

@@ -1,4 +1,4 @@
-"""The recall study: entries that policies would hold, against entries that each step attends to."""
+"""The recall study: comparison of the entries that policies would hold with the entries that each step attends to."""
 
 from kv_transition.studies.recall import plan, specs
 from kv_transition.studies.study import Study
@@ -9,7 +9,7 @@ STUDY = Study(
     lacking="the experiment observes nothing; add observe: {enabled: true}",
     rules={"run": ("observe",), "observe": ("observation_checks", "observation_logs", "entropy_recall_plots")},
     command="observe",
-    help="Compare what policies would hold with what each step needs.",
+    help="Compare the entries that policies would hold with those that each step needs.",
     check=specs.check,
     statistics=specs.statistics,
     work=plan.work,

@@ -6,11 +6,12 @@ import pyarrow as pa
 
 from kv_transition.tables import FLOAT, INT, TEXT
 
-# The entries that a policy would hold and that a step needed: a row for each sequence (example_id, prompt_kind),
-# step, policy, budget, granularity and memory. cluster: the context, which examples may share. Nats; n entries before
-# the step's token, of which k may be held. Shares of those k (recall; gold_new: not gold at the step before) and of the
-# attention that the n receive (gold_mass_kept). Gaps: KL of the next token's distribution by what is held alone, and
-# without the gold entries, from the full cache's.
+# The entries that a policy would hold and that a step needed: a row for each sequence (example_id, prompt_kind), step,
+# policy, budget, granularity and memory. cluster: the context, which examples may share. Entropies are in nats. n:
+# entries before the step's token; k: how many of them may be held. recall: share of the k gold entries that are held;
+# gold_new: share that was not gold at the previous step; gold_mass_kept: share of the attention of the n entries that
+# the held ones receive. Gaps: KL divergence of the next-token distribution from the full cache's, with only the held
+# entries, and without the gold entries.
 _SET_KEY = {"policy": TEXT, "budget": TEXT, "granularity": TEXT, "memory": TEXT}
 _SEQUENCE_KEY = {"task": TEXT, "bin": INT, "example_id": TEXT, "prompt_kind": TEXT}
 OBSERVATIONS = pa.schema(
@@ -31,7 +32,7 @@ OBSERVATIONS = pa.schema(
     }
 )
 
-# Means over a sequence's steps in each evictable layer (0: the lowest of them), granularity per_head.
+# Means over a sequence's steps in each evictable layer (0: the lowest), with granularity per_head.
 OBSERVATION_LAYERS = pa.schema(
     {
         **_SEQUENCE_KEY,
@@ -45,9 +46,9 @@ OBSERVATION_LAYERS = pa.schema(
     }
 )
 
-# What a reviewer would look for, each row one policy, budget, granularity and memory of a task: how many sequences have
-# recall 0 (1) at every step, gold entries that never change, steps missing; how many steps an entropy outside
-# [0, log V]. `concern` says it in words, null where there is none.
+# Plausibility checks: a row for each policy, budget, granularity and memory of a task. Numbers of sequences with recall
+# 0 (1) at every step, with gold entries that never change, and with missing steps; number of steps with an entropy
+# outside [0, log V]. `concern`: the findings as a sentence, null if there are none.
 OBSERVATION_CHECKS = pa.schema(
     {
         "task": TEXT,
@@ -63,9 +64,9 @@ OBSERVATION_CHECKS = pa.schema(
     }
 )
 
-# How entropy and recall go together, a statistic a row. n counts examples, `clusters` the contexts that they are about,
-# `steps` their steps. Rows of `verdict` and `verdict_controlled` have an outcome and its reason; rows without a budget
-# are over all budgets.
+# The association of entropy and recall, one statistic per row. n: number of examples; `clusters`: number of their
+# contexts; `steps`: number of their steps. Rows of `verdict` and `verdict_controlled` have an outcome and its reason;
+# rows without a budget are over all budgets.
 ENTROPY_RECALL = pa.schema(
     {
         "task": TEXT,

@@ -1,4 +1,4 @@
-"""The verdict: does high entropy tell when a cache fails? The success criteria as one rule."""
+"""The verdict whether recall is low at high entropy: the study's success criteria as one rule."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ CONFIRMED, NOT_CONFIRMED, UNDECIDED = "confirmed", "not confirmed", "undecided"
 AFTER_CONTROLLING = "not confirmed after controlling"
 OUTCOMES = (CONFIRMED, NOT_CONFIRMED, AFTER_CONTROLLING, UNDECIDED)
 
-HOLDS = 0.8  # recall at low entropy is to be at least this
-FAILS = 0.5  # recall at high entropy is to be below this
+HOLDS = 0.8  # criterion: recall at low entropy is at least this
+FAILS = 0.5  # criterion: recall at high entropy is below this
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def counted(n: int, steps: int, clusters: int | None = None) -> str:
 
 
 def judge(trend: Estimate, low: Bin, high: Bin, what: str = "the trend over the bins") -> Verdict:
-    """Return the verdict for a trend that should be downward (recall against entropy).
+    """Return the verdict for a trend of recall over entropy that should be downward.
 
-    Confirmed: the trend's interval lies below 0, recall is at least `HOLDS` at low entropy and below `FAILS` at high
+    Confirmed: the trend's interval is below 0, recall is at least `HOLDS` at low entropy and below `FAILS` at high
     entropy, bounds included. Not confirmed: the trend's interval includes or exceeds 0, or a bin's interval excludes
     its criterion. Otherwise undecided; more examples would decide.
     """
@@ -71,13 +71,13 @@ def judge(trend: Estimate, low: Bin, high: Bin, what: str = "the trend over the 
     elif low.high < HOLDS:
         against.append(f"recall at low entropy, {low}, is below {HOLDS:g}")
     elif not low.low >= HOLDS:
-        open_.append(f"recall at low entropy, {low}, may lie on either side of {HOLDS:g}: n is too small")
+        open_.append(f"recall at low entropy, {low}, may be above or below {HOLDS:g}: n is too small")
     if high.steps == 0:
         open_.append(f"no step has an entropy above {HIGH_ABOVE:g} nats")
     elif high.low >= FAILS:
         against.append(f"recall at high entropy, {high}, is not below {FAILS:g}")
     elif not high.high < FAILS:
-        open_.append(f"recall at high entropy, {high}, may lie on either side of {FAILS:g}: n is too small")
+        open_.append(f"recall at high entropy, {high}, may be above or below {FAILS:g}: n is too small")
     if against:
         return Verdict(NOT_CONFIRMED, "; ".join(against))
     if open_:
@@ -86,11 +86,11 @@ def judge(trend: Estimate, low: Bin, high: Bin, what: str = "the trend over the 
 
 
 def controlled(raw: Verdict, plain: Estimate, partial: Estimate, low: Bin, high: Bin, controls: str) -> Verdict:
-    """Return the verdict with the partial correlation, ``controls`` held constant, instead of the trend.
+    """Return the verdict by the partial correlation with ``controls`` held constant, instead of the trend.
 
     Controls cost precision. If the interval of the partial correlation includes both 0 and the ``plain`` correlation,
-    the data do not show whether a relation remains, and the verdict is undecided. A verdict that is not confirmed
-    without controls stays so; the reason says if controlling would find a downward relation.
+    the data do not show whether an association remains, and the verdict is undecided. A verdict that is not confirmed
+    without controls does not change; the reason tells if the partial correlation is downward.
     """
     if not controls:  # none of them varies
         return raw

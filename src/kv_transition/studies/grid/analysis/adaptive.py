@@ -1,9 +1,9 @@
 """Adaptive allocation: the bins that need more examples, and the confidence level of each look.
 
-Repeated looks at growing data find false effects sooner or later. Alpha is therefore spent over the looks (Lan and
-DeMets 1983) by the function of O'Brien-Fleming type: little at first, nearly all at the last look. start, step and cap
-fix the looks beforehand. Which bins get examples may depend on the data, because every look's level holds whatever
-earlier looks showed.
+Repeated looks at growing data increase the number of false findings. Therefore alpha is spent over the looks (Lan and
+DeMets 1983) by the function of O'Brien-Fleming type: little at first, nearly all at the last look. The keys start, step
+and cap determine the looks in advance. The choice of bins that get examples may depend on the data, because the level
+of every look holds whatever earlier looks showed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from kv_transition.errors import UserError
 from kv_transition.provenance import rows_to_table
 from kv_transition.studies.grid.tables import ALLOCATION
 
-NODES = 400  # of the numerical integration; the boundaries then have four digits
-LEAST = 1e-12  # no level is smaller: an early look claims nothing all the same, and its intervals stay finite
+NODES = 400  # nodes of the numerical integration, which give the boundaries four digits
+LEAST = 1e-12  # smallest level; an early look with it finds nothing, but its intervals are finite
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """The configuration's ``adaptive`` section: examples a bin at the first look, more at each, and at most."""
+    """The configuration's ``adaptive`` section: examples of a bin at the first look, at each further look, at most."""
 
     enabled: bool = False
     start: int = 5
@@ -47,24 +47,26 @@ class Adaptive:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Return the examples in a bin that was extended at every look: start, start + step, ..., cap."""
+        """Return the examples at each look in a bin that is always extended: start, start + step, ..., cap."""
         return (*range(self.start, self.cap, self.step), self.cap)
 
 
 def spent(fraction: float, alpha: float) -> float:
-    """Return alpha spent when ``fraction`` of the data is in: 4 - 4 Phi(z_(alpha/4) / sqrt(fraction)).
+    """Return the alpha spent when ``fraction`` of the data is available: 4 - 4 Phi(z_(alpha/4) / sqrt(fraction)).
 
-    The function of O'Brien-Fleming type (Lan and DeMets 1983), for each side at alpha / 2.
+    This is the function of O'Brien-Fleming type (Lan and DeMets 1983), for each side at alpha / 2.
     """
     return float(4 * norm.sf(norm.isf(alpha / 4) / np.sqrt(min(fraction, 1.0))))
 
 
 @lru_cache(maxsize=64)
 def levels(sizes: tuple[int, ...], alpha: float) -> tuple[float, ...]:
-    """The nominal two-sided level of each look: over all looks an error has the probability ``alpha``.
+    """Return the nominal two-sided level of each look, such that the probability of an error over all looks is
+    ``alpha``.
 
-    Boundaries of a Brownian motion that is seen at size / last size, by recursive integration (Armitage, McPherson and
-    Rowe 1969): the chance to cross the boundary at a look for the first time is what alpha is spent there.
+    The boundaries are those of a Brownian motion observed at the times size / last size, by recursive integration
+    (Armitage, McPherson and Rowe 1969): the probability of first crossing the boundary at a look is the alpha spent at
+    that look.
     """
     times = np.array(sizes) / sizes[-1]
     shares = np.diff([0.0, *(spent(t, alpha) for t in times)])
@@ -99,20 +101,20 @@ def allocate(
     look: int,
     base: float = 0.95,
 ) -> pa.Table:
-    """How many examples each bin is to have at the next look (tables.ALLOCATION), a row for every (task, bin).
+    """Return how many examples each bin gets at the next look (tables.ALLOCATION), one row for every (task, bin).
 
     Args:
-        tables: tables.TRANSITION of this look, made with ``confidence(adaptive, look, base)``, which is what may be
-            claimed, and with ``base``: what an early look may not claim can be there all the same.
-        have: examples in (task, bin) now.
-        available: examples that the data hold for (task, bin).
+        tables: two tables.TRANSITION of this look: one computed with ``confidence(adaptive, look, base)``, the level of
+            claims at this look, and one with ``base``, because an effect may exist that an early look cannot claim.
+        have: number of examples of (task, bin) now.
+        available: number of examples of (task, bin) in the data.
         adaptive: the ``adaptive`` section.
         look: number of this look, from 0.
         base: the experiment's confidence, over all looks.
 
-    A bin gets more examples (``wanted`` > ``n``) while for any mode, policy and budget the place of onset or collapse
-    is open there by either table (see `open_bins`), and neither cap nor data end is reached. No row wants more: the
-    last look.
+    A bin gets more examples (``wanted`` > ``n``) if for any mode, policy and budget the position of onset or collapse
+    is open in one of the tables (see `open_bins`), and neither the cap nor the end of the data is reached. If no row
+    wants more, this is the last look.
     """
     reasons: dict[tuple[str, int], dict[str, str]] = {}
     for row in (row for table in tables for row in pl.from_arrow(table).filter(detector="definition").to_dicts()):
@@ -126,11 +128,11 @@ def allocate(
         why = list(reasons.get((task, bin), {}).values())
         wanted = n
         if not why:
-            reason = "decided here for every policy and budget"
+            reason = "decided in this bin for every policy and budget"
         elif n >= adaptive.cap or last:
             reason = f"the cap of {adaptive.cap} examples or the last look is reached; open for {_several(why)}"
         elif n >= limit:
-            reason = f"the data hold no more examples; open for {_several(why)}"
+            reason = f"the data contain no more examples; open for {_several(why)}"
         else:
             wanted = min(n + adaptive.step, limit)
             reason = f"open for {_several(why)}"
@@ -151,15 +153,16 @@ def allocate(
 
 
 def _several(why: Sequence[str]) -> str:
-    return why[0] if len(why) == 1 else f"{len(why)} policies and budgets, first {why[0]}"
+    return why[0] if len(why) == 1 else f"{len(why)} policies and budgets, the first is {why[0]}"
 
 
 def open_bins(row: Mapping[str, Any], base: float) -> dict[int, str]:
     """Return the bins in which one row of tables.TRANSITION is not decided, with the reasons.
 
-    Onset and collapse each have an interval: the fewest bins (or none at all) that hold the share ``base`` of their
-    bootstrap distribution. It is to be one bin wide. Where nothing was found, bins that are open count as well; and
-    where no onset was found, the bins before the collapse that have too few examples for any test.
+    Onset and collapse each have an interval: the smallest set of bins (or "none") that contains the share ``base`` of
+    their bootstrap distribution. A decision requires an interval of one bin. If nothing was found, open bins count as
+    undecided, too; and if no onset was found, also the bins before the collapse that have too few examples for any
+    test.
     """
     details = json.loads(row["details"])
     bins = details.get("bins", [])
@@ -168,7 +171,7 @@ def open_bins(row: Mapping[str, Any], base: float) -> dict[int, str]:
         shares = {b["bin"]: b[f"probability_{event}"] for b in bins} | {None: details.get(f"probability_no_{event}", 1)}
         held = interval(shares, base)
         if len(held) > 1:
-            found |= {b: f"the {event} may be in any of {len(held)} places" for b in held if b is not None}
+            found |= {b: f"the {event} may be at any of {len(held)} positions" for b in held if b is not None}
     if row["onset_bin"] is None:
         before = [b for b in bins if row["collapse_bin"] is None or b["bin"] < row["collapse_bin"]]
         found |= {b["bin"]: "too few examples for any test" for b in before if b["blind"]}
@@ -176,7 +179,7 @@ def open_bins(row: Mapping[str, Any], base: float) -> dict[int, str]:
 
 
 def interval(shares: Mapping[Any, float], base: float) -> list[Any]:
-    """Return the fewest places that together hold the share ``base``, the likeliest first."""
+    """Return the smallest set of positions that contains the share ``base``, the most probable first."""
     held, total = [], 0.0
     for place, share in sorted(shares.items(), key=lambda item: -item[1]):
         held.append(place)

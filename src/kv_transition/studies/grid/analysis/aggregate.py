@@ -30,9 +30,9 @@ BOUNDED = {
     "abstention_rate": "abstained",
     "broken_rate": "broken",
 }
-# Properties of the cache: the same however busy the machine is.
+# Properties of the cache, which do not depend on the load of the machine.
 MEANS = {"kept_mean": "kept_mean", "cache_bytes": "cache_bytes", "footprint": "footprint"}
-# Measurements that only mean something where the answer had the machine to itself: column, quantile.
+# Measurements that are meaningful only if no other job used the machine: column, quantile.
 TIMED = {
     "latency_p50": ("latency_s", 0.5),
     "latency_p95": ("latency_s", 0.95),
@@ -80,7 +80,7 @@ def write_aggregates(
     noninferiority_path: str | None = None,
     smallest_budgets_path: str | None = None,
 ) -> None:
-    """The `aggregate` rule: scores.parquet to bin_stats.parquet, comparisons.parquet and what else has a path."""
+    """Write bin_stats.parquet, comparisons.parquet and each further table that has a path (the `aggregate` rule)."""
 
     scores, settings = parsing.read_parquet(scores_path), Statistics(**statistics)
     fields = inherited(scores_path) | {"statistics": dict(statistics)}

@@ -18,16 +18,17 @@ from kv_transition.stats.multiplicity import adjust
 from kv_transition.studies.grid.tables import COMPARISONS
 
 COMPARED = {"score": "score", "failure_rate": "failed"}
-POWER = 0.8  # of the minimum detectable difference
+POWER = 0.8  # power at which the minimum detectable difference is stated
 
 
 def comparisons(scores: pa.Table, statistics: Statistics) -> pa.Table:
     """Return every policy and budget minus the full cache on the same examples (tables.COMPARISONS).
 
-    ``score`` and ``failure_rate`` per bin, and over all bins together (``bin`` null), where two ratios stand beside
-    them: ``score_ratio`` (mean score over the full cache's) and ``speedup`` (how many times faster an answer is,
-    geometric mean). Interval and p-value are one inference (`stats.paired`); p-values are Holm-adjusted within a
-    family: one task, mode, budget and statistic, over all its policies and bins. Alias rows are left out.
+    ``score`` and ``failure_rate`` are compared per bin and over all bins (``bin`` null). Over all bins there are also
+    two ratios: ``score_ratio`` (mean score divided by the full cache's) and ``speedup`` (how many times faster an
+    answer is, geometric mean). Interval and p-value come from one inference (`stats.paired`). p-values are
+    Holm-adjusted within a family: one task, mode, budget and statistic, over all its policies and bins. Alias rows are
+    omitted.
     """
     frame = example_values(scores).filter(~pl.col("alias"))
     both = on_both(frame.filter(~is_full()), frame.filter(is_full()), ["task", "mode"], "_full")
@@ -45,7 +46,7 @@ def pairs(scores: pa.Table, statistics: Statistics) -> pa.Table:
     """Return every policy minus every other at the same budget, per bin and over all bins (tables.COMPARISONS).
 
     Each pair occurs once, in the order of the names. Families for Holm: one task, mode, budget and statistic, over all
-    its pairs and bins. Alias rows and the full cache are left out.
+    its pairs and bins. Alias rows and the full cache are omitted.
     """
     frame = example_values(scores).filter(~pl.col("alias") & ~is_full())
     both = on_both(frame, frame, ["task", "mode", "budget"], "_reference")
@@ -108,21 +109,21 @@ def _ratios(lists: pl.DataFrame, confidence: float) -> list[dict[str, Any]]:
 
 
 def why_missing(interval: Interval, alone: np.ndarray) -> Interval:
-    """Return the interval of a time; if there is none, its method gives the reason."""
+    """Return the interval of a time; if there is none, ``method`` contains the reason."""
     reason = np.where(alone, "not measured on this machine", "no answer ran alone at batch size 1")
     method = np.where(interval.n > 0, interval.method.astype(object), reason)
     return Interval(interval.estimate, interval.low, interval.high, interval.n, method, interval.clusters)
 
 
 def _at_level(tested: paired.Paired, alpha: float, tests: int, level: float) -> dict[str, float | None]:
-    """What a row says of its family: the interval that agrees with Holm's decision, and what could be detected.
+    """Return the columns that depend on the family: the interval that agrees with Holm's decision, and ``mdd``.
 
-    ``mdd`` at the level that the strictest step of Holm leaves; null where it exceeds 1.
+    ``mdd`` is computed at the level of Holm's strictest step; null if it exceeds 1.
     """
     at = tested.interval(1 - level)
     clusters, error = int(tested.clusters[0]), float(tested.gained[1][0])
     found = detectable(clusters, alpha / tests)
-    # the mean after the additional pair has to be that far from 0
+    # the mean after the additional pair must have this distance from 0
     wanted = None if found is None else ((clusters + 1) ** 1.5 * found * error + 1) / clusters
     return {
         "holm_low": finite(at.low[0]),
@@ -134,19 +135,19 @@ def _at_level(tested: paired.Paired, alpha: float, tests: int, level: float) -> 
 
 @lru_cache(maxsize=4096)
 def detectable(clusters: int, alpha: float, power: float = POWER) -> float | None:
-    """The smallest true mean, in standard deviations, that a two-sided paired test finds with this power.
+    """Return the smallest true mean, in standard deviations, that a two-sided paired test detects with this power.
 
-    By the noncentral t distribution (statsmodels), with the additional pair among the values. None where no data at
-    all could be significant: not even if every pair is lost.
+    It is computed with the noncentral t distribution (statsmodels), with the additional pair among the values. None if
+    no data could be significant, not even if every pair is lost.
     """
     if clusters < 2 or not paired.difference(np.full((1, clusters), -1.0)).p[0] < alpha:
         return None
     found = TTestPower().solve_power(effect_size=None, nobs=clusters + 1, alpha=alpha, power=power)
-    return float(np.squeeze(found))  # one of its solvers answers with an array
+    return float(np.squeeze(found))  # one of statsmodels' solvers returns an array
 
 
 def _in_families(rows: list[dict[str, Any]], alpha: float) -> list[dict[str, Any]]:
-    """The rows with what follows from the family that each is tested in."""
+    """Return the rows with the columns that depend on the family of their test."""
     adjust(rows, alpha)
     level = {
         tuple(row[k] for k in CELL): row["level"] for row in rows if row["statistic"] == "score" and "level" in row
@@ -157,7 +158,9 @@ def _in_families(rows: list[dict[str, Any]], alpha: float) -> list[dict[str, Any
         if "tested" in row:
             rest |= row["tested"](alpha, row["tests"], row["level"])
         own = level.get(tuple(row[k] for k in CELL))
-        if "ratio" in row and own is not None:  # at the level of the difference in score, so that the two agree
+        if (
+            "ratio" in row and own is not None
+        ):  # at the level of the difference in score, so that both lead to the same conclusion
             at = row["ratio"](confidence=1 - own)
             rest |= {"holm_low": finite(at.low[0]), "holm_high": finite(at.high[0])}
         made.append(rest)

@@ -2,8 +2,8 @@
 
 A point is a length bin at one budget, or a budget in one length bin. It is unstable if (a) it has more failures than
 the full cache on the same examples, (b) it has more variance over repeats of one example than the full cache, or (c)
-its dispersion between examples exceeds what the mean implies. docs/statistics.md describes the tests and their false
-alarm rates.
+its dispersion between examples exceeds the dispersion that the mean implies. docs/statistics.md describes the tests and
+their false alarm rates.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from kv_transition.stats.clusters import Moments, divide, resample_sums
 from kv_transition.stats.multiplicity import holm
 
 CRITERIA = ("failures", "repeats", "dispersion")
-COLLAPSED = 0.5  # of the full cache's mean
-# A full cache with nearly all or nearly no answer right cannot show the spread of scores at another mean.
+COLLAPSED = 0.5  # share of the full cache's mean below which a mean has collapsed
+# Range of the full cache's mean in which its spread is informative about the spread at another mean.
 INFORMATIVE = (0.1, 0.9)
 
 
@@ -30,8 +30,8 @@ INFORMATIVE = (0.1, 0.9)
 class Point:
     """One policy at one budget in one bin: arrays [examples] of policy and full cache on the same examples.
 
-    ``bin``: its length bin, ``tokens``: the bin's range, ``budget``: as in paths. The variances over repeats are NaN
-    for a single answer. ``clusters``: codes of the shared documents, or None if each example has its own.
+    ``bin``: the length bin. ``tokens``: the range of the bin. ``budget``: as in paths. The variances over repeats are
+    NaN for a single answer. ``clusters``: codes of shared documents, or None if each example has its own document.
     """
 
     bin: int
@@ -84,12 +84,12 @@ class Point:
 
     @property
     def count(self) -> int:
-        """Number of clusters."""
+        """Return the number of clusters."""
         return len(self.sums)
 
     @property
     def label(self) -> str:
-        """``n = 20``, with the number of documents if examples share them."""
+        """Return ``n = 20``, with the number of documents if several examples belong to one document."""
         return labels.count(self.n, self.count)
 
 
@@ -100,10 +100,10 @@ _COLUMNS = (
 
 
 def resampled(points: Sequence[Point], samples: int, seed: int) -> list[np.ndarray]:
-    """Return the column sums of every point ``[samples + 1, columns]``, the sample itself first.
+    """Return the column sums of every point ``[samples + 1, columns]``, those of the sample itself first.
 
-    Clusters are drawn with replacement within each bin. Points of one bin with the same number of clusters are drawn
-    together: policies and budgets stay paired, and the draws are made once.
+    Clusters are drawn with replacement within each bin. Points of one bin with the same number of clusters share their
+    draws, so that policies and budgets stay paired and the draws are made only once.
     """
     out: list[np.ndarray | None] = [None] * len(points)
     together: dict[tuple[int, int], list[int]] = {}
@@ -118,7 +118,7 @@ def resampled(points: Sequence[Point], samples: int, seed: int) -> list[np.ndarr
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence of points, for the sample (arrays [points]) or its bootstrap samples ([samples, points])."""
+    """The evidence at points, for the sample (arrays [points]) or its bootstrap samples ([samples, points])."""
 
     low: np.ndarray
     high: np.ndarray
@@ -133,7 +133,7 @@ class Evidence:
 def evidence(sums: Sequence[np.ndarray], confidence: float, one_full: bool) -> tuple[Evidence, Evidence]:
     """Return the evidence of the sample and of its bootstrap samples, from `resampled`.
 
-    ``one_full``: all points share the full cache's examples (budgets within a bin), which count once.
+    ``one_full``: all points share the full cache's examples (budgets within a bin), so these count only once.
     """
     column = {name: np.stack([s[:, i] for s in sums], axis=1) for i, name in enumerate(_COLUMNS)}
     of = Moments(*(column[name] for name in ("n", "total", "squares", "cross", "sizes")))
@@ -167,17 +167,18 @@ def sign_test_p(more: np.ndarray, less: np.ndarray) -> np.ndarray:
 
 
 def _phi(total: np.ndarray, squares: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Return the share of the largest variance that the mean allows."""
+    """Return the variance divided by the largest variance that the mean allows."""
     mean = total / n
     most = mean * (1 - mean)
     return divide(squares / n - mean**2, np.where(most > 1e-12, most, 0))
 
 
 def _dispersion_p(phi: np.ndarray, full_spread: np.ndarray, full_n: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """One-sided p-values [samples + 1, points] that phi exceeds the full cache's: log ratio over its bootstrap error.
+    """Return one-sided p-values [samples + 1, points] of the hypothesis that phi does not exceed the full cache's.
 
-    The full cache's phi is taken over all its informative points together and mixed with the prior at the maximum, as
-    for intervals, which keeps the test conservative.
+    The statistic is the log ratio divided by its bootstrap error. The full cache's phi is computed over all its
+    informative points together, with the prior observations at the maximum added as for intervals, which keeps the test
+    conservative.
     """
     prior = intervals.PRIOR_OBSERVATIONS
     reference = np.minimum((full_spread + prior) / (full_n + prior), 1)

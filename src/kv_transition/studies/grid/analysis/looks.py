@@ -24,17 +24,17 @@ def write_look(
     statistics: Mapping[str, Any],
     look: int,
 ) -> None:
-    """The `allocate` checkpoint: how many examples each bin is to have after this look (tables.ALLOCATION).
+    """Write how many examples each bin gets after this look (tables.ALLOCATION); the `allocate` checkpoint.
 
     Args:
         scores_paths: tables.SCORES of every shard that was run so far.
-        manifests_paths: of the tasks; the examples of a bin that they name are what the data hold.
+        manifests_paths: manifests of the tasks; they name the available examples of each bin.
         output: path of the table.
         plan: the ``adaptive`` section.
-        statistics: the ``statistics`` section; its confidence is kept over all looks together.
-        look: its number, from 0.
+        statistics: the ``statistics`` section; its confidence holds over all looks together.
+        look: number of the look, from 0.
 
-    Raises UserError if a manifest cannot be read, or the scores hold no row.
+    Raises UserError if a manifest cannot be read, or if the scores contain no row.
     """
     scores, fields = joined(scores_paths, SCORES)
     adaptive, base = Adaptive(**plan), statistics["confidence"]
@@ -54,9 +54,9 @@ def write_look(
 def write_published(
     shards_paths: Sequence[str], looks_paths: Sequence[str], scores_path: str, allocation_path: str
 ) -> None:
-    """The scores of all shards as one table, and all looks as another.
+    """Write the scores of all shards as one table, and all looks as another.
 
-    The scores' metadata hold ``confidence``: that of the last look, at which everything made from them is to be stated.
+    The metadata of the scores contain ``confidence``: that of the last look, which all later statistics must use.
     """
     allocation, looked = joined(looks_paths, ALLOCATION)
     scores, fields = joined(shards_paths, SCORES)
@@ -66,13 +66,13 @@ def write_published(
 
 
 def joined(paths: Sequence[str], schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
-    """Return the rows of all files, and the metadata that all have in common."""
+    """Return the rows of all files, and the metadata that they have in common."""
     tables = [parsing.read_parquet(path, partitioning=None).cast(schema) for path in paths]
     return pa.concat_tables(tables), dict(set.intersection(*(set(inherited(path).items()) for path in paths)))
 
 
 def _chosen(path: str) -> dict[tuple[str, int], int]:
-    """Return the examples of each (task, bin) that a manifest names."""
+    """Return the number of examples of each (task, bin) in a manifest."""
     try:
         manifest = parsing.read_json(path)
         return {(manifest["task"], b["bin"]): b["n"] for b in manifest["bins"]}

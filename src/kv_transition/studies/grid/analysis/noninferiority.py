@@ -1,7 +1,7 @@
-"""Non-inferiority: does a policy keep 95 % of the full cache's score, and what is the smallest budget that does?
+"""Non-inferiority: whether a policy keeps 95 % of the full cache's score, and the smallest budget that does.
 
-Finding no loss proves nothing; non-inferiority is a test. H0: mean score <= 0.95 times the full cache's, on the same
-examples, that is mean(d) <= 0 for d = score - 0.95 score_full.
+Not finding a loss proves nothing; non-inferiority is a test of its own. H0: mean score <= 0.95 times the full cache's,
+on the same examples, that is, mean(d) <= 0 for d = score - 0.95 score_full.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SEQUENCE = f"ratio: {paired.FIELLER}; budget: fixed sequence of tests of non-inf
 def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT) -> pa.Table:
     """Return the test for every policy and budget, per bin and over all bins (``bin`` null): tables.NONINFERIORITY.
 
-    ``estimate`` is the mean of d with its interval; ``ratio`` the share of the full cache's score that was kept.
-    One-sided p-values, Holm-adjusted over the policies and bins of one task, mode and budget; non-inferior if p_holm <
-    (1 - confidence) / 2, which for a single test means that the interval lies above 0.
+    ``estimate``: the mean of d with its interval. ``ratio``: the share of the full cache's score that was kept.
+    One-sided p-values are Holm-adjusted over the policies and bins of one task, mode and budget. A policy is
+    non-inferior if p_holm < (1 - confidence) / 2, which for a single test means that the interval lies above 0.
     """
     frame = example_values(scores).filter(~pl.col("alias"))
     both = on_both(frame.filter(~is_full()), frame.filter(is_full()), ["task", "mode"], "_full")
@@ -63,7 +63,7 @@ def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT)
         row["non_inferior"] = row["p_holm"] < statistics.alpha / 2 if "p_holm" in row else None
         if "p_holm" in row:
             level, tested = statistics.alpha / 2 / row.pop("tests"), row.pop("tested")
-            # one-sided, so that it lies above `kept` exactly where non-inferiority is shown
+            # one-sided, so that the bound is above `kept` exactly if non-inferiority is shown
             row["ratio_holm_low"] = finite(row.pop("at")(confidence=1 - 2 * row.pop("level")).low[0])
             row["n_needed"] = examples_needed(level, kept)
             row["n_decides"] = tested.decides(level) if row["estimate"] > 0 else None
@@ -73,17 +73,18 @@ def noninferiority(scores: pa.Table, statistics: Statistics, kept: float = KEPT)
 def margin(difference: np.ndarray, kept: float, clusters: np.ndarray | None = None) -> paired.Paired:
     """Return the mean of d = score - kept * full score ``[cells, n]`` with its test; a lost pair has d = -kept.
 
-    ``p_above`` < (1 - confidence) / 2 just where the lower bound lies above 0, which is just where that of the ratio
-    lies above ``kept``.
+    ``p_above`` < (1 - confidence) / 2 exactly if the lower bound is above 0, and exactly if the lower bound of the
+    ratio is above ``kept``.
     """
     return paired.difference(difference, clusters, (-kept, 1.0))
 
 
 @lru_cache(maxsize=256)
 def examples_needed(level: float, kept: float = KEPT) -> int | None:
-    """How many examples, all right with both caches, would show non-inferiority at a one-sided ``level``.
+    """Return the number of examples, all right with both caches, that would show non-inferiority at a one-sided
+    ``level``.
 
-    The fewest for which the test can succeed at all. None if more than 100,000.
+    It is the smallest number with which the test can succeed. None if it exceeds 100,000.
     """
     for n in np.unique(np.geomspace(2, 100_000, 800).astype(int)).tolist():
         if margin(np.full((1, n), 1 - kept), kept).p_above[0] < level:
@@ -94,10 +95,10 @@ def examples_needed(level: float, kept: float = KEPT) -> int | None:
 def smallest_budgets(tested: pa.Table, statistics: Statistics) -> pa.Table:
     """Return, per policy, bin and over all bins, the smallest budget down to which the policy is non-inferior.
 
-    A fixed sequence (Maurer et al. 1995): budgets are tested from the largest to the smallest, and the first that fails
-    ends it, so that the budgets of one policy need no further adjustment. Shares and numbers of tokens are sequences of
-    their own. ``budget`` uses the Holm-adjusted p-values, ``budget_unadjusted`` those of a reader who asks about this
-    policy and bin only; null if not even the largest budget passes.
+    The tests form a fixed sequence (Maurer et al. 1995): budgets are tested from the largest to the smallest, and the
+    first that fails ends the sequence, so that the budgets of one policy need no further adjustment. Shares and numbers
+    of tokens are separate sequences. ``budget`` uses the Holm-adjusted p-values; ``budget_unadjusted`` uses those for a
+    question about this policy and bin only. Both are null if the largest budget already fails.
     """
     frame = pl.from_arrow(tested).with_columns(kind=pl.col("budget").str.slice(0, 1))
     rows = []
@@ -148,7 +149,7 @@ def _reason(policy: str, mode: str, passed: list[dict[str, Any]], steps: list[di
         why = f"not shown at {at(failed)}"
         if failed["n_needed"] is None or failed["clusters"] < failed["n_needed"]:
             needed = "more than 100,000" if failed["n_needed"] is None else f"at least {failed['n_needed']}"
-            why += f"; even without any loss that would need {needed} examples"
+            why += f"; even without any loss the test would need {needed} examples"
     if passed:
         return f"{name}: keeps {share} of the full cache's score down to {at(passed[-1])}; {why}."
-    return f"{name}: at no budget shown to keep {share} of the full cache's score; {why}."
+    return f"{name}: not shown to keep {share} of the full cache's score at any budget; {why}."

@@ -1,4 +1,4 @@
-"""The outcome of a transition in words: its name, the reason, and one sentence for readers."""
+"""The outcome of a transition as text: its pattern, the reason, and one sentence for readers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kv_transition.studies.grid.analysis.instability import COLLAPSED, Evidence,
 
 NEITHER, ONSET, ZONE, COLLAPSE, OPEN = "neither", "onset", "onset and collapse", "collapse", "open"
 PATTERNS = (NEITHER, ONSET, ZONE, COLLAPSE, OPEN)
-"""what a detector found; what it means for a policy is said on one scale (scale.py)"""
+"""patterns that a detector can find; scale.py maps them to the outcome of a policy"""
 
 
 OPEN_WORDS = "whether it is unstable or collapsed is open"
@@ -22,7 +22,7 @@ OPEN_WORDS = "whether it is unstable or collapsed is open"
 
 @dataclass
 class Verdict:
-    """``onset`` and ``collapse`` are positions along the axis, None if there is none."""
+    """The result of a detector; ``onset`` and ``collapse`` are positions along the axis, None if there is none."""
 
     pattern: str
     reason: str
@@ -36,7 +36,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Axis:
-    """The names of the points along an axis."""
+    """The words for the points along an axis."""
 
     singular: str
     plural: str
@@ -54,11 +54,11 @@ class Axis:
         return point.bin if self.along_length else point.budget
 
     def name(self, point: Point) -> str:
-        """``0.9–1.1k tokens``, ``20 %``."""
+        """Return the name of a point: ``0.9–1.1k tokens`` or ``20 %``."""
         return f"{labels.token_range(*point.tokens)} tokens" if self.along_length else labels.budget(point.budget)
 
     def end(self, point: Point) -> str:
-        """The point as the end of what precedes it: ``2.0k tokens``, ``20 %``."""
+        """Return the name of a point as the end of a range: ``2.0k tokens`` or ``20 %``."""
         return f"{labels.tokens(point.tokens[1])} tokens" if self.along_length else labels.budget(point.budget)
 
 
@@ -72,7 +72,7 @@ def key(point: Point, axis: Axis) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Finding:
-    """Everything that the words need; ``onset`` and ``collapse`` are positions, -1 for none."""
+    """Everything that the text needs; ``onset`` and ``collapse`` are positions, -1 for none."""
 
     points: Sequence[Point]
     seen: Evidence
@@ -93,8 +93,8 @@ class Finding:
 
     @property
     def sound(self) -> int:
-        """Return how many points from the first on are neither unstable nor possibly below half of the full cache's
-        mean.
+        """Return the number of points, from the first on, that are not unstable and whose mean is not below half of
+        full's.
         """
         good = self.seen.low >= COLLAPSED * self.seen.full_mean
         stop = next((i for i in (self.onset, self.collapse) if i >= 0), len(self.points))
@@ -116,7 +116,7 @@ class Finding:
         return self.axis.end(self.points[i])
 
     def sign(self, i: int) -> str:
-        """Return what is unstable at a point, by its smallest p-value."""
+        """Return the criterion with the smallest p-value at a point, as text."""
         b, which = self.points[i], int(np.nanargmin(self.p_holm[i]))
         p = f"p = {self.p_holm[i, which]:.2g} after Holm"
         if which == 0:
@@ -127,7 +127,7 @@ class Finding:
 
 
 def outcome(f: Finding) -> tuple[str, str]:
-    """The pattern and why, in words."""
+    """Return the pattern and the reason as text."""
     axis, last = f.axis, len(f.points) - 1
     if f.collapse == 0:
         return COLLAPSE, (
@@ -170,7 +170,7 @@ def _calm(f: Finding, i: int) -> str:
 
 
 def undecided(f: Finding) -> tuple[list[int], str] | None:
-    """At which points it is open whether the policy is unstable or collapsed, and why; None where at none."""
+    """Return the points at which instability or collapse is undecided, with the reason; None if there are none."""
     if f.blind:
         i = f.blind[0]
         return f.blind, f"{f.points[i].label} at {f.name(i)} is too few for any test to detect"
@@ -189,12 +189,12 @@ def undecided(f: Finding) -> tuple[list[int], str] | None:
 
 
 def sentence(f: Finding, found: str, why: str) -> str:
-    """What a reader takes home.
+    """Return the sentence for readers.
 
     ``neither unstable nor collapsed up to 2.0k tokens (0.97 [0.91, 0.99], full cache 0.98, n = 40), unstable from 2.0k
-    to 4.1k tokens (failures 0.02 -> 0.15 [0.07, 0.29], n = 40), collapsed beyond (...)``. Neither are the points, from
-    the first on, without significant instability whose mean is surely not below half of the full cache's; those
-    between them and the first bad one are called open.
+    to 4.1k tokens (failures 0.02 -> 0.15 [0.07, 0.29], n = 40), collapsed beyond (...)``. "Neither" covers the points,
+    from the first on, that have no significant instability and whose lower bound of the mean is not below half of the
+    full cache's. Points between these and the first unstable or collapsed point are called open.
     """
     axis, last, sound = f.axis, len(f.points) - 1, f.sound
     parts = []
@@ -219,14 +219,14 @@ def sentence(f: Finding, found: str, why: str) -> str:
 
 
 def _span(f: Finding, start: int, stop: int) -> str:
-    """Return ``from 2.0k to 4.1k tokens``: a bin begins where the one before it ends."""
+    """Return a range such as ``from 2.0k to 4.1k tokens``; a bin begins where the one before it ends."""
     if f.axis.along_length and start > 0:
         return f"from {f.end(start - 1).removesuffix(' tokens')} to {f.end(stop)}"
     return f"at {f.name(start)}" if start == stop else f"from {f.name(start)} to {f.end(stop)}"
 
 
 def _rise(f: Finding) -> str:
-    """Return the sign of the onset: failures from the point before it to it, or what else is unstable."""
+    """Return the sign of the onset: the failure rates before and at the onset, or the other criterion."""
     b, which = f.points[f.onset], int(np.nanargmin(f.p_holm[f.onset]))
     if which != 0:
         return f"{('', 'repeats disagree', 'examples differ more than the mean implies')[which]}, {b.label}"

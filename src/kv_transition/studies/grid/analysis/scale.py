@@ -1,7 +1,8 @@
-"""The one scale of outcomes: what is known of a policy at a budget, from no loss to collapse, in five words.
+"""The scale of outcomes: the result for a policy at a budget, from no loss to collapse, in five words.
 
-The transition zone says where a policy is unstable or has collapsed; comparisons where its score, or failures, are
-worse than the full cache's; non-inferiority whether enough is kept. The worst that is shown names the outcome.
+The transition zone shows where a policy is unstable or has collapsed. Comparisons show where its score or its failure
+rate is worse than the full cache's. Non-inferiority shows whether enough is kept. The outcome is the worst that is
+shown.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ DEFINITIONS = {
     LOSS: "the score is significantly lower, or failures are more frequent, than with the full cache",
     UNSTABLE: "failures, repeats or dispersion significantly exceed the full cache's",
     COLLAPSED: "the mean's upper bound is below half of the full cache's mean",
-    UNDECIDED: "none of these is shown, because n is too small; about how many examples would decide stands beside it",
+    UNDECIDED: "none of these is shown, because n is too small; the number of examples that would decide is given",
 }
-"""of each word, from best to worst; all tests on the same examples, after Holm"""
+"""definition of each word, from best to worst; all tests are on the same examples, after Holm"""
 Row = dict[str, Any]
 Key = tuple[str, str, str, str, int | None]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What comparisons and non-inferiority say of one policy and budget, in a bin or over all bins.
+    """The results of comparisons and non-inferiority for one policy and budget, in a bin or over all bins.
 
-    ``n_decides``: about how many examples would show one or the other, were what was seen the truth; None: not known.
-    ``kept``: interval of the share of the score that is kept; above 95 % exactly where no loss is shown, below 100 %
-    exactly where a loss of score is, both after Holm. Its upper end is known over all bins only.
+    ``n_decides``: about how many examples would show one or the other if the observed values were the true ones; None:
+    unknown. ``kept``: interval of the share of the score that is kept; it is above 95 % exactly if no loss is shown,
+    and below 100 % exactly if a loss of score is shown, both after Holm. Its upper end is known over all bins only.
     """
 
     loss: Row | None = None
@@ -51,7 +52,7 @@ class Shown:
 def shown(comparisons: Iterable[Row], noninferiority: Iterable[Row], alpha: float) -> dict[Key, Shown]:
     """Return what is shown by (task, mode, policy, budget, bin); bin None: over all bins.
 
-    Rows of tables.COMPARISONS against the full cache, and of tables.NONINFERIORITY.
+    The arguments are rows of tables.COMPARISONS with the full cache, and of tables.NONINFERIORITY.
     """
     losses: dict[Key, Row] = {}
     highest: dict[Key, float | None] = {}
@@ -82,16 +83,16 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def along(row: Row, points: Sequence[Shown], whole: Shown | None, axis: str) -> Row:
-    """Return a row of the transition tables with its place on the scale.
+    """Return a row of the transition tables with its outcome on the scale.
 
     Args:
-        row: of the definition's detector; its ``outcome`` is replaced.
+        row: the row of the detector ``definition``; its ``outcome`` is replaced.
         points: what is shown at each of the points in ``details``, in their order.
-        whole: what is shown over all of them together; None along budgets, which are no one sample.
+        whole: what is shown over all points together; None along budgets, which are not one sample.
         axis: "bin" or "budget".
 
-    ``since_*`` is the first point in that state (null: only over all of them together), ``n_decides`` of the outcome
-    undecided. Each point's ``state`` in ``details`` is a word of the scale too.
+    ``since_*`` is the first point in that state (null: only over all points together), ``n_decides`` belongs to the
+    outcome undecided. The ``state`` of each point in ``details`` is a word of the scale, too.
     """
     details = json.loads(row["details"])
     at = details.get(f"{axis}s", [])
@@ -130,7 +131,7 @@ def along(row: Row, points: Sequence[Shown], whole: Shown | None, axis: str) -> 
 
 def _loss(row: Row) -> str:
     what = "score" if row["statistic"] == "score" else "failure rate"
-    where = "over all bins" if row["bin"] is None else "there"
+    where = "over all bins" if row["bin"] is None else "in this bin"
     inside = {"ci_low": row["holm_low"], "ci_high": row["holm_high"]}
     return (
         f"a loss is shown {where}: {what} {labels.signed(row | inside)} against the full cache, p "
@@ -149,7 +150,7 @@ def _kept(row: Row) -> str:
 
 
 def undecided(n: int, n_decides: int | None) -> str:
-    """``because n = 100; about 340 would decide``."""
+    """Return the reason of an undecided outcome: ``because n = 100; about 340 would decide``."""
     if not n:
         return "because no answers can be compared"
     enough = "more than 100,000 would be needed" if n_decides is None else f"about {n_decides} would decide"
@@ -157,7 +158,7 @@ def undecided(n: int, n_decides: int | None) -> str:
 
 
 def words(row: Mapping[str, Any], start: str | None, n: int) -> str:
-    """Return the outcome with where it begins: ``unstable from 2.0k tokens``, ``undecided, because n = 100; ...``.
+    """Return the outcome with its beginning: ``unstable from 2.0k tokens``, ``undecided, because n = 100; ...``.
 
     start: the tokens (or the budget) at which it begins; None: over all of them together.
     """

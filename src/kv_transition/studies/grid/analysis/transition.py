@@ -1,7 +1,7 @@
 """The transition zone along the length bins, or along the budgets of a bin.
 
-*Onset* is the first significantly unstable point (Holm over points and criteria; instability.py) before *collapse*, the
-first point whose mean is below half of the full cache's, upper bound included.
+*Onset* is the first significantly unstable point (Holm over points and criteria; instability.py) before the *collapse*,
+which is the first point whose mean, upper bound included, is below half of the full cache's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ METHOD = (
     "onset: exact sign tests of failures and of variance over repeats against the full cache, and a bootstrap z test "
     "of dispersion, Holm over {points} and criteria; collapse: upper bound of the mean below half of the full cache's"
 )
-NOTHING = "open, because no example has a score both here and with the full cache"
+NOTHING = "open, because no example has a score both with this policy and with the full cache"
 
 
 def detect(
@@ -51,9 +51,9 @@ def detect(
     sums: Sequence[np.ndarray] | None = None,
     note: str = "",
 ) -> Verdict:
-    """Return the transition along the points in order; ``name`` opens the sentences, ``note`` ends them.
+    """Return the transition along the points in order; ``name`` begins the sentences, ``note`` ends them.
 
-    ``sums``: of `instability.resampled` if the caller has them already.
+    ``sums``: result of `instability.resampled`, if the caller has it already.
     """
     if not points:
         return Verdict(OPEN, f"{name}: {NOTHING}{note}.", f"{name}: {NOTHING}{note}.")
@@ -95,7 +95,7 @@ def detect(
 
 
 def first(unstable: np.ndarray, collapsed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of onset and collapse per sample [samples, points], -1 for none; onset only before
+    """Return the positions of onset and collapse per sample [samples, points], -1 for none; an onset is before the
     collapse.
     """
     count = unstable.shape[1]
@@ -161,11 +161,11 @@ def tables_of(scores: pa.Table, statistics: Statistics) -> tuple[pa.Table, pa.Ta
 
 
 def _joined(scores: pa.Table) -> tuple[pl.DataFrame, dict[tuple[str, int], tuple[int, int]]]:
-    """Return the examples of policies joined with the full cache's, and the tokens of (task, bin)."""
+    """Return the examples of policies joined with the full cache's, and the range of tokens of each (task, bin)."""
     frame = example_values(scores).filter(~pl.col("alias"))
     ends = frame.group_by("task", "bin").agg(pl.col("token_len").min(), pl.col("token_len").max().alias("last"))
     ranges = {(task, b): (int(low), int(high)) for task, b, low, high in ends.iter_rows()}
-    # An answer that failed in the engine has no score; here it counts as 0, as for a reader.
+    # An answer that failed in the engine has no score; here it counts as 0, because a user gets no answer.
     lost = pl.col("score").is_null() & (pl.col("failed") > 0)
     frame = frame.with_columns(score=pl.when(lost).then(0.0).otherwise(pl.col("score")))
     joined = frame.filter(~is_full()).join(
@@ -175,7 +175,7 @@ def _joined(scores: pa.Table) -> tuple[pl.DataFrame, dict[tuple[str, int], tuple
 
 
 def _points(part: pl.DataFrame, ranges: Mapping[int, tuple[int, int]]) -> dict[tuple[str, str, int], Point]:
-    """Return the points of one task and mode, by policy, budget, bin."""
+    """Return the points of one task and mode, by policy, budget and bin."""
     both = part.filter(pl.col("score").is_not_null() & pl.col("score_full").is_not_null())
     return {
         (policy, budget, b): _point(b, ranges[b], budget, cell)
@@ -203,7 +203,10 @@ def _rows(
     ranges: Mapping[tuple[str, int], tuple[int, int]],
     evidence: Mapping[scale.Key, scale.Shown],
 ) -> Iterable[dict[str, Any]]:
-    """Both detectors over the keys that have points; what is missing is said. Only the definition's has an outcome."""
+    """Yield the rows of both detectors over the keys that have points; only the definition's row has an outcome.
+
+    Keys without points are named in the sentences.
+    """
     there = [key for key in keys if key in keyed]
     points = [keyed[key] for key in there]
     note = _missing([key for key in keys if key not in keyed], base["task"], axis, ranges) if points else ""
@@ -251,7 +254,7 @@ def _missing(
 def write_transition(
     scores_path: str, transition_path: str, statistics: Mapping[str, Any], budget_transition_path: str | None = None
 ) -> None:
-    """The `transition` rule: scores.parquet to transition.parquet and, where asked for, budget_transition.parquet."""
+    """Write transition.parquet and, if a path is given, budget_transition.parquet (the `transition` rule)."""
 
     along_length, along_budget = tables_of(parsing.read_parquet(scores_path), Statistics(**statistics))
     fields = inherited(scores_path) | {"statistics": dict(statistics)}

@@ -1,7 +1,7 @@
 """The blueprint's detector of a transition zone: z-scores of spread, failure rate and accuracy drop.
 
-One point is nearly always one standard deviation above the others, so it finds zones in flat curves too. It is kept for
-comparison with the definition.
+One point is nearly always one standard deviation above the others, so this detector also finds zones in flat curves. It
+is kept for comparison with the definition.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ METHOD = "z-scores over the {points}; zone where z_std or z_fail is at least 1 a
 
 
 def z_scores(values: Sequence[float]) -> np.ndarray:
-    """Return (value - mean) / standard deviation over the values; 0 if they are all equal."""
+    """Return (value - mean) / standard deviation of the values; 0 if they are all equal."""
     array = np.array(values, dtype=float)
     spread = array.std()
     return (array - array.mean()) / spread if spread > 1e-12 else np.zeros(len(array))
 
 
 def detect(points: Sequence[Point], name: str, axis: Axis) -> Verdict:
-    """Return the zone: from the first to the last point with z_std or z_fail >= 1 whose mean has not collapsed."""
+    """Return the zone: first to last point that has z_std or z_fail >= 1 and whose mean has not collapsed."""
     if len(points) < 2:
         reason = f"{name}: open; z-scores over the {axis.plural} need at least two {axis.plural}."
         return Verdict(OPEN, reason, sentence=reason)

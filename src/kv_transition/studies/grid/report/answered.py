@@ -11,13 +11,13 @@ from kv_transition.studies.grid.report.answers import examples
 from kv_transition.studies.grid.results import Results
 
 CLOCKS = {
-    "process": "Times are CPU seconds of the one thread that a job runs on, whatever the other cores do meanwhile.",
-    "wall": "Times are the wall clock's, from answers with nothing else running on the device.",
+    "process": "Times are CPU seconds of the one thread that a job runs on, so other processes do not affect them.",
+    "wall": "Times are wall-clock times of answers during which nothing else ran on the device.",
 }
 
 
 def answered(source: Source, results: Results) -> dict[str, Any]:
-    """Return what the templates ``grid``, ``verdict`` and ``answers`` show."""
+    """Return the values that the templates ``grid``, ``verdict`` and ``answers`` show."""
     return {
         "verdicts": headline.verdicts(results),
         "findings": findings.findings(results),

@@ -1,4 +1,4 @@
-"""Single answers: every example's question, gold answers and each policy's answer, within a size limit."""
+"""Single answers: the question, the gold answers and each policy's answer of every example, within a size limit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ MOST_CHARACTERS = 1_500_000  # of all texts together, so that a page stays below
 
 
 def examples(results: Results) -> dict[str, Any]:
-    """What the page's table is made from, as plain JSON.
+    """Return the data of the page's table of answers, as plain JSON.
 
-    ``budgets`` by key; ``policies``; ``rows``, one an example and mode, by task and length: ``mode``, ``tokens``,
-    ``bin``, ``question``, ``gold``, ``full``, and per budget and policy ``answers[budget][policy]`` as
-    [text, score, failure], first repeats only. ``left_out`` examples did not fit; the same number is shown of each bin.
+    ``budgets`` by key; ``policies``; ``rows``, one for each example and mode, by task and length: ``mode``, ``tokens``,
+    ``bin``, ``question``, ``gold``, ``full``, and per budget and policy ``answers[budget][policy]`` as [text, score,
+    failure], first repeats only. ``left_out``: number of examples that exceed the size limit; each bin shows the same
+    number.
     """
     frame = results.scores.filter(pl.col("repeat") == 0)
     answers = frame.with_columns(
@@ -67,7 +68,7 @@ def _cut(text: pl.Expr) -> pl.Expr:
 
 
 def _fitting(answers: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """Return as many examples of each bin as fit, in the order of their ids, and how many were left out."""
+    """Return the examples of each bin that fit, in the order of their ids, and the number of omitted ones."""
     size = answers.select((pl.col("text").str.len_chars() + 20).sum()).item() or 0
     unit = ["task", "bin", "example_id"]
     every = answers.select(*unit).unique().sort(unit)

@@ -1,4 +1,4 @@
-"""The report's table of policies at equal bytes, and what is said of pairs whose bytes differ."""
+"""The report's table of policies at equal bytes, and the columns about pairs whose bytes differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kv_transition.studies.grid.results import Results, Row
 
 
 def tables(results: Results) -> list[dict[str, Any]]:
-    """Return per task and mode the ranking at each budget as it is, and at equal bytes."""
+    """Return, per task and mode, the ranking at each budget and the ranking at equal bytes."""
     found = []
     for task, mode in results.groups:
         rows = []
@@ -35,7 +35,7 @@ def _number(row: Row, name: str, source: str):
 
 
 def between(of: equal_bytes.Curve, row: Row, confidence: float) -> dict[str, Any]:
-    """Return what a pair of policies holds at its budget, whether that differs, and the difference at equal bytes."""
+    """Return the bytes of a pair of policies at its budget, whether they differ, and the difference at equal bytes."""
     found = equal_bytes.difference(of, row["budget"], row["policy"], row["reference_policy"], confidence)
     if found is None:
         return {"bytes": DASH, "unequal": False, "matched": DASH}

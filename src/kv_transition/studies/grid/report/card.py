@@ -1,6 +1,6 @@
 """The matched-budget card: score and cost of every policy at the same shares of the cache.
 
-The ladder is 0.5, 0.25, 0.125 and 0.0625 of the footprint. Steps that were not run are named as missing.
+The shares are 0.5, 0.25, 0.125 and 0.0625 of the footprint. Shares that were not run are listed as missing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _MEASURED = {
 
 
 def matched_budget(results: Results, experiment: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The card as JSON. Measurements are those of the longest bin; each has estimate, ci_low, ci_high and n.
+    """Return the card as JSON. Measurements are those of the longest bin; each has estimate, ci_low, ci_high and n.
 
-    ``kv_bytes``: bytes of the KV cache while the answer is generated (reading the prompt always holds the full one);
-    ``tokens_per_s``: decode throughput, one sequence at a time, median; ``ttft_s``: time to first token, median;
-    ``score_kept``: over all lengths, of the full cache's. null: not measured.
+    ``kv_bytes``: bytes of the KV cache while the answer is generated (the prefill always holds the full cache).
+    ``tokens_per_s``: median decode throughput of one sequence at a time. ``ttft_s``: median time to first token.
+    ``score_kept``: over all lengths, relative to the full cache. null: not measured.
     """
     hardware = experiment.get("hardware") or {}
     device = metadata.get("device") or (experiment.get("model") or {}).get("device", "unknown")
@@ -72,7 +72,7 @@ def _plain(row: Row | None) -> dict[str, Any] | None:
 
 
 def table(card: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the card as the report shows it; None if no step of the ladder was run."""
+    """Return the card as the report shows it; None if none of its shares was run."""
     rows = card["rows"]
     if all(row["policy"] == FULL["policy"] for row in rows):
         return None

@@ -1,4 +1,4 @@
-"""The report section on where a needle lies: score by depth and length, a heat map for each policy."""
+"""The report section on the position of a needle: score by depth and length, one heat map for each policy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from kv_transition.report.section import Source
 
 ROWS = 5
-"""ranges of depth: fifths of the document"""
+"""number of ranges of depth, each a fifth of the document"""
 
 
 def build(source: Source) -> dict[str, Any] | None:
-    """Return the content of the section; None where no example says at which depth its needle lies."""
+    """Return the content of the section; None if no example states the depth of its needle."""
     if source.results is None:
         return None
     maps = heat_maps(source.results.scores)
@@ -27,9 +27,10 @@ def build(source: Source) -> dict[str, Any] | None:
 
 
 def heat_maps(scores: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return one map for each task, mode, policy and budget: ``cells`` [ROWS][lengths], each a score and n, or None.
+    """Return one map for each task, mode, policy and budget: ``cells`` [ROWS][lengths], each with a score and n, or
+    None.
 
-    An example counts where its asked needle lies, or the first of several.
+    An example counts at the depth of the needle that is asked for, or of the first of several.
     """
     found: dict[tuple[str, ...], dict[tuple[int, int], list[float]]] = {}
     columns = ["task", "mode", "policy", "budget", "meta", "score"]
@@ -52,5 +53,5 @@ def _cell(scores: list[float] | None) -> dict[str, Any] | None:
     if not scores:
         return None
     mean = sum(scores) / len(scores)
-    # red is 0, green is 1, of one lightness, so that black text is read on all of them
+    # red is 0 and green is 1, with equal lightness, so that black text is readable on all of them
     return {"text": f"{mean:.2f}", "n": len(scores), "colour": f"hsl({round(120 * min(max(mean, 0), 1))} 65% 72%)"}

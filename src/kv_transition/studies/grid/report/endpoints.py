@@ -1,4 +1,4 @@
-"""What the experiment declares about its endpoints, unverified."""
+"""The report's sentences on what the experiment declares about its endpoints, unverified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def setup(experiment: Config) -> list[tuple[str, str]]:
     engine = experiment["engine"]
     model = engine.get("model") or (experiment.get("model") or {}).get("name")
     default = {"base_url": engine["base_url"], "model": model, "extra_body": engine.get("extra_body")}
-    policies = "takes policy and budget with each request" if engine.get("serves") else "the full cache"
+    policies = "receives policy and budget with each request" if engine.get("serves") else "the full cache"
     rows = [("Endpoint", f"{_words(default)}, {engine['api']}; declared: {policies}")]
     if declared := engine.get("endpoints"):
         named = "; ".join(f"{key}: {_words(value)}" for key, value in declared.items())
@@ -44,15 +44,15 @@ def limits(experiment: Config, scores: pl.DataFrame) -> list[str]:
     answers = scores.filter(pl.col("base_url").is_not_null())
     found = [f"Answers came from an endpoint ({', '.join(urls)}). "]
     if (experiment.get("engine") or {}).get("serves"):
-        found[0] += "What it kept, its bytes and its seconds are what it says of itself; they were not verified."
+        found[0] += "Entries kept, bytes and seconds are values that the endpoint reports; they were not verified."
     else:
         found[0] += (
-            "What it does with its cache is as the experiment declares and was not verified: entries and bytes kept "
-            "could not be measured there."
+            "Its treatment of the cache is declared by the experiment and was not verified: entries and bytes kept "
+            "could not be measured."
         )
     if answers["kept_mean"].is_null().all() and set(answers["policy"]) != {"full"}:
         found.append(
-            "Whether an endpoint compresses at all is not known: equal answers may be those of one full cache."
+            "It is not known whether an endpoint compresses at all: equal answers may come from one full cache."
         )
     if "raw" in answers.columns:
         concerns = answers["raw"].str.json_path_match("$.http.concerns").fill_null("")
@@ -61,10 +61,10 @@ def limits(experiment: Config, scores: pl.DataFrame) -> list[str]:
         if other:
             found.append(
                 f"For {other} of {answers.height} answers the endpoint counted another number of prompt tokens than "
-                "the tokenizer of model.name: by another tokenizer or chat template, or by other joints between tokens."
+                "the tokenizer of model.name. Its tokenizer, chat template or token boundaries may differ."
             )
         if missing:
             found.append(
-                f"For {missing} of {answers.height} answers the endpoint's token counts were missing or wrong."
+                f"For {missing} of {answers.height} answers the endpoint's token counts were missing or impossible."
             )
     return found

@@ -1,4 +1,4 @@
-"""The findings of the tables in sentences; every number is computed."""
+"""The key findings of the tables as sentences; every number is computed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def findings(results: Results) -> list[dict[str, Any]]:
 def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
     means = results.stats.filter(task=task, mode=mode, statistic="score_mean", **FULL).drop_nulls("estimate")
     if not means.height:
-        yield "the full cache was not run, so nothing can be compared with it."
+        yield "the full cache was not run, so no policy can be compared with it."
         return
     lowest = means.sort("bin").row(int(means.sort("bin")["estimate"].arg_min()), named=True)
     yield (
@@ -53,11 +53,12 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
             worst = ranked[-1]
             bounds = (best["ci_low"], worst["ci_high"])
             apart = None not in bounds and bounds[0] > bounds[1]
-            text += f", {worst['policy']} least: {number(worst, 'comparisons', 0, 100, ' %')} (n = {worst['n']})" + (
-                "" if apart else "; their intervals overlap"
+            text += (
+                f", {worst['policy']} the least: {number(worst, 'comparisons', 0, 100, ' %')} (n = {worst['n']})"
+                + ("" if apart else "; their intervals overlap")
             )
         yield text + _at_equal_bytes(matched.get(budget, [])) + "."
-    # a policy that keeps evicted entries in other memory saves none, so it is no answer to how little is enough
+    # a policy that keeps evicted entries in other memory saves none, so it cannot show how little memory is enough
     known = {pair: row for pair, row in headline.outcomes(results, task, mode).items() if pair[0] in results.contenders}
     for word in scale.SCALE:
         pairs = [pair for pair, row in known.items() if row["outcome"] == word]
@@ -73,15 +74,15 @@ def _of_group(results: Results, task: str, mode: str) -> Iterable[str]:
             f", most often as “{labels.failure(broken['failure'][0])}” ({broken['count'][0]})" if broken.height else ""
         )
         yield (
-            f"{kinds['count'].sum()} of {answers.height} answers failed: {honest} “unknown” where the answer was "
-            f"there, {broken['count'].sum()} broken{most}; a wrong answer is not a failure."
+            f"{kinds['count'].sum()} of {answers.height} answers failed: {honest} say “unknown” although the document "
+            f"contains the answer, {broken['count'].sum()} are broken{most}; a wrong answer is not a failure."
         )
     else:
         yield f"none of {answers.height} answers failed; a wrong answer is not a failure."
 
 
 def _at_equal_bytes(rows: list[dict[str, Any]]) -> str:
-    """What becomes of a ranking whose policies hold different bytes."""
+    """Return the addition to a ranking whose policies hold different bytes; empty if their bytes are equal."""
     ranked = [row for row in rows if row.get("rank_matched")]
     if not ranked or not rows[0]["unequal"]:
         return ""
@@ -90,42 +91,42 @@ def _at_equal_bytes(rows: list[dict[str, Any]]) -> str:
     ends = (100 * best[k] if best[k] is not None else None for k in ("matched", "matched_low", "matched_high"))
     point, _, bounds = labels.interval(*ends, 0).partition(" ")
     return (
-        f"; but the policies hold {low:.0f} to {high:.0f} % of the bytes there, and at {high:.0f} % for all "
-        f"{best['policy']} keeps most: {point} % {bounds} (n = {best['matched_n']})"
+        f"; but at this budget the policies hold {low:.0f} to {high:.0f} % of the bytes, and if all hold {high:.0f} %, "
+        f"{best['policy']} keeps the most: {point} % {bounds} (n = {best['matched_n']})"
     )
 
 
 def _kept(row: Mapping[str, Any]) -> str:
     kept = number(row, "comparisons", 0, 100, " %")
-    return f"{row['policy']} keeps most of the full cache's score: {kept}"
+    return f"{row['policy']} keeps the most of the full cache's score: {kept}"
 
 
 def exploratory(results: Results) -> list[str]:
-    """Return sentences about samples that are too small to conclude from."""
+    """Return sentences about samples that are too small for conclusions."""
     means = results.stats.filter(statistic="score_mean")
     small = means.filter(pl.col("n") < EXPLORATORY)
     if not small.height:
         return []
     return [
         f"{small.height} of {means.height} cells have fewer than {EXPLORATORY} scored examples (fewest: "
-        f"{small['n'].min()}); everything about them is exploratory."
+        f"{small['n'].min()}); all statements about them are exploratory."
     ]
 
 
 def oddities(results: Results) -> list[str]:
-    """Return sentences about conditions of these data that distort numbers."""
+    """Return sentences about properties of these data that distort numbers."""
     return [sentence(text) for text in _oddities(results)]
 
 
 def _oddities(results: Results) -> Iterable[str]:
     for task in dict.fromkeys(task for task, _ in results.groups):
         if len(results.bins(task)) == 1:
-            yield f"{task} has one length bin only, so nothing can be said about a transition along the length."
+            yield f"{task} has one length bin only, so a transition along the length cannot be assessed."
     single = results.stats.filter(pl.col("statistic") == "score_mean", pl.col("n") == 1)
     if single.height:
         yield (
-            f"{single.height} cells have n = 1: one example shows no spread, so their intervals are as wide as the "
-            "method allows and a difference can hardly be significant."
+            f"{single.height} cells have n = 1: one example has no spread, so their intervals are as wide as the "
+            "method allows, and a difference can hardly be significant."
         )
     all_failed = results.stats.filter(pl.col("statistic") == "failure_rate", pl.col("estimate") == 1.0, pl.col("n") > 0)
     if all_failed.height:
@@ -134,14 +135,14 @@ def _oddities(results: Results) -> Iterable[str]:
     if missing:
         failed = results.scores.filter(pl.col("score").is_null() & pl.col("failure").is_not_null()).height
         yield (
-            f"{missing} of {results.scores.height} answers have no score (lost to an error, or not a number); they are "
-            f"in no mean score, and {failed} of them count as failures."
+            f"{missing} of {results.scores.height} answers have no score (because of an error, or not a number); they "
+            f"are not part of any mean score, and {failed} of them count as failures."
         )
     for task, mode, policy, budget, n in _identical(results):
         yield (
             f"{policy} at {labels.budget(budget)}, {labels.mode(mode)} ({task}), scores exactly like the full cache on "
-            f"all {n} examples: the difference is 0 and its interval says only how large a difference n examples can "
-            "hide."
+            f"all {n} examples: the difference is 0, and its interval only shows how large a difference could remain "
+            "undetected."
         )
     unmeasured = results.scores["cache_bytes"].null_count()
     if unmeasured:
@@ -159,7 +160,7 @@ def _named(cells: pl.DataFrame) -> str:
 
 
 def _identical(results: Results) -> Iterable[tuple[str, str, str, str, int]]:
-    """Return (task, mode, policy, budget, n) whose scores equal the full cache's, example by example."""
+    """Yield (task, mode, policy, budget, n) whose scores equal the full cache's, example by example."""
     unit = ["task", "mode", "bin", "example_id", "repeat"]
     full = results.scores.filter(**FULL).select(*unit, reference="score")
     pairs = results.scores.filter(pl.col("policy") != FULL["policy"]).join(full, on=unit)

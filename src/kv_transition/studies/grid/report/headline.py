@@ -1,4 +1,4 @@
-"""The answer: what is known of each policy and budget, in the words of one scale, what it keeps, saves and gains."""
+"""The first screen of the report: the outcome of each policy and budget, with score kept, bytes and speed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from kv_transition.studies.grid.tradeoff import footprints
 
 
 def outcomes(results: Results, task: str, mode: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return what is known of each (policy, budget), in their order: rows of tables.TRANSITION by definition."""
+    """Return the outcome of each (policy, budget), in their order: rows of tables.TRANSITION by the definition."""
     own = results.transition.filter(detector="definition", task=task, mode=mode).iter_rows(named=True)
     found = {(row["policy"], row["budget"]): row for row in own}
     return {pair: found[pair] for pair in results.pairs if pair in found}
 
 
 def in_words(results: Results, row: dict[str, Any]) -> str:
-    """Return an outcome with where it begins, or with the n that would decide it."""
+    """Return an outcome with the bin at which it begins, or with the n that would decide it."""
     starts = {b["bin"]: f"{labels.tokens(b['token_min'])} tokens" for b in results.bins(row["task"])}
     kept = results.compared(row["task"], row["mode"], row["policy"], row["budget"], None, "score_ratio")
     return scale.words(row, starts.get(row["since_bin"]), kept["n"] if kept else 0)
 
 
 def verdicts(results: Results) -> list[dict[str, Any]]:
-    """Return the first screen: per task and mode the answer in words and a table of policy by budget, best first."""
+    """Return the first screen: per task and mode the answer in words, and a table of policy by budget, best first."""
     saved, found = footprints(results), []
     for task, mode in results.groups:
         rows, known = [], outcomes(results, task, mode)
@@ -46,7 +46,7 @@ def verdicts(results: Results) -> list[dict[str, Any]]:
 
 
 def _common(counts: set[int]) -> int | None:
-    """Return the n of every cell of the table, if all have the same."""
+    """Return the n of the table's cells if it is the same in all of them, else None."""
     return counts.pop() if len(counts) == 1 else None
 
 
@@ -72,7 +72,7 @@ def _verdict(
 
 
 def _saved(footprint: dict[str, Any] | None, source: str):
-    """Return the complement of the footprint, with its bounds exchanged."""
+    """Return 1 minus the footprint, with its bounds exchanged."""
     if footprint is None or footprint["estimate"] is None:
         return MISSING
     turned = {"estimate": "estimate", "ci_low": "ci_high", "ci_high": "ci_low"}
@@ -81,14 +81,14 @@ def _saved(footprint: dict[str, Any] | None, source: str):
 
 
 def answer(results: Results, task: str, mode: str) -> tuple[str, str]:
-    """Return the question answered for one task and mode: a few words, and the sentences behind them."""
+    """Return the answer for one task and mode: a short sentence, and the sentences that support it."""
     known = {
         pair: row
         for pair, row in outcomes(results, task, mode).items()
         if pair[0] in results.contenders and results.compared(task, mode, *pair, None, "score_ratio")
     }
     if not known:
-        return "Nothing to compare.", "Only the full cache was run, or no policy shares an example with it."
+        return "There is nothing to compare.", "Only the full cache was run, or no policy shares an example with it."
     by_word = {word: [pair for pair, row in known.items() if row["outcome"] == word] for word in scale.SCALE}
     enough, undecided = by_word[scale.NO_LOSS], by_word[scale.UNDECIDED]
     worse = [word for word in (scale.LOSS, scale.UNSTABLE, scale.COLLAPSED) if by_word[word]]
@@ -99,16 +99,16 @@ def answer(results: Results, task: str, mode: str) -> tuple[str, str]:
         verb = "are" if smallest.startswith("t") else "is"
         lead = sentence(f"{kept_of(smallest)} {verb} enough, with {listed(winners)}.")
         shown = "; ".join(f"{policy} keeps {_kept(results, known[policy, smallest])}" for policy in winners)
-        rest.insert(0, f"That at least {100 * KEPT:g} % of the score is kept is shown: {shown}.")
+        rest.insert(0, f"It is shown that at least {100 * KEPT:g} % of the score is kept: {shown}.")
     elif undecided:
-        lead = "No budget is shown to be enough: too few examples to show no loss."
+        lead = "No budget is shown to be enough: there are too few examples to show that nothing is lost."
         nearest = min(undecided, key=lambda pair: (known[pair]["n_decides"] or 10**9, labels.budget_order(pair[1])))
         policy, budget = nearest
         kept = _kept(results, known[nearest])
         why = in_words(results, known[nearest])
         rest.insert(0, f"The nearest, {policy} at {labels.budget(budget)}, keeps {kept} and is {why}.")
     else:
-        lead = f"A loss is shown for everything tried{'' if worse == [scale.LOSS] else ', or worse'}."
+        lead = f"Every policy and budget shows a loss{'' if worse == [scale.LOSS] else ', or worse'}."
         best = max(known, key=lambda pair: _estimate(results, task, mode, *pair))
         rest.insert(0, f"The best, {best[0]} at {labels.budget(best[1])}, keeps {_kept(results, known[best])}: "
                        f"{in_words(results, known[best])}.")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tables of the report on the grid, as templates show them."""
+"""The tables of the report on the grid, as the templates show them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def states() -> dict[str, tuple[str, str]]:
 
 
 def transitions(results: Results) -> list[dict[str, Any]]:
-    """Return the transition table, both detectors side by side."""
+    """Return the transition table, with both detectors side by side."""
     tokens = {(task, b["bin"]): tokens_of(b) for task, _ in results.groups for b in results.bins(task)}
     found = []
     for row in results.transition.filter(detector="definition").iter_rows(named=True):
@@ -57,7 +57,7 @@ def transitions(results: Results) -> list[dict[str, Any]]:
 
 
 def _after_name(text: str) -> str:
-    """Return a sentence without the policy that it begins with."""
+    """Return a sentence without the name of the policy at its beginning."""
     return sentence(text.partition(": ")[2] or text)
 
 
@@ -88,7 +88,7 @@ COSTS = (
 
 
 def costs(results: Results) -> list[dict[str, Any]]:
-    """Return the cost in the longest bin of each task and mode."""
+    """Return the costs in the longest bin of each task and mode."""
     found = []
     for task, mode in results.groups:
         longest = results.bins(task)[-1]
@@ -219,7 +219,7 @@ def smallest(results: Results, budgets: pl.DataFrame | None) -> list[dict[str, A
 
 
 def along_budgets(results: Results, transition: pl.DataFrame | None) -> list[dict[str, Any]]:
-    """Return where each policy becomes unreliable as its budget shrinks, bin by bin (budget_transition.parquet)."""
+    """Return the budget at which each policy becomes unreliable in each bin (budget_transition.parquet)."""
     found = []
     for task, mode in results.groups if transition is not None else []:
         tokens = {b["bin"]: tokens_of(b) for b in results.bins(task)}
@@ -238,7 +238,7 @@ def along_budgets(results: Results, transition: pl.DataFrame | None) -> list[dic
 
 
 def failures(results: Results) -> list[dict[str, Any]]:
-    """Return the failure rate over all lengths with its interval, and the kinds as shares."""
+    """Return the failure rate over all lengths with its interval, and the share of each kind of failure."""
     parts, totals = failure_rows(results)
     kinds = list(dict.fromkeys(p["failure"] for p in sorted(parts, key=lambda p: p["order"])))
     share = {(p["task"], p["mode"], p["policy"], p["budget"], p["failure"]): p["share"] for p in parts}
@@ -267,7 +267,7 @@ def _share(value: float | None) -> str:
 
 
 def front(results: Results) -> list[dict[str, Any]]:
-    """Return score kept against bytes kept, the smallest first, with membership of the Pareto front."""
+    """Return score kept against bytes kept, the smallest footprint first, with membership of the Pareto front."""
     points, found = tradeoff.front(results), []
     for task, mode in results.groups:
         rows = []
