@@ -270,7 +270,7 @@ def test_bad_use_is_a_sentence(model, context):
 def test_a_grid_that_cannot_be_made_is_a_sentence(context):
     with says("questions: give a list"):
         kvt.grid(context, "w1", ["snapkv"], [0.2])
-    with says("answers: 2 for 1 questions"):
+    with says("answers: there are 2 for 1 questions"):
         kvt.grid(context, [QUESTION], ["snapkv"], [0.2], answers=[["a"], ["b"]])
     with says("give a list of texts for each question"):
         kvt.grid(context, [QUESTION], ["snapkv"], [0.2], answers=["a"])
