@@ -31,7 +31,7 @@ GROWTH, SHARE = 2.2, 0.1
 
 
 def measure(kind: str, what: str, q: int, n: int, shape: tuple[int, int, int, str], device: str) -> dict[str, float]:
-    """Seconds and MiB of one call; kind is sdpa, eager or an implementation."""
+    """Return seconds and MiB of one call; kind is sdpa, eager or an implementation."""
     import torch
     from torch.nn import functional
 
@@ -74,7 +74,7 @@ def measure(kind: str, what: str, q: int, n: int, shape: tuple[int, int, int, st
 
 
 class Peak:
-    """MiB in use at most within the block, beyond those in use at its start."""
+    """The maximum of the MiB in use within the block, minus those in use at its start."""
 
     def __init__(self, device: str):
         self.device = device
@@ -122,7 +122,7 @@ def clocked(call: object, device: str) -> float:
 
 
 def apart(*task: object) -> dict[str, float]:
-    """`measure` in a fresh process."""
+    """Return the result of `measure` in a new process."""
     done = subprocess.run([sys.executable, __file__, "--task", json.dumps(task)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{task}: {done.stderr}")
@@ -146,7 +146,7 @@ def kinds(shape: tuple[int, int, int, str], device: str) -> list[tuple[str, str]
 
 
 def judge(mib: dict[int, float], eager: dict[int, float]) -> str:
-    """Whether memory grows with the length, and not with its square."""
+    """Return whether memory grows with the length, and not with its square."""
     growth = [mib[b] / mib[a] for a, b in ((4096, 8192), (8192, 16384)) if a in mib and b in mib]
     words = [f"x {g:.2f}" for g in growth]
     good = all(g <= GROWTH for g in growth)

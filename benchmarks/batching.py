@@ -26,7 +26,7 @@ from workload import SIZES, VOCABULARY, Size, write_figures
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of what is run."""
+    """The sizes of the benchmark."""
 
     size: Size = SIZES[1]
     at_once: int = 8
@@ -64,7 +64,7 @@ def bodies_of(plan: Plan, wishes: list[dict[str, Any]], seed: str) -> list[dict[
 def served(
     client: httpx.Client, bodies: list[dict[str, Any]], at_once: int
 ) -> tuple[list[dict[str, Any]], float, float]:
-    """The answers' `kv`, seconds of the wall and CPU seconds of the server."""
+    """Return the answers' `kv`, the wall-clock seconds and the CPU seconds of the server."""
     process = psutil.Process(_server())
     before, started = process.cpu_times(), time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:

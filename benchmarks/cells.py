@@ -1,17 +1,19 @@
-"""What a cell costs beyond what it has to, how costs grow, and what a stored prefill weighs.
+"""Costs of a cell beyond the unavoidable ones, growth of the costs, and the size of a stored prefill.
 
     python benchmarks/cells.py [--quick] [--output FILE.json]
 
-Seconds are CPU time, with one thread. What is compared takes turns; the figures are medians over the turns.
+Seconds are CPU time, with one thread. Measurements that are compared alternate; the figures are medians over the
+rounds.
 
-- ``statistics``: reading a context with the statistics that policies ask for, over reading it without any.
-- ``cell``: a cell in a process that has its model already (reading the bin, prefills from the store, compression,
-  answers, writing the rows), over its floor: reading the same prefill files and a bare greedy loop of transformers on
-  the same kept entries. knorm, because its choice takes one line to make from the keys; both answer alike.
-- ``start``: the process of a cell without examples, over a process that imports torch and loads the model.
+- ``statistics``: reading a context with the statistics that policies need, divided by reading it without any.
+- ``cell``: a cell in a process that has loaded its model (reading the bin, prefills from the store, compression,
+  answers, writing the rows), divided by its floor: reading the same prefill files and a plain greedy loop of
+  transformers on the same kept entries. The policy is knorm, because its selection is one line of code; both give the
+  same answers.
+- ``start``: the process of a cell without examples, divided by a process that imports torch and loads the model.
 - ``growth``: reading a prompt and answering a cell's questions by prompt length; planning and running the workflow by
-  the number of cells. Exponents are slopes of least squares in logarithms.
-- ``store``: bytes of a prefill, and how fast it is read into tensors, beside reading the file's bytes.
+  the number of cells. Exponents are least-squares slopes in logarithms.
+- ``store``: bytes of a prefill, and the speed of reading it into tensors, compared with reading the file's bytes.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def cpu(work: Callable[[], Any]) -> float:
 
 
 def in_turn(repeats: int, *works: Callable[[], float]) -> list[list[float]]:
-    """Seconds of each work, taking turns."""
+    """Return the seconds of each work; the works alternate."""
     turns = [[work() for work in works] for _ in range(repeats)]
     return [list(seconds) for seconds in zip(*turns, strict=True)]
 
@@ -96,7 +98,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def over(a: list[float], b: list[float]) -> float:
-    """Median of the ratios turn by turn: a machine that drifts does so under both."""
+    """Return the median of the ratios of each round, so that a slow drift of the machine affects both."""
     return round(float(np.median(np.divide(a, b))), 3)
 
 
@@ -144,7 +146,7 @@ class Bench:
         return job.load_engine(self.spec["model"], 1)
 
     def cell(self, engine: Any) -> float:
-        """CPU seconds of the cell job, its model loaded before."""
+        """Return the CPU seconds of the cell job, without loading its model."""
         from kv_transition.run import job
         from kv_transition.studies.grid import run as cell
 
@@ -163,7 +165,7 @@ class Bench:
 
 
 class Floor:
-    """What cannot be saved: the prefills' bytes and the decoding steps, written with transformers alone."""
+    """The unavoidable work: reading the prefills' bytes and the decode steps, written with transformers alone."""
 
     def __init__(self, bench: Bench, max_new_tokens: int):
         import torch
@@ -260,7 +262,7 @@ def start_over_import(bench: Bench, plan: Plan) -> dict[str, Any]:
 
 
 def statistics_share(bench: Bench, plan: Plan) -> dict[str, Any]:
-    """Reading a context with statistics, over reading it without."""
+    """Return the time of reading a context with statistics, divided by the time without."""
     from kv_transition.cache.state import STATISTICS
 
     engine = bench.engine()
@@ -292,7 +294,7 @@ def slope(x: Sequence[int], y: Sequence[float]) -> float:
 
 
 def prefill_and_cell(folder: Path, length: int, plan: Plan) -> dict[str, float]:
-    """Seconds of reading one prompt with all statistics, and of a cell per example."""
+    """Return the seconds of reading one prompt with all statistics, and of a cell per example."""
     bench = Bench(folder, plan.growth_size, length, plan)
     engine = bench.engine()
     bench.cell(engine)
@@ -319,7 +321,7 @@ def growth_with_length(plan: Plan) -> dict[str, Any]:
 
 
 def growth_with_cells(plan: Plan) -> dict[str, Any]:
-    """Planning alone for many cells, everything for few; the full cache's cell comes on top of each count."""
+    """Return the seconds of planning many cells and of running few; the full cache's cell is added."""
 
     def cost(cells: int, *options: str) -> float:
         with tempfile.TemporaryDirectory() as name:

@@ -1,9 +1,10 @@
-"""How often the intervals of single statistics cover the truth and how wide they are (of paired ones: paired.py).
+"""Coverage and width of the intervals of single statistics (paired ones: paired.py).
 
     python benchmarks/coverage.py [--samples 4000] [--write docs/statistics.md]
 
-The grid of truths is fixed here. ``--write`` puts the tables into docs/statistics.md. Exit status 1 if an interval
-misses the bar: mean coverage of at least 94 % at every n, worst at least 90 % from n = 20.
+The grid of true distributions is defined here. ``--write`` writes the tables into docs/statistics.md. Exit status 1 if
+an interval fails the criterion: mean coverage of at least 94 % at every n, and minimum coverage of at least 90 % from n
+= 20.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Draw = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
 def coin(p: float) -> tuple[Draw, float, float]:
-    """How to draw ``[rows, n]`` values, and their true mean and standard deviation."""
+    """Return a function that draws values ``[rows, n]``, and their true mean and standard deviation."""
     return lambda rng, rows, n: (rng.random((rows, n)) < p).astype(float), p, (p * (1 - p)) ** 0.5
 
 
@@ -54,7 +55,7 @@ def mixture(zero: float, one: float, a: float, b: float) -> tuple[Draw, float, f
 
 
 def beta_binomial(rng: np.random.Generator, rows: int, documents: int, p: float, rho: float) -> np.ndarray:
-    """0/1 answers ``[rows, documents x PER_DOCUMENT]`` with correlation ``rho`` within a document."""
+    """Return 0/1 answers ``[rows, documents x PER_DOCUMENT]`` with correlation ``rho`` within a document."""
     strength = 1 / rho - 1
     rates = rng.beta(p * strength, (1 - p) * strength, (rows, documents)).repeat(PER_DOCUMENT, axis=1)
     return (rng.random(rates.shape) < rates).astype(float)
@@ -73,7 +74,7 @@ class Row:
 
 
 def covers(found: Interval, truth: float) -> tuple[float, float]:
-    """Share of the samples with a bound that cover the truth (an open end covers), and their median width."""
+    """Return the share of the samples whose interval covers the truth (an open end covers), and the median width."""
     known = np.isfinite(found.estimate)
     low, high = np.where(np.isnan(found.low), -np.inf, found.low), np.where(np.isnan(found.high), np.inf, found.high)
     width = np.where(np.isfinite(high - low), high - low, np.inf)[known]

@@ -1,4 +1,4 @@
-"""Puts what a benchmark measured into the page that quotes it, so that no number there is typed by hand."""
+"""Write measured results into the page that quotes them, so that no number there is typed by hand."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def put(path: Path, name: str, text: str) -> None:
-    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->``. Raises ValueError if they are not there."""
+    """Replace the text between ``<!-- name -->`` and ``<!-- /name -->``. Raises ValueError if the page lacks them."""
     page = path.read_text(encoding="utf-8")
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", flags=re.DOTALL)
     if not pattern.search(page):

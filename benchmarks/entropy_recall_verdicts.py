@@ -1,10 +1,10 @@
-"""Verdicts on steps with a known relation of entropy and recall, and how often the intervals cover the truth.
+"""Verdicts on steps with a known association of entropy and recall, and coverage of the intervals.
 
     python benchmarks/entropy_recall_verdicts.py [--simulations 500] [--sizes 10 20 40] [--only driven by_length ...]
         [--processes 1] [--write docs/entropy_recall.md]
 
-A verdict is wrong if it confirms what is not so, or does not confirm what is. Undecided is never wrong, but the share
-of the expected verdicts stands beside. Exit status 1 if more than 5 % of the verdicts on any truth are wrong.
+A verdict is wrong if it confirms a false hypothesis, or does not confirm a true one. Undecided is never wrong, but the
+share of the expected verdicts is also listed. Exit status 1 if more than 5 % of the verdicts on any truth are wrong.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def wrong(found: str, right: tuple[str, ...]) -> bool:
 
 
 def truth(name: str) -> dict[str, float]:
-    """The statistics of a very large sample."""
+    """Return the statistics of a very large sample."""
     cell = analyse(getattr(simulated, name)(np.random.default_rng(99), LARGE, STEPS), Statistics(resamples=2))
     return {statistic: cell.estimates[statistic].value for statistic in COVERED}
 

@@ -41,7 +41,7 @@ MODE = "before_question"
 
 
 def answered(engine: LocalEngine, examples: list[dict], store: PrefillStore, match: str) -> list[dict]:
-    """Scored rows of every policy and budget."""
+    """Return the scored rows of every policy and budget."""
     rows, task = [], get_task("synthetic", "reader_qa")
     for policy, budget in [("full", "r1"), *((p, b) for p in POLICIES for b in BUDGETS)]:
         spec = {
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def page(found: dict[str, list[dict]], facts: dict) -> str:
-    """The table: a line each policy and budget, in the order at equal bytes."""
+    """Return the table: a row for each policy and budget, in the order at equal bytes."""
     run = {(row["policy"], row["budget"]): row for row in found["mean"]}
     lines = []
     for row in found["none"]:

@@ -1,14 +1,13 @@
-"""How often the report's first screen is wrong: simulated experiments whose truth is known, read as a reader would.
+"""The error rate of the report's first screen in simulated experiments whose truth is known.
 
     python benchmarks/first_screen.py [--experiments 200] [--write docs/statistics.md]
 
-Each experiment has a full cache and policies at two budgets in four bins. *Mixed*: seven policies, of each kind of
-truth one: nothing is lost; 1 or 2 % is; 6 % is, just more than is called no loss; a moderate loss, from the third bin
-on; failures that grow; a collapse; chance level. *All lose*: four policies that lose a fifth or more, so that a loss is
-shown for everything. *One spared*: the same, but one of them loses nothing at the larger budget. Scores and failures
-are drawn, the tables are made, the page is rendered, and its verdicts are read from the HTML: the word in each cell
-with where it begins, and the headline. A sentence is wrong where its truth contradicts it. Exit status 1 if more than
-5 % of the sentences of a kind are wrong by more than chance (a binomial test at 1 %).
+Each experiment has a full cache and seven policies at two budgets in four bins, one for each kind of truth: no loss; a
+loss of 1 or 2 %; a loss of 6 %, slightly more than the margin of no loss; a moderate loss from the third bin on;
+failures that grow; a collapse; chance level. Scores and failures are drawn, the tables are computed, the page is
+rendered, and its verdicts are read from the HTML: the word in each cell with where it begins, and the headline. A
+sentence is wrong if the truth contradicts it. Exit status 1 if more than 5 % of the sentences of a kind are wrong by
+more than chance (a binomial test at 1 %).
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def known(truth: Truth) -> Known:
 
 
 def simulated(rng: np.random.Generator, n: int, truths: Truths = TRUTHS) -> pa.Table:
-    """Scores of one experiment: 0 or 1, the policies on the full cache's examples."""
+    """Return the scores of one experiment: 0 or 1, with the policies on the full cache's examples."""
     columns: dict[str, list] = {name: [] for name in ("policy", "budget", "bin", "example_id", "score", "failure")}
 
     def add(policy: str, budget: str, b: int, right: np.ndarray, failed: np.ndarray) -> None:
@@ -124,7 +123,7 @@ def simulated(rng: np.random.Generator, n: int, truths: Truths = TRUTHS) -> pa.T
 
 
 def rendered(scores: pa.Table) -> str:
-    """The first screen as the report shows it."""
+    """Return the first screen as the report shows it."""
     how = Statistics(resamples=RESAMPLES)
     found = Results(*(pl.from_arrow(t) for t in (scores, *(of(scores, how) for of in (bin_stats, comparisons)))),
                     pl.from_arrow(transitions(scores, how)))  # fmt: skip
@@ -133,7 +132,7 @@ def rendered(scores: pa.Table) -> str:
 
 
 def read(text: str) -> Iterator[tuple[str, str, str]]:
-    """What the screen says: (policy, budget, words of a cell), and ("", "", headline)."""
+    """Yield the statements of the screen: (policy, budget, words of a cell), and ("", "", headline)."""
     yield "", "", plain(re.search(r'class="answer"><strong>(.*?)</strong>', text, re.DOTALL)[1])
     for line in re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", text, re.DOTALL):
         policy, *cells = re.split(r"<td[^>]*>", line)
@@ -147,7 +146,7 @@ def plain(text: str) -> str:
 
 
 def judged(policy: str, budget: str, words: str, truths: Truths = TRUTHS) -> Iterator[tuple[str, bool]]:
-    """Kinds of sentence and whether they are right: the word of a cell, and where it begins."""
+    """Yield the kinds of sentence and whether they are right: the word of a cell, and where it begins."""
     word = next(word for word in scale.SCALE if words.startswith(word))
     truth = known(truths[policy][BUDGETS.index(budget)])
     loses = (truth.mean < truth.full_mean - 1e-9) | (truth.failed > truth.full_failed + 1e-9)
@@ -164,7 +163,7 @@ def judged(policy: str, budget: str, words: str, truths: Truths = TRUTHS) -> Ite
 
 
 def headline_right(text: str, shown: list[tuple[str, str, str]], truths: Truths = TRUTHS) -> tuple[str, bool]:
-    """The kind of headline and whether it is right."""
+    """Return the kind of headline and whether it is right."""
     if " enough, with " in text:
         budget, names = re.match(r"(\d+) % of the cache is enough, with (.*)\.", text).groups()
         key = f"r{int(budget) / 100:g}"

@@ -1,10 +1,10 @@
-"""What the grid cannot cost less than: one process, each document read once, bare decoding.
+"""The minimum cost of the grid: one process, each document read once, plain decoding.
 
     python benchmarks/floor.py --model FOLDER --data FILE.jsonl --budgets 0.5 0.2 --policies 5 --max-new-tokens 32
 
-transformers alone, with its own attention and cache, greedy, one sequence at a time, one thread. Bare: from as many
-entries as a policy would keep, every n-th of them, since which ones makes no difference to the cost. The full cache
-answers once as well, as in the grid.
+transformers alone, with its own attention and cache, greedy, one sequence at a time, one thread. Plain decoding uses as
+many entries as a policy would keep, every n-th of them, because the choice has no effect on the cost. The full cache
+also answers once, as in the grid.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What generate() with an EvictingCache costs beside LocalEngine and beside a plain cache, in CPU time on one thread.
+"""The cost of generate() with an EvictingCache, compared with LocalEngine and a plain cache, in CPU time on one thread.
 
     python benchmarks/generate.py [--model FOLDER] [--context N] [--tokens N] [--rounds N]
 
-Prints, for each policy, the median over rounds of the seconds that one answer takes in each way, and the ratio of
-generate() to LocalEngine, with its range over rounds. The ways alternate within a round.
+Prints, for each policy, the median over rounds of the seconds of one answer in each way, and the ratio of generate() to
+LocalEngine, with its range over rounds. The ways alternate within a round.
 """
 
 from __future__ import annotations

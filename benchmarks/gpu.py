@@ -50,7 +50,7 @@ def number(value: Any, form: str = ".3g") -> str:
 
 
 def tables(parts: dict[str, list[dict[str, Any]]]) -> str:
-    """Return what was measured, as Markdown tables."""
+    """Return the measurements as Markdown tables."""
     pages = []
     for part, figures in parts.items():
         heads = list(dict.fromkeys(key for figure in figures for key in figure))

@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: sizes, a model with random weights, figures written as they are got."""
+"""Common parts of benchmarks/gpu.py: sizes, a model with random weights, figures written as they are measured."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Bench:
         return torch.cuda.max_memory_allocated(self.engine.device) / 2**30 if self.cuda else None
 
     def seconds(self, call: Callable[[], Any], repeats: int) -> dict[str, float | None]:
-        """Median seconds of a call, warmed up once, and the peak memory of all."""
+        """Return the median seconds of a call after one warm-up, and the peak memory of all calls."""
         self.clean()
         call()
         taken = []

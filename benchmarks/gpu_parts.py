@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py: what is measured on a card, most important first."""
+"""The parts of benchmarks/gpu.py, the most important first."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TARGET, TARGET_AT = 1.35, 16384
 
 
 def tests(bench: Bench) -> None:
-    """The tests that need a card."""
+    """Run the tests that need a GPU."""
     bench.add({"what": "pytest -m gpu"}, run_tests)
 
 
@@ -114,7 +114,9 @@ def chunked(bench: Bench, n: int) -> dict[str, Any]:
 
 
 def decode(bench: Bench) -> None:
-    """Tokens a second: the bare loop by budget, compiled by budget, and policies that act each step."""
+    """Measure tokens per second: the plain loop by budget, the compiled one by budget, and policies that act at each
+    step.
+    """
     sizes = bench.sizes
     full = bench.engine.extend(None, bench.tokens(sizes.prompt), frozenset())
     kept = {r: KNorm().compress(full, int(r * sizes.prompt)) if r < 1 else full for r in sizes.budgets}

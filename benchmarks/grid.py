@@ -1,12 +1,12 @@
-"""Our pipeline against kvpress' evaluation flow, on the same grid of policies and budgets.
+"""This project's pipeline compared with the evaluation of kvpress, on the same grid of policies and budgets.
 
     python benchmarks/grid.py [--quick] [--only 8x512/4096] [--without-kvpress] [--output FILE.json]
 
-Both sides answer the same questions about the same documents with the same models, greedily and with one thread. Ours
-is the whole workflow: Snakemake, every job's start, the full cache as reference, statistics and report. kvpress' is a
-process per press and ratio with a prefill per example (benchmarks/peers/evaluate.py). Cost is CPU time of all
-processes, the workers of our jobs included. The floor is one process that does nothing but what has to be done
-(benchmarks/floor.py); ``spent`` says where ours goes.
+Both sides answer the same questions about the same documents with the same models, greedily and with one thread. This
+project's side is the whole workflow: Snakemake, the start of every job, the full cache as reference, statistics and
+report. The side of kvpress is a process per press and ratio with a prefill per example (benchmarks/peers/evaluate.py).
+Cost is the CPU time of all processes, including the workers of this project's jobs. The floor is one process that does
+only the unavoidable work (benchmarks/floor.py); ``spent`` lists the costs of this project by kind.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def spending(logs: Path, cost: Cost) -> dict[str, float]:
 
 
 def floor(folder: Path, model: Path, data: Path, grid: Grid) -> Cost:
-    """One process: each document read once, bare decoding from as many entries as every cell keeps."""
+    """Return the cost of one process that reads each document once and decodes plainly with as many entries as each
+    cell.
+    """
     options = ["--model", model, "--data", data, "--policies", len(POLICIES), "--max-new-tokens", grid.max_new_tokens]
     command = [sys.executable, ROOT / "benchmarks" / "floor.py", *options, "--budgets", *grid.budgets]
     return run(command, folder)
@@ -108,7 +110,7 @@ def theirs(folder: Path, model: Path, data: Path, grid: Grid, length: int) -> tu
 
 
 def agreement(a: Answers, b: Answers) -> dict[str, str]:
-    """By policy, how many answers are the same to the last token."""
+    """Return by policy how many answers are the same up to the last token."""
     found = {}
     for policy in POLICIES:
         pairs = [pair for key in a if key[0] == policy for pair in zip(a[key], b[key], strict=True)]

@@ -1,10 +1,11 @@
-"""Keeps the small tables of a finished experiment beside the code, so that docs/findings.md can be written from them.
+"""Copy the small tables of a finished experiment into the repository, so that docs/findings.md can be written from
+them.
 
     python benchmarks/keep_real.py RESULTS/EXPERIMENT [NAME]
 
-Copies to benchmarks/results/real/NAME (the experiment's name) the tables of estimates with their metadata, and of
-single answers and windows the columns that the estimates are made from. run.json says at which commit, with which
-versions and weights they were made, and the processor time that the jobs' logs name.
+Copies the tables of estimates with their metadata to benchmarks/results/real/NAME (default: the experiment's name), and
+the columns of single answers and windows from which the estimates are computed. run.json has the commit, the versions
+and weights, and the processor time in the jobs' logs.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def reduced(files: list[Path], columns: list[str]) -> pa.Table:
 
 
 def with_recalls(table: pa.Table) -> pa.Table:
-    """Return the table with the numbers of steps and recalls that a policy said of itself, null where it said none."""
+    """Return the table with the numbers of steps and recalls that a policy recorded, null if it recorded none."""
     if "raw" not in table.column_names:
         return table
     said = [json.loads(raw or "{}") for raw in table["raw"].to_pylist()]
@@ -57,7 +58,7 @@ def with_recalls(table: pa.Table) -> pa.Table:
 
 
 def processor_seconds(results: Path) -> float:
-    """Return the seconds that the jobs' logs name."""
+    """Return the sum of the seconds in the jobs' logs."""
     logs = sorted(results.joinpath("logs").rglob("*.log"))
     return sum(float(s) for log in logs for s in PROCESSOR_TIME.findall(log.read_text(encoding="utf-8")))
 

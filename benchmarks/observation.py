@@ -1,12 +1,12 @@
-"""What following policies costs beside decoding with the full cache: CPU time of one thread, or a GPU's.
+"""The cost of observing policies, compared with decoding with the full cache: CPU time of one thread, or GPU time.
 
     python benchmarks/observation.py [--length 4096] [--steps 64] [--device cpu] [--output FILE.json]
 
-A model of 8 layers and 512 channels with random weights decodes greedily from one prompt: plainly, then with seven
-policies under four budgets in both memories followed, once with global sets and once with a set for each KV head. The
-cost is `added`: the time beyond plain decoding, as a share of it. It has a part that comes once for each prompt
-(`begin`: the scores of policies that act once) and one for each step. `policies` are each policy's own shares, begin
-and predictions alone. Runs alternate and the fastest of each kind counts.
+A model of 8 layers and 512 channels with random weights decodes greedily from one prompt: first alone, then while seven
+policies are observed under four budgets in both memories, once with global sets and once with one set for each KV head.
+The cost is `added`: the additional time as a share of plain decoding. It has a part for each prompt (`begin`: the
+scores of policies that act once) and a part for each step. `policies` has each policy's own share, for begin and
+predictions alone. Runs alternate, and the fastest of each kind counts.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(length: int, steps: int, device: str, repeats: int) -> dict[str, Any
 
     @torch.inference_mode()
     def alone(followed) -> dict[str, float]:
-        """Seconds of each policy's own beginning and of its predictions, times the steps."""
+        """Return the seconds of each policy's begin and of its predictions, times the steps."""
         seconds = dict.fromkeys(POLICIES, 0.0)
         for each in followed:
             seconds[each.name] += clocked(lambda each=each: each.begin(state))

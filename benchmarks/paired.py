@@ -1,10 +1,11 @@
-"""Paired differences, ratios and claims: coverage, width, false alarms and power, from the one inference behind them.
+"""Paired differences, ratios and claims: coverage, width, false alarms and power of their common inference.
 
     python benchmarks/paired.py [--samples 4000] [--write docs/statistics.md]
 
-The grid of truths is fixed here. ``--write`` puts the tables into docs/statistics.md. Exit status 1 if an interval
-misses the bar (mean coverage of at least 94 % at every n, worst at least 90 % from n = 20), or if false alarms exceed
-5 % by more than chance (a binomial test at 0.1 %, so that one of fifty truths seldom fails by luck).
+The grid of true distributions is defined here. ``--write`` writes the tables into docs/statistics.md. Exit status 1 if
+an interval fails the criterion (mean coverage of at least 94 % at every n, minimum coverage of at least 90 % from n =
+20), or if false alarms exceed 5 % by more than chance (a binomial test at 0.1 %, so that one of fifty truths rarely
+fails by chance).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def right_or_wrong(rng: np.random.Generator, rows: int, n: int, right: float, ke
 
 
 def lopsided(loss: float, size: float, gain: float) -> Draw:
-    """Differences that are 0 on average: rare losses, and gains so small that they make up for them."""
+    """Return differences with mean 0: rare losses, and gains that are small enough to balance them."""
 
     def draw(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
         u = rng.random((rows, n))
@@ -94,7 +95,7 @@ def intervals(samples: int) -> Iterator[Row]:
 
 
 def nulls() -> dict[str, list[Draw]]:
-    """Truths of no difference."""
+    """Return the true distributions without a difference."""
     same = [(F1_LIKE[i], F1_LIKE[i], c) for i in (0, 3, 8) for c in (0.05, 0.2, 0.6, 1.0)]
     return {
         "0/1": [discordant(c / 2, c / 2)[0] for c in COINS],
@@ -104,7 +105,7 @@ def nulls() -> dict[str, list[Draw]]:
 
 
 def alarms(samples: int) -> Iterator[tuple[str, int, list[float]]]:
-    """Shares of p < 5 % where nothing differs."""
+    """Return the shares of p < 5 % if there is no difference."""
     rng = np.random.default_rng(1)
     for n in SIZES:
         for name, draws in nulls().items():

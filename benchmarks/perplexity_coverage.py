@@ -1,13 +1,9 @@
-"""How often the intervals of perplexity and of its ratio to the full cache cover the truth, and how often p misleads.
+"""Coverage of the intervals of perplexity and of its ratio to the full cache.
 
-    python benchmarks/perplexity_coverage.py [--simulations 4000] [--write docs/perplexity.md]
+    python benchmarks/perplexity_coverage.py [--simulations 1000] [--write docs/perplexity.md]
 
-Books differ (normal; skewed as an exponential distribution; heavy-tailed as a lognormal one of skewness 6), windows of
-a book differ less, a policy costs a known amount that differs between books and windows too. *Alone*: windows do not
-differ, so that all of the skewness is left. Uneven: the first book has ten times as many windows as each of the others.
-*Size*: how often p < 0.05 says that a policy costs something which costs nothing on average. Exit status 1 if that
-exceeds 5 % by more than chance (a binomial test at 0.1 %) for 5 to 20 normal or skewed books, or if an interval misses
-the bar: mean coverage of at least 94 %, at 20 books or more at least 90 % in each row.
+Books differ (normally, or skewed as a gamma distribution), windows of a book differ less, and a policy has a known cost
+that also differs between books and windows. Uneven: the first book has ten times as many windows as each of the others.
 """
 
 from __future__ import annotations
@@ -36,7 +32,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Mean 0 and variance 1, skewness 2."""
+    """Return draws with mean 0, variance 1 and skewness 2."""
     return rng.exponential(size=shape) - 1
 
 

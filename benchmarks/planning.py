@@ -1,10 +1,10 @@
-"""What planning costs: dry runs of experiments of about 100, 1,000 and 10,000 cells, before and after they are run.
+"""The cost of planning: dry runs of experiments of about 100, 1,000 and 10,000 cells, before and after they are run.
 
     python benchmarks/planning.py [--sizes 100 1000 10000] [--output FILE.json]
     python benchmarks/planning.py --render FILE.json
 
-Nothing is answered. For the plan of a finished experiment its files are made empty and Snakemake is told with --touch
-that they are right. Each figure is one process: the wall's clock, its CPU time and the most memory that it held.
+No answer is computed. For the plan of a finished experiment its files are created empty, and Snakemake accepts them
+with --touch. Each figure is one process: its wall-clock time, its CPU time and its peak memory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def experiment(size: int, results: str = "results") -> dict[str, Any]:
 
 
 def checkout(folder: Path) -> None:
-    """A copy of the project, so that Snakemake's memory of empty files is not left in this one."""
+    """Copy the project and return the copy, so that Snakemake's records stay out of this one."""
     for part in PARTS:
         source, target = ROOT / part, folder / part
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def jobs(output: str) -> int:
 
 
 def make_files(folder: Path, summary: str) -> None:
-    """Every file that the plan names, empty; and the folders that are outputs themselves."""
+    """Create every file of the plan, empty, and the folders that are outputs themselves."""
     for line in summary.splitlines():
         name = line.split("\t")[0]
         if not name.startswith("results/"):

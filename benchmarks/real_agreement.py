@@ -45,7 +45,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def theirs(python: Path, folder: str, row: dict[str, Any], k: int, steps: int) -> dict[str, Tensor]:
-    """Return what kvpress keeps of a context and answers, by policy."""
+    """Return the entries that kvpress keeps of a context and its answers, by policy."""
     n = len(row["context_ids"])
     cases = {
         name: {"model": folder, "press": press, "arguments": {}, "ratio": 1 - k / n, "max_pooling": False,
@@ -62,7 +62,7 @@ def theirs(python: Path, folder: str, row: dict[str, Any], k: int, steps: int) -
 
 
 def held(state: CacheState, n: int) -> Tensor:
-    """Return [L, Hkv, n] bool: the places in the text that each head still holds."""
+    """Return [L, Hkv, n] bool: the positions in the text that each head still holds."""
     layers = []
     for layer in state.layers:
         rows = [row for part in getattr(layer, "parts", (layer,)) for row in part.positions]
@@ -76,7 +76,7 @@ def held(state: CacheState, n: int) -> Tensor:
 def compared(
     engine: LocalEngine, full: CacheState, name: str, row: dict[str, Any], k: int, peer: dict[str, Tensor]
 ) -> dict:
-    """Return how one policy's answer compares with its press's."""
+    """Return the comparison of one policy's answer with that of its press."""
     policy = catalog.create(name, PAIRS[name][1])
     state = policy.compress(full, k)
     kept, other = held(state, full.length), peer[f"{name}.kept"]

@@ -45,7 +45,7 @@ def resident_mb() -> float:
 
 
 def storage_bytes(state: Any) -> int:
-    """Bytes of keys and values as they are allocated, with the room behind them."""
+    """Return the allocated bytes of keys and values, including the reserved space."""
     tensors = (t for layer in state.layers for part in layer.parts for t in (part.keys, part.values))
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 

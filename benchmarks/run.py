@@ -1,11 +1,11 @@
-"""Runs the benchmarks and writes their figures and the tables of docs/benchmarks.md.
+"""Run the benchmarks and write their figures and the tables of docs/benchmarks.md.
 
     python benchmarks/run.py [--quick] [--only grid cells statistics serving batching]
     python benchmarks/run.py --render benchmarks/results/FILE.json
 
-Each part is a process of its own, one after the other. Figures go to ``benchmarks/results/{date}-{host kind}.json``,
-whose parts are replaced one by one, so that ``--only`` repeats a part. ``--quick`` tries everything with small sizes
-and writes nothing into the project. ``--render`` writes the tables of a file anew.
+Each part is a separate process, one after the other. Figures are written to ``benchmarks/results/{date}-{host
+kind}.json``, whose parts are replaced one by one, so that ``--only`` repeats a part. ``--quick`` runs everything with
+small sizes and writes nothing into the project. ``--render`` writes the tables of a file again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PARTS = {
 
 
 def host_kind() -> str:
-    """What the figures depend on of the machine: ``cpu-2core-x86_64``."""
+    """Return the properties of the machine that affect the figures: ``cpu-2core-x86_64``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"cpu-{cores}core-{platform.machine()}"
 
@@ -129,7 +129,7 @@ def cells_table(figures: dict[str, Any]) -> str:
 
 
 def statistics_table(figures: dict[str, Any]) -> str:
-    """Seconds and MiB of one layer by length: attention alone, the whole matrix, and both statistics exactly."""
+    """Return seconds and MiB of one layer by length: attention alone, the whole matrix, and both statistics exactly."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     kinds: list[str] = []
     for row in figures["rows"]:
@@ -144,7 +144,7 @@ def statistics_table(figures: dict[str, Any]) -> str:
 
 
 def serving_table(figures: dict[str, Any]) -> str:
-    """The grids, cell jobs beside the server; and the full cache by all three."""
+    """Return the table of the grids with cell jobs and the server, and of the full cache with all three."""
     head = ["grid", "cells", "same answers", "cell jobs, CPU s / wall s", "serve, CPU s / wall s", "ratio, CPU / wall"]
     grids = [
         [
@@ -174,7 +174,7 @@ def serving_table(figures: dict[str, Any]) -> str:
 
 
 def batching_table(figures: dict[str, Any]) -> str:
-    """Answered tokens per second, one request at a time and several at once."""
+    """Return answered tokens per second, one request at a time and several at once."""
     n = figures["at_once"]
     head = ["requests", "same answers", "one at a time, tokens per CPU s / wall s", f"{n} at once", "ratio, CPU / wall"]
     rows = [
@@ -211,7 +211,7 @@ def conditions_line(facts: dict[str, Any]) -> str:
 
 
 def render(results: dict[str, Any], page: Path = PAGE) -> None:
-    """Put the tables of the parts that were run into the page."""
+    """Write the tables of the measured parts into the page."""
     for part, draw in TABLES.items():
         if part in results:
             put(page, part, f"{draw(results[part]['figures'])}\n\n{conditions_line(results[part]['conditions'])}")

@@ -39,7 +39,7 @@ Answers = dict[tuple[str, ...], str]
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of what is run."""
+    """The sizes of the benchmark."""
 
     reader_lengths: tuple[int, ...] = (256, 1024)
     reader_examples: int = 10
@@ -56,7 +56,7 @@ QUICK = Plan((256,), 2, length=512, examples=2, budgets=(0.5,), policies=("h2o",
 
 @contextmanager
 def cost_of(found: list[Cost]) -> Iterator[None]:
-    """Append what all processes cost that ended within the block."""
+    """Append the cost of all processes that ended within the block."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     yield
     after, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -65,7 +65,7 @@ def cost_of(found: list[Cost]) -> Iterator[None]:
 
 @contextmanager
 def server(command: Sequence[str | Path], port: int, folder: Path) -> Iterator[str]:
-    """A server that runs as long as the block does. RuntimeError with what it printed if it does not start."""
+    """Run a server within the block. Raises RuntimeError with its output if it does not start."""
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     log = folder / f"server-{port}.log"
     with log.open("w") as file:
@@ -115,7 +115,7 @@ def transformers(model: Path, port: int) -> list[str | Path]:
 
 
 def reader_experiment(folder: Path, plan: Plan) -> Path:
-    """The demo's grid on the embedded reader, with fewer documents."""
+    """Return the demo's grid on the embedded reader, with fewer documents."""
     import yaml
 
     config = {
@@ -136,7 +136,7 @@ def reader_experiment(folder: Path, plan: Plan) -> Path:
 
 
 def through_server(experiment: Path, folder: Path, url: str) -> Path:
-    """The same experiment, whose cells ask a server."""
+    """Return the same experiment with cells that use a server."""
     import yaml
 
     engine = {"kind": "openai", "base_url": url, "serves": "kv_transition", "model": NAME, "api_key_env": None}
@@ -147,7 +147,7 @@ def through_server(experiment: Path, folder: Path, url: str) -> Path:
 
 
 def answers_of(folder: Path) -> Answers:
-    """Token ids by task, mode, policy, budget and example."""
+    """Return token ids by task, mode, policy, budget and example."""
     import pyarrow.parquet as pq
 
     found = {}
@@ -255,7 +255,7 @@ def full_cache(folder: Path, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _prompts_and_texts(folder: Path) -> tuple[list[str], list[str]]:
-    """What the cells of the full cache were asked and said."""
+    """Return the prompts and the answers of the cells of the full cache."""
     import pyarrow.parquet as pq
 
     (bin_file,) = folder.glob("results/bench/data/*/bin0.parquet")
@@ -267,7 +267,7 @@ def _prompts_and_texts(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def ask(url: str, model: str, prompts: Sequence[str], max_tokens: int) -> tuple[list[str], list[float]]:
-    """Answers, one after the other, and their seconds; by the official client."""
+    """Return the answers, one after the other, and their seconds; the official client is used."""
     import openai
 
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)

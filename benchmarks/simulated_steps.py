@@ -1,4 +1,4 @@
-"""Decoding steps with a constructed relation of entropy and recall, for the benchmark of verdicts and for tests."""
+"""Decode steps with a constructed association of entropy and recall, for the benchmark of verdicts and for tests."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def _base(rng: np.random.Generator, n: int, steps: int) -> tuple[np.ndarray, ...
 
 
 def driven(rng: np.random.Generator, n: int, steps: int) -> Steps:
-    """Entropy drives recall: about 0.92 where it is low, 0.3 where it is high."""
+    """Return steps in which entropy determines recall: about 0.92 at low entropy, 0.3 at high entropy."""
     entropy, noise, *rest = _base(rng, n, steps)
     return _made(entropy, 0.95 - 0.72 / (1 + np.exp(-4 * (entropy - 1.75))) + noise, *rest)
 
 
 def unrelated(rng: np.random.Generator, n: int, steps: int) -> Steps:
-    """No relation: recall has a level of its own for each example."""
+    """Return steps without an association; the level of recall differs between examples."""
     entropy, noise, *rest = _base(rng, n, steps)
     return _made(entropy, 0.62 + 1.5 * noise, *rest)
 
 
 def by_length(rng: np.random.Generator, n: int, steps: int) -> Steps:
-    """Both follow the length and nothing else: raw, the criteria are met."""
+    """Return steps in which both depend only on the length; without controls the criteria are met."""
     _, noise, length, kind, cuts = _base(rng, n, steps)
     share = (np.log2(length) - 8) / 4
     entropy = 0.15 + 3.1 * share[:, None] + rng.gamma(0.5, 0.5, (n, 1)) + rng.gamma(0.5, 0.6, (n, steps)) - 0.2
@@ -53,7 +53,7 @@ def by_length(rng: np.random.Generator, n: int, steps: int) -> Steps:
 
 
 def by_kind(rng: np.random.Generator, n: int, steps: int) -> Steps:
-    """Both follow the kind of prompt and nothing else."""
+    """Return steps in which both depend only on the kind of prompt."""
     _, noise, length, _, cuts = _base(rng, n, steps)
     kind = np.arange(n) % 3
     entropy = np.array([0.1, 1.4, 3.2])[kind, None] + rng.gamma(0.6, 0.5, (n, steps)) + rng.gamma(0.5, 0.4, (n, 1))
@@ -61,7 +61,7 @@ def by_kind(rng: np.random.Generator, n: int, steps: int) -> Steps:
 
 
 def by_step(rng: np.random.Generator, n: int, steps: int) -> Steps:
-    """Both follow the step and nothing else."""
+    """Return steps in which both depend only on the step."""
     _, noise, length, kind, _ = _base(rng, n, steps)
     share = np.linspace(0, 1, steps)
     entropy = 3.6 * share**1.5 + rng.gamma(0.6, 0.4, (n, steps))
@@ -70,13 +70,13 @@ def by_step(rng: np.random.Generator, n: int, steps: int) -> Steps:
 
 
 def weak(rng: np.random.Generator, n: int, steps: int) -> Steps:
-    """A downward trend that meets neither criterion: recall falls from about 0.75 to 0.6."""
+    """Return steps with a downward trend that meets neither criterion: recall falls from about 0.75 to 0.6."""
     entropy, noise, *rest = _base(rng, n, steps)
     return _made(entropy, 0.78 - 0.05 * np.minimum(entropy, 4) + noise, *rest)
 
 
 def borderline(rng: np.random.Generator, n: int, steps: int) -> Steps:
-    """Recall is exactly 0.8 where entropy is low and 0.5 where it is high: nothing can be confirmed."""
+    """Return steps with recall exactly 0.8 at low entropy and 0.5 at high entropy, so that nothing can be confirmed."""
     entropy, noise, *rest = _base(rng, n, steps)
     level = (entropy >= 1).astype(int) + (entropy > 2.5)
     return _made(entropy, np.array([0.8, 0.65, 0.5])[level] + noise, *rest)

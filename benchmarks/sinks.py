@@ -40,7 +40,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def stories(engine: LocalEngine, count: int = STORIES) -> list[list[int]]:
-    """Samples of the model's own language, [count, TOKENS] token ids."""
+    """Return samples of the model's own language, token ids [count, TOKENS]."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
     start = engine.tokenizer.bos_token_id
     said = [[start] for _ in generators]
@@ -62,7 +62,7 @@ def books(engine: LocalEngine, files: list[Path]) -> list[list[int]]:
 
 
 def losses(engine: LocalEngine, sequences: list[list[int]], policy: Policy, entries: int) -> np.ndarray:
-    """Negative log-likelihood of every token but the first: [sequences, tokens - 1], in nats."""
+    """Return the negative log-likelihood of every token but the first: [sequences, tokens - 1], in nats."""
     state = stack([engine.extend(None, sequence[:1], frozenset()) for sequence in sequences], frozenset())
     found = []
     for column in torch.tensor(sequences).T[1:]:
@@ -73,7 +73,7 @@ def losses(engine: LocalEngine, sequences: list[list[int]], policy: Policy, entr
 
 
 def render(rows: list[dict]) -> None:
-    """Put the table into docs/benchmarks.md: a line for each policy and size, a column for each text."""
+    """Write the table into docs/benchmarks.md: a row for each policy and size, a column for each text."""
     by_text: dict[tuple[str, int], dict[str, str]] = {}
     heads: dict[str, int] = {}
     for row in rows:

@@ -1,10 +1,10 @@
-"""How long the statistics take: 10,000 resamples of 100,000 rows.
+"""The time that the statistics take: 10,000 resamples of 100,000 rows.
 
     OMP_NUM_THREADS=1 python benchmarks/statistics_speed.py [--resamples 10000] [--write docs/statistics.md]
 
-Both the wall's seconds and the process's own are given: on a busy machine only the latter mean something, and on one
-thread they bound the former on an idle one. Exit status 1 if the bootstrap of the transition zone, or that of 100,000
-rows in a single cell, takes over 10 s of its own.
+Both wall-clock seconds and CPU seconds are measured. On a busy machine only the CPU seconds are meaningful; on one
+thread they bound the wall-clock time of an idle machine. Exit status 1 if the bootstrap of the transition zone, or that
+of 100,000 rows in a single cell, takes more than 10 CPU seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROWS, LIMIT = 100_000, 10.0
 
 
 def scores(modes: int, policies: int, budgets: int, bins: int) -> pa.Table:
-    """`ROWS` scored answers of this shape, two examples a document."""
+    """Return `ROWS` scored answers of this shape, two examples per document."""
     names = [("full", "r1"), *((f"p{p}", f"r0.{b + 1}") for p in range(policies) for b in range(budgets))]
     examples = ROWS // (modes * len(names) * bins)
     cells = pl.DataFrame({"policy": [n[0] for n in names], "budget": [n[1] for n in names]})
@@ -66,7 +66,7 @@ def scores(modes: int, policies: int, budgets: int, bins: int) -> pa.Table:
 
 
 def timed(what: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of the process and of the wall."""
+    """Return the CPU seconds and the wall-clock seconds."""
     own, wall = time.process_time(), time.perf_counter()
     what()
     return time.process_time() - own, time.perf_counter() - wall

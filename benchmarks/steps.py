@@ -1,11 +1,12 @@
-"""What a decode step costs under policies that act at each one, beside a bare step: CPU time of one thread.
+"""The cost of a decode step under policies that act at each step, compared with a plain step: CPU time of one thread.
 
     python benchmarks/steps.py [--entries 2048] [--steps 256] [--output FILE.json] [--render docs/benchmarks.md]
 
-A model of 8 layers and 512 channels with random weights, one sequence. The bare step reads a token on top of a full
-cache of as many entries, with no statistic; ``transformers`` is its own loop on its own cache. All take turns within
-one process, step by step, so that a neighbour on the machine slows all of them alike. A policy that compresses every
-128 tokens does nothing at most steps: beside the median over the steps stands the mean, with two compressions in it.
+A model of 8 layers and 512 channels with random weights, one sequence. The plain step reads a token after a full cache
+of the same number of entries, without statistics; ``transformers`` is its own loop with its own cache. All variants
+alternate within one process, step by step, so that other load on the machine slows all of them equally. A policy that
+compresses every 128 tokens does nothing at most steps, so the mean, which includes two compressions, is listed with the
+median over the steps.
 """
 
 from __future__ import annotations

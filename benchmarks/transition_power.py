@@ -34,14 +34,14 @@ DECLINES = {"level": (1.0,) * 5, "slow": (1.0, 0.98, 0.95, 0.9, 0.85), "steep": 
 
 
 def scores(rng: np.random.Generator, precision: float | None, mean: float, n: int) -> np.ndarray:
-    """Scores with this mean: coins, or a beta distribution of this precision."""
+    """Return scores with this mean: 0 or 1, or from a beta distribution with this precision."""
     if precision is None:
         return (rng.random(n) < mean).astype(float)
     return rng.beta(mean * precision, (1 - mean) * precision, n)
 
 
 def point(at: int, policy: tuple[np.ndarray, np.ndarray], full: tuple[np.ndarray, np.ndarray], axis: Axis) -> Point:
-    """A point from scores and failures of policy and full cache."""
+    """Return a point from the scores and failures of policy and full cache."""
     none = np.full(len(policy[0]), np.nan)
     bin, budget = (at, "r1") if axis is LENGTH else (0, f"r{0.9 - 0.15 * at:.2f}")
     return Point(
@@ -99,7 +99,9 @@ def zone(n: int, excess: float, dispersion: bool) -> Callable[[np.random.Generat
 
 
 def false_alarms(experiments: int) -> tuple[list[list[str]], int, int]:
-    """Onsets and collapses where there are none; the worst number of onsets in any one null, and the total of nulls."""
+    """Return onsets and collapses where there are none: the maximum number of onsets of one null, and the total of
+    nulls.
+    """
     lines, worst, nulls = [], 0, 0
     for axis in (LENGTH, BUDGET):
         for kind, precision in KINDS.items():

@@ -1,15 +1,15 @@
-"""What a job costs beside its own work where a warm worker is there, and how often a large model is loaded.
+"""The cost of a job in addition to its own work with a warm worker, and the number of loads of a large model.
 
     python benchmarks/warm.py [--jobs 10] [--output FILE.json]
     python benchmarks/warm.py --large [--gigabytes 4] [--output FILE.json]
 
-Without ``--large``: a cell job of the 4x256 model is handed to a worker that holds the model, again and again. Its CPU
-time is that of the client and of the forked process, its own work that of the same cell in a process that has loaded
-everything; medians, taking turns.
+Without ``--large``: a cell job of the 4x256 model is repeatedly given to a worker that has loaded the model. Its CPU
+time is that of the client and of the forked process. Its own work is that of the same cell in a process that has loaded
+everything; medians, alternating.
 
-With ``--large``: a model with random bf16 weights, a grid of 20 cells by the whole workflow with one job at a time. Its
-loads are the workers that the logs name; memory is the sum of what all processes of the run hold (shared pages counted
-once, /proc/*/smaps_rollup), looked at twice a second. It needs that many gigabytes of disk and twice as much memory.
+With ``--large``: a model with random bf16 weights, and a grid of 20 cells by the whole workflow with one job at a time.
+Its loads are the workers in the logs. Memory is the sum over all processes of the run (shared pages counted once,
+/proc/*/smaps_rollup), measured twice per second. It needs that many gigabytes of disk space and twice as much memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POLICIES = ("random", "knorm", "snapkv", "streaming_llm", "tova")
 
 
 def warm_jobs(jobs: int) -> dict[str, Any]:
-    """Medians over the jobs: wall and CPU seconds of a warm job, CPU seconds of the same work alone."""
+    """Return medians over the jobs: wall-clock and CPU seconds of a warm job, and of the same work alone."""
     with tempfile.TemporaryDirectory(prefix="kvt", dir="/tmp") as meeting, tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), QUICK.size, 2048, QUICK)
         engine = bench.engine()

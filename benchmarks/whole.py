@@ -1,9 +1,9 @@
-"""Runs a command and everything that it leaves behind to the end; writes what all of it cost.
+"""Run a command and all processes that it leaves running to their end; write the total cost.
 
     python benchmarks/whole.py FIGURES.json COMMAND ...
 
-A worker that a job has started outlives the job, so that the processor time of the command's children leaves it out.
-Linux hands processes without a parent to this one, which waits for them. The exit status is the command's.
+A worker that a job has started runs longer than the job, so the CPU time of the command's children does not include it.
+Linux makes this process the parent of orphaned processes, and it waits for them. The exit status is the command's.
 """
 
 from __future__ import annotations

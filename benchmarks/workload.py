@@ -1,4 +1,4 @@
-"""What the benchmarks run on: random models, documents of an exact number of tokens, and the CPU time of processes."""
+"""Inputs of the benchmarks: random models, documents of an exact number of tokens, and CPU times."""
 
 from __future__ import annotations
 

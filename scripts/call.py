@@ -1,4 +1,4 @@
-"""Call the function that the rule names in ``params.function``, with its inputs, outputs and params as arguments."""
+"""Call the function in ``params.function`` of the rule, with the rule's inputs, outputs and params as arguments."""
 
 from kv_transition.worker.rules import carry_out
 
