@@ -1,4 +1,4 @@
-"""Attention written out from its definition, in fp64, and random cases to hold implementations against it."""
+"""Reference attention from its definition in fp64, and random cases for comparing implementations with it."""
 
 from __future__ import annotations
 

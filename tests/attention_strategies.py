@@ -1,4 +1,4 @@
-"""Random cases of attention, for properties that hold of all of them."""
+"""Hypothesis strategies for random attention cases, for properties of all implementations."""
 
 from __future__ import annotations
 

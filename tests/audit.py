@@ -1,4 +1,4 @@
-"""Known weaknesses of the pinned packages, by pip-audit: the index's own advisories, or else those of OSV.
+"""Known vulnerabilities of the pinned packages, by pip-audit with the advisories of PyPI or of OSV.
 
     python tests/audit.py requirements.lock [--pip-audit PROGRAM] [--osv-url URL]
 

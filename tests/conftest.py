@@ -1,4 +1,4 @@
-"""What all tests share: one torch thread, and word of the tests that real data would switch on."""
+"""Common settings of all tests: one torch thread, and a message about tests that need real data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of single words, and chat templates of the kinds that there are, for conversations."""
+"""Word-level tokenizers and chat templates of all kinds, for tests of conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny GGUF file as llama.cpp's converter writes one, and the transformers model whose weights it holds."""
+"""A tiny GGUF file in the form of llama.cpp's converter, and the transformers model with the same weights."""
 
 from __future__ import annotations
 

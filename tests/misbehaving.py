@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on loopback that misbehaves as its prompts ask, and counts what it is asked.
+"""An OpenAI-compatible server on loopback that fails as its prompts request, and counts its requests.
 
 A prompt that holds ``[[FAULT]]`` meets that fault each time it is sent, ``[[FAULT*2]]`` the first two times only.
 Answers follow from the prompt alone, so that a wrong, a lost and a doubled answer can be told.

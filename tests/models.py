@@ -1,4 +1,4 @@
-"""Tiny random models of three families, and attention written out in full as an independent truth."""
+"""Tiny random models of three families, and attention from its definition as an independent reference."""
 
 from __future__ import annotations
 

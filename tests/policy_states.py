@@ -1,4 +1,4 @@
-"""Caches made of random tensors, with the attention that led to them written out, as an independent truth."""
+"""Caches of random tensors with the attention that produced them, as an independent reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A copy of the project with a small experiment in it, run through Snakemake as a user would."""
+"""A copy of the project with a small experiment, run through Snakemake as by a user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions of rules, as tests/test_script.py has them called."""
+"""Functions of rules that tests/test_script.py calls."""
 
 from __future__ import annotations
 

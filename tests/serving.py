@@ -1,4 +1,4 @@
-"""A served model for tests: tiny, random, with words for tokens; over a real socket or in the same process."""
+"""A tiny random served model for tests, with one token per word, over a real socket or in the same process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scored windows with a known truth: books differ, windows of a book are alike, policies cost a known amount."""
+"""Scored windows with known true values: books differ, windows of a book are similar, policies have a known cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random cache states of every kind, from nothing but tensors, and bit-exact comparison of two of them."""
+"""Random cache states of every kind, built from tensors only, and their bit-exact comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adaptive allocation through Snakemake: rounds, and looks that decide where the next one goes.
+"""Adaptive allocation through Snakemake: rounds, and looks that decide where the next round runs.
 
 The model is scripted, so that what there is to find is known and a round takes seconds: half of the answers of the
 policy `fails` are empty in the longer bin; everything else is right.

@@ -1,4 +1,4 @@
-"""The Python library: a context is read once, compressed, asked, looked at; against attention written out in full."""
+"""The Python library: read a context once, compress it, ask questions; against attention from its definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house as its plan says: who may import whom, what stays light, and that hashes of code cover what is used."""
+"""The architecture: allowed imports, modules that must import fast, and code hashes that cover all imported code."""
 
 from __future__ import annotations
 

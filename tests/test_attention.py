@@ -1,4 +1,4 @@
-"""Attention statistics against attention written out."""
+"""Attention statistics compared with attention from its definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention statistics on a GPU, each implementation against attention written out there in fp64."""
+"""Attention statistics on a GPU: each implementation compared with attention from its definition in fp64."""
 
 from __future__ import annotations
 

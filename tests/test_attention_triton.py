@@ -1,4 +1,4 @@
-"""The Triton kernels against attention written out: run in Triton's interpreter, and compiled for GPUs not here.
+"""The Triton kernels compared with attention from its definition: interpreted, and compiled for other GPUs.
 
 Triton decides when it is imported whether to interpret, so the tests named ``interpreted`` run in a process of their
 own. In fp32 only: the interpreter computes bfloat16 wrongly.

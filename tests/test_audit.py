@@ -1,4 +1,4 @@
-"""The audit of the pinned packages: right where advisories can be had, one sentence where they cannot."""
+"""The audit of the pinned packages: correct if advisories are available, one error sentence if not."""
 
 from __future__ import annotations
 

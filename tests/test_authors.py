@@ -1,4 +1,4 @@
-"""Agreement with the authors' own code of CAKE, KVzip and R-KV, at equal K.
+"""Agreement with the authors' own code of CAKE, KVzip and R-KV, with the same K.
 
 ``KVT_AUTHORS`` names a folder with checkouts of their repositories: `cakekv`, `KVzip` and `R-KV`. Their functions get
 the queries, keys and values of an eager model, and say which entries stay; ours must be the same sets. Where the

@@ -1,4 +1,4 @@
-"""What comes from outside and is wrong gives one sentence and status 2, whatever is wrong with it."""
+"""Invalid input from outside gives one sentence and exit status 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks' own files become examples; a damaged record is named with its place."""
+"""Files of benchmarks are read as examples; an error names the position of a damaged record."""
 
 from __future__ import annotations
 

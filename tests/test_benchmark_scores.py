@@ -1,4 +1,4 @@
-"""What answers to the benchmarks are worth, worked by hand: each expected value is written beside its answer."""
+"""Scores of answers to the benchmarks, with expected values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bins: no example lost, none twice, no empty bin without need; the choice is nested and proportional."""
+"""Bins: no example is lost or duplicated, no bin is empty without need; the choice is nested and proportional."""
 
 from __future__ import annotations
 

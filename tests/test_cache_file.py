@@ -1,4 +1,4 @@
-"""A state on disk: every kind comes back bit for bit, a foreign or damaged file is refused, nothing is held twice."""
+"""A state on disk: loaded bit for bit, refused if foreign or damaged, never held twice in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States on a GPU: saved from there and loaded to there, bit for bit."""
+"""States on a GPU are saved and loaded bit for bit."""
 
 from __future__ import annotations
 

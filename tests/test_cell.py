@@ -1,4 +1,4 @@
-"""The rows of a cell: an answer each, a failure each where one fails."""
+"""The rows of a cell: one for each answer, and a failure for each answer that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations on one growing cache: against transformers' own generate, a model of sets, and masked attention."""
+"""Conversations on one growing cache, compared with transformers' generate, a set model, and masked attention."""
 
 from __future__ import annotations
 

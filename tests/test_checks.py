@@ -1,4 +1,4 @@
-"""Checks of instructions against definitions of their own: character by character, or by another library."""
+"""Checks of instructions compared with independent definitions: character by character, or by another library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what it asks Snakemake for, what it refuses in one sentence, and what a lost session costs."""
+"""The command line: its calls of Snakemake, its error sentences, and the effect of a lost session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled decoding against the engine's own reading, token by token, and what makes it compile anew."""
+"""Compiled decoding compared with the engine's own reading, token by token, and the causes of a new compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--sdm conda` with a stand-in for conda (fakeconda/): no channel can be reached from a test."""
+"""`--sdm conda` with a replacement for conda (fakeconda/), because tests cannot reach a channel."""
 
 from __future__ import annotations
 

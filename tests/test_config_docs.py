@@ -1,4 +1,4 @@
-"""What the documentation says of the configuration, against the settings themselves."""
+"""The documentation of the configuration compared with the settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sceptical reader found on the report's first screen, as tests that fail on the code of that time.
+"""Contradictions that a reviewer found on the report's first screen, as regression tests.
 
 They read tables and the rendered page and use nothing that came with the mending, so that they run on that code.
 """

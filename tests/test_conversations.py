@@ -1,4 +1,4 @@
-"""Generated conversations against a reading of their text alone."""
+"""Generated conversations compared with an independent reading of their text."""
 
 from __future__ import annotations
 

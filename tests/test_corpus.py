@@ -1,4 +1,4 @@
-"""Books from every kind of source, cleaned, and cut into windows."""
+"""Books from every kind of source are cleaned and cut into windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prepared data: bins, prompts and manifest of small data of one's own, and of real LongBench records."""
+"""The prepared data: bins, prompts and manifest of small data sets and of real LongBench records."""
 
 from __future__ import annotations
 

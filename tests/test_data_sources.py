@@ -1,4 +1,4 @@
-"""Loaders: every source gives the same schema; bad input is one sentence with file and line, and nothing is written."""
+"""Loaders: every source gives the same schema; an error names file and line, and nothing is written."""
 
 from __future__ import annotations
 

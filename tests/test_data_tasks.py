@@ -1,4 +1,4 @@
-"""The table of tasks is whole and consistent."""
+"""The table of tasks is complete and consistent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decoding.compile: answers by the compiled decoder are those of the plain loop, and what it cannot take falls back."""
+"""decoding.compile: the compiled decoder gives the plain loop's answers, and falls back if unsupported."""
 
 from __future__ import annotations
 

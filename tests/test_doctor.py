@@ -1,4 +1,4 @@
-"""The doctor: every line that it can say, and when an experiment cannot be run."""
+"""The doctor: all its findings, and the conditions under which an experiment cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine against attention written out in full: states, statistics, and what eviction does to the next tokens."""
+"""The engine compared with attention from its definition: states, statistics, and tokens after an eviction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entropy against recall: estimates against scipy and statsmodels, verdicts on constructed truths, words for gaps."""
+"""Entropy against recall: estimates compared with scipy and statsmodels, and verdicts for known true values."""
 
 from __future__ import annotations
 

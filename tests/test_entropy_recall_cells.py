@@ -1,4 +1,4 @@
-"""Cells of entropy_recall in the grid: what they take from other jobs, and what a configuration may say of them."""
+"""Cells of entropy_recall in the grid: their inputs from other jobs, and their configuration."""
 
 from __future__ import annotations
 

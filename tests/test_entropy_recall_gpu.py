@@ -1,4 +1,4 @@
-"""Evicted entries in host memory while the others are on a GPU."""
+"""Evicted entries in host memory while the other entries are on a GPU."""
 
 from __future__ import annotations
 

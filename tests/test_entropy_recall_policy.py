@@ -1,4 +1,4 @@
-"""The policy entropy_recall: when it recalls, what it then holds, and that nothing is lost or held twice."""
+"""The policy entropy_recall: when it recalls, what it then holds, and that no entry is lost or duplicated."""
 
 from __future__ import annotations
 

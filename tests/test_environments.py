@@ -1,4 +1,4 @@
-"""Environments, project metadata and lock agree, and each environment holds what its rules import."""
+"""Environments, project metadata and lock file agree, and each environment has the imports of its rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""generate() on plain models gives, from an EvictingCache, the tokens of the engine, of cells and of the server."""
+"""generate() with an EvictingCache on plain models gives the tokens of the engine, of cells and of the server."""
 
 from __future__ import annotations
 

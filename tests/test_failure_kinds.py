@@ -1,4 +1,4 @@
-"""An honest “unknown” and a broken answer are kept apart, and both are failures."""
+"""Abstentions (“unknown”) and broken answers are counted separately, and both are failures."""
 
 from __future__ import annotations
 

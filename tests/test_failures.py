@@ -1,4 +1,4 @@
-"""The label of an answer, by rule and by order."""
+"""The label of an answer, by rule and by order of the rules."""
 
 from __future__ import annotations
 

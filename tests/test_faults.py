@@ -1,4 +1,4 @@
-"""A small cut of the fault campaign: what tests/faults counts at length, a few times."""
+"""A short version of the fault campaign of tests/faults."""
 
 from __future__ import annotations
 

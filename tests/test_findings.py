@@ -1,4 +1,4 @@
-"""docs/findings.md says what the kept tables hold, and these say what the kept windows and answers come to."""
+"""docs/findings.md agrees with the kept tables, and these with the kept windows and answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first screen is read as a reader would, and seldom says what is not so; the whole of it: benchmarks."""
+"""The first screen of the report is correct for simulated experiments (complete version: benchmarks)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutated files: every parser of the project says one sentence or succeeds, in bounded time, and writes nothing.
+"""Mutated files: every parser succeeds or raises one sentence, in limited time, and writes nothing.
 
 Seeds are real files. ``KVT_FUZZ=20000`` tries that many mutations in place of 500; ``KVT_FUZZ_OUTPUT`` names the JSON
 file of the figures.

@@ -1,4 +1,4 @@
-"""Models in a GGUF file: what they become, where they are kept, and what is said of files that cannot be read."""
+"""Models in a GGUF file: conversion, location of the result, and errors for unreadable files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny GGUF file through everything that takes a model: what comes out is what its weights say."""
+"""A tiny GGUF file in everything that takes a model: results agree with its weights."""
 
 from __future__ import annotations
 

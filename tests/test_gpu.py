@@ -1,4 +1,4 @@
-"""The engine on a GPU against the same one on the CPU, and against attention written out.
+"""The engine on a GPU compared with the CPU and with attention from its definition.
 
 Needs torch, transformers, triton, safetensors, pyarrow and pytest only: ``pytest -m gpu``.
 """

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py rehearsed on a CPU with a tiny model: every part, each figure as it is got, and what is resumed."""
+"""benchmarks/gpu.py on a CPU with a tiny model: every part, figures written at once, and resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The harness's model type: at policy full it is `hf`; under a policy it is what the library answers.
+"""The harness's model type: with policy full it equals `hf`; under a policy it equals the library.
 
 Needs lm-eval, which is no part of the development environment: `make test-harness` runs this in one of its own.
 """

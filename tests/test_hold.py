@@ -1,4 +1,4 @@
-"""A state held at its budget in place: bit for bit what copying all others gives, and out of nobody else's storage."""
+"""A state held at its budget in place: bit for bit equal to copying, and without effect on other states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge against endpoints that answer well, badly, late or not at all."""
+"""The judge with endpoints that answer correctly, incorrectly, late or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreement with an outside implementation: kvpress, in an environment of its own (`make bench-peers`).
+"""Agreement with kvpress, an independent implementation in a separate environment (`make bench-peers`).
 
 kvpress reads the same tokens with the same weights and says which entries it keeps; ours must be the same sets at the
 same K. Where definitions differ, docs/policies.md says so.

@@ -1,4 +1,4 @@
-"""Several experiments as one table: what goes in comes out, escaped; a file of another form is refused."""
+"""Several experiments as one table: values are preserved and escaped; a file of another form is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models as they come: in 4 bit, laid over devices, inside a multimodal one, incomplete."""
+"""Kinds of models: quantized to 4 bit, distributed over devices, part of a multimodal model, incomplete."""
 
 from __future__ import annotations
 

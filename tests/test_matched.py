@@ -1,4 +1,4 @@
-"""Budgets at equal bytes: K such that policies hold equally much over an answer, whenever they act."""
+"""Budgets at equal bytes: K such that all policies hold the same bytes over an answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand, and against the packages that LongBench calls."""
+"""Metrics compared with values computed by hand, and with the packages that LongBench calls."""
 
 from __future__ import annotations
 

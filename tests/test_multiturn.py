@@ -1,4 +1,4 @@
-"""Conversations: every format in one form, errors that name the place, turns whose tokens are those of the whole."""
+"""Conversations: all formats are read in one form, errors name the position, and tokens of turns add up."""
 
 from __future__ import annotations
 

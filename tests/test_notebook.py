@@ -1,4 +1,4 @@
-"""The notebook runs from start to end, and so does every example of docs/python.md, each in ten lines at most."""
+"""The notebook and every example of docs/python.md run; an example has at most ten lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What policies would hold beside a full cache, against loops written from the definition over eager attention."""
+"""Entries that policies would hold beside a full cache, compared with loops over eager attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every fault of an endpoint ends as a failure with its reason or as a successful retry, never as a wrong answer."""
+"""Every fault of an endpoint ends as a failure with its reason or a successful retry, never as a wrong answer."""
 
 from __future__ import annotations
 

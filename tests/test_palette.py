@@ -1,4 +1,4 @@
-"""Colours of figures can be told apart with each kind of colour-vision deficiency, simulated at its full severity."""
+"""The colours of figures are distinguishable with each simulated colour-vision deficiency."""
 
 from __future__ import annotations
 

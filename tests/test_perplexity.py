@@ -1,4 +1,4 @@
-"""Perplexity from a compressed cache, against plain forward passes with the evicted entries masked out."""
+"""Perplexity from a compressed cache, compared with plain forward passes that mask the evicted entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From real books on a real pretrained model to the report, through Snakemake as a user goes it."""
+"""Perplexity of real books on a real pretrained model, up to the report, through Snakemake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole way from the data to the report, as a user goes it."""
+"""The whole pipeline from the data to the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan: what is counted, how large and how fast it is said to be, and what is there already."""
+"""The plan: numbers of jobs, estimates of size and time, and finished jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every policy, whatever it is that it keeps."""
+"""Properties of every policy."""
 
 from __future__ import annotations
 

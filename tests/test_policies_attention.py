@@ -1,4 +1,4 @@
-"""Policies that look at attention, against their definitions written out as loops over explicit attention matrices."""
+"""Policies that use attention, compared with loops over explicit attention matrices."""
 
 from __future__ import annotations
 

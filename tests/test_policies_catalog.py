@@ -1,4 +1,4 @@
-"""Which policies there are: kinds of this project, of files, of other packages and of kvpress, read from the source."""
+"""The available policies: this project's, those in files, of other packages and of kvpress."""
 
 from __future__ import annotations
 

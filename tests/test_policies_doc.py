@@ -1,4 +1,4 @@
-"""docs/policies.md is what the source says, and the source says what a reader needs."""
+"""docs/policies.md agrees with the source, and the source has all required facts."""
 
 from __future__ import annotations
 

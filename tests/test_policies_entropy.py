@@ -1,4 +1,4 @@
-"""entropy_merge and entropy_drop against their definition as loops over numbers."""
+"""entropy_merge and entropy_drop compared with loops over their definition."""
 
 from __future__ import annotations
 

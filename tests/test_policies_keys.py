@@ -1,4 +1,4 @@
-"""Policies that look at keys, queries and values themselves or at nothing, against loops over numbers."""
+"""Policies that use keys, queries, values or nothing, compared with loops over numbers."""
 
 from __future__ import annotations
 

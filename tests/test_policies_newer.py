@@ -1,4 +1,4 @@
-"""LagKV, ChunkKV, CAKE and R-KV against their papers' formulas, written out entry by entry in plain numbers."""
+"""LagKV, ChunkKV, CAKE and R-KV compared with their papers' formulas, entry by entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CriticalKV and KVzip, which read more than the cache: the model's projections, and the text a second time."""
+"""CriticalKV and KVzip, which also use the model's projections and a second reading of the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StreamingLLM: what it keeps, and that places in the cache mean what the paper means by them."""
+"""StreamingLLM: the kept entries, and positions in the cache as in the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate of every policy: registered ones meet it by being there.
+"""Common checks of all registered policies.
 
 A policy may be followed beside the full cache only if it holds in the shadow what it keeps in a cell, knows nothing of
 the step it predicts or of a later one, and costs at most linearly more in a longer cache.

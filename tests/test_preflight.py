@@ -1,4 +1,4 @@
-"""What is found out before Snakemake starts: who holds the lock, which results are damaged, whether there is room."""
+"""Checks before Snakemake starts: holders of the lock, damaged results, and disk space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts against LongBench's procedure, written down again here with plain lists of words and with decode."""
+"""Prompts compared with LongBench's procedure, implemented independently."""
 
 from __future__ import annotations
 

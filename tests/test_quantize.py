@@ -1,4 +1,4 @@
-"""Packed tensors: against rounding written out number by number, and by what must hold of any."""
+"""Packed tensors compared with rounding number by number, and general properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One context, many questions: read once, compressed once, and each answer as if it had been asked alone."""
+"""Several questions about one context: read once, compressed once, with the answers of separate questions."""
 
 from __future__ import annotations
 

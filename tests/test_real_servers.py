@@ -1,4 +1,4 @@
-"""The same answers, token by token, from the local engine and from real servers in processes of their own."""
+"""Equal answers, token by token, from the local engine and from real servers in separate processes."""
 
 from __future__ import annotations
 

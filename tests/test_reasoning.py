@@ -1,4 +1,4 @@
-"""Compression while a model reasons: a budget that holds over a long answer, against a plain loop."""
+"""Compression during decoding: a budget that is kept over a long answer, compared with a plain loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cells over HTTP: a row an answer, none lost, doubled or wrong, whatever the endpoint does and whoever dies."""
+"""Cells over HTTP: one row per answer, none lost, duplicated or wrong, for all faults of the endpoint."""
 
 from __future__ import annotations
 

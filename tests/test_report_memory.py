@@ -1,4 +1,4 @@
-"""The section on conversations, built from answers with a known truth."""
+"""The report section on conversations, from answers with known true values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports of experiments that are not finished, on a small real one with cells taken away."""
+"""Reports of unfinished experiments, from a small real experiment without some cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section on perplexity, built from windows with a known truth."""
+"""The report section on perplexity, from windows with known true values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No text of an experiment can become code of its report, and the report's own figures still draw."""
+"""Text of an experiment cannot become code of its report, and the report's figures still work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinds of bug reports on other projects' public trackers, tried here: docs/reliability.md has the table.
+"""Kinds of bugs reported for similar projects, tested here (table in docs/reliability.md).
 
 Models of other shapes are held against their own eager attention, without a cache.
 """

@@ -1,4 +1,4 @@
-"""Retention, survival, conflicts and agreement against loops, closed forms and conversations with a known hazard."""
+"""Retention, survival, conflicts and agreement compared with loops, closed forms and a known hazard."""
 
 from __future__ import annotations
 

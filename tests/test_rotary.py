@@ -1,4 +1,4 @@
-"""Turning keys: against complex numbers, against transformers' own rotation, and by what rotation leaves alone."""
+"""Rotation of keys compared with complex numbers and with transformers, and its invariants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ruler tasks: prompts of exactly the length asked for, solvable by whoever reads them, and by nobody else."""
+"""The ruler tasks: prompts of exactly the requested length that have a unique answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RULER's other tasks: documents hold what their answers say, at the length asked, whatever the haystack."""
+"""RULER's other tasks: documents contain their answers, at the requested length, for all haystacks."""
 
 from __future__ import annotations
 

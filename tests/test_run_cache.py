@@ -1,4 +1,4 @@
-"""Going on from a file is going on in memory, token by token: stored prefills, and compressed caches of any policy."""
+"""Continuing from a file equals continuing in memory, token by token: stored prefills and compressed caches."""
 
 from __future__ import annotations
 

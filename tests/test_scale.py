@@ -1,4 +1,4 @@
-"""The one scale of outcomes: five words with one definition each, the same wherever an outcome is named."""
+"""The scale of outcomes: five words with one definition each, used everywhere."""
 
 from __future__ import annotations
 

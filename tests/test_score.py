@@ -1,4 +1,4 @@
-"""Scoring: the join of cells and bins, and every way in which a cell can fail to fit."""
+"""Scoring: the join of cells and bins, and all reasons why a cell does not match."""
 
 from __future__ import annotations
 

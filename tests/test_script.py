@@ -1,4 +1,4 @@
-"""The jobs of cheap rules, in a worker and by themselves: same files, same log, same exit status."""
+"""The jobs of cheap rules in a worker and alone: same files, same log, same exit status."""
 
 from __future__ import annotations
 

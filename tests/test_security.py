@@ -1,4 +1,4 @@
-"""What docs/security.md promises: nothing is unpickled, no code of a model is run, the server's limits are as said."""
+"""The guarantees of docs/security.md: no unpickling, no code of a model is run, the server's limits."""
 
 from __future__ import annotations
 

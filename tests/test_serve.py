@@ -1,4 +1,4 @@
-"""The server gives the cells' own answers over HTTP, in every form of the API, and reads each prompt once."""
+"""The server returns the answers of cells over HTTP, in every form of the API, and reads each prompt once."""
 
 from __future__ import annotations
 

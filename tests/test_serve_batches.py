@@ -1,4 +1,4 @@
-"""Concurrent requests are decoded together and get what each would get alone, however they come, go and fail."""
+"""Concurrent requests are decoded together and get the answers of separate requests, despite failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing that clients do brings the server down: wrong requests, too many of them, and those who leave."""
+"""Clients cannot stop the server: wrong requests, too many requests, and disconnects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever comes over HTTP is answered or refused in the API's own form, and never a fault of the server.
+"""Any HTTP request is answered or refused in the API's form, without a fault of the server.
 
 The environment variable KVT_FUZZ is the number of mutated bodies, 300 unless it is set.
 """

@@ -1,4 +1,4 @@
-"""Every value in a range that the server states is answered or refused, and none is a fault of the server."""
+"""Every value in a range that the server documents is answered or refused, without a fault of the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server is after a day of bad clients what it was before: healthy, no larger, and at no fault."""
+"""After many bad requests the server is healthy, has not grown, and has no fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bad configuration gives one sentence that names the key and what it may be; a good one means what it says."""
+"""An invalid configuration gives one sentence with the key and the allowed values."""
 
 from __future__ import annotations
 

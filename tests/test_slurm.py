@@ -1,4 +1,4 @@
-"""The workflow on a real Slurm of one node, which the test starts itself: `pytest -m slurm`, as root."""
+"""The workflow on a real Slurm of one node, which the test starts: `pytest -m slurm`, as root."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After a change exactly what it touches runs again, and nothing else: the point of a workflow."""
+"""After a change, exactly the affected jobs run again."""
 
 from __future__ import annotations
 

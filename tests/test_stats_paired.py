@@ -1,4 +1,4 @@
-"""One inference: the interval excludes a value exactly where the test rejects it, whatever the data."""
+"""The inference for pairs: the interval excludes a value exactly if the test rejects it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefills on disk: what comes back is what was stored, whole or not at all, and the disk is never filled."""
+"""Prefills on disk: loaded as they were stored, completely or not at all, and the disk is never filled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two pinned studies on the embedded models, made small: from their configuration to the report, as a user goes it."""
+"""Two small studies on the embedded models, from their configuration to the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic task: deterministic, of exact length, with answers that stand where they should."""
+"""The synthetic task: deterministic, of exact length, with answers at the documented positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped tiny follower obeys rules that were given turns ago, as long as it has them in its cache."""
+"""The embedded follower follows rules of earlier turns while they are in its cache."""
 
 from __future__ import annotations
 

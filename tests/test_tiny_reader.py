@@ -1,4 +1,4 @@
-"""The shipped tiny reader answers questions about documents that are written out here."""
+"""The embedded reader answers questions about documents given here."""
 
 from __future__ import annotations
 

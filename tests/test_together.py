@@ -1,4 +1,4 @@
-"""Answers decoded together are those decoded alone, whatever each does to its cache and whenever it comes and goes."""
+"""Answers decoded together equal answers decoded alone, for all policies and all orders of arrival."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training helper of the embedded models, on a few steps of each recipe."""
+"""The training helper of the embedded models, for a few steps of each recipe."""
 
 from __future__ import annotations
 

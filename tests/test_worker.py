@@ -1,4 +1,4 @@
-"""Jobs that a worker carries out: as if by themselves, whoever is killed meanwhile."""
+"""Jobs run by a worker equal jobs run alone, whichever process is killed."""
 
 from __future__ import annotations
 

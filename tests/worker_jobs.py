@@ -1,4 +1,4 @@
-"""Jobs for a worker without a model; they write down where they were carried out."""
+"""Jobs for a worker without a model; they record where they ran."""
 
 from __future__ import annotations
 
