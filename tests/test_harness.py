@@ -96,7 +96,7 @@ def test_responses_are_those_of_hf(model, batch_size):
     ).generate_until(requests)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("batch_size", [1, 4, 64, "auto"])
 def test_log_likelihoods_are_those_of_hf(model, batch_size):
     requests = asked("loglikelihood", *PAIRS)
     mine = ours(model, batch_size=batch_size).loglikelihood(requests)

@@ -131,8 +131,9 @@ class CompressedLM(HFLM):
         prompts = [self._prompt(number, *request) for number, request in enumerate(requests)]
         continuations = [continuation for _, _, continuation in requests]
         size = self.batch_size
-        if not isinstance(size, int):  # auto: the harness measures it
-            size = override_bs or self._detect_batch_size()
+        if requests and not isinstance(size, int):  # auto: the harness measures it by the longest request
+            longest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
+            size = override_bs or self._detect_batch_size([longest], 0)
         found: dict[int, tuple[float, bool]] = {}
         for number, result in self._likelihoods.of(prompts, continuations, size):
             found[number] = result
