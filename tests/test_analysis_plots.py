@@ -12,7 +12,7 @@ from simulated_scores import POLICIES, demo
 from kv_transition import labels
 from kv_transition.errors import UserError
 from kv_transition.outputs import experiment
-from kv_transition.studies.grid import plots, tradeoff
+from kv_transition.studies.grid import entries, plots, tradeoff
 from kv_transition.studies.grid.analysis.aggregate import write_aggregates
 from kv_transition.studies.grid.analysis.transition import write_transition
 from kv_transition.studies.grid.report import findings
@@ -90,6 +90,26 @@ def test_small_experiments_are_drawn(tmp_path, keep):
     outputs = {f"{name}_svg": str(tmp_path / f"{name}.svg") for name in plots.FIGURE_NAMES}
     plots.write_plots(*paths, outputs | {"interactive": str(tmp_path / "i.html")})
     assert "n = 2" in text_of((tmp_path / "acc_vs_len.svg").read_text())
+
+
+def test_entries_over_the_answer_are_those_that_the_rows_recorded(tmp_path, tables):
+    """Two answers of 3 and 2 tokens: mean, least and greatest at each token; without any, the figure says so."""
+    rows = demo(n=2).to_pylist()
+    held = iter([[[0, 8.0], [1, 9.0], [2, 8.0]], [[0, 10.0], [1, 12.0]]])
+    for row in rows:
+        if (row["policy"], row["budget"], row["mode"], row["bin"]) == ("h2o", "r0.5", "after_prompt", 0):
+            row["raw"] = json.dumps({"token_ids": [], "entries": next(held)})
+    paths = analysed(tmp_path, pa.Table.from_pylist(rows, schema=demo(n=1).schema))
+    points = entries.entry_rows(read_results(*paths))
+    assert {(p["policy"], p["budget"], p["mode"]) for p in points} == {("h2o", "r0.5", "after_prompt")}
+    assert [(p["step"], p["estimate"], p["low"], p["high"], p["n"]) for p in points] == [
+        (0, 9.0, 8.0, 10.0, 2),
+        (1, 10.5, 9.0, 12.0, 2),
+        (2, 8.0, 8.0, 8.0, 1),
+    ]
+    for some, words in ((paths, "50 % of the cache kept"), (tables, "Nothing to draw: no answer was compressed")):
+        plots.write_plots(*some, {"entries_over_steps_svg": str(tmp_path / "e.svg")})
+        assert words in text_of((tmp_path / "e.svg").read_text())
 
 
 def test_aliases_of_the_full_cache_are_not_drawn(tmp_path):

@@ -158,6 +158,8 @@ GRID_FIGURES = [
     *("acc_vs_len", "std_vs_len", "failrate_vs_len", "unknown_vs_len", "broken_vs_len", "latency_vs_len"),
     *("failures", "front", "differences"),
 ]
+if SETTINGS.decoding.compress_every is not None:
+    GRID_FIGURES.append("entries_over_steps")
 
 
 rule plots:

@@ -15,6 +15,7 @@ from kv_transition.outputs import experiment
 from kv_transition.parsing import parse_json
 from kv_transition.provenance import write_json, write_text
 from kv_transition.report import page
+from kv_transition.stats.examples import FULL
 
 FILE, PAGE = "leaderboard.json", "leaderboard.html"
 _BESIDE = {
@@ -134,7 +135,9 @@ def _from_table(stats: pl.DataFrame, scores: pl.DataFrame, config: Mapping[str, 
     }
     found = []
     wanted = [*cell, "token_min", "token_max", "estimate", "ci_low", "ci_high", "n", "method"]
-    main = stats.filter((pl.col("statistic") == "score_mean") & pl.col("estimate").is_not_null())
+    # a policy that keeps everything is the full cache, which has rows of its own
+    alias = (pl.col("budget") == FULL["budget"]) & (pl.col("policy") != FULL["policy"])
+    main = stats.filter((pl.col("statistic") == "score_mean") & pl.col("estimate").is_not_null() & ~alias)
     for row in main.select(wanted).iter_rows(named=True):
         key = tuple(row[name] for name in cell)
         beside = {name: _finite(values.get((name, *key))) for name in _BESIDE}

@@ -16,7 +16,7 @@ from kv_transition.plotting import marks, panels, save, theme
 from kv_transition.plotting.panels import Datasets, Row, Spec
 from kv_transition.stats import intervals
 from kv_transition.stats.examples import FULL
-from kv_transition.studies.grid import tradeoff
+from kv_transition.studies.grid import entries, tradeoff
 from kv_transition.studies.grid.results import Results, read_results
 
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 330, 190, 3
@@ -339,4 +339,5 @@ def write_plots(scores: str, bin_stats: str, comparisons: str, transition: str, 
     drawers = (*(partial(along_length, figure=name) for name in FIGURES), failure_stack, tradeoff.front_figure,
                tradeoff.difference_figure)  # fmt: skip
     figures = {name: partial(draw, results) for name, draw in zip(FIGURE_NAMES, drawers, strict=True)}
+    figures[entries.NAME] = partial(entries.entries_figure, results)
     save.save_figures(figures, outputs, {"interactive": partial(interactive, results)})

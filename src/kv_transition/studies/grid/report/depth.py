@@ -21,9 +21,10 @@ def build(source: Source) -> dict[str, Any] | None:
     if source.results is None:
         return None
     maps = heat_maps(source.results.scores)
-    return (
-        {"maps": maps, "rows": [f"{100 * i // ROWS}–{100 * (i + 1) // ROWS} %" for i in range(ROWS)]} if maps else None
-    )
+    if not maps:
+        return None
+    rows = [f"{100 * i // ROWS}–{100 * (i + 1) // ROWS} %" for i in range(ROWS)]
+    return {"maps": maps, "rows": rows, "columns": max(len(own["lengths"]) for own in maps)}
 
 
 def heat_maps(scores: pl.DataFrame) -> list[dict[str, Any]]:
