@@ -3,6 +3,10 @@
     python benchmarks/planning.py [--sizes 100 1000 10000] [--output FILE.json]
     python benchmarks/planning.py --render FILE.json
 
+A plan is the work of a run before its first job starts (``snakemake --dry-run --quiet``). An ordinary dry run also
+formats a description of each job, even if it is not printed. The floor is Snakemake's own cost: a bare workflow with
+the same number of cells, without parameters, logs and environments; each job has one input and one output.
+
 No answer is computed. For the plan of a finished experiment its files are created empty, and Snakemake accepts them
 with --touch. Each figure is one process: its wall-clock time, its CPU time and its peak memory.
 """
@@ -21,6 +25,7 @@ from typing import Any
 
 import yaml
 from document import put, table
+from run import conditions, conditions_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cluster.md"
@@ -50,6 +55,45 @@ def experiment(size: int, results: str = "results") -> dict[str, Any]:
     }
 
 
+FLOOR = """
+FILE = "results/cells/{{task}}/{{mode}}/{{policy}}/{{budget}}/bin{{bin}}.parquet"
+BINS = dict(task=range({tasks}), mode=range({modes}), bin=range({bins}))
+CELLS = expand(FILE, policy=range({policies}), budget=range({budgets}), **BINS)
+CELLS += expand(FILE, policy="full", budget="r1", **BINS)
+
+
+rule all:
+    input:
+        CELLS,
+        "results/scores.parquet",
+
+
+rule score:
+    input:
+        lambda wildcards: CELLS,
+    output:
+        "results/scores.parquet",
+    shell:
+        "touch {{output}}"
+
+
+rule cell:
+    input:
+        "results/data/{{task}}/bin{{bin}}.parquet",
+    output:
+        FILE,
+    shell:
+        "touch {{output}}"
+
+
+rule bin:
+    output:
+        "results/data/{{task}}/bin{{bin}}.parquet",
+    shell:
+        "touch {{output}}"
+"""
+
+
 def checkout(folder: Path) -> None:
     """Copy the project and return the copy, so that Snakemake's records stay out of this one."""
     for part in PARTS:
@@ -74,7 +118,8 @@ print(json.dumps({"returncode": done.returncode, "output": done.stdout + done.st
 
 def snakemake(folder: Path, *arguments: str) -> tuple[dict[str, float], str]:
     """Run it and measure it: a parent of its own a call, for the peak is the largest of all children."""
-    command = [sys.executable, "-m", "snakemake", "--configfile", "plan.yaml", "--cores", "2", *arguments]
+    config = ["--configfile", "plan.yaml"] if (folder / "plan.yaml").exists() else []
+    command = [sys.executable, "-m", "snakemake", *config, "--cores", "2", *arguments]
     measured = subprocess.run(
         [sys.executable, "-c", _MEASURED, *command],
         cwd=folder,
@@ -107,32 +152,56 @@ def make_files(folder: Path, summary: str) -> None:
             path.mkdir(parents=True, exist_ok=True)
 
 
+PLAN = ("--dry-run", "--quiet", "rules", "progress")
+LISTED = ("--dry-run", "--quiet", "rules")
+
+
+def finish(folder: Path) -> None:
+    """Create every file of the plan and Snakemake's records, with all jobs in one round of the scheduler."""
+    _, summary = snakemake(folder, "--summary")
+    make_files(folder, summary)
+    many = "1000000"
+    snakemake(folder, "--touch", "--quiet", "all", "--cores", many, "--resources", f"gpu={many}", f"endpoint={many}")
+
+
+def plans(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return the cost of planning before and after the jobs are done, and the job counts that Snakemake printed."""
+    fresh, _ = snakemake(folder, *PLAN)
+    listed, output = snakemake(folder, *LISTED)
+    finish(folder)
+    finished, after = snakemake(folder, *LISTED)
+    if "Nothing to be done" not in after:
+        raise RuntimeError("a finished experiment has something to do:\n" + after[-3000:])
+    return {"fresh": fresh, "listed": listed, "finished": finished}, output
+
+
+def floor(size: int) -> dict[str, Any]:
+    """Return the cost of planning a bare workflow of the same shape."""
+    names = ("tasks", "modes", "policies", "budgets", "bins")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "Snakefile").write_text(FLOOR.format(**dict(zip(names, SHAPES[size], strict=True))))
+        return plans(folder)[0]
+
+
 def measure(size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkout(folder)
         (folder / "plan.yaml").write_text(yaml.safe_dump(experiment(size)))
-        fresh, output = snakemake(folder, "--dry-run", "--quiet", "rules")
-        planned = jobs(output)
-        cells = int(re.findall(r"^cell +(\d+)", output, flags=re.MULTILINE)[0])
-        _, summary = snakemake(folder, "--summary")
-        make_files(folder, summary)
-        snakemake(folder, "--touch", "--quiet", "all")
-        finished, output = snakemake(folder, "--dry-run", "--quiet", "rules")
-        if "Nothing to be done" not in output:
-            raise RuntimeError("a finished experiment has something to do:\n" + output[-3000:])
+        costs, output = plans(folder)
         one_job, _ = snakemake(folder, "--dry-run", "--quiet", "all", "--force", one_cell(folder))
         files = [path for path in (folder / "results").rglob("*") if path.is_file()]
         memory = sum(1 for path in (folder / ".snakemake" / "metadata").rglob("*") if path.is_file())
     return {
         "size": size,
-        "cells": cells,
-        "jobs": planned,
-        "fresh": fresh,
-        "finished": finished,
+        "cells": int(re.findall(r"^cell +(\d+)", output, flags=re.MULTILINE)[0]),
+        "jobs": jobs(output),
+        **costs,
+        "floor": floor(size),
         "one_job": one_job,
         "files": sum(path.suffix != ".log" for path in files),
-        "logs": planned,
+        "logs": jobs(output),
         "records": memory,
     }
 
@@ -147,8 +216,11 @@ def render(figures: dict[str, Any]) -> None:
             f"{r['cells']:,}",
             f"{r['jobs']:,}",
             f"{r['fresh']['cpu_s']:.1f} s",
+            f"{r['floor']['fresh']['cpu_s']:.1f} s",
+            f"{r['listed']['cpu_s']:.1f} s",
             f"{r['fresh']['peak_mb']:,.0f} MB",
             f"{r['finished']['cpu_s']:.1f} s",
+            f"{r['floor']['finished']['cpu_s']:.1f} s",
             f"{r['one_job']['cpu_s']:.1f} s",
             f"{r['files']:,}",
             f"{r['logs']:,}",
@@ -160,14 +232,17 @@ def render(figures: dict[str, Any]) -> None:
         "cells",
         "jobs",
         "plan, nothing there",
+        "its floor",
+        "dry run",
         "memory",
         "plan, all there",
+        "its floor",
         "start of one job",
         "files",
         "logs",
         "records",
     ]
-    put(PAGE, "planning", table(heads, rows))
+    put(PAGE, "planning", f"{table(heads, rows)}\n\n{conditions_line(figures['conditions'])}")
 
 
 def main() -> None:
@@ -179,12 +254,14 @@ def main() -> None:
     if arguments.render:
         render(json.loads(arguments.render.read_text(encoding="utf-8")))
         return
-    plans = []
+    found = []
     for size in arguments.sizes:
-        plans.append(measure(size))
-        print(json.dumps(plans[-1]), flush=True)
+        found.append(measure(size))
+        print(json.dumps(found[-1]), flush=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps({"plans": plans}, indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(
+            json.dumps({"conditions": conditions(), "plans": found}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
