@@ -42,7 +42,7 @@ def asked(monkeypatch):
     """The commands that would have been run, instead of running them."""
     commands: list[list[str]] = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli.subprocess, "call", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(cli.subprocess, "call", lambda command, **_: commands.append(command) or 0)
     return commands
 
 

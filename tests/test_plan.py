@@ -120,7 +120,7 @@ def test_adaptive_allocation_is_counted_at_most(tmp_path):
     assert sum(job.sequences for job in cells.jobs) == sum(
         job.sequences for job in item(work.work(plain), "cells").jobs
     )
-    assert any("at most" in note for note in work.work(adaptive).notes)
+    assert any("this is the maximum" in note for note in work.work(adaptive).notes)
 
 
 def test_an_endpoint_needs_no_prefill_and_no_hours_of_ours(tmp_path):
@@ -131,7 +131,7 @@ def test_an_endpoint_needs_no_prefill_and_no_hours_of_ours(tmp_path):
     assert [found.name for found in made.items] == ["cells"]
     assert made.documents == ()
     assert plan["hours_left"] is None
-    assert "the endpoint's" in " ".join(table.lines(settings, plan))
+    assert "that of the endpoint" in " ".join(table.lines(settings, plan))
 
 
 def test_texts_and_conversations_are_counted(tmp_path):
