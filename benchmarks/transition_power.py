@@ -199,7 +199,7 @@ def _grow(
             adaptive.confidence(plan, look) if spending else 0.95,
         ):  # the second is what is claimed
             verdict = detect(points, "", Statistics(confidence=confidence, resamples=RESAMPLES))
-            row = {"outcome": verdict.outcome, "onset_bin": verdict.onset, "collapse_bin": verdict.collapse}
+            row = {"onset_bin": verdict.onset, "collapse_bin": verdict.collapse}
             open_at |= set(adaptive.open_bins(row | {"details": json.dumps(verdict.details)}, 0.95))
         wanting = [b for b in open_at if have[b] < plan.cap]
         if not wanting or look + 1 == len(plan.sizes):
