@@ -196,34 +196,30 @@ def screens(experiments: Iterable[int], n: int) -> tuple[Counter, Counter, Count
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiments", type=int, default=200)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--experiments", type=int, default=200, help="of each kind")
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="examples a bin; none: what was kept")
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    kept, ok = {}, True
+    # sizes may be run one after another
+    kept, ok = json.loads(OUTPUT.read_text(encoding="utf-8")) if OUTPUT.is_file() else {}, True
     for n in map(str, arguments.sizes):
         said, wrong, words = screens(range(arguments.experiments), int(n))
-        kept[n] = {kind: {"said": said[kind], "wrong": wrong[kind]} for kind in sorted(said)}
-        kept[n]["words"] = {"/".join(key): count for key, count in sorted(words.items())}
+        sentences = {kind: {"said": said[kind], "wrong": wrong[kind]} for kind in sorted(said)}
+        shown = {"/".join(key): count for key, count in sorted(words.items())}
+        kept[n] = {"experiments": arguments.experiments, "sentences": sentences, "mixed": shown}
         for kind, count in said.items():
             ok &= binomtest(wrong[kind], count, BAR, alternative="greater").pvalue >= LUCK
         print(n, kept[n], flush=True)
-    # sizes may be run side by side
-    before = json.loads(OUTPUT.read_text(encoding="utf-8"))["by_n"] if OUTPUT.is_file() else {}
-    kept = dict(sorted((before | kept).items(), key=lambda item: int(item[0])))
-    OUTPUT.write_text(
-        json.dumps({"experiments": arguments.experiments, "by_n": kept}, indent=1) + "\n", encoding="utf-8"
-    )
-    kinds = sorted({kind for of in kept.values() for kind in of} - {"words"})
-    lines = [[kind, *(_cell(of.get(kind)) for of in kept.values())] for kind in kinds]
+    kept = dict(sorted(kept.items(), key=lambda item: int(item[0])))
+    OUTPUT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    kinds = sorted({kind for of in kept.values() for kind in of["sentences"]})
+    lines = [[kind, *(_cell(of["sentences"].get(kind)) for of in kept.values())] for kind in kinds]
     text = table(["sentence", *(f"n = {n} a bin" for n in kept)], lines)
+    counts = ", ".join(str(of["experiments"]) for of in kept.values())
+    text += f"\n\n{counts} experiments of each kind ({', '.join(WORLDS)})."
     print(text)
     if arguments.write:
-        put(
-            arguments.write,
-            "first screen",
-            f"{text}\n\n{arguments.experiments} experiments of each of the {len(WORLDS)} kinds for each n.",
-        )
+        put(arguments.write, "first screen", text)
     return int(not ok)
 
 

@@ -52,3 +52,13 @@ def test_a_wrong_sentence_is_seen():
         ("collapsed from", False),
     ]
     assert first_screen.headline_right("20 % of the cache is enough, with chance and nothing.", [])[1] is False
+    everything = "A loss is shown for everything tried."
+    shown = [(p, b, "") for p in first_screen.LOSING for b in first_screen.BUDGETS]
+    assert first_screen.headline_right(everything, shown, first_screen.LOSING)[1] is True
+    assert first_screen.headline_right(everything, shown, first_screen.WORLDS["one spared"])[1] is False
+
+
+def test_where_everything_loses_the_headline_says_so():
+    scores = first_screen.simulated(np.random.default_rng(0), 40, first_screen.LOSING)
+    (_, _, lead), *cells = first_screen.read(first_screen.rendered(scores))
+    assert first_screen.headline_right(lead, cells, first_screen.LOSING) == ("headline: a loss for everything", True)
