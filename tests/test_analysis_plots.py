@@ -93,19 +93,19 @@ def test_small_experiments_are_drawn(tmp_path, keep):
 
 
 def test_entries_over_the_answer_are_those_that_the_rows_recorded(tmp_path, tables):
-    """Two answers of 3 and 2 tokens: mean, least and greatest at each token; without any, the figure says so."""
+    """Two answers of 3 and 2 tokens over a budget of 8: mean, least and greatest; without any, the figure says so."""
     rows = demo(n=2).to_pylist()
     held = iter([[[0, 8.0], [1, 9.0], [2, 8.0]], [[0, 10.0], [1, 12.0]]])
     for row in rows:
         if (row["policy"], row["budget"], row["mode"], row["bin"]) == ("h2o", "r0.5", "after_prompt", 0):
-            row["raw"] = json.dumps({"token_ids": [], "entries": next(held)})
+            row |= {"raw": json.dumps({"token_ids": [], "entries": next(held)}), "budget_entries": 8}
     paths = analysed(tmp_path, pa.Table.from_pylist(rows, schema=demo(n=1).schema))
     points = entries.entry_rows(read_results(*paths))
     assert {(p["policy"], p["budget"], p["mode"]) for p in points} == {("h2o", "r0.5", "after_prompt")}
     assert [(p["step"], p["estimate"], p["low"], p["high"], p["n"]) for p in points] == [
-        (0, 9.0, 8.0, 10.0, 2),
-        (1, 10.5, 9.0, 12.0, 2),
-        (2, 8.0, 8.0, 8.0, 1),
+        (0, 9 / 8, 1.0, 10 / 8, 2),
+        (1, 10.5 / 8, 9 / 8, 12 / 8, 2),
+        (2, 1.0, 1.0, 1.0, 1),
     ]
     for some, words in ((paths, "50 % of the cache kept"), (tables, "Nothing to draw: no answer was compressed")):
         plots.write_plots(*some, {"entries_over_steps_svg": str(tmp_path / "e.svg")})

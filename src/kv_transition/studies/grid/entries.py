@@ -17,15 +17,16 @@ NAME, TITLE = "entries_over_steps", "Entries held over the answer"
 
 
 def entry_rows(results: Results) -> list[Row]:
-    """Return a point for each task, mode, policy, budget and step: entries per KV head, mean and range over answers.
+    """Return a point for each task, mode, policy, budget and step: entries per KV head over those of the prompt's
+    budget, mean and range over answers.
 
     Only answers whose cells recorded them count; n is the number of answers that were still going on.
     """
     found: dict[tuple[Any, ...], dict[int, list[float]]] = {}
-    columns = ["task", "mode", "policy", "budget", "raw"]
-    for *key, raw in results.scores.select(columns).drop_nulls("raw").iter_rows():
+    columns = ["task", "mode", "policy", "budget", "budget_entries", "raw"]
+    for *key, k, raw in results.scores.select(columns).drop_nulls(["budget_entries", "raw"]).iter_rows():
         for step, entries in json.loads(raw).get("entries") or ():
-            found.setdefault(tuple(key), {}).setdefault(step, []).append(entries)
+            found.setdefault(tuple(key), {}).setdefault(step, []).append(entries / k)
     return [
         dict(zip(columns, key, strict=False))
         | {"step": step, "estimate": fmean(held), "low": min(held), "high": max(held), "n": len(held)}
@@ -35,20 +36,19 @@ def entry_rows(results: Results) -> list[Row]:
 
 
 def entries_figure(results: Results) -> Spec:
-    """Return entries against the token of the answer: a panel per task, mode and budget, all on one scale."""
+    """Return entries over the budget against the token of the answer: a panel per task, mode and budget."""
     rows = entry_rows(results)
     subtitle = "mean over answers; bands from the least to the greatest"
     if not rows:
         return panels.note("Nothing to draw: no answer was compressed while it was generated.", TITLE, subtitle)
-    top = 1.05 * max(row["high"] for row in rows)
-    x = alt.X("step:Q", scale=alt.Scale(nice=False), axis=alt.Axis(title="token of the answer", grid=False, format="d"))
-    y = alt.Y(
-        "estimate:Q",
-        scale=alt.Scale(domain=[0, top], nice=False),
-        axis=alt.Axis(title="entries per KV head", tickCount=5),
-    )
-    color, _ = theme.policy_scales([p for p in results.policies if p in {row["policy"] for row in rows}])
-    names = {"policy": "policy", "step": "token", "estimate": "entries, mean", "n": "answers"}
+    scale = alt.Scale(domain=[0, 1.05 * max(row["high"] for row in rows)], nice=False)
+    steps = sorted({row["step"] for row in rows})
+    at = alt.Axis(title="token of the answer", grid=False, format="d", tickMinStep=1)
+    x = alt.X("step:Q", scale=alt.Scale(domain=[steps[0], steps[-1]], nice=False), axis=at)
+    y = alt.Y("estimate:Q", scale=scale, axis=alt.Axis(title="entries over the prompt's budget", tickCount=5))
+    color, _ = theme.policy_scales(results.policies)
+    color["legend"]["values"] = [p for p in results.policies if p in {row["policy"] for row in rows}]
+    names = {"policy": "policy", "step": "token", "estimate": "entries over budget, mean", "n": "answers"}
     data, drawn = Datasets(), []
     for task, mode, budget in results.panels:
         own = [row for row in rows if (row["task"], row["mode"], row["budget"]) == (task, mode, budget)]

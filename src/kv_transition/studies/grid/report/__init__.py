@@ -14,8 +14,8 @@ FIGURES = {
     "differences": ("Differences", "Score minus the full cache's score on the same examples, over all lengths."),
     "front": ("Score against bytes", "Score kept against bytes kept, relative to the full cache, over all lengths."),
     "latency_vs_len": ("Time", "Median time of a whole answer: prefill, compression and decoding, at batch size 1."),
-    "entries_over_steps": ("Entries held over the answer", "Entries per KV head before each token of the answer, with "
-                           "decoding.compress_every: mean and range over the answers."),
+    "entries_over_steps": ("Entries held over the answer", "Entries per KV head over the prompt's budget, before each "
+                           "token of the answer, with decoding.compress_every: mean and range over the answers."),
     "std_vs_len": ("Spread", "Standard deviation of the score between examples. For scores of 0 and 1 it is a function "
                    "of the mean and adds no information."),
 }  # fmt: skip
