@@ -47,8 +47,8 @@ RULES = {
 }
 """what a conversation's first turn says, and the rule that checks it"""
 
-FOLLOWED = ("french", "spanish", "german", "italian", "short")
-"""rules that the model follows with its full cache in about 80 % of the answers or more (real_rules.yaml)"""
+FOLLOWED = ("french", "spanish", "german")
+"""rules that the model follows with its full cache in 80 % of the answers or more (real_rules.yaml)"""
 
 QUESTIONS = """What is the capital of France?|What colour is the sky on a clear day?|How many days are in a week?|
 What do bees make?|Which animal says meow?|What is the opposite of hot?|Where do fish live?|What do we drink?|
