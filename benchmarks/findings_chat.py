@@ -32,7 +32,7 @@ def rules() -> list[str]:
     for name in verdicts["check_id"].unique(maintain_order=True):
         own = verdicts.filter(check_id=name)
         found = retention(own, Statistics())
-        one = next(r for r in found if r["statistic"] == "retention" and r["turn"] is None)
+        one = next(r for r in found if r["statistic"] == "retention" and r.get("turn") is None)
         rows.append(one | {"rule": name, "asks": own["asks"][0], "without": own["chance"].mean()})
     rows.sort(key=lambda r: -r["estimate"])
     good = [r["rule"] for r in rows if r["estimate"] >= ENOUGH]

@@ -25,8 +25,8 @@ SCORES = ["task", "mode", "policy", "budget", "bin", "example_id", "score", "fai
 RECALLS = ("steps", "triggers")
 WINDOWS = ["corpus", "policy", "budget", "bin", "book_id", "window", "context_tokens", "nll_sum", "n_tokens",
            "bytes_before", "bytes_after", "kept_mean", "cache_bytes", "full_bytes", *RECALLS]  # fmt: skip
-VERDICTS = ["conversation_id", "turn", "policy", "budget", "check_id", "asks", "standing", "since", "rule", "chance",
-            "chat_set"]  # fmt: skip
+VERDICTS = ["conversation_id", "turn", "policy", "budget", "check_id", "asks", "standing", "since", "age", "rule",
+            "chance", "chat_set"]  # fmt: skip
 OBSERVED = ["example_id", "prompt_kind", "policy", "budget", "granularity", "memory", "step", "entropy", "n", "recall"]
 PROCESSOR_TIME = re.compile(r": ([\d.]+) s of processor time")
 
