@@ -138,7 +138,7 @@ def test_the_judges_silence_is_shown_and_counts_for_nobody(made):
 
 def test_few_conversations_are_exploratory_and_no_judge_leaves_no_trace(tmp_path):
     text, _ = make(tmp_path, n=5, judged=False)
-    assert "**Exploratory:** 5 conversations are fewer than 20" in text
+    assert "**Exploratory:** 5 conversations are fewer than the required 20" in text
     assert "judge" not in text.split("## Conversations")[1].split("\n## ")[0].lower().replace(
         "by rule and by judge", ""
     )
