@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,3 +151,14 @@ def test_what_is_open_by_either_table_gets_more():
     have = {("qa", b): 10 for b in range(3)}
     found = allocate([claimed, plain], have, dict.fromkeys(have, 50), PLAN, 1)
     assert found.column("wanted").to_pylist() == [10, 15, 10]
+
+
+def test_the_simulated_adaptive_experiment_of_the_benchmark_runs(monkeypatch):
+    """benchmarks/transition_power.py grows bins by `open_bins`: it stops early where a collapse is plain."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import transition_power
+
+    plan = adaptive.Adaptive(enabled=True, start=5, step=5, cap=40)
+    verdict, used = transition_power._grow(transition_power.zone(plan.cap, 0.5, False), 0, plan, True)
+    assert verdict.collapse == transition_power.COLLAPSE
+    assert 5 * plan.start < used < 5 * plan.cap
