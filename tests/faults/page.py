@@ -73,9 +73,9 @@ def sentences(kinds: dict[str, Any]) -> list[str]:
         victims = ", ".join(f"{name} {n}" for name, n in sorted(all_of_them["victims"].items(), key=lambda v: -v[1]))
         said += [
             f"After {all_of_them['tries']} kills ({victims}), {all_of_them['half_written']} half-written files stood "
-            f"under their final names. In the {all_of_them['orphans_of']['tries']} that were watched for it, "
-            f"{all_of_them['orphans_of']['orphans']} processes were left two minutes later (a Snakemake whose command "
-            "line was killed goes on by right, and is not one of them).",
+            f"under their final names. In the {all_of_them['orphans_of']['tries']} kills after which processes were "
+            f"counted, {all_of_them['orphans_of']['orphans']} were left two minutes later (a Snakemake whose command line "
+            "was killed continues by design and is not counted).",
         ]
     full = [kinds[name] for name in ("disk full", "disk full late") if name in kinds]
     if full:
@@ -83,8 +83,8 @@ def sentences(kinds: dict[str, Any]) -> list[str]:
         where = ", ".join(f"{name} {n}" for name, n in sorted(all_of_them["where"].items(), key=lambda w: -w[1]))
         said += [
             f"Of {all_of_them['tries']} full disks, {all_of_them['sentence']} ended with the sentence and without a "
-            f"traceback; {all_of_them['lost']} tables were lost in the {sum(all_of_them['where'].values())} that were "
-            f"watched for it. There the room ended at: {where}.",
+            f"traceback; {all_of_them['lost']} tables were lost in the {sum(all_of_them['where'].values())} in which "
+            f"tables were counted. There the disk became full at: {where}.",
         ]
     if sent := kinds.get("requests"):
         statuses = ", ".join(f"{status} {n:,}" for status, n in sorted(sent["statuses"].items(), key=lambda s: -s[1]))
