@@ -74,8 +74,8 @@ def sentences(kinds: dict[str, Any]) -> list[str]:
         said += [
             f"After {all_of_them['tries']} kills ({victims}), {all_of_them['half_written']} half-written files stood "
             f"under their final names. In the {all_of_them['orphans_of']['tries']} kills after which processes were "
-            f"counted, {all_of_them['orphans_of']['orphans']} were left two minutes later (a Snakemake whose command line "
-            "was killed continues by design and is not counted).",
+            f"counted, {all_of_them['orphans_of']['orphans']} were left two minutes later (a Snakemake whose command "
+            "line was killed continues by design and is not counted).",
         ]
     full = [kinds[name] for name in ("disk full", "disk full late") if name in kinds]
     if full:
