@@ -32,10 +32,9 @@ def merging() -> list[str]:
         "## Does merging keep more than dropping?",
         "",
         f"{answer}: of {pairs.height} comparisons of merging with dropping the same spans, merging is better in "
-        f"{better} "
-        f"and worse in {worse} ({adjusted} after Holm); the intervals of the others hold 1. n = {rows[0]['n']} "
-        f"windows of {rows[0]['clusters']} "
-        "books, exploratory; contexts of 1,024 and 2,048 tokens, 128 scored after each.",
+        f"{better} and worse in {worse} ({adjusted} after Holm); the other intervals include 1. n = {rows[0]['n']} "
+        f"windows of {rows[0]['clusters']} books, exploratory; contexts of 1,024 and 2,048 tokens, 128 tokens scored "
+        "after each.",
         *picture("real_merging", "perplexity over the full cache's by compression"),
         table(
             ["policy", "gone", "perplexity", "over the full cache's"],
@@ -51,8 +50,7 @@ def merging() -> list[str]:
     return lines + ending(
         "merging",
         "other models or texts, contexts beyond 2,048 tokens, h2o, more than the ten books at hand. The weights "
-        "were those "
-        "of the GGUF file, dequantized to a folder before.",
+        "were those of the GGUF file, dequantized to a folder before.",
         "books",
     )
 
@@ -116,9 +114,9 @@ def ablation() -> list[str]:
     lines = [
         "## Where does merging lose?",
         "",
-        "Averaging is worse than dropping, the interval of the ratio above 1, with: "
-        f"{'; '.join(worse) or 'no variant'}. "
-        f"It is better with: {'; '.join(better) or 'no variant'}; undecided: {'; '.join(open_) or 'none'}.",
+        "Averaging is worse than dropping (the interval of the ratio is above 1) for these variants: "
+        f"{'; '.join(worse) or 'none'}. It is better for: {'; '.join(better) or 'none'}. Undecided: "
+        f"{'; '.join(open_) or 'none'}.",
         *picture("real_ablation", "perplexity of variants of merging over dropping's"),
         table(
             ["what is averaged", "kept", "over dropping's perplexity"],
@@ -126,8 +124,8 @@ def ablation() -> list[str]:
         ),
         "",
         f"n = {n} windows of {books} books, exploratory, intervals not adjusted; context of 1,024 tokens, 128 scored. "
-        "What is not averaged, and every span of the other layers, is the entry that received most attention, so that "
-        "the footprint is the same.",
+        "Where a variant does not average (keys, values, or the other layers), the span's entry with the most attention "
+        "is kept, so that all variants have the same footprint.",
     ]
     not_shown = "longer contexts, other spans and budgets, other models, and variants that are not in the table."
     return lines + ending("ablation", not_shown, "books")
@@ -153,10 +151,9 @@ def sinks() -> list[str]:
     lines = [
         "## Do sinks matter?",
         "",
-        f"{'Yes' if 'sinks_0' in more else 'Undecided' if 'sinks_0' not in less else 'No'}: beside four sinks, "
-        f"perplexity "
-        f"is higher, its interval above 1, with {', '.join(more) or 'none'}, and lower with "
-        f"{', '.join(less) or 'none'}.",
+        f"{'Yes' if 'sinks_0' in more else 'Undecided' if 'sinks_0' not in less else 'No'}: compared with four "
+        f"sinks, perplexity is higher with {', '.join(more) or 'no other number'} (the interval of the ratio is above "
+        f"1) and lower with {', '.join(less) or 'no other number'} (the interval is below 1).",
         *picture("real_sinks", "perplexity over the full cache's by the number of sinks"),
         table(
             ["policy", "perplexity", "over the full cache's", "over four sinks'", "entries held, mean"],
@@ -165,9 +162,8 @@ def sinks() -> list[str]:
              for r in rows],
         ),
         "",
-        f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books, exploratory; context of 1,024 tokens, 64 "
-        f"scored one by "
-        "one, 20 % of the entries held at each step.",
+        f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books, exploratory; context of 1,024 tokens, 64 tokens "
+        "scored one by one, 20 % of the entries held at each step.",
     ]  # fmt: skip
     not_shown = "one and two sinks, longer contexts, other budgets, streaming from the first token on, other models."
     return lines + ending("sinks", not_shown, "books")
