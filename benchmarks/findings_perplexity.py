@@ -123,9 +123,9 @@ def ablation() -> list[str]:
             [[r["variant"], r["kept"], interval(r["ratio"], r["low"], r["high"])] for r in rows],
         ),
         "",
-        f"n = {n} windows of {books} books, exploratory, intervals not adjusted; context of 1,024 tokens, 128 scored. "
-        "Where a variant does not average (keys, values, or the other layers), the span's entry with the most attention "
-        "is kept, so that all variants have the same footprint.",
+        f"n = {n} windows of {books} books, exploratory, intervals not adjusted; context of 1,024 tokens, 128 "
+        "scored. Where a variant does not average (keys, values, or the other layers), the span's entry with "
+        "the most attention is kept, so that all variants have the same footprint.",
     ]
     not_shown = "longer contexts, other spans and budgets, other models, and variants that are not in the table."
     return lines + ending("ablation", not_shown, "books")

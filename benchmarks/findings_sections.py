@@ -84,8 +84,8 @@ def full_cache() -> list[str]:
     lines = [
         "## What can the model do at all?",
         "",
-        f"Its mean score is 0.5 or more on {_listed(good)}, and lower on {_listed(weak)}, at the lengths that were run. "
-        "Only a task that the model can do shows what eviction costs.",
+        f"Its mean score is 0.5 or more on {_listed(good)}, and lower on {_listed(weak)}, at the lengths that were "
+        "run. Only a task that the model can do shows what eviction costs.",
         *picture("real_full_cache", "mean score of the full cache by task and length"),
         table(
             ["task", "tokens", "n", "mean score [95 %]"],
@@ -133,7 +133,7 @@ def entropy() -> list[str]:
     ]  # fmt: skip
     figures.dots(
         points, "cell", "recall", group="entropy", title="mean recall, 95 % interval",
-        head=("Recall of what a step needs, by the entropy of its token", f"20 % held, n = {texts} texts, {steps} steps"),
+        head=("Recall of what a step needs, by its token's entropy", f"20 % held, n = {texts} texts, {steps} steps"),
         output=IMAGES / "real_entropy.svg", reference=0.2,
     )  # fmt: skip
     down = [key for key in keys if (t := cells[key].get("trend")) and t["ci_high"] is not None and t["ci_high"] < 0]
