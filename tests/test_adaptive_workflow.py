@@ -260,7 +260,7 @@ def test_shards_of_a_bin_are_its_examples_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"start": 30}, "adaptive.start: 30 is more than cap, 24; give at most that"),
+        ({"start": 30}, "adaptive.start: 30 is more than cap, 24; give at most the value of cap"),
         ({"cap": 40}, "adaptive.cap: 40 is more than the 24 examples that binning.n_per_bin chooses in a bin; raise"),
         ({"step": 0}, "adaptive.step: it should be greater than or equal to 1, not 0"),
     ],

@@ -147,7 +147,7 @@ def test_an_empty_table_and_a_double_example_are_named():
     with pytest.raises(UserError, match="empty"):
         bin_stats(table([]), SETTINGS)
     rows = cell_rows(*scores_of([1, 0]))
-    with pytest.raises(UserError, match="reader_qa-0-0 stands more than once in cell reader_qa/after_prompt/full/r1/0"):
+    with pytest.raises(UserError, match="reader_qa-0-0 occurs more than once in cell reader_qa/after_prompt/full/r1/0"):
         bin_stats(table([*rows, rows[0]]), SETTINGS)
 
 

@@ -117,7 +117,7 @@ def test_no_more_is_read_than_there_is_room_for():
     decoder = CompiledDecoder(local, backend="eager")
     decoder.load(compressed(local, "full", [20], budget=1), 1)
     decoder.read({0: 1})
-    with pytest.raises(ValueError, match="room for 1"):
+    with pytest.raises(ValueError, match="space for 1"):
         decoder.read({0: 1})
 
 

@@ -285,7 +285,7 @@ def test_real_templates_and_tokenizers(name, system):
 @pytest.mark.parametrize(
     ("template", "system", "said"),
     [
-        (MARKS_THE_LAST, None, "the turns before turn 2 in another way"),
+        (MARKS_THE_LAST, None, "the turns before turn 2 differently"),
         (LEAVES_THOUGHTS_OUT, None, "the answer of turn 1"),
         (REFUSES_THE_SYSTEM, "w1", "there is no system here"),
     ],

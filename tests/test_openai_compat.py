@@ -271,7 +271,7 @@ def test_the_key_is_sent_and_repeated_nowhere(monkeypatch):
 
 def test_a_key_that_no_header_can_hold_is_refused_without_being_repeated(server, monkeypatch):
     monkeypatch.setenv("PLANTED_KEY", "sk-\u2026 pasted")
-    with pytest.raises(UserError, match="PLANTED_KEY holds characters") as error:
+    with pytest.raises(UserError, match="PLANTED_KEY contains characters") as error:
         client_of(server, api_key_env="PLANTED_KEY").complete(MODEL, 5, prompt="x")
     assert "pasted" not in str(error.value)
 

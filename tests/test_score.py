@@ -320,7 +320,7 @@ def test_an_unreadable_cell_and_one_with_other_columns(experiment):
     Path(paths[2]).unlink()
     experiment.write = lambda: None
     sentence = experiment.refusal()
-    assert sentence.startswith("3 of 3 cells do not fit")
+    assert sentence.startswith("3 of 3 cells do not match this experiment")
     assert all(f"{path}: not a readable cell" in sentence for path in paths)
 
 
@@ -384,7 +384,7 @@ def test_the_script_ends_with_the_sentence_here_and_in_the_log(experiment, capsy
     with pytest.raises(SystemExit) as end:
         run_script(experiment)
     assert end.value.code == 2
-    assert "1 of 3 cells do not fit" in experiment.log
+    assert "1 of 3 cells do not match this experiment" in experiment.log
     assert experiment.log.count("\n") == 1
     assert capsys.readouterr().err == experiment.log
 
