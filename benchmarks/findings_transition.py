@@ -27,8 +27,9 @@ def transition() -> list[str]:
             score[key] | {"kept": 100 * footprint[key]["estimate"], "policy": key[1]}
             for key in sorted(cells) if (key[0], key[3]) == (mode, bin_)
         ]  # fmt: skip
+        best = {p: max(r["estimate"] for r in rows if r["policy"] == p) for p in {r["policy"] for r in rows}}
         figures.lines(
-            [r | {"low": r["ci_low"], "high": r["ci_high"]} for r in sorted(rows, key=lambda r: r["kept"])],
+            [r | {"low": r["ci_low"], "high": r["ci_high"]} for r in sorted(rows, key=lambda r: (-best[r["policy"]], r["policy"]))],
             "kept", "estimate", "policy", titles=("% of the full cache's bytes, mean over the answer", "mean score"),
             head=(f"A needle, compressed {labels.mode(mode)}: {tokens[bin_]:,} tokens",
                   f"SmolLM2-135M-Instruct, niah_single, n = {n} a point, 95 % intervals"),
@@ -73,8 +74,8 @@ def transition() -> list[str]:
     ]
     return lines + ending(
         "transition",
-        f"other tasks and models; with {len(tokens)} length{'s' if len(tokens) > 1 else ''} a zone is located along "
-        "budgets, not along lengths. Policies are compared at equal budgets; the figures' axis is what they really "
+        "other tasks, models and lengths (the bin of 2,048 tokens was not run); with so few lengths a zone is located "
+        "along budgets, not along lengths. Policies are compared at equal budgets; the figures' axis is what they really "
         "held.",
     )
 
@@ -103,7 +104,7 @@ def _cell(row: Row | None) -> str:
 def _leaders(cells: list[Key], score: dict[Key, Row], tokens: dict[int, int]) -> str:
     """Return which policies are best, where their interval is above that of every other."""
     found = []
-    settings = sorted({(k[0], k[2], k[3]) for k in cells}, key=lambda k: (k[0], k[2], k[2]))
+    settings = sorted({(k[0], k[2], k[3]) for k in cells}, key=lambda k: (k[0], k[2], labels.budget_order(k[1])))
     for mode, budget, bin_ in settings:
         rows = sorted(
             (score[key] for key in cells if (key[0], key[2], key[3]) == (mode, budget, bin_)),
