@@ -29,7 +29,8 @@ def transition() -> list[str]:
         ]  # fmt: skip
         best = {p: max(r["estimate"] for r in rows if r["policy"] == p) for p in {r["policy"] for r in rows}}
         figures.lines(
-            [r | {"low": r["ci_low"], "high": r["ci_high"]} for r in sorted(rows, key=lambda r: (-best[r["policy"]], r["policy"]))],
+            [r | {"low": r["ci_low"], "high": r["ci_high"]}
+             for r in sorted(rows, key=lambda r, best=best: (-best[r["policy"]], r["policy"]))],
             "kept", "estimate", "policy", titles=("% of the full cache's bytes, mean over the answer", "mean score"),
             head=(f"A needle, compressed {labels.mode(mode)}: {tokens[bin_]:,} tokens",
                   f"SmolLM2-135M-Instruct, niah_single, n = {n} a point, 95 % intervals"),
@@ -75,8 +76,8 @@ def transition() -> list[str]:
     return lines + ending(
         "transition",
         "other tasks, models and lengths (the bin of 2,048 tokens was not run); with so few lengths a zone is located "
-        "along budgets, not along lengths. Policies are compared at equal budgets; the figures' axis is what they really "
-        "held.",
+        "along budgets, not along lengths. Policies are compared at equal budgets; the figures' axis is what they "
+        "really held.",
     )
 
 
