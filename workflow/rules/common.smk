@@ -20,8 +20,8 @@ from kv_transition.report.section import template_folders
 from kv_transition.worker import runs
 from kv_transition.provenance import code_hash, content_digest, digest, read_metadata
 
-# A plan of 10,000 jobs creates millions of objects that are kept. With the default threshold, garbage collection takes a
-# sixth of the planning time.
+# A plan of 10,000 jobs creates millions of objects that are kept. With the default threshold, garbage collection takes
+# a large part of the planning time.
 gc.set_threshold(100_000)
 
 
