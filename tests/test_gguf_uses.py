@@ -162,7 +162,7 @@ def test_a_whole_experiment_runs_on_it(name, tmp_path):
     assert written["provenance"]["weights_from"]["quantization"].startswith("F32")
     report = (project.results / "report.md").read_text()
     assert "Weights from" in report
-    assert "This is one model of 110K parameters." in report
+    assert "These are results of one model of 110K parameters." in report
     assert "not findings about language models" not in report
     for table in ("scores", "entropy_recall", "perplexity", "retention"):
         assert pl.read_parquet(project.results / f"{table}.parquet").height
