@@ -8,8 +8,7 @@ from document import table
 from findings_sections import IMAGES, Row, ending, interval, kept, picture
 
 from kv_transition import labels
-from kv_transition.stats.examples import Statistics
-from kv_transition.studies.chat.analysis import retention
+from kv_transition.stats import intervals
 
 ENOUGH = 0.8
 """share of the answers that follow a rule; a rule with less says nothing about eviction"""
@@ -21,19 +20,13 @@ def _cell(row: Row) -> str:
 
 def rules() -> list[str]:
     """Which rules the model follows with its full cache."""
-    verdicts = kept("rules", "verdicts").with_columns(
-        cluster="conversation_id",
-        judge=pl.lit(None, pl.Boolean),
-        judge_error=pl.lit(None, pl.String),
-        overrides=pl.lit(None, pl.String),
-        overridden_by=pl.lit(None, pl.String),
-    )
+    verdicts = kept("rules", "verdicts").filter(pl.col("standing"))
     rows = []
     for name in verdicts["check_id"].unique(maintain_order=True):
         own = verdicts.filter(check_id=name)
-        found = retention(own, Statistics())
-        one = next(r for r in found if r["statistic"] == "retention" and r.get("turn") is None)
-        rows.append(one | {"rule": name, "asks": own["asks"][0], "without": own["chance"].mean()})
+        conversation = own["conversation_id"].rank("dense").to_numpy() - 1
+        found = intervals.bounded_mean(own["rule"].cast(float).to_numpy()[None], 0.95, clusters=conversation[None])
+        rows.append(found.row(0) | {"rule": name, "asks": own["asks"][0], "without": own["chance"].mean()})
     rows.sort(key=lambda r: -r["estimate"])
     good = [r["rule"] for r in rows if r["estimate"] >= ENOUGH]
     conversations, turns = rows[0]["clusters"], verdicts["turn"].max()

@@ -80,17 +80,23 @@ def _one_hop(question: Row, room: int, count: Callable[[str], int]) -> Row | Non
     holding = [title for title in supporting if question["answer"] in paragraphs.get(title, "")]
     if len(holding) != 1 or question["answer"] in ("yes", "no"):
         return None
-    chosen, left = [holding[0]], room - count(paragraphs[holding[0]])
-    for title, text in paragraphs.items():
-        if title not in supporting and count(text) <= left:
-            chosen.append(title)
-            left -= count(text)
+    others = [text for title, text in paragraphs.items() if title not in supporting]
+    chosen, left = _filled(paragraphs[holding[0]], others, room, count)
     # too far from the length that was asked for
     if left < 0 or left > room // 3:
         return None
     random.Random(question["_id"]).shuffle(chosen)
-    context = "\n\n".join(paragraphs[title] for title in chosen)
-    return {"question": question["question"], "context": context, "answers": [question["answer"]]}
+    return {"question": question["question"], "context": "\n\n".join(chosen), "answers": [question["answer"]]}
+
+
+def _filled(first: str, others: Iterable[str], room: int, count: Callable[[str], int]) -> tuple[list[str], int]:
+    """Return ``first`` with those of ``others`` that fit into ``room`` tokens, in their order, and the tokens left."""
+    chosen, left = [first], room - count(first)
+    for text in others:
+        if count(text) <= left:
+            chosen.append(text)
+            left -= count(text)
+    return chosen, left
 
 
 def key_value(lengths: list[int], n: int, count: Callable[[str], int]) -> Iterator[Row]:
@@ -129,11 +135,7 @@ def musique(raw: Path, length: int, n: int, count: Callable[[str], int]) -> Iter
         room = length - PROMPT_TOKENS
         if not holding or count(holding[0]) > room:
             continue
-        chosen, left = [holding[0]], room - count(holding[0])
-        for text in passages:
-            if text not in holding and count(text) <= left:
-                chosen.append(text)
-                left -= count(text)
+        chosen, _ = _filled(holding[0], [text for text in passages if text not in holding], room, count)
         random.Random(f"musique-{number}").shuffle(chosen)
         context, asked = "\n\n".join(chosen), question["input"]
         yield {"id": str(number), "question": asked, "context": context, "answers": question["answers"]}

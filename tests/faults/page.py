@@ -65,12 +65,17 @@ def table(kinds: dict[str, Any]) -> list[str]:
     return ["| fault | tries | survived | finished | identical |", "|---|---|---|---|---|", *rows]
 
 
+def most_first(counts: dict[str, int]) -> str:
+    """Return each name with its count, the greatest first."""
+    return ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items(), key=lambda count: -count[1]))
+
+
 def sentences(kinds: dict[str, Any]) -> list[str]:
     said = []
     killed = [kinds[name] for name in ("kill -9", "kill -9 served") if name in kinds]
     if killed:
         all_of_them = added(killed)
-        victims = ", ".join(f"{name} {n}" for name, n in sorted(all_of_them["victims"].items(), key=lambda v: -v[1]))
+        victims = most_first(all_of_them["victims"])
         said += [
             f"After {all_of_them['tries']} kills ({victims}), {all_of_them['half_written']} half-written files stood "
             f"under their final names. In the {all_of_them['orphans_of']['tries']} kills after which processes were "
@@ -80,14 +85,14 @@ def sentences(kinds: dict[str, Any]) -> list[str]:
     full = [kinds[name] for name in ("disk full", "disk full late") if name in kinds]
     if full:
         all_of_them = added(full)
-        where = ", ".join(f"{name} {n}" for name, n in sorted(all_of_them["where"].items(), key=lambda w: -w[1]))
+        where = most_first(all_of_them["where"])
         said += [
             f"Of {all_of_them['tries']} full disks, {all_of_them['sentence']} ended with the sentence and without a "
             f"traceback; {all_of_them['lost']} tables were lost in the {sum(all_of_them['where'].values())} in which "
             f"tables were counted. There the disk became full at: {where}.",
         ]
     if sent := kinds.get("requests"):
-        statuses = ", ".join(f"{status} {n:,}" for status, n in sorted(sent["statuses"].items(), key=lambda s: -s[1]))
+        statuses = most_first(sent["statuses"])
         before, after = sent["memory_mb"]["before"], sent["memory_mb"]["after"]
         said += [
             f"Of {sent['tries']:,} mutated requests to a server, four at a time ({statuses}), {sent['faults']} were a "

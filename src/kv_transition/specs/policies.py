@@ -59,6 +59,18 @@ def recall_of(settings: Settings, policy: str | None) -> dict[str, Any] | None:
     return hyper_parameters if kind == RECALL else None
 
 
+def needs_answers(settings: Settings, policy: str) -> bool:
+    """Return whether a policy is an entropy_recall whose moments follow from the answers to a task."""
+    own = recall_of(settings, policy)
+    return own is not None and (own["tau_quantile"] is not None or own["like"] is not None)
+
+
+def check_known(key: str, given: list[str] | None, known: list[str]) -> None:
+    """Raise UserError if the names ``given`` for a key are not all ``known``."""
+    if unknown := [name for name in given or [] if name not in known]:
+        raise UserError(f"{key}: there is no {unknown[0]!r}; choose from {', '.join(known)}")
+
+
 def once(settings: Settings, policy: str) -> bool:
     """Return whether a policy runs only once instead of at each budget, because its hyper-parameters determine the
     footprint.

@@ -10,7 +10,7 @@ from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import code_hash
 from kv_transition.specs.model import content, model
-from kv_transition.specs.policies import FULL, FULL_BUDGET, needs_the_model, once, recall_of
+from kv_transition.specs.policies import FULL, FULL_BUDGET, needs_answers, needs_the_model, once
 
 if TYPE_CHECKING:
     from kv_transition.settings import Settings
@@ -94,8 +94,7 @@ def check(settings: Settings) -> None:
             raise UserError(
                 f"kv.policies.{name}: {kind} compresses only during a prefill, so it cannot play a conversation"
             )
-        own = recall_of(settings, name)
-        if own and (own["tau_quantile"] is not None or own["like"] is not None):
+        if needs_answers(settings, name):
             raise UserError(f"kv.policies.{name}: it cannot be calibrated on conversations; give tau, in nats")
         if name in settings.chat.controls:
             raise UserError(f"kv.policies.{name}: this name is used by a control in chat.controls; choose another one")

@@ -13,7 +13,17 @@ from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import code_hash, digest
 from kv_transition.specs.model import content, model, prefill, tokenizer_content
-from kv_transition.specs.policies import FULL, FULL_BUDGET, RECALL, budgeted, endpoint, once, recall_of, resolve
+from kv_transition.specs.policies import (
+    FULL,
+    FULL_BUDGET,
+    RECALL,
+    budgeted,
+    endpoint,
+    needs_answers,
+    once,
+    recall_of,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from kv_transition.settings import Settings
@@ -190,8 +200,7 @@ def _check_engine(settings: Settings) -> None:
     if settings.kv.match != "none":
         raise UserError("kv.match: an endpoint chooses K by itself, so footprints cannot be matched; use none")
     for name in settings.kv.policies:
-        own = recall_of(settings, name)
-        if own and (own["tau_quantile"] is not None or own["like"] is not None):
+        if needs_answers(settings, name):
             raise UserError(f"kv.policies.{name}: it cannot be calibrated on an endpoint; give tau, in nats")
     if engine.serves:
         if engine.endpoints:

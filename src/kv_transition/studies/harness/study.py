@@ -10,7 +10,7 @@ from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import code_hash
 from kv_transition.specs.model import content, model
-from kv_transition.specs.policies import FULL, RECALL, budgeted, needs_the_model
+from kv_transition.specs.policies import FULL, budgeted, check_known, needs_answers, needs_the_model
 from kv_transition.studies.study import Study, Work
 
 if TYPE_CHECKING:
@@ -72,24 +72,19 @@ def check(settings: Settings) -> None:
     if section is None:
         return
     needs_the_model(settings, "harness")
-    budgets = [str(budget) for budget in settings.kv.all_budgets()]
-    for key, given, known in (
-        ("policies", section.policies, list(settings.kv.policies)),
-        ("budgets", section.budgets, budgets),
-    ):
-        if unknown := [name for name in given or [] if name not in known]:
-            raise UserError(f"harness.{key}: there is no {unknown[0]!r}; choose from {', '.join(known)}")
+    check_known("harness.policies", section.policies, list(settings.kv.policies))
+    check_known("harness.budgets", section.budgets, [str(budget) for budget in settings.kv.all_budgets()])
     if section.include_path and not Path(section.include_path).is_dir():
         raise UserError(
             f"harness.include_path: there is no folder {section.include_path}; give one with task files (.yaml), "
             "or remove this key for the harness's own tasks"
         )
     for name in _policies(settings):
-        kind, own = catalog.resolve(name, settings.kv.policies[name])
+        kind, _ = catalog.resolve(name, settings.kv.policies[name])
         where = f"list the policies to run in harness.policies, without {name}"
         if catalog.is_press(kind):
             raise UserError(f"kv.policies.{name}: a press cannot run the harness's tasks; {where}")
-        if kind == RECALL and (own["tau_quantile"] is not None or own["like"] is not None):
+        if needs_answers(settings, name):
             raise UserError(
                 f"kv.policies.{name}: its moments are derived from the answers to a task of this project; {where}"
             )

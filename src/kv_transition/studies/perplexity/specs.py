@@ -10,7 +10,7 @@ from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.provenance import code_hash
 from kv_transition.specs.model import content, prefill, tokenizer_content
-from kv_transition.specs.policies import FULL, RECALL, budgeted, needs_the_model
+from kv_transition.specs.policies import FULL, RECALL, budgeted, check_known, needs_answers, needs_the_model
 from kv_transition.studies.perplexity.corpus import hub_repository
 
 if TYPE_CHECKING:
@@ -71,19 +71,17 @@ def check(settings: Settings) -> None:
     if section is None:
         return
     needs_the_model(settings, "perplexity")
-    if unknown := [name for name in section.policies or [] if name not in settings.kv.policies]:
-        known = ", ".join(settings.kv.policies)
-        raise UserError(f"perplexity.policies: there is no {unknown[0]!r}; choose from {known}")
+    check_known("perplexity.policies", section.policies, list(settings.kv.policies))
     if section.streaming and settings.kv.match != "none":
         raise UserError(
             "kv.match: perplexity.streaming evicts while the text is read, so all policies hold K; use none"
         )
     for name in scored(settings):
-        kind, own = catalog.resolve(name, settings.kv.policies[name])
+        kind, _ = catalog.resolve(name, settings.kv.policies[name])
         where = f"list the policies to score in perplexity.policies, without {name}"
         if catalog.is_press(kind):
             raise UserError(f"kv.policies.{name}: a press compresses only during its own prefill of a prompt; {where}")
-        if kind == RECALL and (own["tau_quantile"] is not None or own["like"] is not None):
+        if needs_answers(settings, name):
             raise UserError(f"kv.policies.{name}: its moments depend on the answers to a task; {where}")
         if section.streaming and name != FULL and (kind == RECALL or not catalog.acts_each_step(kind)):
             raise UserError(
