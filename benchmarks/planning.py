@@ -139,7 +139,7 @@ def jobs(output: str) -> int:
 
 
 def make_files(folder: Path, summary: str) -> None:
-    """Create every file of the plan, empty, and the folders that are outputs themselves."""
+    """Create every file of the plan, without content, and the folders that are outputs themselves."""
     for line in summary.splitlines():
         name = line.split("\t")[0]
         if not name.startswith("results/"):
@@ -147,7 +147,7 @@ def make_files(folder: Path, summary: str) -> None:
         path = folder / name
         if path.suffix or "." in path.name:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            path.write_text("{}" if path.suffix == ".json" else "")  # manifests are read before a run
         else:
             path.mkdir(parents=True, exist_ok=True)
 
