@@ -11,7 +11,8 @@ from torch import Tensor
 def eager(
     queries: Tensor, keys: Tensor, scale: float, window: int | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Column sums [B, Hkv, n] and entropy [B, q] by softmax over the whole matrix; queries [B, H, q, d]."""
+    """Return column sums [B, Hkv, n] and entropy [B, q] from a softmax over the whole matrix; queries are [B, H, q,
+    d]."""
     batch, heads, q, _ = queries.shape
     kv_heads, n = keys.shape[1:3]
     group = heads // kv_heads
@@ -30,7 +31,8 @@ def eager(
 
 @dataclass(frozen=True)
 class Case:
-    """peak: factor on the logits; 0.01 is flat attention, 8 puts nearly all of it on a few entries."""
+    """One random attention case. peak: factor on the logits; 0.01 gives flat attention, 8 puts nearly all of it on a
+    few entries."""
 
     batch: int = 1
     kv_heads: int = 2
@@ -55,7 +57,7 @@ class Case:
         if self.bias != "none":
             bias = torch.randint(1, 9, keys.shape[:-1], generator=generator).float().log()
             if self.bias == "padded":
-                # the first sequence is half padding on the left, so that its first queries may see nothing
+                # the first sequence is half left padding, so that its first queries may attend to nothing
                 bias[0, :, : self.n // 2] = -torch.inf
             bias = bias.to(device)
         return queries.to(device, dtype), keys.to(device, dtype), bias

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for random attention cases, for properties of all implementations."""
+"""Hypothesis strategies that generate random attention cases for property tests of all implementations."""
 
 from __future__ import annotations
 

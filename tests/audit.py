@@ -1,9 +1,9 @@
-"""Known vulnerabilities of the pinned packages, by pip-audit with the advisories of PyPI or of OSV.
+"""Report known vulnerabilities of the pinned packages: pip-audit with the advisories of PyPI or of OSV.
 
-    python tests/audit.py requirements.lock [--pip-audit PROGRAM] [--osv-url URL]
+python tests/audit.py requirements.lock [--pip-audit PROGRAM] [--osv-url URL]
 
-Ends with status 0 if every package was audited and none has a known weakness, 1 if one has, and 2, with one sentence,
-if not all could be audited: an index may be a mirror without advisories.
+The exit status is 0 if every package was audited and none has a known vulnerability, 1 if a package has one, and 2,
+with one sentence, if a package could not be audited. This happens if the index is a mirror without advisories.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pip-audit", default="pip-audit", help="the program")
     parser.add_argument("--osv-url", help="address of another OSV")
     arguments = parser.parse_args(argv)
-    # advisories name public versions: 2.13.0+cpu is 2.13.0 there
+    # advisories use the public version: 2.13.0+cpu is listed as 2.13.0
     pinned = re.sub(r"(==[^\s;+]+)\+[\w.]+", r"\1", arguments.requirements.read_text(encoding="utf-8"))
     services = {"pypi": [], "osv": ["--osv-url", arguments.osv_url] if arguments.osv_url else []}
     reasons = []
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _asked(command: list[str]) -> tuple[list[dict[str, Any]] | None, str]:
-    """Return what a service says of each package, or None and why it says nothing."""
+    """Return the packages that one advisory service reports on, or None and the reason why it reports none."""
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         packages = json.loads(done.stdout)["dependencies"]

@@ -8,12 +8,12 @@ import pytest
 
 
 def pytest_configure(config):
-    # Before torch is imported: tests run side by side, and two threads a process would fight for the cores.
+    # Set this before torch is imported: tests run in parallel, and two threads per process would compete for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_ignore_collect(collection_path, config):
-    # A GPU machine has torch and little else: there the other files cannot even be imported.
+    # A GPU machine has few packages besides torch, so the other test files cannot be imported there.
     if config.option.markexpr == "gpu" and collection_path.suffix == ".py" and "gpu" not in collection_path.stem:
         return True
     return None
@@ -21,7 +21,7 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A checkout of its own with a small experiment, run to its report. Tests leave it as it is."""
+    """Return a separate checkout in which a small experiment has run up to its report. Tests must not change it."""
     from project import Project
 
     project = Project(tmp_path_factory.mktemp("finished"))
@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kvt_data():
-    """The folder of real data named by KVT_DATA; tests that need it are skipped without."""
+    """Return the folder of real data that KVT_DATA names. Tests that need it are skipped if it is not set."""
     from pathlib import Path
 
     folder = os.environ.get("KVT_DATA")

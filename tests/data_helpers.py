@@ -21,7 +21,7 @@ _VOCABULARY = ("<pad>", "<bos>", "<eos>", "<unk>", *WORDS, *dict.fromkeys(_OTHER
 
 
 def word_tokenizer(folder: Path, chat_template: str | None = None, vocabulary: Sequence[str] = _VOCABULARY) -> Path:
-    """Save a tokenizer with one token a word and <bos> in front; returns the model's folder that holds it."""
+    """Save a tokenizer with one token per word and <bos> in front; return the folder of the model that contains it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +37,7 @@ def word_tokenizer(folder: Path, chat_template: str | None = None, vocabulary: S
 
 
 def write_jsonl(path: Path, records: list) -> Path:
-    """One record a line; a text stands for a line as it is."""
+    """Write one record per line; a string is written as the line itself."""
     lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
     content = ("\n".join(lines) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write_jsonl(path: Path, records: list) -> Path:
 
 
 def example(i: int, n_words: int = 5, **fields) -> dict:
-    """A bring-your-own record whose context has ``n_words`` words, different for every i below 50**3."""
+    """Return a bring-your-own record whose context has ``n_words`` words and differs for every i below 50**3."""
     number = [WORDS[i % 50], WORDS[i // 50 % 50], WORDS[i // 2500]]
     context = " ".join((number + WORDS * n_words)[:n_words])
     return {"id": f"e{i}", "question": f"{WORDS[i % 50]} w{i // 50} ?", "context": context, "answers": ["w1"], **fields}

@@ -9,7 +9,7 @@ WORDS = ["<pad>", "<bos>", "<eos>", "<start>", "<end>", *(f"w{i}" for i in range
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<start>", "<end>"]
 PLAIN_WORDS = ["User:", "Assistant:", "user", "model", "assistant", "system"]
 
-# The system's text stands in the first turn of the user, as Gemma has it, and texts are stripped.
+# As in Gemma's template, the system message is part of the first user turn, and texts are stripped.
 FOLDING = """<bos>{% if messages[0].role == 'system' %}{% set first = messages[0].content | trim + ' ' %}\
 {% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}\
 {% for message in rest %}<start>{{ 'model' if message.role == 'assistant' else 'user' }}
@@ -22,7 +22,7 @@ SEPARATE = """{% for message in messages %}<start>{{ message.role }}
 {% endfor %}{% if add_generation_prompt %}<start>assistant
 {% endif %}"""
 
-# Only the last of the user's turns has the mark.
+# Only the last user turn has the mark.
 MARKS_THE_LAST = """{% for message in messages %}<start>{{ message.role }} {% if message.role == 'user' and\
  not messages[loop.index:] | selectattr('role', 'equalto', 'user') | list %}w1 {% endif %}{{ message.content }}<end>\
 {% endfor %}{% if add_generation_prompt %}<start>assistant {% endif %}"""
@@ -37,7 +37,7 @@ REFUSES_THE_SYSTEM = """{% for message in messages %}{% if message.role == 'syst
 
 
 def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    """Each word a token; 91 of them, fewer than the tiny models know."""
+    """Return a tokenizer with one token per word. It has 91 tokens, fewer than the vocabulary of the tiny models."""
     vocabulary = {word: i for i, word in enumerate([*WORDS, *PLAIN_WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -49,5 +49,5 @@ def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def text(n: int, start: int = 0) -> str:
-    """``n`` words."""
+    """Return a text of ``n`` words."""
     return " ".join(f"w{(start + i) % 80}" for i in range(n))

@@ -1,4 +1,4 @@
-"""A tiny GGUF file in the form of llama.cpp's converter, and the transformers model with the same weights."""
+"""Write a tiny GGUF file in the form of llama.cpp's converter; build the transformers model with the same weights."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _NAMES = {
 
 
 def vocabulary() -> list[str]:
-    """Return the special tokens, the 256 characters that stand for bytes in GPT-2's way, and the merged ones."""
+    """Return the special tokens, the 256 characters that represent bytes as in GPT-2, and the merged tokens."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [chr(256 + i) for i in range(256 - len(plain))]
     return [*SPECIAL, *map(chr, plain), *others, *(merge.replace(" ", "") for merge in MERGES)]
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Return a seeded model of 3 layers whose sizes are multiples of a quantized block of 32."""
+    """Return a seeded model of 3 layers whose sizes are multiples of 32, the size of a quantized block."""
     model = random_model(
         "llama",
         vocab_size=len(vocabulary()),
@@ -52,7 +52,8 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 
 def write_gguf(path: Path, model: LlamaForCausalLM | None = None, quantized: bool = False) -> str:
-    """Write ``model`` (`tiny_llama`) with its tokenizer and return the path. quantized: matrices of layers in Q8_0."""
+    """Write ``model`` (`tiny_llama`) with its tokenizer; return the path. quantized: store the layers' matrices as
+    Q8_0."""
     model = model or tiny_llama()
     config, tokens = model.config, vocabulary()
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -77,12 +78,12 @@ def write_gguf(path: Path, model: LlamaForCausalLM | None = None, quantized: boo
     writer.add_pad_token_id(2)
     writer.add_chat_template(CHATML)
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight":  # tied
+        if name == "lm_head.weight":  # the output weights are tied to the embeddings
             continue
         array = weight.float().numpy()
         if "q_proj" in name or "k_proj" in name:
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            # llama.cpp rotates neighbouring channels, transformers the two halves of a head
+            # llama.cpp rotates adjacent channels, transformers the two halves of a head
             array = np.ascontiguousarray(
                 array.reshape(heads, 2, array.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
             )

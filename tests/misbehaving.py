@@ -1,7 +1,8 @@
 """An OpenAI-compatible server on loopback that fails as its prompts request, and counts its requests.
 
-A prompt that holds ``[[FAULT]]`` meets that fault each time it is sent, ``[[FAULT*2]]`` the first two times only.
-Answers follow from the prompt alone, so that a wrong, a lost and a doubled answer can be told.
+A prompt that contains ``[[FAULT]]`` triggers that fault each time it is sent; ``[[FAULT*2]]`` triggers it only the
+first two times. The answer depends on the prompt alone, so that a test can detect a wrong, a lost or a duplicated
+answer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Json = dict[str, Any]
 
 
 def answer_to(prompt: str) -> str:
-    """Words and signs of several bytes, so that they may be cut anywhere."""
+    """Return words and characters of several bytes, so that a cut may split a character."""
     number = re.search(r"no (\d+)", prompt)
     return f"the answer to {number[1] if number else 0} is schön — 答案 🗝"
 
@@ -46,10 +47,10 @@ class Server(socketserver.ThreadingTCPServer):
         self.under_way = 0
         self.most_under_way = 0
         self.gate = threading.Event()
-        """what [[gate]] waits for"""
+        """the event that [[gate]] waits for"""
         self.slow_s = 0.0
         self.cut_at = 0
-        """bytes of the response before [[cut]] closes"""
+        """number of response bytes that [[cut]] sends before it closes"""
         self.lock = threading.Lock()
         self.over = threading.Event()
         super().__init__(("127.0.0.1", port), _Handler)
@@ -59,7 +60,7 @@ class Server(socketserver.ThreadingTCPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients that vanish are what is tested
+        pass  # the tests include clients that disconnect
 
 
 @contextlib.contextmanager
@@ -124,7 +125,7 @@ class _Handler(socketserver.StreamRequestHandler):
         return self.fine(body, prompt)
 
     # ------------------------------------------------------------------------------------------------
-    # Right answers
+    # Correct answers
 
     def events(self, body: Json, prompt: str, usage: Json | None = None) -> list[bytes]:
         chat = "messages" in body
@@ -171,7 +172,7 @@ class _Handler(socketserver.StreamRequestHandler):
         self.fine(body, prompt)
 
     def trickle(self, body: Json, prompt: str) -> None:
-        """Never silent and never done."""
+        """Send a comment at regular intervals and never finish."""
         self.wfile.write(self.head(200, "text/event-stream"))
         while not self.server.over.wait(0.05):
             self.wfile.write(b": still there\n\n")
@@ -182,14 +183,14 @@ class _Handler(socketserver.StreamRequestHandler):
             self.wfile.write(self.events(body, prompt)[0])
 
     def reset(self, body: Json, prompt: str) -> None:
-        """A connection reset in the middle of the stream."""
+        """Reset the connection in the middle of the stream."""
         response = self.response(body, prompt)
         self.wfile.write(response[: len(response) // 2])
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
 
     def cut(self, body: Json, prompt: str) -> None:
-        """Closed in good order, but too early."""
+        """Close the connection properly, but before the response is complete."""
         self.wfile.write(self.response(body, prompt)[: self.server.cut_at])
 
     def bytewise(self, body: Json, prompt: str) -> None:
@@ -219,13 +220,13 @@ class _Handler(socketserver.StreamRequestHandler):
         self.reply(500, {"error": {"message": f"failed with {self.server.authorizations[-1]}"}})
 
     def parrot(self, body: Json, prompt: str) -> None:
-        """The key in the answer itself."""
+        """Return the API key as the answer."""
         whole = self.whole(body, prompt)
         whole["choices"][0] |= {"text": str(self.server.authorizations[-1])}
         self.reply(200, whole)
 
     def die(self, body: Json, prompt: str) -> None:
-        """The whole server goes."""
+        """Stop the whole server."""
         self.server.shutdown()
         self.server.server_close()
 
@@ -246,7 +247,7 @@ class _Handler(socketserver.StreamRequestHandler):
         self.wfile.write(self.head(200, "text/html", page := b"<html>please log in</html>") + page)
 
     def shape(self, body: Json, prompt: str) -> None:
-        """JSON, but not what the protocol says."""
+        """Return valid JSON that does not follow the protocol."""
         value = b'{"choices": {"text": 3}, "usage": [1]}'
         if body.get("stream"):
             self.wfile.write(self.head(200, "text/event-stream") + b"data: " + value + b"\n\n")
@@ -272,12 +273,12 @@ class _Handler(socketserver.StreamRequestHandler):
             self.reply(200, self.whole(body, prompt) | {"choices": []})
 
     def unfinished(self, body: Json, prompt: str) -> None:
-        """[DONE], and no word of why."""
+        """Send [DONE] without a finish reason."""
         events = self.events(body, prompt)
         self.wfile.write(self.head(200, "text/event-stream") + b"".join(events[:3] + events[-1:]))
 
     def whole_instead(self, body: Json, prompt: str) -> None:
-        """A server that does not stream."""
+        """Ignore the request to stream, and send the whole response."""
         self.fine(body | {"stream": False}, prompt)
 
     def usage_wrong(self, body: Json, prompt: str) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models of three families, and attention from its definition as an independent reference."""
+"""Tiny random models of three families, and attention computed from its definition as an independent reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SHAPE = {
 
 
 def random_model(family: str, **changes) -> torch.nn.Module:
-    """A seeded model whose attention is peaked, so that it matters what is evicted."""
+    """Return a seeded model whose attention is peaked, so that the choice of evicted entries changes the result."""
     torch.manual_seed(7)
     shape = _SHAPE | changes
     config, model_class = {
@@ -63,7 +63,8 @@ def engine(family: str) -> LocalEngine:
 
 
 def sliding_model() -> tuple[LocalEngine, torch.nn.Module]:
-    """A Gemma-3-shaped model, five layers with a window of 16 tokens to one without, and its plain twin."""
+    """Return a Gemma-3-shaped model and its copy with eager attention; five layers with a window of 16 tokens, one
+    without."""
     AttentionInterface.register(ATTENTION, attention_function)
     config = Gemma3TextConfig(
         **_SHAPE | {"num_hidden_layers": 6, "head_dim": 8, "sliding_window": 16},
@@ -87,7 +88,7 @@ def tokens(n: int, seed: int = 0) -> list[int]:
 
 
 def _written_out(module, query, key, value, attention_mask, *, scaling, visible, captured=None, **_):
-    """Softmax attention, entry by entry: visible[layer] is a boolean [Hkv, T, T] of who may see whom."""
+    """Compute softmax attention entry by entry; visible[layer] is a boolean mask [Hkv, T, T] (query, entry)."""
     group = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     mask = visible[module.layer_idx].repeat_interleave(group, 0)
@@ -108,7 +109,8 @@ def _written_out_model(family: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def reference(family: str, ids: list[int], visible: list[torch.Tensor] | None = None):
-    """One forward pass over all tokens, no cache: logits [T, V] and (weights [H, T, T], q, k, v) of each layer."""
+    """Run one forward pass over all tokens without a cache; return logits [T, V] and (weights [H, T, T], q, k, v) per
+    layer."""
     model = _written_out_model(family)
     kv_heads, layers = model.config.num_key_value_heads, model.config.num_hidden_layers
     causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril().expand(kv_heads, -1, -1)

@@ -1,4 +1,4 @@
-"""Caches of random tensors with the attention that produced them, as an independent reference."""
+"""Caches of random tensors together with the attention that produced them, as an independent reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ FREQUENCIES = (1.0, 0.31, 0.07, 0.011)
 
 @dataclass
 class Written:
-    """A layer's attention in full: fp64, un-rotated queries [H, n, d], keys and values [Hkv, n, d], rows [H, n, n]."""
+    """The full attention of a layer: fp64, un-rotated queries [H, n, d], keys and values [Hkv, n, d], weights [H, n,
+    n]."""
 
     queries: torch.Tensor
     keys: torch.Tensor
@@ -27,7 +28,7 @@ class Written:
 
 
 def rotated(x: torch.Tensor, positions) -> torch.Tensor:
-    """x [..., n, d] turned to ``positions`` [n] in fp64: pairs of channels as complex numbers."""
+    """Return x [..., n, d] rotated to ``positions`` [n] in fp64; pairs of channels are treated as complex numbers."""
     places = torch.tensor([float(p) for p in positions], dtype=torch.float64)
     angle = places[:, None] * torch.tensor(FREQUENCIES, dtype=torch.float64)
     first, second = x.double().chunk(2, -1)
@@ -83,7 +84,7 @@ def random_state(
 
 
 def grown(state: CacheState, more: int, seed: int = 0) -> CacheState:
-    """The state with random new entries, whose statistics are made up."""
+    """Return the state with random new entries, whose statistics are random as well."""
     generator = torch.Generator().manual_seed(seed)
     at = state.length + torch.arange(more)
 
@@ -107,10 +108,10 @@ def grown(state: CacheState, more: int, seed: int = 0) -> CacheState:
 
 
 def best(scores: list[float], k: int) -> list[int]:
-    """Indices of the k highest scores, the lower index first among equals."""
+    """Return the indices of the k highest scores; of equal scores the lower index comes first."""
     return sorted(sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:k])
 
 
 def positions_of(state: CacheState) -> list[list[list[int]]]:
-    """Positions held by every head of every layer."""
+    """Return the positions that every head of every layer holds."""
     return [[row for part in layer.parts for row in part.positions.tolist()] for layer in state.layers]

@@ -1,4 +1,4 @@
-"""A copy of the project with a small experiment, run through Snakemake as by a user."""
+"""Make a copy of the project with a small experiment, and run it through Snakemake as a user does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = {
 
 
 class Project:
-    """A checkout of its own, so that its sources can be edited."""
+    """A separate checkout whose sources a test may edit."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -66,7 +66,7 @@ class Project:
         return output
 
     def planned(self, *arguments: str) -> Counter[str]:
-        """Jobs that a run would execute, by rule."""
+        """Return the number of jobs that a run would execute, by rule."""
         done = self.snakemake("--dry-run", "--quiet", "rules", *arguments)
         output = done.stdout + done.stderr
         assert done.returncode == 0, output

@@ -27,7 +27,7 @@ CHAT = (
 
 
 def words() -> PreTrainedTokenizerFast:
-    """w0 to w96, of which the last three are the words of a chat template."""
+    """Return a tokenizer with the words w0 to w93 and three words of a chat template."""
     names = [f"w{i}" for i in range(VOCABULARY - 3)] + ["system", "user", "assistant"]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -43,7 +43,7 @@ def served(*, max_bytes: int = 10**9, statistics: frozenset[str] = STATISTICS, m
 
 @contextlib.contextmanager
 def listening(model: Served, **options: Any) -> Iterator[str]:
-    """The address of a server that runs as long as the block does."""
+    """Yield the address of a server that runs until the block ends."""
     app = create_app(model, **options)
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
@@ -61,7 +61,8 @@ def listening(model: Served, **options: Any) -> Iterator[str]:
 
 
 def ask(client: Any, path: str = "completions", status: int = 200, **body: Any) -> dict[str, Any]:
-    """The answer to a greedy request of six tokens, unless ``body`` says otherwise; it must have this status."""
+    """Return the answer to a greedy request of six tokens, unless ``body`` changes it; the response must have
+    ``status``."""
     body = {"model": NAME, "temperature": 0, "max_tokens": 6} | body
     got = client.post(f"/v1/{path}", json=body)
     assert got.status_code == status, got.text
@@ -69,6 +70,6 @@ def ask(client: Any, path: str = "completions", status: int = 200, **body: Any) 
 
 
 def chat_body(*texts: str, **more: Any) -> dict[str, Any]:
-    """For `ask`: a system's message and a user's."""
+    """Return arguments for `ask`: a system message and a user message."""
     messages = [{"role": role, "content": text} for role, text in zip(["system", "user"], texts, strict=False)]
     return {"path": "chat/completions", "messages": messages} | more

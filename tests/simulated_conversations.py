@@ -25,7 +25,7 @@ def verdict(conversation: str, turn: int, rule: bool | None, **more: Any) -> Row
 
 
 def verdicts_of(rows: list[Row]) -> pl.DataFrame:
-    """As `analysis.retention.read_verdicts` gives them."""
+    """Return the verdicts in the form of `analysis.retention.read_verdicts`."""
     schema = pl.from_arrow(CHAT_VERDICTS.empty_table()).schema
     frame = pl.DataFrame(rows, schema=schema, orient="row")
     keys = ["chat_set", "policy", "budget", "conversation_id", "turn", "since", "check_id"]
@@ -33,7 +33,8 @@ def verdicts_of(rows: list[Row]) -> pl.DataFrame:
 
 
 def with_hazard(rng: np.random.Generator, n: int, turns: int, hazard: float, **more: Any) -> list[Row]:
-    """Each of ``n`` conversations keeps its instruction until it fails, with this hazard at each turn, for good."""
+    """Return ``n`` conversations that follow their instruction until they fail for good; each turn has the given
+    hazard."""
     rows = []
     for i in range(n):
         failing = rng.geometric(hazard)
@@ -44,7 +45,7 @@ def with_hazard(rng: np.random.Generator, n: int, turns: int, hazard: float, **m
 def chat_rows(
     n: int, turns: int, cells: Mapping[tuple[str, str], Callable[[int, int], str | None]], entries: float = 10.0
 ) -> list[Row]:
-    """Answers (tables.CHAT): conversation k is to say "yes k" in every turn, and from turn 3 on "no" instead."""
+    """Return answers (tables.CHAT): conversation k must say "yes k" in every turn, and from turn 3 on "no" instead."""
     rows = []
     for (policy, budget), says in cells.items():
         for k in range(n):
@@ -68,7 +69,7 @@ def chat_rows(
 
 
 def layer_rows(chat: list[Row]) -> list[Row]:
-    """Two full layers and a sliding one (tables.CHAT_LAYERS) for each answer."""
+    """Return two full layers and one sliding-window layer (tables.CHAT_LAYERS) for each answer."""
     rows = []
     for row in chat:
         own = {name: row[name] for name in ("chat_set", "conversation_id", "turn", "policy", "budget")}

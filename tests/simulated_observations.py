@@ -1,4 +1,4 @@
-"""Seeded stand-ins for the observation files and for the scores of entropy_recall, with a constructed truth."""
+"""Seeded replacements for the observation files and for the scores of entropy_recall, with known true values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPEC.loader.exec_module(simulated_steps)
 
 
 def rows_of(steps, **key) -> list[dict]:
-    """The rows of one cell from its steps (analysis.observations.Steps)."""
+    """Return the rows of one cell from its steps (analysis.observations.Steps)."""
     cell = {"task": "reader_qa", "policy": "h2o", "budget": "r0.2", "granularity": "global", "memory": "ideal"} | key
     return [
         {
@@ -45,7 +45,8 @@ def table(rows: list[dict]) -> pa.Table:
 
 
 def observed(n: int = 24, steps: int = 16, seed: int = 0) -> pa.Table:
-    """h2o at four budgets, snapkv at two, on the same steps: recall falls with entropy, faster where less is kept."""
+    """Return h2o at four budgets and snapkv at two on the same steps. Recall falls with entropy, faster at small
+    budgets."""
     rng = np.random.default_rng(seed)
     base = simulated_steps.driven(rng, n, steps)
     rows = []
@@ -71,14 +72,15 @@ POLICIES = {
 
 
 def recalled_scores(gain: float, n: int = 40, seed: int = 0) -> pa.Table:
-    """Scores of those policies at two budgets; with entropy's moments an answer is right more often by ``gain``."""
+    """Return scores of those policies at two budgets; recall at high entropy makes an answer right more often by
+    ``gain``."""
     rng = np.random.default_rng(seed)
     rates = {"full": 0.95, "h2o": 0.4, "entropy_recall": 0.5 + gain, "at_random": 0.5, "evenly": 0.5, "never": 0.4,
              "always": 0.9}  # fmt: skip
     share = {"entropy_recall": 0.2, "at_random": 0.2, "evenly": 0.2, "never": 0.0, "always": 1.0}
     rows = []
     for budget in ("r0.5", "r0.2"):
-        luck = rng.random(n)  # the same for all policies, as easy examples are easy for all
+        luck = rng.random(n)  # the same for all policies, because an easy example is easy for all of them
         for policy, rate in rates.items():
             if policy == "full" and budget != "r0.5":
                 continue

@@ -1,4 +1,4 @@
-"""A seeded stand-in for scores.parquet: F1-like answers with a constructed truth for every cell."""
+"""A seeded replacement for scores.parquet: F1-like answers with a known true value for every cell."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def cell_rows(
     seed: int = 0,
     per_document: int = 1,
 ) -> list[dict]:
-    """One cell from ``scores [examples, repeats]`` and ``failures`` of the same shape (True where it failed).
+    """Return the rows of one cell from ``scores [examples, repeats]`` and ``failures`` of the same shape (True if
+    failed).
 
-    ``per_document`` examples in a row share a document.
+    ``per_document`` consecutive examples share a document.
     """
     rng = np.random.default_rng(seed + 1000 * bin)
     share = 1.0 if budget[0] == "r" and budget[1:] == "1" else float(budget[1:]) if budget[0] == "r" else 0.1
@@ -92,7 +93,8 @@ def _key_seed(*parts: object) -> int:
 
 
 def demo(n: int = 20, timed: bool = True) -> pa.Table:
-    """2 modes x (full + 5 policies x 2 budgets) x 5 bins x n examples, shaped like the tiny reader's results."""
+    """Return 2 modes x (full + 5 policies x 2 budgets) x 5 bins x n examples, in the form of the tiny reader's
+    results."""
     rows = []
     for mode in MODES:
         for policy, budget in [("full", "r1")] + [(p, b) for p in POLICIES for b in BUDGETS]:
@@ -109,7 +111,7 @@ def demo(n: int = 20, timed: bool = True) -> pa.Table:
 
 
 def _truth(mode: str, policy: str, budget: str, b: int) -> float:
-    """The probability of a right answer."""
+    """Return the probability of a right answer."""
     if policy == "full":
         return 0.98
     kept = {"random": 0.3, "streaming_llm": 0.6, "h2o": 0.75, "snapkv": 0.98, "tova": 0.95}[policy]

@@ -9,7 +9,7 @@ import polars as pl
 
 TOKENS, ENTRY_BYTES = 64, 512
 LOG_PPL, BOOK_SD, WINDOW_SD = 3.0, 0.4, 0.15
-# nats a token above the full cache, and how much that differs between books and windows
+# nats per token above the full cache, and the variation of that difference between books and between windows
 COST_BOOK_SD, COST_WINDOW_SD = 0.03, 0.05
 
 
@@ -22,7 +22,7 @@ def simulated(
     lengths: tuple[int, ...] = (256,),
     corpus: str = "pg19",
 ) -> pl.DataFrame:
-    """Rows of tables.PERPLEXITY (the columns that are analysed) for the full cache and each (policy, budget: r...)."""
+    """Return rows of tables.PERPLEXITY (the analysed columns) for the full cache and each (policy, budget: r...)."""
     rows = []
     for bin, length in enumerate(lengths):
         base = rng.normal(LOG_PPL, BOOK_SD, (books, 1)) + rng.normal(0, WINDOW_SD, (books, windows))

@@ -1,4 +1,4 @@
-"""Random cache states of every kind, built from tensors only, and their bit-exact comparison."""
+"""Random cache states of every kind, built from tensors only, and a bit-exact comparison of states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def random_layer(
     batch: tuple[int, ...] = (),
     seed: int = 0,
 ) -> LayerCache | SplitLayer:
-    """A layer of one kind: ``room`` is a view of larger storage, ``gaps`` has been evicted from."""
+    """Return a layer of one kind. ``room``: views of larger storage; ``gaps``: a layer after an eviction."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
@@ -78,7 +78,7 @@ def random_state(kinds: list[str], *, length: int = 50, shift: int = 0, seed: in
 def random_prefill(
     kinds: list[str], context: int = 6, question: int = 3, *, seconds: float = 1.0, seed: int = 0, **shape
 ) -> Prefill:
-    """Layers of the kinds plain, room and window; the context is the beginning of the prompt."""
+    """Return a prefill with layers of the kinds plain, room and window; the context is the beginning of the prompt."""
     prompt = random_state(kinds, length=context + question, n=context + question, seed=seed, **shape)
 
     def before(layer: LayerCache, number: int) -> LayerCache:
@@ -96,7 +96,7 @@ def random_prefill(
 
 
 def plain(state: CacheState) -> CacheState:
-    """The state as a file holds it: without what a policy adds to layers in a class of its own."""
+    """Return the state as a file stores it, without the fields of layer classes that a policy defines."""
 
     def held(layer: LayerCache) -> LayerCache:
         return LayerCache(**{f.name: getattr(layer, f.name) for f in fields(LayerCache)})
@@ -106,7 +106,7 @@ def plain(state: CacheState) -> CacheState:
 
 
 def identical(a, b) -> bool:
-    """Whether two states, layers, tensors or plain values are the same to the last bit, storage with room aside."""
+    """Return whether two states, layers, tensors or plain values are bit-identical; spare storage is not compared."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, tuple):

@@ -1,13 +1,13 @@
-"""The fault campaign: a small experiment is run while things go wrong, and has to end with the same tables each time.
+"""The fault campaign: run a small experiment under faults, and check that it ends with the same tables each time.
 
-    python -m tests.faults --output FILE.json            # all of it: an hour or two on one core
-    python -m tests.faults --kills 3 --served-kills 2 --disks 0 --requests 200 --others two_on_one     # in the tests
-    python -m tests.faults --docs FILE.json --output benchmarks/results/2026-11-30-faults.json
+python -m tests.faults --output FILE.json            # all of it: an hour or two on one core
+python -m tests.faults --kills 3 --served-kills 2 --disks 0 --requests 200 --others two_on_one     # in the tests
+python -m tests.faults --docs FILE.json --output benchmarks/results/2026-11-30-faults.json
 
-The last one adds a campaign to those that are kept and writes the sums into docs/reliability.md.
+The last command adds a campaign to the stored campaigns and writes the sums into docs/reliability.md.
 
-For each kind: tries, after how many of them a plain rerun went on (``survived``), and how many finished runs had the
-tables of an undisturbed one (``identical`` of ``finished``).
+The figures for each kind are the number of tries, the number of tries after which a plain rerun continued
+(``survived``), and how many of the finished runs (``finished``) had the tables of an undisturbed run (``identical``).
 """
 
 from __future__ import annotations

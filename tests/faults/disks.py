@@ -1,4 +1,4 @@
-"""Full disks: results lie on a small file system; each run goes on from the last one."""
+"""Full disks: results are written to a small file system, and each run continues from the previous one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from pathlib import Path
 from faults.experiment import Experiment
 
 STEP = 120_000
-"""bytes of room that a run gets at most, beside what is there"""
+"""the maximum number of free bytes that a run gets, in addition to the files that exist"""
 LATE = ("plots", "tables", "report.md", "report.html", "kv_transition.sqlite", "summary.json", "matched_budget.json")
-"""what is made of the tables: figures, report and exports"""
+"""files that are made from the tables: figures, report and exports"""
 PLENTY = 64_000_000
 FILE, PLACE = "disk.yaml", "disk"
 
 
 class Disks:
-    """Runs that fill their disk. The figures: ``sentence``: how many of them said which file, how much is needed and
-    how much there is, without a traceback. ``lost``: files that were there before and not after. ``where``: at which
-    file.
+    """Runs that fill their disk.
+
+    The figures are ``sentence``: the number of runs whose message names the file, the bytes needed and the bytes free,
+    without a traceback; ``lost``: the number of files that existed before a run and not after it; ``where``: the files
+    at which the disk was full.
     """
 
     def __init__(self, experiment: Experiment, rng: random.Random):
@@ -40,8 +42,11 @@ class Disks:
         return dict(self.counts) | {"where": dict(self.where)}
 
     def fill(self, n: int, report: Callable[[dict], None], late: bool) -> None:
-        """Run out of room ``n`` times and then finish. late: of figures, report and exports, after all else is done;
-        else from the first file on, with room that grows bit by bit."""
+        """Run out of disk space ``n`` times and then finish the experiment.
+
+        late: if true, the space runs out while figures, report and exports are written, after all other jobs are done;
+        if false, from the first file on, with a free space that grows in small steps.
+        """
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={PLENTY}", "tmpfs", self.place], check=True)
         try:
             if late:
@@ -88,7 +93,7 @@ class Disks:
         return {str(path) for path in root.rglob("*.parquet") if not path.name.startswith(".")}
 
     def _without_late(self) -> int:
-        """Remove some of what is made last; return its bytes."""
+        """Remove some of the files that are made last; return their size in bytes."""
         before = shutil.disk_usage(self.place).used
         names = self.rng.sample(LATE, self.rng.randrange(1, len(LATE) + 1))
         for name in names:

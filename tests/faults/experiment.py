@@ -1,4 +1,4 @@
-"""Very small experiments in a checkout of their own: run them, compare their tables with those of undisturbed runs."""
+"""Very small experiments in a separate checkout: run them and compare their tables with those of undisturbed runs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ TINY = SMALL | {
     "prefill": {"store": "always"},
 }
 MARK = "KVT_FAULTS"
-"""environment variable of all processes of a run, wherever they work: the folder of the campaign"""
+"""environment variable of all processes of a run, in any working directory: the folder of the campaign"""
 MEASURED = ("load_s", "prefill_s", "compress_s", "ttft_s", "decode_s", "latency_s", "peak_mem_mb")
-"""columns that no two runs have in common"""
+"""measured columns, which differ between any two runs"""
 TIMED = ("latency", "ttft", "tokens_per_s", "speedup", "peak_mem")
-"""statistics of such columns"""
+"""statistics of the measured columns"""
 
 
 class Experiment:
     """The experiment ``small`` of TINY in ``folder``.
 
-    step: the command of the command line that is run. truth: by experiment file, the tables after an undisturbed run.
+    step: the subcommand of the command line that is run. truth: the tables after an undisturbed run, by experiment
+    file.
     """
 
     def __init__(self, folder: Path, step: str = "all"):
@@ -47,7 +48,7 @@ class Experiment:
         self.learn()
 
     def learn(self, place: str = "results", name: str = "small.yaml") -> None:
-        """Run an experiment file undisturbed and keep what its tables say."""
+        """Run an experiment file undisturbed and store the digests of its tables."""
         done = self.finish(name)
         if done.returncode:
             raise SystemExit(f"the undisturbed run failed:\n{done.stdout}\n{done.stderr}")
@@ -68,7 +69,7 @@ class Experiment:
         return os.environ | {"PYTHONPATH": str(self.folder / "src"), "KVT_WORKER_IDLE_S": "5"}
 
     def start(self, name: str = "small.yaml") -> subprocess.Popen:
-        """Start the command line in a session of its own; its output goes to screen.txt."""
+        """Start the command line in its own process session; its output goes to screen.txt."""
         command = [sys.executable, "-m", "kv_transition", self.step, "-c", name, "--cores", "2"]
         known = self.environment | {MARK: str(self.folder)}
         with (self.folder / f"{name}.screen.txt").open("wb") as screen:
@@ -80,13 +81,13 @@ class Experiment:
         return (self.folder / f"{name}.screen.txt").read_text(errors="replace")
 
     def finish(self, name: str = "small.yaml") -> subprocess.CompletedProcess:
-        """Run the command line to its end."""
+        """Run the command line until it ends."""
         process = self.start(name)
         process.wait(timeout=900)
         return subprocess.CompletedProcess(process.args, process.returncode, self.screen(name), "")
 
     def reset(self, place: str = "results") -> None:
-        """Forget all that was run."""
+        """Remove the results and Snakemake's state."""
         shutil.rmtree(self.folder / place, ignore_errors=True)
         shutil.rmtree(self.folder / ".snakemake", ignore_errors=True)
 
@@ -100,7 +101,7 @@ class Experiment:
         return False
 
     def half_written(self, place: str = "results") -> list[str]:
-        """Return the files under their final names that end too early."""
+        """Return the files that have their final name and are truncated."""
         root = self.results(place)
         broken = [str(path) for path in preflight.damaged_tables(root)]
         for path in root.rglob("*.json"):
@@ -112,7 +113,7 @@ class Experiment:
 
 
 def tables(root: Path) -> dict[str, str]:
-    """Return the digest of what each Parquet table says, but for what a clock or a memory meter said."""
+    """Return the digest of each Parquet table without measured times and memory."""
     return {
         str(path.relative_to(root)): _content(path)
         for path in sorted(root.rglob("*.parquet"))
@@ -128,6 +129,6 @@ def _content(path: Path) -> str:
         table = table.filter(pc.invert(timed))
     rows = table.to_pylist()
     for row in rows:
-        if row.get("raw"):  # how an endpoint was asked: attempts, seconds
+        if row.get("raw"):  # how a request was sent: attempts, seconds
             row["raw"] = {key: value for key, value in json.loads(row["raw"]).items() if key != "http"}
     return sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

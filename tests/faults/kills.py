@@ -1,4 +1,5 @@
-"""kill -9 at random moments: of the whole run, of Snakemake, the command line, a client, the server, or any process."""
+"""Send SIGKILL at random moments: to the whole run, Snakemake, the command line, a client, the server, or any
+process."""
 
 from __future__ import annotations
 
@@ -18,18 +19,20 @@ from faults.served import FILE, PLACE, Server
 VICTIMS = ("everything", "snakemake", "command line", "any process")
 SERVED_VICTIMS = ("server", "client", "server and everything")
 WAIT_S = 120.0
-"""seconds in which a job may end that was under way, and the worker that has no run any more"""
+"""seconds in which a job that was running, and a worker without a run, may end"""
 LATEST_S = 25.0
-"""seconds after the lock is there, at the latest, that something is killed"""
+"""the maximum number of seconds between the appearance of the lock and the kill"""
 GONE_S = 10.0
-"""seconds, at the most, until a killed server is started again"""
+"""the maximum number of seconds until a killed server is started again"""
 
 
 class Campaign:
-    """Kills of one experiment file; a run goes on from what the last one left, and a finished one is compared.
+    """Kills of the runs of one experiment file.
 
-    figures: ``left`` names the processes of a killed run that were there after `WAIT_S`. server: what the experiment
-    asks for its answers, None where it has a model of its own.
+    A run continues from the state of the previous one; the tables of a finished run are compared.
+
+    figures: ``left`` lists the processes of a killed run that existed after `WAIT_S`. server: the server that the
+    experiment asks for its answers, None if the experiment runs its own model.
     """
 
     def __init__(self, experiment: Experiment, rng: random.Random, server: Server | None = None):
@@ -46,7 +49,7 @@ class Campaign:
         return dict(self.counts) | own | ({"server_starts": self.server.starts} if self.server else {})
 
     def kill(self, n: int, report: Callable[[dict], None]) -> None:
-        """Kill ``n`` times, and let the last run end."""
+        """Kill ``n`` times, and then let the last run finish."""
         while self.counts["tries"] < n and self._one():
             report(self.figures)
         if self.counts["tries"] >= n and self.experiment.finish(self.name).returncode == 0:
@@ -54,7 +57,7 @@ class Campaign:
         report(self.figures)
 
     def _one(self) -> bool:
-        """Start a run and kill some of it, unless it ends before; whether the campaign can go on."""
+        """Start a run and kill some of its processes unless it ends first; return whether the campaign can continue."""
         rng, process = self.rng, self.experiment.start(self.name)
         early = rng.random() < 0.25
         if not early:
@@ -75,7 +78,7 @@ class Campaign:
             self._settle()
         elif not killed:
             process.wait()
-            print(self._said()[-2000:], flush=True)  # a rerun that does not go on is what this looks for
+            print(self._said()[-2000:], flush=True)  # the defect that the campaign searches for
             return False
         return True
 
@@ -88,7 +91,7 @@ class Campaign:
         self.experiment.reset(self.place)
 
     def _kill(self, process: subprocess.Popen, victim: str) -> bool:
-        """Kill; false where the run ended before there was such a process."""
+        """Kill the victim; return False if the run ended before such a process existed."""
         if victim == "client":
             return self._kill_client(process)
         if victim in ("server", "server and everything"):
@@ -101,7 +104,7 @@ class Campaign:
         return True
 
     def _kill_client(self, process: subprocess.Popen) -> bool:
-        """Kill a job while it asks the server."""
+        """Kill a job while it waits for an answer of the server."""
         while process.poll() is None:
             jobs = [each for each in _family(process.pid) if b"grid.remote" in _command(each)]
             if jobs:
@@ -132,7 +135,7 @@ def _wait_for_lock(folder: Path, process: subprocess.Popen) -> None:
 
 
 def _family(pid: int) -> list[int]:
-    """Return a process and all that descend from it."""
+    """Return a process and all its descendants."""
     parents = {int(p.name): _parent(p) for p in Path("/proc").iterdir() if p.name.isdecimal()}
     found = [pid]
     for each in found:
@@ -153,9 +156,9 @@ def _command(pid: int) -> bytes:
 
 
 def clear(folder: Path) -> list[str]:
-    """Wait for what is left of a killed run; kill what stays, and return its command lines.
+    """Wait until the processes of a killed run end; kill those that remain, and return their command lines.
 
-    A Snakemake whose command line was killed goes on by right, so it is killed as well and not counted.
+    A Snakemake process whose command line was killed continues by design, so it is killed as well and not counted.
     """
     for each in _running(folder):
         if b"snakemake" in _command(each):
@@ -182,7 +185,8 @@ def _read(path: Path) -> str:
 
 
 def _running(folder: Path) -> list[int]:
-    """Return the living processes that work in the folder, or that say in their environment that they are a run's."""
+    """Return the live processes whose working directory is the folder or whose environment marks them as part of a
+    run."""
     found, mark = [], f"{MARK}={folder}".encode()
     for process in Path("/proc").iterdir():
         if not process.name.isdecimal() or int(process.name) == os.getpid():

@@ -1,4 +1,5 @@
-"""Faults of the file system, the clock and the neighbours. Each function tries one kind and returns its figures."""
+"""Faults of the file system and the clock, and concurrent runs. Each function tries one kind and returns its
+figures."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def _figures(experiment: Experiment, tries: int, survived: int, place: str = "re
 
 
 def read_only(experiment: Experiment) -> Figures:
-    """Results lie on a disk that may only be read: one sentence, and a rerun after that is mended."""
+    """Make the disk of the results read-only: the run ends with one sentence, and a rerun on a writable disk
+    finishes."""
     place = experiment.folder / "locked"
     place.mkdir(exist_ok=True)
     experiment.configure("locked", "locked.yaml")
@@ -46,7 +48,7 @@ def read_only(experiment: Experiment) -> Figures:
 
 
 def _interrupt(experiment: Experiment, name: str = "small.yaml") -> None:
-    """Start a run and kill all of it after half a minute."""
+    """Start a run and kill all its processes after half a minute."""
     process = experiment.start(name)
     try:
         process.wait(timeout=30)
@@ -57,7 +59,7 @@ def _interrupt(experiment: Experiment, name: str = "small.yaml") -> None:
 
 
 def clock_goes_back(experiment: Experiment) -> Figures:
-    """Half of the results are of tomorrow, as after a clock that was put right: nothing is lost or mixed up."""
+    """Interrupt a run and date its files to tomorrow, as after a clock correction: nothing is lost or mixed up."""
     _interrupt(experiment)
     tomorrow = time.time() + 86_400
     for path in experiment.results().rglob("*"):
@@ -66,7 +68,7 @@ def clock_goes_back(experiment: Experiment) -> Figures:
 
 
 def two_on_one(experiment: Experiment) -> Figures:
-    """Two runs on the same results: the second is refused in one sentence, the first one ends well."""
+    """Start two runs on the same results: the second is refused with one sentence, and the first finishes."""
     first = experiment.start()
     while first.poll() is None and not any((experiment.folder / ".snakemake/kvt_runs").glob("*.json")):
         time.sleep(0.05)
@@ -77,7 +79,7 @@ def two_on_one(experiment: Experiment) -> Figures:
 
 
 def two_side_by_side(experiment: Experiment) -> Figures:
-    """Two runs from the same folder with results of their own: both end well, with the same tables."""
+    """Start two runs from the same folder with separate results: both finish with the same tables."""
     experiment.configure("beside", "beside.yaml")
     first, second = experiment.start(), experiment.start("beside.yaml")
     ended = [first.wait(timeout=900), second.wait(timeout=900)] == [0, 0]
@@ -100,9 +102,9 @@ pathlib.Path.replace = replace
 
 @contextmanager
 def _patched(experiment: Experiment, body: str) -> Iterator[None]:
-    """Let every Python of the run replace files in another way, in the results only."""
+    """Patch how every Python process of the run replaces files, for files in the results only."""
     code = _PATCH.format(root=str(experiment.results()), body=textwrap.indent(textwrap.dedent(body), "    "))
-    # beside the package: that folder is on the path of each job
+    # next to the package, because this folder is on the path of each job
     patch = experiment.folder / "src/sitecustomize.py"
     patch.write_text(code)
     try:
@@ -112,9 +114,9 @@ def _patched(experiment: Experiment, body: str) -> Iterator[None]:
 
 
 def rename_not_atomic(experiment: Experiment) -> Figures:
-    """A file system that copies where it should rename, and processes that die in the middle of one copy in six.
+    """Run on a file system that copies instead of renaming, where a process dies in the middle of one copy in six.
 
-    tries: how many of them died.
+    tries: the number of processes that died.
     """
     log = experiment.folder / "deaths.txt"
     log.write_text("")
@@ -142,7 +144,7 @@ def rename_not_atomic(experiment: Experiment) -> Figures:
 
 
 def seen_a_second_late(experiment: Experiment) -> Figures:
-    """A network file system on which a new file is seen a second after it was written."""
+    """Run on a network file system on which a new file becomes visible one second after it was written."""
     body = """
         shutil.copy2(self, str(self) + ".late")
         self.unlink()

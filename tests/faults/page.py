@@ -1,4 +1,4 @@
-"""The figures of campaigns, added up and written into docs/reliability.md."""
+"""Add up the figures of campaigns and write them into docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {
 
 
 def write(sources: Sequence[Path], kept: Path) -> None:
-    """Add campaigns to the file in which they are kept, and replace the figures on the page."""
+    """Add campaigns to the file that stores them, and replace the figures on the page."""
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     campaigns = known.get("campaigns", [])
     for source in sources:
@@ -45,7 +45,7 @@ def write(sources: Sequence[Path], kept: Path) -> None:
 
 
 def added(figures: Sequence[Any]) -> Any:
-    """Return the sum of numbers, of lists, and of such things by their names."""
+    """Return the sum of numbers or of lists, or, for dictionaries, the sums by name."""
     if not figures:
         return None
     if isinstance(figures[0], dict):
@@ -66,7 +66,7 @@ def table(kinds: dict[str, Any]) -> list[str]:
 
 
 def most_first(counts: dict[str, int]) -> str:
-    """Return each name with its count, the greatest first."""
+    """Return each name with its count, the largest count first."""
     return ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items(), key=lambda count: -count[1]))
 
 

@@ -1,4 +1,5 @@
-"""Mutated requests, several at a time, to a server of this project: each is answered or refused, and soon."""
+"""Send mutated requests, several at a time, to a server of this project: each is answered or refused within a time
+limit."""
 
 from __future__ import annotations
 
@@ -21,17 +22,17 @@ from test_serve_fuzz import GOOD, changed, damaged
 READER = Path(__file__).parents[2] / "resources/tiny-reader"
 AT_ONCE = 4
 LATEST_S = 60.0
-"""seconds after which a request without an answer counts as one that hangs"""
+"""seconds after which a request without an answer counts as a hang"""
 RAW = 10
-"""one request in so many is damaged in its head as well, and sent over a bare connection"""
+"""one request in this many also has a damaged head and is sent over a bare connection"""
 JSON = {"content-type": "application/json"}
 
 
 def fuzz(n: int, rng: random.Random) -> dict:
-    """Send ``n`` requests; return how many got which status, the slowest, and the server's memory before and after.
+    """Send ``n`` requests; return the count of each status, the slowest time, and the server's memory before and after.
 
-    closed: damaged heads after which the server closed the connection without a word. before: after a tenth of them,
-    since the first of each kind load code and fill the store of prompts.
+    closed: the number of damaged heads after which the server closed the connection without a response. before: the
+    memory after a tenth of the requests, because the first of each kind load code and fill the store of prompts.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -96,7 +97,8 @@ def _head(path: str, content: bytes) -> bytes:
 
 
 def _raw(port: int, content: bytes) -> str:
-    """Send bytes and close that side: a length that is too large would be waited for."""
+    """Send bytes and close the sending side, because the server would wait for the rest of a length that is too
+    large."""
     got = b""
     with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), LATEST_S) as connection:
         try:

@@ -1,4 +1,4 @@
-"""The same experiment through a server of this project, which can be killed and started again at its address."""
+"""The same experiment through a server of this project, which can be killed and restarted at the same address."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE, PLACE = "served.yaml", "served"
 
 @contextmanager
 def running(experiment: Experiment) -> Iterator[Server]:
-    """A server that is there as long as the block goes on."""
+    """Yield a server that runs until the block ends."""
     server = Server(experiment)
     try:
         yield server
@@ -25,7 +25,7 @@ def running(experiment: Experiment) -> Iterator[Server]:
 
 
 class Server:
-    """`kv_transition serve` with the embedded model, at an address that stays."""
+    """`kv_transition serve` with the embedded model, at a fixed address."""
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
@@ -46,7 +46,7 @@ class Server:
         self.process.wait()
 
     def again(self, after_s: float) -> None:
-        """Start it again after some seconds, and wait until it listens."""
+        """Start the server again after ``after_s`` seconds, and wait until it listens."""
         time.sleep(after_s)
         self.process = self._started()
 
@@ -55,7 +55,7 @@ class Server:
         model = self._experiment.folder / "resources/tiny-reader"
         command = [sys.executable, "-m", "kv_transition", "serve", "--model", model, "--name", "tiny-reader"]
         command += ["--port", str(self._port), "--device", "cpu", "--threads", "1"]
-        # not in the folder of the runs, so that it is none of theirs
+        # outside the folder of the runs, so that it does not count as a process of a run
         process = subprocess.Popen(
             command, cwd=self._experiment.folder.parent, env=self._experiment.environment, stderr=subprocess.DEVNULL
         )

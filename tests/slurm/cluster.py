@@ -1,4 +1,4 @@
-"""A Slurm of one node that a test starts on this machine, and what its record says about jobs."""
+"""Start a Slurm cluster of one node on this machine for a test, and read its record of jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("slurm-wlm", "munge")
 
 
 def start() -> str | None:
-    """Install what is missing and start the cluster; None, or why there can be none."""
+    """Install the missing packages and start the cluster; return None, or the reason why this is impossible."""
     for plugin in ("slurm", "cluster_generic"):
         if importlib.util.find_spec(f"snakemake_executor_plugin_{plugin}") is None:
             return f"snakemake's plugin {plugin} is not installed: pip install '.[cluster]'"
@@ -43,14 +43,14 @@ def stop() -> None:
 
 
 def jobs(rule: str | None = None) -> list[dict[str, str]]:
-    """What the record holds, the newest last: of a rule's jobs (``rule_cell``), or all."""
+    """Return the recorded jobs, the newest last: those of one rule (``rule_cell``), or all."""
     text = subprocess.run(["scontrol", "--oneliner", "show", "job"], capture_output=True, text=True, check=True).stdout
     found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines() if line.startswith("JobId=")]
     return [job for job in found if rule is None or job.get("Comment", "").startswith(rule)]
 
 
 def queue() -> list[str]:
-    """Job ids that wait or run."""
+    """Return the ids of the pending and running jobs."""
     command = ["squeue", "--noheader", "--format", "%i", "--states", "PENDING,RUNNING,CONFIGURING"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
@@ -60,7 +60,7 @@ def cancel(job: str) -> None:
 
 
 def wait_for(what, seconds: float = 120):
-    """The first true value of ``what()``. Raises TimeoutError if none comes."""
+    """Return the first true value of ``what()``. Raise TimeoutError if no value becomes true."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if value := what():

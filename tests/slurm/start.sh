@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a Slurm of one node on this machine, as root, and waits until it takes jobs.
+# Start a Slurm cluster of one node on this machine, as root, and wait until it accepts jobs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 spool=/var/spool/kvt-slurm
@@ -7,7 +7,7 @@ spool=/var/spool/kvt-slurm
 mkdir -p /run/munge /etc/slurm "$spool"/state "$spool"/spool
 chown munge: /run/munge
 chmod 755 /run/munge
-# jobs are submitted without SLURM_CONF, so the files lie where Slurm looks by itself
+# jobs are submitted without SLURM_CONF, so the files are in the folder that Slurm reads by default
 install -m 644 slurm.conf gres.conf /etc/slurm/
 
 munge --no-input >/dev/null 2>&1 || runuser -u munge -- munged

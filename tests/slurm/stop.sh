@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stops what start.sh started, by the process ids that it left, and takes its configuration away.
+# Stop the processes that start.sh started, by their recorded process ids, and remove their configuration.
 spool=/var/spool/kvt-slurm
 for file in "$spool"/slurmd.pid "$spool"/slurmctld.pid; do
     pid=$(cat "$file" 2>/dev/null) && kill "$pid" 2>/dev/null
