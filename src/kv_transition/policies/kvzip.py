@@ -29,7 +29,8 @@ class KVzip(Scored):
     Differences: the authors never evict the tokens before the context in the prompt template, and these are the sinks
     in their scores; here these tokens are repeated with the rest, and the first ``n_sink`` tokens are kept. A head of
     theirs may lose all of its entries. kvpress repeats 2048 tokens at a time, masks the entries that it evicts and does
-    not free them.
+    not free them. The authors compress before the question is known. In the mode ``after_prompt`` the entries of the
+    question compete with those of the context, and most of them may be evicted; ``window`` keeps the last entries.
     """
 
     statistics = frozenset({"reconstruction"})
