@@ -1,7 +1,7 @@
-"""Adaptive allocation through Snakemake: rounds, and looks that decide where the next round runs.
+"""Test adaptive allocation through Snakemake: rounds, and looks that decide in which bins the next round runs.
 
-The model is scripted, so that what there is to find is known and a round takes seconds: half of the answers of the
-policy `fails` are empty in the longer bin; everything else is right.
+The model is scripted, so that the true effects are known and a round takes seconds: half of the answers of the policy
+`fails` are empty in the longer bin; all other answers are right.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def project(finished_adaptive, tmp_path):
 
 
 def times(project) -> dict[str, int]:
-    """When each cell was written."""
+    """Return the modification time of each cell file."""
     root = project.results / "shards"
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("cells/**/*.parquet")}
 
@@ -112,7 +112,7 @@ def looks(project) -> list[dict]:
 
 
 def without_cell(project) -> dict[str, int]:
-    """Delete a cell of the second round; the other cells' times."""
+    """Delete a cell of the second round; return the modification times of the other cells."""
     cell = "1/cells/reader_qa/before_question/fails/r0.5/bin1.parquet"
     (project.results / "shards" / cell).unlink()
     return times(project)
@@ -121,7 +121,7 @@ def without_cell(project) -> dict[str, int]:
 @pytest.mark.slow
 def test_only_the_undecided_bin_gets_more(finished_adaptive):
     rounds = [{r["bin"]: (r["n"], r["wanted"]) for r in looks(finished_adaptive) if r["look"] == k} for k in range(3)]
-    # eight examples decide nothing; sixteen show that all is well in the short bin, but not yet that half fails
+    # Eight examples decide nothing. Sixteen show that the short bin is stable, but not that half of the long bin fails.
     assert rounds == [{0: (8, 16), 1: (8, 16)}, {0: (16, 16), 1: (16, 24)}, {0: (16, 16), 1: (24, 24)}]
     scores = pl.read_parquet(finished_adaptive.results / "scores.parquet").filter(~pl.col("alias"))
     counted = scores.group_by("policy", "bin").agg(pl.col("example_id").n_unique(), pl.len())

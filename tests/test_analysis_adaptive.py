@@ -20,7 +20,8 @@ PLAN = Adaptive(enabled=True, start=5, step=5, cap=20)
 
 
 def transition(onset, collapse=None, outcome="zone", opened=(), blind=(), fallen=None, policy="snapkv"):
-    """A row of the transition table with these bootstrap probabilities over the bins; the rest is none."""
+    """Return a row of the transition table with these bootstrap probabilities over the bins; the remaining probability
+    is "none"."""
     collapse = collapse or [0.0] * len(onset)
     bins = [
         {
@@ -47,7 +48,7 @@ def decide(*rows, have=(5, 5, 5), available=(50, 50, 50), plan=PLAN, look=0):
 
 
 def test_boundaries_are_the_published_ones():
-    # five looks at equal steps, two-sided alpha 0.05, O'Brien-Fleming-type spending (Lan and DeMets 1983; ldbounds)
+    # five equally spaced looks, two-sided alpha 0.05, O'Brien-Fleming-type spending (Lan and DeMets 1983; ldbounds)
     found = norm.isf(np.array(adaptive.levels((1, 2, 3, 4, 5), 0.05)) / 2)
     assert found == pytest.approx([4.8769, 3.3569, 2.6803, 2.2898, 2.0310], abs=2e-4)
 
@@ -63,7 +64,7 @@ def test_alpha_is_spent_slowly_and_never_exceeded(start, step, more, alpha):
     assert (sizes[0], sizes[-1]) == (start, start + more)
     levels = adaptive.levels(sizes, alpha)
     assert all(0 < level <= alpha + 1e-9 for level in levels)
-    # alpha is the chance that any look errs: at least that of one, at most the sum of all
+    # alpha is the probability that any look errs: at least that of one look, at most the sum over all looks
     assert max(levels) <= alpha + 1e-9 <= sum(levels) + 2e-9
     assert adaptive.spent(1, alpha) == pytest.approx(alpha)
 
@@ -154,7 +155,7 @@ def test_what_is_open_by_either_table_gets_more():
 
 
 def test_the_simulated_adaptive_experiment_of_the_benchmark_runs(monkeypatch):
-    """benchmarks/transition_power.py grows bins by `open_bins`: it stops early where a collapse is plain."""
+    """Check that the loop in benchmarks/transition_power.py stops early if a collapse is clear."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import transition_power
 

@@ -88,7 +88,7 @@ def test_difference_from_the_full_cache_is_paired_by_example():
     row = stat(result, "score", bin=0)
     assert row["estimate"] == pytest.approx((-1 + 0 + 0 - 0.5 + 0) / 5)
     assert row["n"] == 5
-    # Student's test after one more pair that the policy gains
+    # Student's t-test after adding one pair in which the policy gains
     expected = ttest_1samp([-1, 0, 0, -0.5, 0, 1], 0, alternative="less").pvalue
     assert row["p_value"] == pytest.approx(min(1, 2 * expected))
     ratio = stat(result, "score_ratio")

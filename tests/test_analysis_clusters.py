@@ -35,7 +35,7 @@ def test_resampled_sums_have_the_bootstraps_mean_and_variance():
     assert found.shape == (20_001, 2)
     assert found[0] == pytest.approx(columns.sum(axis=0))
     assert (found[:, 1] == 30).all()
-    # n draws with replacement: the variance of their sum is n times the (population) variance
+    # n draws with replacement: the variance of their sum is n times the population variance
     assert found[1:, 0].mean() == pytest.approx(columns[:, 0].sum(), abs=4 * (30 * columns[:, 0].var() / 20_000) ** 0.5)
     assert found[1:, 0].var() == pytest.approx(30 * columns[:, 0].var(), rel=0.05)
 

@@ -61,7 +61,7 @@ def test_what_is_called_detectable_is_detected_four_times_in_five():
     lost = np.where(np.arange(n)[:, None] < loss * n, 0.0, 1.0)
     rows = cell_rows(np.ones((n, 1)), none) + cell_rows(lost, none, policy="h2o", budget="r0.5")
     row = pl.from_arrow(c.comparisons(table(rows), SETTINGS)).filter(statistic="score", bin=0).row(0, named=True)
-    # the same spread around a mean as far from 0 as is called detectable
+    # the same spread around a mean whose distance from 0 is the minimum detectable difference
     samples = rng.choice(lost[:, 0] - 1 + loss, (trials, n)) - row["mdd"]
     found = (paired.difference(samples, ends=(-2, 1)).p < 0.05).mean()
     assert found == pytest.approx(c.POWER, abs=0.06)
@@ -92,7 +92,7 @@ def test_documents_are_the_unit_of_a_comparison():
     frame = pl.from_arrow(c.comparisons(table(full + policy), SETTINGS))
     row = frame.filter(statistic="score", bin=0).row(0, named=True)
     assert (row["n"], row["clusters"]) == (20, 4)
-    # four documents of five answers and one more that is gained, as five sums; two documents differ
+    # Cluster sums of four documents of five answers, plus one document that is gained; two documents differ.
     assert row["p_value"] == pytest.approx(2 * stats.ttest_1samp([0, -1, -0.5, 0, 1], 0, alternative="less").pvalue)
     assert "clusters" in row["method"]
     assert row["mdd"] is None

@@ -185,7 +185,7 @@ def test_cluster_robust_mean_agrees_with_statsmodels():
 
 
 def test_a_rate_over_clusters_by_hand():
-    # three documents of two answers, 2, 1 and 0 of them right: m = 1/2, cluster residuals 1, 0 and -1
+    # three documents of two answers, with 2, 1 and 0 right answers: m = 1/2, cluster residuals 1, 0 and -1
     values, codes = np.array([[1.0, 1, 1, 0, 0, 0]]), np.array([[0.0, 0, 1, 1, 2, 2]])
     phi = min((2 / 0.25 + 2 * 2**2) / (6 - 2 + 2 * 2), 2)
     shrink = Z / stats.t.ppf(0.975, 3 - 1 + 2)

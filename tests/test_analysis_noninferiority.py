@@ -13,7 +13,8 @@ SETTINGS = Statistics(resamples=200)
 
 
 def cells(n, policy_right, budgets, full_right=1.0, bins=1, policy="snapkv"):
-    """Full cache and one policy with these shares of right answers, by budget; the first examples are right."""
+    """Return rows of the full cache and one policy with these shares of right answers by budget; the first examples are
+    right."""
     rows, none, index = [], np.zeros((n, 1), bool), np.arange(n)[:, None]
     for b in range(bins):
         rows += cell_rows(np.where(index < round(full_right * n), 1.0, 0.0), none, bin=b)

@@ -23,7 +23,8 @@ STATISTICS = {"confidence": 0.95, "resamples": 300, "seed": 0}
 
 
 def analysed(folder: Path, scores: pa.Table) -> list[str]:
-    """The tables that figures are drawn from: paths of scores, bin_stats, comparisons and transition."""
+    """Write the tables that figures are drawn from; return the paths of scores, bin_stats, comparisons and
+    transition."""
     paths = [str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")]
     pq.write_table(scores, paths[0])
     write_aggregates(*paths[:3], STATISTICS)
@@ -93,7 +94,8 @@ def test_small_experiments_are_drawn(tmp_path, keep):
 
 
 def test_entries_over_the_answer_are_those_that_the_rows_recorded(tmp_path, tables):
-    """Two answers of 3 and 2 tokens over a budget of 8: mean, least and greatest; without any, the figure says so."""
+    """Check mean, minimum and maximum for two answers of 3 and 2 tokens at a budget of 8; without data the figure says
+    so."""
     rows = demo(n=2).to_pylist()
     held = iter([[[0, 8.0], [1, 9.0], [2, 8.0]], [[0, 10.0], [1, 12.0]]])
     for row in rows:
@@ -128,7 +130,7 @@ def test_the_front_is_what_no_other_point_beats(tables):
         for size, score, best in own:
             dominated = any(
                 (s <= size and e >= score) and (s, e) != (size, score) for s, e, _ in own
-            )  # worse in one, better in none
+            )  # not worse in bytes and score, and different in at least one
             assert best == (not dominated)
         assert max(own, key=lambda p: p[1])[2], "the highest score is always on the front"
 
@@ -145,8 +147,8 @@ def test_footprints_are_mean_shares_of_bytes(tables):
 
 
 def test_what_is_kept_in_other_memory_is_not_saved(tmp_path):
-    """A policy as good as the full cache that holds everything, in two places, answers nothing about how little will
-    do."""
+    """Check a policy that is as good as the full cache and holds all entries in two memories: it has no smallest
+    budget."""
     rows = demo().to_pylist()
     for row in rows:
         if row["policy"] == "h2o":

@@ -18,7 +18,7 @@ SETTINGS = Statistics(resamples=500)
 
 
 def run(right, failed=None, *, full=1.0, n=20, policy_values=None):
-    """Both verdicts for a policy with exactly these shares of right and of failed answers per bin."""
+    """Return both detectors' rows for a policy with exactly these shares of right and of failed answers per bin."""
     rows = []
     failed = failed or [0.0] * len(right)
     for b, (share, lost) in enumerate(zip(right, failed, strict=True)):
@@ -34,7 +34,7 @@ def run(right, failed=None, *, full=1.0, n=20, policy_values=None):
 
 
 def pattern(row):
-    """What the detector found, before comparisons say whether anything is lost."""
+    """Return the pattern that the detector found, before the comparisons decide whether there is a loss."""
     return json.loads(row["details"])["pattern"]
 
 
@@ -184,17 +184,17 @@ def test_nothing_unstable_raises_few_alarms():
             none = np.full(20, np.nan)
             bins.append(transition.Point(b, (b, b + 1), policy, failed, full, full_failed, none, none))
         alarms += transition.detect(bins, "x", Statistics(resamples=200)).onset is not None
-    assert alarms <= 8  # 5 % of 60 is 3; more than 8 has a probability below 1 % then
+    assert alarms <= 8  # 5 % of 60 is 3; at a rate of 5 %, more than 8 has a probability below 1 %
 
 
 # ----------------------------------------------------------------------------------------------------
-# Constructed truths
+# Simulated policies with known true values
 
 
 def constructed(right, lost, *, n=60, graded_from=None, seed=0):
-    """Transition tables of a policy whose answers are right and fail with these probabilities per bin.
+    """Return transition tables of a policy whose answers are right and fail with these probabilities per bin.
 
-    From ``graded_from`` on, graded scores (beta of precision 12, as before it) become 0 or 1 at the same mean.
+    From the bin ``graded_from`` on, graded scores (beta distribution of precision 12) become 0 or 1 with the same mean.
     """
     rng, rows, none = np.random.default_rng(seed), [], np.zeros((n, 1), bool)
     for b, (share, rate) in enumerate(zip(right, lost, strict=True)):

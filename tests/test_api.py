@@ -1,4 +1,5 @@
-"""The Python library: read a context once, compress it, ask questions; against attention from its definition."""
+"""Test the Python library: read a context once, compress it, ask questions; compare with attention from its
+definition."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def test_every_public_name_is_there():
         _ = kvt.lead
 
 
-# -- reading and asking
+# -- read and ask
 
 
 def test_a_context_is_read_once_and_each_question_by_itself(model, monkeypatch):
@@ -63,7 +64,7 @@ def test_a_context_is_read_once_and_each_question_by_itself(model, monkeypatch):
     assert fed == [len(CONTEXT)]
     for held in compressed:
         held.ask(QUESTION, max_new_tokens=3)
-    # the question, and two of its three tokens, since the last one is not read
+    # the question, and two of the three answer tokens, because the last one is not read
     assert fed == [len(CONTEXT)] + [len(QUESTION), 1, 1] * 3
 
 
@@ -93,7 +94,8 @@ def test_the_full_cache_answers_as_a_plain_forward_pass(context):
 
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 def test_entropies_belong_to_the_tokens(context, mode):
-    """One entropy for each token, with a watcher and with a reread last prompt token as well."""
+    """Check that each token has one entropy, also with a step observer and with a last prompt token that is read
+    again."""
     for policy in ("h2o", {"kind": "entropy_recall", "tau": 1.0}):
         longer = context.ask(QUESTION, policy, 0.3, mode=mode, max_new_tokens=6)
         shorter = context.ask(QUESTION, policy, 0.3, mode=mode, max_new_tokens=3)
@@ -122,7 +124,7 @@ def test_a_model_from_a_folder_is_the_same_model(tmp_path, model):
     assert loaded.read("w1 w2 w3").ask("w4").tokens == model.read("w1 w2 w3").ask("w4").tokens
 
 
-# -- what is left
+# -- kept entries
 
 
 def test_the_kept_positions_are_a_row_each(context):
@@ -153,7 +155,8 @@ def test_the_heat_map_shows_the_share_of_each_stretch(context, columns):
 
 
 def streaming_sees(n, length, sinks, k):
-    """Who may see whom where the first n tokens are read in full, and then k entries are held at each token."""
+    """Return the mask of a stream whose first n tokens are read in full, and which then holds k entries at each
+    token."""
     visible = torch.ones(length, length, dtype=torch.bool).tril()
     for i in range(n, length):
         visible[i, sinks : i - (k - sinks)] = False
@@ -173,7 +176,7 @@ def test_a_text_is_scored_against_what_is_left(context, policy):
     assert scored.perplexity == pytest.approx(torch.tensor(expected).mean().exp().item(), rel=1e-4)
 
 
-# -- a policy of one's own
+# -- user-defined policies
 
 
 class Oldest(kvt.Policy):
@@ -235,7 +238,7 @@ def test_the_plot_shows_mean_scores_against_bytes():
     assert "2 questions about one context" in chart.to_dict()["title"]["subtitle"]
 
 
-# -- bad use
+# -- invalid use
 
 
 def test_bad_use_is_a_sentence(model, context):

@@ -1,4 +1,5 @@
-"""The architecture: allowed imports, modules that must import fast, and code hashes that cover all imported code."""
+"""Test the architecture: allowed imports, modules that must import fast, and code hashes that cover all imported
+code."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from kv_transition.studies import registry
 SOURCE = Path(provenance.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# from top to bottom; what shares a line may import each other
+# from the highest layer to the lowest; modules on one line may import each other
 LAYERS = [
     {"cli", "__main__", "quickstart"},
     {"doctor"},
@@ -56,7 +57,7 @@ BESIDE = {
     "worker",
     "specs",
 }
-# specs knows what every job depends on, so it reads the catalog of policies
+# specs lists the dependencies of every job, so it reads the catalog of policies
 MAY_LOOK_UP = {"specs": {"policies"}}
 
 
@@ -66,12 +67,12 @@ def module_name(file: Path) -> str:
 
 
 def part(module: str) -> str:
-    """The layer that a module belongs to; what a study says of itself to the whole project lies below all layers."""
+    """Return the layer of a module; the modules that register the studies belong below all layers."""
     return "registry" if module in FACES else [*module.split("."), ""][1]
 
 
 def imports(file: Path) -> set[str]:
-    """Everything that a file imports when it runs: what stands under TYPE_CHECKING is for readers of types only."""
+    """Return all modules that a file imports at run time; imports under TYPE_CHECKING are for type checkers only."""
     found = set()
     todo: list[ast.AST] = [ast.parse(file.read_text())]
     while todo:
@@ -82,7 +83,7 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from package import module` names a module; any other name is one of the module's own
+            # `from package import module` imports a module; any other name is an attribute of the package
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (names & MODULES) | ({node.module} if names - MODULES else set())
         todo += ast.iter_child_nodes(node)
@@ -149,7 +150,7 @@ def test_the_core_needs_only_torch(file):
 
 
 def loaded_modules(code: str) -> set[str]:
-    # a package without __init__.py, which a study may be, is no file and holds no code
+    # a package without __init__.py, for example a study, has no file and contains no code
     names = "*(name for name, module in sys.modules.items() if getattr(module, '__file__', None))"
     script = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r}); {code}; print({names})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ BOTH = {"column_sums": True, "entropy": True}
 
 
 def assert_exact(found: torch.Tensor, true: torch.Tensor, absolute: float = 1e-6) -> None:
-    """Relative error 1e-5; what is next to nothing is next to nothing."""
+    """Check a relative error of 1e-5 and, for values near zero, the absolute error."""
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=absolute)
 
@@ -46,7 +46,7 @@ def test_blocks_are_eager_attention(case):
 @given(cases(plain=True))
 def test_flash_is_eager_attention(case):
     queries, keys, _ = case.tensors()
-    # The entropy is a difference of two numbers as large as the largest logit, each rounded to fp32.
+    # The entropy is a difference of two numbers up to the largest logit in size, each rounded to fp32.
     largest = (queries.norm(dim=-1).max() * keys.norm(dim=-1).max()).item() * case.scale
     check(case, "flash", entropy_error=1e-6 + 4 * torch.finfo(torch.float32).eps * largest)
 
@@ -83,11 +83,11 @@ def test_half_precision_within_its_rounding(implementation, dtype):
     found = attention_statistics(queries, keys, case.scale, **BOTH, implementation=implementation)
     sums, entropy = eager(queries, keys, case.scale)
     if implementation == "blocks":
-        # it multiplies in fp32, so that nothing but the inputs is rounded
+        # blocks multiplies in fp32, so that only the inputs are rounded
         assert_exact(found.column_sums, sums)
         assert_exact(found.entropy, entropy)
     else:
-        # flash rounds the mean key; the log-sum-exp travels in parts and is not rounded
+        # flash rounds the mean key; the log-sum-exp is stored in several parts and is not rounded
         unit = torch.finfo(dtype).eps
         torch.testing.assert_close(found.column_sums.double(), sums, rtol=unit / 16, atol=1e-4)
         torch.testing.assert_close(found.entropy.double(), entropy, rtol=0, atol=4 * unit)
@@ -115,7 +115,7 @@ def test_chunks_add_up_to_the_whole(implementation, case, data):
 
 @pytest.mark.parametrize("implementation", ["blocks", "flash"])
 def test_known_in_closed_form(implementation):
-    # equal logits: query i spreads evenly over i + 1 entries
+    # equal logits: the weights of query i are uniform over i + 1 entries
     n = 90
     keys = torch.randn(1, n, 32)
     found = attention_statistics(torch.zeros(2, n, 32), keys, 1.0, **BOTH, implementation=implementation)
@@ -155,7 +155,7 @@ def test_only_what_is_asked_and_nothing_else_touched(implementation, q):
 @pytest.mark.parametrize("implementation", ["blocks", "flash"])
 def test_any_memory_layout(implementation):
     queries, keys, _ = Case(batch=2, q=40, n=60).tensors()
-    # as a model makes them: heads interleaved with tokens
+    # the memory layout of a model: heads interleaved with tokens
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (queries, keys)]
     plain = attention_statistics(queries, keys, 0.2, **BOTH, implementation=implementation)
     found = attention_statistics(*turned, 0.2, **BOTH, implementation=implementation)
@@ -164,7 +164,7 @@ def test_any_memory_layout(implementation):
 
 
 class _Largest(TorchDispatchMode):
-    """The largest tensor that any operation gives back, in bytes."""
+    """Record the size in bytes of the largest tensor that any operation returns."""
 
     bytes = 0
 
@@ -195,13 +195,13 @@ def test_no_tensor_grows_with_the_square(implementation, monkeypatch):
 @settings(max_examples=40, deadline=None)
 @given(cases(longest=200), st.data())
 def test_window_sums_over_what_is_left(case, data):
-    """A few queries on a thinned-out cache, against a loop over queries and heads."""
+    """Compare a few queries on a cache after eviction with a loop over queries and heads."""
     queries, keys, bias = case.tensors()
     w = min(case.q, data.draw(st.integers(1, 9)))
     queries, at = queries[:, :, -w:], torch.arange(case.n - w, case.n)
     kept = data.draw(st.integers(1, case.n))
     generator = torch.Generator().manual_seed(case.seed)
-    # every head of every sequence holds entries of its own
+    # every head of every sequence holds different entries
     positions = torch.rand(case.batch, case.kv_heads, case.n, generator=generator).topk(kept).indices.sort().values
     keys = keys.gather(2, positions[..., None].expand(-1, -1, -1, case.d))
     bias = None if bias is None else bias.gather(2, positions)
@@ -224,7 +224,7 @@ def test_window_sums_over_what_is_left(case, data):
 
 
 def test_count_bias_is_as_good_as_copies():
-    """An entry with bias log m receives what m equal entries receive together."""
+    """Check that an entry with bias log m receives as much attention as m equal entries together."""
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(4, 3, 32, generator=generator), torch.randn(2, 8, 32, generator=generator)
     m = 5
@@ -239,7 +239,7 @@ def test_count_bias_is_as_good_as_copies():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As if there were a GPU with Triton."""
+    """Simulate a GPU with Triton."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(statistics, "_ampere", lambda: True)
     monkeypatch.setattr(statistics, "_triton_installed", lambda: True)

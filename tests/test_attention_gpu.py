@@ -1,4 +1,4 @@
-"""Attention statistics on a GPU: each implementation compared with attention from its definition in fp64."""
+"""Test attention statistics on a GPU: each implementation compared with attention from its definition in fp64."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_is_eager_attention(implementation, case, dtype):
         queries, keys, case.scale, **BOTH, window=case.window, bias=bias, implementation=implementation
     )
     sums, entropy = eager(queries, keys, case.scale, case.window, bias)
-    # flash rounds the mean key; nothing else is rounded below fp32
+    # flash rounds the mean key; all other values have at least fp32 precision
     unit = torch.finfo(dtype).eps
     rounded = implementation == "flash" and case.q > 1
     torch.testing.assert_close(found.column_sums.double(), sums, rtol=unit / 16 if rounded else 1e-5, atol=1e-5)

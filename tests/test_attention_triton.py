@@ -1,7 +1,7 @@
-"""The Triton kernels compared with attention from its definition: interpreted, and compiled for other GPUs.
+"""Compare the Triton kernels with attention from its definition, interpreted; compile them for other GPUs.
 
-Triton decides when it is imported whether to interpret, so the tests named ``interpreted`` run in a process of their
-own. In fp32 only: the interpreter computes bfloat16 wrongly.
+Triton decides at import time whether it interprets kernels, so the tests named ``interpreted`` run in a separate
+process. They use fp32 only, because the interpreter computes bfloat16 wrongly.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def check(case: Case) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """So that few tokens make many tiles."""
+    """Use small tiles, so that few tokens give many tiles."""
     tiles = triton_kernels.tiles
     monkeypatch.setattr(triton_kernels, "tiles", lambda d: {**tiles(d), "BQ": 32, "BK": 16})
 
@@ -153,5 +153,5 @@ def test_compiles_for_a_gpu_that_is_not_here(kernel, capability, d, plain, tmp_p
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
     assert compiled.asm["cubin"]
-    # what one multiprocessor of the smallest such GPU (compute capability 8.6) can give a program
+    # the memory that a multiprocessor of the smallest such GPU (compute capability 8.6) can give one program
     assert compiled.metadata.shared <= 99 * 1024

@@ -1,4 +1,4 @@
-"""The audit of the pinned packages: correct if advisories are available, one error sentence if not."""
+"""Test the audit of the pinned packages: correct if advisories are available, one error sentence if not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ NOWHERE = "Traceback (most recent call last):\nConnectionError: no such host"
 
 @pytest.fixture
 def audited(tmp_path, capsys):
-    """Run the audit with a pip-audit that says the given things, by service: packages, or the text of an error."""
+    """Return a function that runs the audit with a fake pip-audit. Its output by service: packages, or the text of an
+    error."""
     requirements = tmp_path / "requirements.lock"
     requirements.write_text("one==1.0\ntorch==2.13.0+cpu\nthree==3.0 ; python_version > '3'\n")
 
@@ -47,7 +48,7 @@ def test_the_index_has_advisories(audited):
 
 
 def test_a_mirror_without_advisories_is_not_taken_for_a_clean_bill(audited):
-    """pip-audit itself says "No known vulnerabilities found" there, with status 0."""
+    """Check the case in which pip-audit itself prints "No known vulnerabilities found" with status 0."""
     status, out, _ = audited(pypi=[UNKNOWN, UNKNOWN], osv=[CLEAN, WEAK])
     assert status == 1
     assert "audited by osv" in out

@@ -1,8 +1,8 @@
-"""Agreement with the authors' own code of CAKE, KVzip and R-KV, with the same K.
+"""Compare with the authors' own code of CAKE, KVzip and R-KV at the same K.
 
 ``KVT_AUTHORS`` names a folder with checkouts of their repositories: `cakekv`, `KVzip` and `R-KV`. Their functions get
-the queries, keys and values of an eager model, and say which entries stay; ours must be the same sets. Where the
-definitions differ, docs/policies.md says so.
+the queries, keys and values of an eager model and return the kept entries; this project must keep the same sets. If
+the definitions differ, docs/policies.md says so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def needs(folder: str) -> pytest.MarkDecorator:
 
 
 def source(name: str, path: Path, **around: object) -> ModuleType:
-    """The module of a file, whose package (if ``name`` has one) has what ``around`` says and nothing else."""
+    """Return the module of a file. If ``name`` has a package, the package contains only the attributes ``around``."""
     package = name.rpartition(".")[0]
     if package:
         sys.modules[package] = ModuleType(package)
@@ -50,7 +50,7 @@ def source(name: str, path: Path, **around: object) -> ModuleType:
 
 
 def places(kept: torch.Tensor, full: torch.Tensor) -> list[list[int]]:
-    """Which of the keys ``full`` [Hkv, n, d] are those of ``kept`` [Hkv, K, d], head by head."""
+    """Return for each head the indices of the keys in ``full`` [Hkv, n, d] that ``kept`` [Hkv, K, d] contains."""
     same = (full[:, :, None] == kept[:, None]).all(-1).any(-1)
     assert same.sum(-1).tolist() == [kept.shape[1]] * len(kept)
     return [row.nonzero().flatten().tolist() for row in same]
@@ -67,7 +67,8 @@ def ours(kind: str, family: str, k: int, **options) -> list[list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def cake():
-    """The authors' cache and attention; what they import of an older transformers is made up for while they do."""
+    """Return the authors' cache and attention modules, imported with stubs for names of an older transformers
+    version."""
     stub = ModuleType("modeling_llama")
     vars(stub).update({name: getattr(typing, name) for name in typing.__all__})
     vars(stub).update({name: value for name, value in vars(modeling_llama).items() if not name.startswith("__")})
@@ -79,7 +80,7 @@ def cake():
 
 
 class Given(torch.nn.Module):
-    """A projection whose result is known."""
+    """A projection that returns a given result."""
 
     def __init__(self, result: torch.Tensor):
         super().__init__()
@@ -90,7 +91,7 @@ class Given(torch.nn.Module):
 
 
 def kept_by_cake(cake, family: str, k: int, window: int, taus: tuple[float, float], gamma: float, cascading: bool):
-    """What the authors' attention leaves of each layer after the prompt."""
+    """Return the entries of each layer that the authors' attention keeps after the prompt."""
     caches, attention = cake
     layers = reference(family, IDS)[1]
     count = len(layers)
@@ -124,7 +125,7 @@ def kept_by_cake(cake, family: str, k: int, window: int, taus: tuple[float, floa
             v_proj=Given(flat[2]),
             o_proj=torch.nn.Identity(),
         )
-        turn = (torch.ones(1, N, q.shape[-1]), torch.zeros(1, N, q.shape[-1]))  # they are rotated already
+        turn = (torch.ones(1, N, q.shape[-1]), torch.zeros(1, N, q.shape[-1]))  # the inputs are rotated already
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "_flash_attention_forward", lambda queries, *_, **__: queries)
             attention.llama_attn_forward_cake(module, flat[0], past_key_value=cache, position_embeddings=turn)
@@ -148,19 +149,20 @@ def test_cake_keeps_what_its_authors_code_keeps(cake, capsys, family, k, taus, g
 
 
 def kept_by_kvzip(kvzip, family: str, k: int, chunk: int) -> list[list[list[int]]]:
-    """By the authors' score and threshold, from an eager model that repeats the text behind itself."""
+    """Return the entries kept by the authors' score and threshold, with an eager model that repeats the text after
+    itself."""
     layers = len(reference(family, IDS)[1])
     score = kvzip.KVScore()
     score.n_layers, score.n_heads_kv, score.dtype, score.device = layers, HKV, torch.float32, "cpu"
     score.init_score()
-    score.sink = 0  # of no system prompt
+    score.sink = 0  # there is no system prompt
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         score.start_idx, score.end_idx = start, stop
         said = [*IDS[max(0, start - 8) : start], *IDS[start:stop]]
         for number, (_, q, key, _) in enumerate(reference(family, [*IDS, *said])[1]):
             score._get_score(q[None, :, N:], key[None], number)
-    # the threshold leaves one fewer than the share says
+    # the threshold keeps one entry fewer than the given share
     valid, _ = score._threshold(score.score, (k * layers * HKV + 1.5) / (layers * HKV * N))
     return [[row.nonzero().flatten().tolist() for row in layer[0]] for layer in valid]
 
@@ -171,7 +173,7 @@ def kept_by_kvzip(kvzip, family: str, k: int, chunk: int) -> list[list[list[int]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kvzip_keeps_what_its_authors_code_keeps(monkeypatch, family, k, chunk):
     monkeypatch.setattr(reconstruct, "CHUNK", chunk)
-    monkeypatch.setattr(reconstruct, "_SINKS", 0)  # theirs are the system prompt's tokens
+    monkeypatch.setattr(reconstruct, "_SINKS", 0)  # the authors' sinks are the tokens of the system prompt
     theirs = kept_by_kvzip(source("kvzip_score", AUTHORS / "KVzip/attention/score.py"), family, k, chunk)
     assert sum(len(row) for layer in theirs for row in layer) == k * len(theirs) * HKV
     assert ours("kvzip", family, k, n_sink=0) == theirs
@@ -192,7 +194,8 @@ def r_kv():
 @pytest.mark.parametrize("k", KEPT)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_r_kv_keeps_what_its_authors_code_keeps(r_kv, family, k, weight):
-    """After the prompt, and again when 128 tokens more have been read on top of what is left."""
+    """Compare the kept entries after the prompt, and again after 128 more tokens are read on top of the kept
+    entries."""
     policy = create("r_kv", {"weight": weight})
     theirs = r_kv(budget=k, window_size=8, mix_lambda=weight)
     state = engine(family).extend(None, IDS, policy.statistics)

@@ -1,4 +1,4 @@
-"""Invalid input from outside gives one sentence and exit status 2."""
+"""Test that invalid input gives one sentence and exit status 2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ READER = ROOT / "resources/tiny-reader"
 
 @pytest.fixture
 def check(tmp_path, monkeypatch):
-    """Run `check` on a file of these bytes, or on SMALL with other sections; return its one sentence."""
+    """Return a function that runs `check` on a file of these bytes, or on SMALL with other sections, and returns its
+    sentence."""
     monkeypatch.chdir(ROOT)
 
     def run(content: bytes | dict, *more: str, status: int = 2) -> str:
@@ -154,7 +155,7 @@ def test_longer_prompts_than_the_model_was_made_for_are_a_warning_with_the_numbe
     ],
 )  # fmt: skip
 def test_positions_are_those_of_the_models_cards(config, positions):
-    """Qwen2.5's card: 131,072 tokens by yarn with factor 4; Llama 3.1's: 128k."""
+    """Compare with the model cards: Qwen2.5 has 131,072 tokens by yarn with factor 4, Llama 3.1 has 128k."""
     assert model_files.positions(config) == positions
 
 
@@ -227,7 +228,7 @@ def test_shapes_are_those_that_safetensors_reads():
 
     found = model_files.read_header(READER / "model.safetensors")
     with safe_open(READER / "model.safetensors", framework="pt") as stored:
-        assert {key: stored.get_slice(key).get_shape() for key in stored.keys()} == {  # noqa: SIM118, no mapping
+        assert {key: stored.get_slice(key).get_shape() for key in stored.keys()} == {  # noqa: SIM118, not a mapping
             key: shape for key, (shape, _) in found.items()
         }
 
@@ -255,7 +256,7 @@ def test_an_expression_that_takes_too_long_leaves_its_check_undecided(monkeypatc
     monkeypatch.setattr(rules, "MATCH_S", 0.1)
     check = validate({"kind": "matches", "value": "(x+x+)+y"}, "conversation a")
     assert rules.passes(check, "x" * 5000) is None
-    assert rules.passes(check, "xy") is None  # given up for the answers that follow, so that many take no longer
+    assert rules.passes(check, "xy") is None  # given up for all later answers, to limit the total time
     assert "takes too long" in capsys.readouterr().err
 
 

@@ -1,6 +1,6 @@
-"""Answers to RULER's tasks, LongBench-E's, InfiniteBench's, GSM8K and MATH-500, scored by hand.
+"""Compare scores of answers to RULER, LongBench-E, InfiniteBench, GSM8K and MATH-500 with scores assigned by hand.
 
-Each case is of a task, by whose metric and form (first line only) it is scored: at least thirty of each benchmark.
+A case names a task, whose metric and answer form (first line only) score it. Each benchmark has at least thirty cases.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOUR = ["1000001", "2000002", "3000003", "4000004"]
 FIVE = ["kadobe", "mulito", "sapora", "tezuni", "vodila"]
 THREE = ["kadobe", "mulito", "sapora"]
 
-# RULER: the share of the answers that stand in the text, case aside
+# RULER: the share of the gold answers that the text contains, ignoring case
 RULER = [
     ("niah_repeat", "5283719", ["5283719"], 1),
     ("niah_repeat", "The locker code is 5283719.", ["5283719"], 1),
@@ -28,7 +28,7 @@ RULER = [
     ("niah_single", "5 283 719", ["5283719"], 0),
     ("niah_single", "5,283,719", ["5283719"], 0),
     ("niah_single", "", ["5283719"], 0),
-    ("niah_single", "1111111 or 5283719", ["5283719"], 1),  # others do no harm
+    ("niah_single", "1111111 or 5283719", ["5283719"], 1),  # other numbers do not lower the score
     ("niah_uuid", U, [U], 1),
     ("niah_uuid", U.upper(), [U], 1),
     ("niah_uuid", U[:-1], [U], 0),
@@ -59,14 +59,14 @@ RULER = [
     ("frequent_words", "kadobemulito", THREE, 2 * THIRD),
     ("frequent_words", "...", THREE, 0),
 ]
-# RULER's questions: whether one of the answers stands in the text, case aside
+# RULER's questions: whether the text contains one of the gold answers, ignoring case
 RULER_QA = [
     ("qa_squad", "Paris", ["Paris"], 1),
     ("qa_squad", "in paris, France", ["Paris"], 1),
     ("qa_squad", "PARIS", ["Paris"], 1),
     ("qa_squad", "Rome", ["Paris"], 0),
     ("qa_squad", "", ["Paris"], 0),
-    ("qa_squad", "Par", ["Paris"], 0),  # the answer in the text, not the text in the answer
+    ("qa_squad", "Par", ["Paris"], 0),  # the text must contain the gold answer, not the reverse
     ("qa_squad", "Parisian", ["Paris"], 1),
     ("qa_squad", "the 1990s", ["1990s", "in the 1990s"], 1),
     ("qa_squad", "1990", ["1990s", "in the 1990s"], 0),
@@ -75,12 +75,12 @@ RULER_QA = [
     ("qa_squad", "fourteen", ["four"], 1),
     ("qa_squad", "12 million", ["12million", "twelve million"], 0),
     ("qa_squad", "12 million.", ["12 million"], 1),
-    ("qa_squad", "The answer: 12", ["12 "], 0),  # a blank at the end counts
+    ("qa_squad", "The answer: 12", ["12 "], 0),  # a space at the end counts
     ("qa_squad", "Denver Broncos\nCarolina Panthers", ["Carolina Panthers"], 1),  # on any line
     ("qa_squad", "Denver\nBroncos", ["Denver Broncos"], 0),
-    ("qa_squad", "Santa  Clara", ["Santa Clara"], 0),  # two blanks
+    ("qa_squad", "Santa  Clara", ["Santa Clara"], 0),  # two spaces
     ("qa_squad", "\u00fcber", ["\u00dcber"], 1),
-    ("qa_squad", "don't", ["don’t"], 0),  # another apostrophe
+    ("qa_squad", "don't", ["don’t"], 0),  # a different apostrophe
     ("qa_hotpot", "yes", ["yes"], 1),
     ("qa_hotpot", "Yes, they were.", ["yes"], 1),
     ("qa_hotpot", "No, they were not.", ["yes"], 0),
@@ -94,7 +94,7 @@ RULER_QA = [
     ("qa_hotpot", "from 1986 to 2013", ["from 1986 to 2013"], 1),
     ("qa_hotpot", "1986 to 2013", ["from 1986 to 2013"], 0),
 ]
-# LongBench-E: the metrics of LongBench's tasks; of trec, triviaqa and samsum the first line
+# LongBench-E: the metrics of LongBench's tasks; trec, triviaqa and samsum use the first line
 LONGBENCH_E = [
     ("qasper_e", "unanswerable", ["Unanswerable"], 1),
     ("qasper_e", "It is unanswerable.", ["Unanswerable"], HALF),  # it is unanswerable: 2 * 1 / (3 + 1)
@@ -107,7 +107,7 @@ LONGBENCH_E = [
     ("hotpotqa_e", "New York City", ["New York"], 4 * FIFTH),  # 2 * 2 / (3 + 2)
     ("2wikimqa_e", "John Ford", ["John Huston"], HALF),
     ("2wikimqa_e", "john ford!", ["John Ford"], 1),
-    ("2wikimqa_e", "Ford, John Ford", ["John Ford"], 4 * FIFTH),  # a word counts as often as both have it
+    ("2wikimqa_e", "Ford, John Ford", ["John Ford"], 4 * FIFTH),  # a word counts as often as both texts contain it
     ("gov_report_e", "the report", ["the report"], 1),
     ("gov_report_e", "the report is long", ["the report"], 2 * THIRD),  # P = 2/4, R = 1
     ("gov_report_e", "The report", ["the report"], HALF),  # case counts: P = R = 1/2
@@ -176,7 +176,7 @@ MATH_500 = [
     (r"\boxed{\left(3,\dfrac{\pi}{2}\right)}", r"(3,\frac{\pi}{2})", 1), (r"\boxed{30^\circ}", "30", 1),
     (r"\boxed{30^{\circ}}", r"30^\circ", 1), (r"\boxed{25\%}", r"25\%", 1), (r"\boxed{\$5}", "5", 1),
     (r"\boxed{5\text{ units}}", "5", 1), (r"\boxed{12,345}", "12345", 1), (r"\boxed{10\,000}", "10000", 1),
-    (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", 0),  # words are units here
+    (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", 0),  # words are units in this answer
     (r"\boxed{2} or \boxed{3}", "3", 1), (r"\boxed{\{1, 2\}}", r"\{1,2\}", 1), (r"\boxed{}", "0", 0),
     (r"no box, but the answer is $\frac{3}{4}$", r"\frac{3}{4}", 1), ("no answer", "1", 0),
 ]  # fmt: skip
@@ -201,5 +201,5 @@ def test_each_benchmark_has_its_thirty_cases_and_each_task_some():
     assert min(map(len, (RULER, RULER_QA, LONGBENCH_E, INFINITE, GSM8K, MATH_500))) >= 30
     counts = Counter(name for _, name, *_ in CASES)
     assert min(counts.values()) >= 2
-    assert sum(name.endswith("_e") for name in counts) == 13  # LongBench-E's
+    assert sum(name.endswith("_e") for name in counts) == 13  # the tasks of LongBench-E
     assert sum(data == "ruler" for data, _ in {(data, name) for data, name, *_ in CASES}) == 13

@@ -1,4 +1,4 @@
-"""Files of benchmarks are read as examples; an error names the position of a damaged record."""
+"""Test that files of benchmarks are read as examples, and that an error names the position of a damaged record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of answers to the benchmarks, with expected values computed by hand."""
+"""Compare scores of answers to the benchmarks with values computed by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICE = [
     ("The correct answer is **B**.", "B", 1),
     ("I think so. The correct answer is (B). Done.", "B", 1),
     ("The correct answer is (E).", "A", 0),
-    ("the correct answer is (A).", "A", 0),  # the sentence as asked for
+    ("the correct answer is (A).", "A", 0),  # the sentence that the prompt asks for
     ("The answer is (A).", "A", 0),
     ("(A)", "A", 0),
     ("A", "A", 0),
@@ -30,7 +30,7 @@ CHOICE = [
     ("The correct answer is (a).", "A", 0),
     ("The correct answer is (A). The correct answer is (B).", "A", 1),
     ("The correct answer is (A). The correct answer is (B).", "B", 0),
-    ("The correct answer is B. The correct answer is (A).", "A", 1),  # in brackets first
+    ("The correct answer is B. The correct answer is (A).", "A", 1),  # the form in brackets has priority
     ("The correct answer is B. The correct answer is (A).", "B", 0),
     ("The correct answer is ( A ).", "A", 0),
     ("The correct answer is Apple.", "A", 0),
@@ -62,7 +62,7 @@ FIRST_NUMBER = [
     ("a1b2", "1", 1),
     ("a1b2", "2", 0),
     ("#12#", "12", 1),
-    ("１２", "12", 0),  # full-width digits are none
+    ("１２", "12", 0),  # full-width digits are not digits
 ]
 WORD = [
     ("cb59052b-9128", "cb59052b-9128", 1),
@@ -76,7 +76,7 @@ WORD = [
     ("", "cb59052b-9128", 0),
     ("a\nb", "b", 1),
     ("a,b", "a", 1),
-    ("a;b", "a", 0),  # a semicolon parts nothing
+    ("a;b", "a", 0),  # a semicolon is no separator
     ("a!b?c", "c", 1),
     ("(a)", "a", 0),
     ("'a'", "a", 1),
@@ -113,11 +113,11 @@ NUMERIC = [
     (r"\boxed{x^2 + 1}", "x^2+2", 0),
     (r"\boxed{\left(1, 2\right)}", "(1,2)", 1),
     (r"\boxed{2\sqrt{3}}", r"2\sqrt{3}", 1),
-    (r"\boxed{10", "10", 1),  # never closed: the last number
+    (r"\boxed{10", "10", 1),  # no closing bracket: the last number counts
     ("", "72", 0),
     ("no number here", "72", 0),
     ("It costs $3.", "3", 1),
-    ("1,2", "12", 0),  # no thousands
+    ("1,2", "12", 0),  # no thousands separator
     ("#### .5", "0.5", 1),
     ("#### 1000000", "1,000,000", 1),
     ("#### 0.1", "1/10", 1),

@@ -1,4 +1,4 @@
-"""Bins: no example is lost or duplicated, no bin is empty without need; the choice is nested and proportional."""
+"""Test bins: no example is lost or duplicated, no bin is empty unnecessarily; the choice is nested and proportional."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_each_kind_is_chosen_in_proportion(kinds, n, seed):
     n = min(n, len(ids))
     totals = Counter(kinds)
     for kind, total in totals.items():
-        # each kind is rounded to within a half at a common point of the order; the points add up over the kinds
+        # Each kind is rounded by at most one half at a common point of the order; the points add up over the kinds.
         share = total / len(ids)
         assert abs(chosen[kind] - share * n) <= 0.5 + share * len(totals) / 2 + 1e-9
 
@@ -101,5 +101,5 @@ def test_the_order_of_the_input_does_not_matter(order, seed):
 def test_seeds_choose_differently_and_every_example_has_its_chance():
     ids = [f"id{i}" for i in range(10)]
     picks = Counter(choose(ids, [""] * 10, 1, seed)[0] for seed in range(400))
-    # binomial(400, 1/10): 40 expected, standard deviation 6; five of them either way
+    # binomial(400, 1/10): expected value 40, standard deviation 6; five standard deviations either way
     assert all(10 < picks[i] < 70 for i in range(10))

@@ -1,4 +1,4 @@
-"""A state on disk: loaded bit for bit, refused if foreign or damaged, never held twice in memory."""
+"""Test a state on disk: loaded bit for bit, refused if foreign or damaged, never held twice in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FACTS = {"dtype": "float32", "tokenizer": "abc", "model": "def"}
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of files, none of which outlives the test
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of files, none of which is needed after the test
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -68,8 +68,8 @@ def test_safetensors_itself_reads_the_file(tmp_path):
 
 
 def test_keys_are_aligned_as_torch_aligns_them(tmp_path):
-    """Results of kernels may depend on it in the last bit."""
-    # statistics of 6 entries are of no round size
+    """Check alignment, because results of kernels may depend on it in the last bit."""
+    # the size of the statistics of 6 entries is not a multiple of the alignment
     file.save(random_state(["plain", "gaps", "packed"], n=6, d=64), tmp_path / "cache", FACTS)
     layers = file.load(tmp_path / "cache").layers
     assert all(layer.keys.data_ptr() % 64 == 0 and layer.values.data_ptr() % 64 == 0 for layer in layers[:2])
@@ -161,7 +161,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "cache"
     state = random_state(["plain"])
     file.save(state, path, FACTS)
-    # The device gives the system's own answer of a full disk to every write.
+    # Every write to this device fails with the system's error for a full disk.
     monkeypatch.setattr("pathlib.Path.open", lambda self, mode: open("/dev/full", mode))  # noqa: SIM115
     with pytest.raises(UserError, match=r"writing the cache failed \(No space left on device\)"):
         file.save(random_state(["plain"], seed=1), path, FACTS)
@@ -171,7 +171,8 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_nothing_outlives_its_last_user(tmp_path):
-    """Tensors that only the garbage collector frees would fill a GPU."""
+    """Check that tensors are freed by reference counting, because tensors that wait for garbage collection fill a
+    GPU."""
     gc.disable()
     try:
         state = random_state(["plain", "split", "packed"])

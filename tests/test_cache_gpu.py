@@ -1,4 +1,4 @@
-"""States on a GPU are saved and loaded bit for bit."""
+"""Test that states on a GPU are saved and loaded bit for bit."""
 
 from __future__ import annotations
 

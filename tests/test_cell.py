@@ -1,4 +1,4 @@
-"""The rows of a cell: one for each answer, and a failure for each answer that fails."""
+"""Test the rows of a cell: one for each answer, and a failure for each answer that fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPEC = {
 
 
 class Words:
-    """A tokenizer whose words are its ids."""
+    """A tokenizer whose words are the token ids."""
 
     def decode(self, ids, skip_special_tokens):
         return " ".join(map(str, ids))
@@ -68,7 +68,7 @@ def test_every_example_is_a_row_of_the_table(model, examples, store):
     row = rows[0]
     assert row["cell_hash"] == digest(SPEC)
     assert row["budget_entries"] == 15  # ceil(0.3 * 50)
-    assert row["kept_final"] == 15 + 5 + 5  # the question and all but the last generated token came on top
+    assert row["kept_final"] == 15 + 5 + 5  # plus the question and all generated tokens except the last
     assert row["completion_tokens"] == len(row["text"].split()) == 6
     assert row["finish_reason"] == "length"
     assert row["latency_s"] == pytest.approx(row["prefill_s"] + row["compress_s"] + row["decode_s"])
@@ -97,7 +97,7 @@ def test_repeats_of_a_random_policy_differ_and_come_again(model, examples, store
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory\ndetails"), MemoryError()])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_out_of_memory_is_the_failure_of_that_example_alone(model, examples, store, monkeypatch, error, batch):
-    """A batch that holds the example is halved until it stands alone."""
+    """Check that a batch with such an example is halved until the example is alone."""
     whole = cell.finish
     too_large = examples[1]["context_ids"]
 
@@ -144,7 +144,7 @@ def test_a_batch_gives_the_rows_of_one_by_one(model, examples, store):
     ragged=st.booleans(),
 )
 def test_what_is_decoded_together_fits_together(sizes, size, kind, mode, budget, ragged):
-    """Each answer is in one batch; a policy that acts each step, and a device that gains nothing, get no padding."""
+    """Check that each answer is in one batch, and that padding is used only if policy and device permit it."""
     units = [({"context_ids": [0] * c, "question_ids": [0] * q}, i) for i, (c, q) in enumerate(sizes)]
     policy = create(kind, hyper_parameters(kind))
     setting = Setting(policy, Budget.parse("r1" if kind in ("full", "quantized") else budget), mode)

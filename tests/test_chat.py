@@ -1,4 +1,4 @@
-"""Conversations on one growing cache, compared with transformers' generate, a set model, and masked attention."""
+"""Test conversations on one growing cache against transformers' generate, a model of sets, and masked attention."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes")
 
 KINDS = [kind for kind in kinds() if kind not in ("full", "entropy_recall")]
 EVICTING = [kind for kind in KINDS if kind not in ("entropy_merge", "quantized")]
-"""what is left of an entry is the entry itself"""
+"""policies that do not change the entries that they keep"""
 
 
 def policy(kind: str, **options):
@@ -45,12 +45,12 @@ def policy(kind: str, **options):
 
 
 def script(lengths: list[tuple[int, int]], closing: int = 2) -> list[Turn]:
-    """Turns that open with as many random tokens as given, and close with a few."""
+    """Return turns whose opening has the given number of random tokens, with a short closing."""
     return [Turn("", tokens(n, seed=10 * i), tokens(closing, seed=10 * i + 1)) for i, (n, _) in enumerate(lengths)]
 
 
 def game(local, lengths, kind="full", budget="r1", closing=2, hold=True, **options):
-    """What `play` gives of a conversation with (tokens of the user, of the answer) a turn."""
+    """Return the turns that `play` yields for a conversation; lengths: (user tokens, answer tokens) of each turn."""
     turns = script(lengths, closing)
     memory = CacheMemory(turns, TurnSetting(policy(kind, **options), Budget.parse(budget), mode="chat"), hold)
     return list(play(local, turns, memory, [Answer(seed, n) for seed, (_, n) in enumerate(lengths)]))
@@ -65,9 +65,9 @@ LENGTHS = [(17, 6), (3, 9), (11, 1), (1, 7)]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stops", [False, True])
 def test_the_full_cache_says_what_an_uninterrupted_conversation_does(family, stops):
-    """Token by token what transformers' generate says, reading the whole conversation anew in each turn."""
+    """Compare each token with transformers' generate, which reads the whole conversation again in each turn."""
     local = engine(family)
-    if stops:  # an end in the midst of an answer, for some of the answers
+    if stops:  # some of the answers end before their maximum length
         said = [one.answer.tokens for one in game(local, LENGTHS)]
         local = LocalEngine(local.model)
         local.eos = frozenset({said[0][3], said[1][0]})
@@ -107,7 +107,7 @@ def test_a_budget_of_one_changes_nothing(kind):
     assert [one.answer.tokens for one in same] == [one.answer.tokens for one in full]
 
 
-# what is left, by definition
+# kept entries, by definition
 
 turn_lengths = st.lists(st.tuples(st.integers(1, 25), st.integers(1, 8)), min_size=1, max_size=5)
 budgets = st.sampled_from(["r0.5", "r0.2", "r0.9", "t7", "t30"])
@@ -126,7 +126,8 @@ def kept_of(budget: str, n: int) -> int:
     hold=st.booleans(),
 )
 def test_streaming_holds_the_first_and_the_last_tokens(lengths, budget, n_sink, recent, hold):
-    """By a model of sets: K at the end of each turn; with `hold`, from the second turn on after all that is read."""
+    """Compare with sets of positions: K at the end of each turn; with `hold`, K after each reading from the second turn
+    on."""
     held: set[int] = set()
     length = 0
     expected = []
@@ -148,7 +149,7 @@ def test_streaming_holds_the_first_and_the_last_tokens(lengths, budget, n_sink, 
         read(asked, hold and number > 0)
         for _ in range(said - 1):
             read(1, hold and number > 0)
-        read(1 + 2, hold and number > 0)  # the last token said and the closing
+        read(1 + 2, hold and number > 0)  # the last answer token and the closing
         read(0, evict=True)
         expected.append(sorted(held))
 
@@ -185,7 +186,7 @@ def test_random_keeps_k_of_what_was_left_and_what_is_new(lengths, budget, per_he
 
 
 def test_random_draws_anew_in_each_turn_layer_and_head():
-    """By places in the cache, of which there are 46 at both ends: the same draw would keep the same ones, and more."""
+    """Compare indices in the cache, which has 46 entries in both turns: an equal draw would keep the same indices."""
     kept = []
     for one in game(engine("qwen2"), [(40, 4), (17, 4)], "random", "r0.5"):
         assert one.before.entries == 46
@@ -236,7 +237,7 @@ def test_entropy_recall_plays_on_what_it_put_aside():
 
 
 def test_kvzip_chooses_among_all_entries_of_a_turn_that_is_over():
-    """As if the turn had been one text; else answers, which nobody repeats, would take the whole budget."""
+    """Compare with KVzip on the whole turn as one text. Without the repetition, answers would take the whole budget."""
     lengths = [(17, 6), (3, 9), (11, 8)]
     state, seen, kvzip = None, 0, policy("kvzip")
     for turn, one in zip(script(lengths), game(engine("qwen2"), lengths, "kvzip", "r0.3"), strict=True):
@@ -253,7 +254,7 @@ def test_kvzip_chooses_among_all_entries_of_a_turn_that_is_over():
 
 
 class Recording(LocalEngine):
-    """Writes down what was read on top of which state, and the logits that came of it."""
+    """Record what was read on top of which state, and the resulting logits."""
 
     def extend(self, state, ids, *args, **kwargs):
         after = super().extend(state, ids, *args, **kwargs)
@@ -263,14 +264,14 @@ class Recording(LocalEngine):
     def repeated(self, state, ids):
         heard = len(self.heard)
         after = super().repeated(state, ids)
-        del self.heard[heard:]  # what is read to repeat a text is no part of the conversation
+        del self.heard[heard:]  # tokens that are read to repeat a text are not part of the conversation
         return after
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", EVICTING)
 def test_positions_stay_true(family, kind):
-    """After every reading the logits are those of attention written out over the whole text, what is gone masked."""
+    """Compare the logits after every reading with attention over the whole text in which evicted entries are masked."""
     local = Recording(engine(family).model)
     local.heard = []
     game(local, LENGTHS, kind, "r0.3")
@@ -459,7 +460,7 @@ def test_a_model_shaped_like_gemma_3_plays_in_4_bit(tmp_path):
         assert all(math.isfinite(row["answer_nll"]) for row in made.rows)
 
 
-# the control
+# the control text_drop
 
 
 class Heard(LocalEngine):
@@ -477,9 +478,9 @@ def test_text_drop_drops_text_and_no_entries():
     assert [row["policy"] for row in made.rows] == ["text_drop"] * 4
     for row, reread in zip(made.rows, local.afresh[1:], strict=True):
         assert row["entries_after"] == len(reread) <= row["budget_entries"] == math.ceil(row["tokens_seen"] / 2)
-        # a turn's frame has six tokens, and its answer as many, which may be no words
+        # the template adds six tokens per turn, and the six answer tokens may contain no words
         assert row["entries_after"] > row["budget_entries"] - 12
-        # whole turns as the template writes them: what is gone is gone as text
+        # whole turns in the template's form: only text is removed
         words = tokenizer.decode(reread)
         assert words.startswith("<bos> <start> user w7 w8")
         assert words.count("<start>") == words.count("<end>") == 2 * (words.count("<start> user"))
@@ -540,7 +541,7 @@ def test_as_few_words_as_need_be_are_cut_and_in_order(exchanges, system, k):
     order = [*middle, *first[::-1], *told[::-1], *last]
     got = flat(text_drop.cut((told, turns), lambda version: len(flat(version)) <= k))
     gone = max(0, len(everything) - k)
-    if len(turns) == 1 and gone >= len(first):  # a system that nobody is left to talk to
+    if len(turns) == 1 and gone >= len(first):  # a system message without a turn is removed as well
         gone = len(order)
     assert got == [word for word in everything if word not in order[:gone]]
 

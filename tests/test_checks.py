@@ -1,4 +1,4 @@
-"""Checks of instructions compared with independent definitions: character by character, or by another library."""
+"""Compare checks of instructions with independent definitions: character by character, or by another library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check(kind: str, value=None, **more) -> Check:
 
 
 def words_of(text: str) -> int:
-    """White space to something else, counted."""
+    """Return the number of words: positions where white space is followed by another character."""
     return sum(not c.isspace() and (i == 0 or text[i - 1].isspace()) for i, c in enumerate(text))
 
 
@@ -42,7 +42,7 @@ def test_sentences_are_counted_as_they_were_put_together(sentences, data):
     ends = [data.draw(st.sampled_from([".", "!", "?", "...", '."'])) for _ in sentences]
     text = " ".join(s + e for s, e in zip(sentences, ends, strict=True))
     if data.draw(st.booleans()):
-        text = text.rstrip('.!?"')  # the last one may lack its mark
+        text = text.rstrip('.!?"')  # the last sentence may lack its mark
     for n in range(1, 8):
         assert passes(check("max_sentences", n), text) == (len(sentences) <= n)
 
@@ -53,7 +53,7 @@ def test_chinese_sentences_need_no_space():
 
 
 def stands_in(phrase: str, text: str) -> list[int]:
-    """Where a phrase begins in a text with no word going on at either end, by comparing characters."""
+    """Return where a phrase begins in a text if no word continues at either end, by comparing characters."""
     found = []
     wordy = lambda c: c.isalnum() or c == "_"  # noqa: E731
     for i in range(len(text) - len(phrase) + 1):
@@ -159,7 +159,7 @@ def test_an_empty_answer_follows_nothing(kind, text):
 
 
 # ----------------------------------------------------------------------------------------------------
-# What is refused, and when a check is in force
+# Refused checks, and when a check is in force
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: its calls of Snakemake, its error sentences, and the effect of a lost session."""
+"""Test the command line: its calls of Snakemake, its error sentences, and the effect of a lost session."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ CHAT = {"source": "generated", "n": 3, "max_turns": 2, "max_tokens": 8}
 
 @pytest.fixture
 def write(tmp_path):
-    """An experiment file: SMALL with other sections; a section that is None is left out."""
+    """Return a function that writes an experiment file: SMALL with other sections; a section that is None is
+    omitted."""
 
     def written(**sections) -> str:
         config = copy.deepcopy(SMALL) | {"output": {"dir": str(tmp_path / "results")}} | sections
@@ -39,7 +40,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The commands that would have been run, instead of running them."""
+    """Return the list of commands that the command line would run, instead of running them."""
     commands: list[list[str]] = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli.subprocess, "call", lambda command, **_: commands.append(command) or 0)
@@ -163,7 +164,7 @@ GPU_PATH = {"download", "prepare", "prefill", "cell"}
 
 
 def planned(project: Project) -> Counter[str]:
-    """Jobs that `python -m kv_transition all` would run, by rule."""
+    """Return the number of jobs that `python -m kv_transition all` would run, by rule."""
     command = [sys.executable, "-m", "kv_transition", "all", "-c", "small.yaml", "--dry-run"]
     environment = os.environ | {"PYTHONPATH": str(project.folder / "src"), "COLUMNS": "200"}
     done = subprocess.run(command, cwd=project.folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -175,7 +176,7 @@ def planned(project: Project) -> Counter[str]:
 
 @pytest.mark.slow
 def test_a_lost_session_costs_no_gpu_time(finished, tmp_path):
-    """A notebook's disk is gone; the results were on a drive, the checkout is a new one."""
+    """Check a restart after a notebook's disk was lost: the results were on another drive, the checkout is new."""
     (tmp_path / "again").mkdir()
     project = Project(tmp_path / "again")
     shutil.copytree(finished.folder / "results", project.folder / "results")
@@ -187,7 +188,7 @@ def test_a_lost_session_costs_no_gpu_time(finished, tmp_path):
     now = planned(project)
     assert {rule: now[rule] for rule in GPU_PATH & set(now)} == {"cell": 2}
     project.edit("src/kv_transition/policies/h2o.py", "int(k * self.recent_share)", "round(k * self.recent_share)")
-    assert planned(project)["cell"] == 6  # and those of h2o and h2o_heavy
+    assert planned(project)["cell"] == 6  # also the cells of h2o and h2o_heavy
 
 
 @pytest.mark.slow

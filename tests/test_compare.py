@@ -34,7 +34,7 @@ def rows() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, rows):
-    """B lacks the longest bin and has half the score with h2o at 20 %."""
+    """Compare two experiments. B lacks the longest bin and has half the score with h2o at 20 %."""
     folder = tmp_path_factory.mktemp("compared")
     other = []
     for r in (r for r in rows if r["bin"] < 4):

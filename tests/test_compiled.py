@@ -1,4 +1,4 @@
-"""Compiled decoding compared with the engine's own reading, token by token, and the causes of a new compilation."""
+"""Compare compiled decoding with the engine's plain loop, token by token; check what causes a new compilation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create, hyper_parameters
 
 ONCE = ["full", "snapkv", "pyramidkv", "adakv", "knorm", "random", "entropy_merge"]
-"""policies that compress once, with alike and with different counts in layers and heads, and with biased entries"""
+"""policies that compress once: with equal and unequal counts in layers and heads, and with biased entries"""
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _fresh_compiler():
 
 
 class Counting:
-    """A backend that runs graphs as they are and counts them."""
+    """A backend that runs graphs unchanged and counts them."""
 
     graphs = 0
 
@@ -39,7 +39,7 @@ def compressed(local, kind, sizes, budget=0.4):
 
 
 def follow(local, decoder, states, steps):
-    """Decode greedily both ways; yields both logits of each step. Returns what the plain way ends with."""
+    """Decode greedily in both ways and yield the logits of each step; then compare the final states."""
     plain = [local.extend(state, [5], frozenset()) for state in states]
     decoder.load(plain, steps)
     for _ in range(steps):
@@ -61,7 +61,7 @@ def follow(local, decoder, states, steps):
 def test_logits_and_states_are_those_of_the_plain_loop(family, kind):
     local = engine(family)
     decoder = CompiledDecoder(local, backend="eager")
-    # of different lengths, so that all but one are padded
+    # different lengths, so that all sequences but one are padded
     for got, expected in follow(local, decoder, compressed(local, kind, [90, 41, 70]), 6):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
         assert got.argmax(-1).tolist() == expected.argmax(-1).tolist()
@@ -71,7 +71,7 @@ def test_logits_and_states_are_those_of_the_plain_loop(family, kind):
 def test_layers_with_a_sliding_window_go_on_forgetting(sizes):
     local, _ = sliding_model()
     decoder = CompiledDecoder(local, backend="eager")
-    # more steps than the window of 16 is wide
+    # more steps than the window size of 16
     for got, expected in follow(local, decoder, compressed(local, "snapkv", sizes), 20):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
@@ -91,7 +91,7 @@ def test_one_graph_serves_all_lengths_up_to_its_capacity():
         for got, expected in follow(local, decoder, compressed(local, "pyramidkv", sizes), 3):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     assert counting.graphs == 1
-    # one sequence more, and one that is longer than the buffers
+    # one more sequence, and a sequence that is longer than the buffers
     for sizes in ([30, 30, 30], [RUN + 20]):
         for got, expected in follow(local, decoder, compressed(local, "full", sizes, budget=1), 3):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
@@ -135,7 +135,7 @@ def test_what_it_cannot_take_is_said():
     decoder = CompiledDecoder(local, backend="eager")
     assert decoder.refusal(compressed(local, "full", [20])) is None
     assert "quantized" in decoder.refusal(compressed(local, "quantized", [20]))
-    # a CPU takes minutes to compile and gains nothing
+    # on a CPU, compilation takes minutes and brings no gain
     assert "GPU" in CompiledDecoder(local).refusal(compressed(local, "full", [20]))
 
 
@@ -183,7 +183,7 @@ def test_attention_in_runs_is_attention(scale):
         torch.randn(2, heads, n, 16, generator=generator) for heads, n in ((6, 1), (2, 3 * RUN), (2, 3 * RUN))
     )
     bias = torch.randn(2, 2, 3 * RUN, generator=generator)
-    bias[0, :, : 2 * RUN + 7] = -torch.inf  # whole runs that nothing attends to
+    bias[0, :, : 2 * RUN + 7] = -torch.inf  # whole runs without attention
     logits = queries.double() @ keys.double().repeat_interleave(3, 1).mT * scale
     weights = (logits + bias.double().repeat_interleave(3, 1).unsqueeze(2)).softmax(-1)
     expected = weights @ values.double().repeat_interleave(3, 1)

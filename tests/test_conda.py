@@ -1,4 +1,4 @@
-"""`--sdm conda` with a replacement for conda (fakeconda/), because tests cannot reach a channel."""
+"""Test `--sdm conda` with a replacement for conda (fakeconda/), because tests cannot reach a channel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 class CondaProject(Project):
-    """A checkout whose jobs run in environments that the stand-in makes."""
+    """A checkout whose jobs run in environments that the replacement creates."""
 
     def conda(self, *arguments: str) -> str:
         environment = os.environ | {
@@ -39,7 +39,7 @@ class CondaProject(Project):
         return [path for path in (self.folder / ".snakemake/conda").iterdir() if path.is_dir()]
 
     def wanted(self, environment: Path) -> str:
-        """The file that an environment was last made from."""
+        """Return the text of the file from which an environment was last created."""
         pins = environment.with_name(f"{environment.name}.pin.txt")
         return (pins if pins.exists() else environment.with_name(f"{environment.name}.yaml")).read_text()
 
@@ -57,7 +57,7 @@ def test_a_rule_runs_in_its_own_environment_with_the_package_of_the_checkout(pro
     assert project.wanted(environment) == (project.folder / "envs/data.yaml").read_text()
     assert (environment / "used").exists()
     assert "from this checkout" in (project.results / "logs/download/reader_qa.log").read_text()
-    # made once, and taken from there on
+    # created once, and reused after that
     project.conda("--forcerun", "prepare", "--", PREPARED)
     assert len(project.calls()) == 1
 
@@ -75,7 +75,7 @@ def test_a_pin_file_is_taken_first(project):
     output = project.conda(PREPARED)
     (call,) = project.calls()
     assert "data.linux-64.pin.txt" in output
-    assert call.split()[:2] != ["env", "create"]  # conda create takes explicit files, conda env create does not
+    assert call.split()[:2] != ["env", "create"]  # conda create accepts explicit files, conda env create does not
 
 
 def test_a_pin_file_that_cannot_be_had_falls_back_to_the_yaml_and_says_so(project):

@@ -1,4 +1,4 @@
-"""The documentation of the configuration compared with the settings."""
+"""Compare the documentation of the configuration with the settings."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ EXPERIMENTS = [ROOT / "config/config.yaml", *sorted((ROOT / "config/experiments"
 
 
 def sections_in(annotation) -> list[type[BaseModel]]:
-    """The sections that a type mentions, at any depth."""
+    """Return the sections that a type mentions, at any depth."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [section for part in typing.get_args(annotation) for section in sections_in(part)]
 
 
 def keys(section: type[BaseModel] = Settings, prefix: str = "") -> dict[str, FieldInfo]:
-    """Every key that holds a value, by its dotted name."""
+    """Return every key that holds a value, by its dotted name."""
     found = {}
     for name, field in section.model_fields.items():
         inner = sections_in(field.annotation)
@@ -45,7 +45,7 @@ def keys(section: type[BaseModel] = Settings, prefix: str = "") -> dict[str, Fie
 
 
 def rows() -> dict[str, list[str]]:
-    """The rows of the tables of keys: the first cell without its backticks, then the others."""
+    """Return the rows of the tables of keys: the first cell without its backticks, then the other cells."""
     lines = [line for line in README.splitlines() if line.startswith("| `")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return {first.strip("` "): rest for first, *rest in cells}
@@ -135,7 +135,7 @@ def test_the_policy_of_the_contributing_guide_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     policy = importlib.import_module("vnorm_of_the_guide").VNorm(n_sink=1)
 
-    # One layer, one KV head, six entries whose values have the norms 1, 9, 2, 8, 3, 7.
+    # One layer, one KV head, six entries; the norms of their values are 1, 9, 2, 8, 3, 7.
     norms = torch.tensor([1.0, 9, 2, 8, 3, 7])
     layer = LayerCache(
         keys=torch.zeros(1, 6, 2),

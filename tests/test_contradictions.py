@@ -1,6 +1,7 @@
-"""Contradictions that a reviewer found on the report's first screen, as regression tests.
+"""Regression tests for contradictions that a reviewer found on the first screen of the report.
 
-They read tables and the rendered page and use nothing that came with the mending, so that they run on that code.
+They read tables and the rendered page and use no function that was added with the fix, so that they also run on the
+code before it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ OUTCOME = re.compile(r"no loss|loss (?:shown|from)|unstable|stable|collapsed|und
 
 
 def scores_of(kept: dict[str, tuple[float, ...]], n: int):
-    """A full cache that is always right, and policies that are right in these shares of the ``n`` of each bin."""
+    """Return scores of a full cache that is always right, and of policies with these shares of right answers per bin of
+    ``n``."""
     rows, none, index = [], np.zeros((n, 1), bool), np.arange(n)[:, None]
     for bin in range(len(next(iter(kept.values())))):
         rows += cell_rows(np.ones((n, 1)), none, bin=bin, length=256 * (bin + 1))
@@ -40,7 +42,8 @@ def scores_of(kept: dict[str, tuple[float, ...]], n: int):
 
 
 def screen(scores) -> tuple[str, list[str], pl.DataFrame]:
-    """The headline with what follows it, the text of each cell, and the rows of the transition's definition."""
+    """Return the headline with the text that follows it, the text of each cell, and the rows of the transition
+    table."""
     tables = [pl.from_arrow(t) for t in (scores, *(of(scores, HOW) for of in (bin_stats, comparisons, transitions)))]
     states = getattr(sections, "states", dict)()
     text = (
@@ -57,7 +60,7 @@ def screen(scores) -> tuple[str, list[str], pl.DataFrame]:
 
 
 def test_no_interval_holds_0_beside_a_p_value_that_excludes_it():
-    """Twelve of forty answers lose a little: the permutation test's p was below 0.001, and the interval held 0."""
+    """Check a small loss in twelve of forty answers, where p was below 0.001 and the interval contained 0."""
     n, none = 40, np.zeros((40, 1), bool)
     little = np.where(np.arange(n)[:, None] < 12, 0.95, 1.0)
     rows = cell_rows(np.ones((n, 1)), none) + cell_rows(little, none, policy="snapkv", budget="r0.5")
@@ -81,7 +84,7 @@ def test_each_cell_has_one_word_and_the_transition_has_the_same():
 
 
 def test_the_headline_tells_too_few_examples_from_a_loss():
-    """One answer of ten is lost: no loss is shown, and none is excluded; then most are."""
+    """Check one loss in ten answers, which neither shows nor excludes a loss, and then losses in most answers."""
     few = {"snapkv": (0.9, 1.0), "h2o": (0.9, 1.0)}
     lead, *_ = screen(scores_of(few, 10))
     assert "too few examples" in lead
@@ -93,7 +96,7 @@ def test_the_headline_tells_too_few_examples_from_a_loss():
 
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 def test_one_budget_is_one_number_of_bytes(mode, monkeypatch, tmp_path):
-    """Whoever acts each step and whoever compresses once hold equally much over an answer, if that is asked for."""
+    """Check that policies of both kinds hold equal bytes over an answer if matched budgets are requested."""
 
     class Words:
         def decode(self, ids, skip_special_tokens):
@@ -112,7 +115,7 @@ def test_one_budget_is_one_number_of_bytes(mode, monkeypatch, tmp_path):
             "first_token": "compressed", "decoding": {"temperature": 0.0, "repeats": 1, "batch": 1, "seed": 0},
         }  # fmt: skip
         (row,) = cell.rows(model, [example], spec, PrefillStore(tmp_path / kind))
-        # answers may differ in length, so relative to what a full cache would hold over the same steps
+        # answers may differ in length, so the bytes are relative to those of a full cache over the same steps
         start = 212 - (mode == "after_prompt")
         held[kind] = row["kept_mean"] / (start + row["completion_tokens"] / 2)
     assert max(held.values()) <= 1.02 * min(held.values()), held

@@ -1,4 +1,4 @@
-"""Generated conversations compared with an independent reading of their text."""
+"""Compare generated conversations with an independent reading of their text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ lengths = st.integers(1, 14)
 
 
 def texts(conversation) -> tuple[str, list[str]]:
-    """What the system says, and the user's turns."""
+    """Return the system message and the user turns."""
     messages = conversation["turns"]
     return (
         " ".join(m["content"] for m in messages if m["role"] == "system"),
@@ -36,7 +36,7 @@ def texts(conversation) -> tuple[str, list[str]]:
 
 
 def read(conversation) -> list[dict]:
-    """For each turn, what follows from the words said so far: the loop that the conversation's meaning is."""
+    """Return topic, value and rules of each turn, from a loop over the text so far that implements the definition."""
     system, users = texts(conversation)
     rules, old, facts, found = {}, {}, {}, []
     for topic, _, place, word in RULE.findall(system):
@@ -76,7 +76,8 @@ def test_right_answers_follow_from_the_text(seed, turns):
 @many
 @given(seeds, lengths)
 def test_checks_say_what_the_text_says(seed, turns):
-    """In each turn: one standing check of the rule in force if there is one, one of what it replaced if it did."""
+    """Check each turn: one check of the rule in force, if there is one, and one of the rule that it replaced, if
+    any."""
     (conversation,) = generate(1, turns, seed)
     checks = of_conversation(conversation, "here")
     for t, turn in enumerate(read(conversation), 1):
@@ -93,7 +94,7 @@ def test_checks_say_what_the_text_says(seed, turns):
         for check in replaced:
             assert passes(check, before)
             assert not any(passes(c, before) for c in in_force)
-        # an answer that forgets the rule, or has another word in its place
+        # an answer without the rule's word, or with another word in its position
         assert not any(passes(c, turn["value"]) for c in in_force)
         if turn["rule"]:
             place, word = turn["rule"]
@@ -139,7 +140,7 @@ def test_conflicts_and_repetitions_are_kept_apart(seed, turns):
 @many
 @given(seeds, st.integers(8, 12))
 def test_a_rules_word_cannot_be_copied_from_the_turns_just_before(seed, turns):
-    """Between two mentions of a topic's rule lie three turns; only the rules of the start are asked for earlier."""
+    """Check that three turns lie between two mentions of a topic's rule; only the first rules are asked for earlier."""
     (conversation,) = generate(1, turns, seed, shape=Shape())
     mentions: dict[str, list[int]] = {}
     for t, turn in enumerate(read(conversation), 1):
@@ -175,7 +176,7 @@ def test_words_have_one_meaning():
 
 
 def test_rule_words_cannot_be_guessed():
-    """Over many conversations every word and every place is used about equally often."""
+    """Check that over many conversations every word and every position is used about equally often."""
     rules = [rule for c in generate(400, 8, seed=3) for rule in c["meta"]["rules"] if "repeats" not in rule]
     words, places = Counter(r["word"] for r in rules), Counter(r["place"] for r in rules)
     assert set(words) == set(conversations.RULE_WORDS)

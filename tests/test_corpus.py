@@ -1,4 +1,4 @@
-"""Books from every kind of source are cleaned and cut into windows."""
+"""Test that books from every kind of source are cleaned and cut into windows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TestSources:
             path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
         named = texts(path=str(path), text_field="body", book_field="book")
         assert named == {"3": "c", "7": "a\nb"}
-        # without a name, a book is named after its text, wherever it stands
+        # a book without a name is named after its text, independent of its position in the file
         assert set(texts(path=str(tmp_path), text_field="body").values()) == {"a\nb", "c"}
         with pytest.raises(UserError, match=r"perplexity\.text_field: .*(row|line) 1 has no 'text'; .* book, body"):
             texts(path=str(path))
@@ -190,7 +190,7 @@ class TestCleaning:
         assert clean(body) == body.rstrip()
 
     def test_words_of_the_story_are_no_end(self):
-        """A mention in the first half of a book is part of it."""
+        """Check that a mention in the first half of a book is part of the book."""
         text = "End of Project Gutenberg, he said.\n\n" + "More.\n\n" * 20
         assert clean(text) == text.rstrip()
 
@@ -203,7 +203,7 @@ class TestCleaning:
             assert "\r" not in cleaned
             for word in ("gutenberg", "proofread", "transcriber", "pgdp"):
                 assert word not in cleaned.lower()
-            # a few lines of front and back matter, and nothing else
+            # only a few lines of front and back matter are removed
             assert len(raw.replace("\r", "")) - 1200 < len(cleaned)
 
 
@@ -222,12 +222,12 @@ class TestWindows:
                 assert row["context_tokens"] == len(row["context_ids"]) == own + len(bos)
                 assert row["context_ids"][: len(bos)] == bos
                 text = row["context_ids"][len(bos) :] + row["target_ids"]
-                # a piece of the book, without a gap
+                # a contiguous part of the book
                 assert text == ids[row["context_start"] : row["context_start"] + own + stride + 1]
                 assert row["target_ids"] == made[0]["target_ids"]
         assert len(set(scored)) == len(scored)
         assert len(scored) % stride == 0
-        # as many windows as there is room for
+        # as many windows as fit
         room = max(0, n - max(contexts) - 1)
         assert len(scored) // stride == room // stride
 
@@ -270,7 +270,7 @@ class TestWindows:
         assert bos_of(tokenizer, "auto") == [tokenizer.bos_token_id] == [1]
         assert bos_of(tokenizer, "never") == []
         assert bos_of(load_tokenizer(str(kvt_data / "tokenizers/mistral")), "auto") == [1]
-        # a tokenizer that puts nothing before a text
+        # this tokenizer adds no token before a text
         assert bos_of(load_tokenizer(str(kvt_data / "tokenizers/qwen2.5")), "auto") == []
         without = cut(section(**corpus, bos="never", books=1), tokenizer)[0][0][0]
         with_ = cut(section(**corpus, books=1), tokenizer)[0][0][0]

@@ -1,4 +1,4 @@
-"""The prepared data: bins, prompts and manifest of small data sets and of real LongBench records."""
+"""Test the prepared data: bins, prompts and manifest of small data sets and of real LongBench records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def spec(tmp_path, model):
-    """Thirty examples of one's own with contexts of 10, 20 and 30 words, kinds a, a, b; the prompt adds 5 tokens."""
+    """Return thirty jsonl examples with contexts of 10, 20 and 30 words and kinds a, a, b; the prompt adds 5 tokens."""
     records = [example(i, 10 * (1 + i % 3), meta={"kind": "aab"[i // 3 % 3]}) for i in range(30)]
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"mine": TEMPLATE, "other": "x"}))
@@ -55,7 +55,7 @@ def spec(tmp_path, model):
 
 
 def prepared(tmp_path, spec, task="mine", name="out"):
-    """Run both jobs; returns the manifest, the examples and the bins as rows."""
+    """Run both jobs; return the manifest, the examples and the rows of the bins."""
     source, folder = tmp_path / name / "source.parquet", tmp_path / name
     download({"dataset": spec["dataset"]}, task, str(source))
     job.prepare(spec, task, str(source), str(folder))
@@ -85,7 +85,7 @@ class TestFiles:
 
     def test_kinds_keep_their_shares(self, tmp_path, spec):
         _, _, bins = prepared(tmp_path, spec)
-        # seven a and three b in each bin
+        # seven examples of kind a and three of kind b in each bin
         kinds = [Counter(json.loads(row["meta"])["kind"] for row in rows) for rows in bins]
         assert kinds == [{"a": 4, "b": 2}] * 3
 
@@ -297,7 +297,7 @@ def test_synthetic_lengths_become_the_bins(tmp_path):
     assert manifest["max_new_tokens"]["value"] == 16
 
 
-# samsum is not among the records at hand
+# the available records do not contain samsum
 REAL = (
     *("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa", "qmsum"),
     *("gov_report", "multi_news", "trec", "passage_count", "passage_retrieval_en", "lcc", "repobench_p"),
@@ -307,7 +307,7 @@ REAL = (
 @needs_data
 @pytest.mark.parametrize("task", [pytest.param(t, marks=[] if t == "hotpotqa" else pytest.mark.slow) for t in REAL])
 def test_real_records_with_a_real_tokenizer(tmp_path, task):
-    """Lengths, bins and manifests of the 15 tasks up to 16k tokens, checked against plain calls of the tokenizer."""
+    """Compare lengths, bins and manifests of 15 tasks up to 16k tokens with plain calls of the tokenizer."""
     name, limit = str(KVT_DATA / "tokenizers" / "qwen2.5"), 16384
     spec = {
         "dataset": {"name": "longbench", "revision": None, "path": str(KVT_DATA / "longbench"), "split": "test"},
@@ -333,7 +333,7 @@ def test_real_records_with_a_real_tokenizer(tmp_path, task):
     for row in (rows[0] for rows in bins):
         text = template.format(context=by_id[row["example_id"]]["context"], input=row["question"])
         n = len(tokenizer(text, verbose=False).input_ids)
-        # segments are tokenized apart, which may change a few tokens where they meet the rest
+        # segments are tokenized separately, which may change a few tokens at their boundaries
         assert abs(row["token_len"] - n - extra) <= 3
         assert abs(row["prompt_len"] - min(n, limit) - extra) <= 5
         assert row["prompt_len"] == len(row["context_ids"]) + len(row["question_ids"])

@@ -1,4 +1,4 @@
-"""Loaders: every source gives the same schema; an error names file and line, and nothing is written."""
+"""Test the loaders: every source gives the same schema; an error names file and line, and no file is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def run(tmp_path, dataset, task):
-    """Download and read back."""
+    """Download a source and read the result."""
     output = tmp_path / "out" / "source.parquet"
     job.download({"dataset": {"revision": None, "split": "test", **dataset}, "code": "x"}, task, str(output))
     return pq.read_table(output).to_pylist()
@@ -211,7 +211,7 @@ class TestLongBench:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose repositories are folders; returns the folder and the list of what was asked for."""
+    """Return the folder of a replacement hub whose repositories are folders, and the list of the requested files."""
     root, asked = tmp_path / "hub", []
 
     def list_repo_files(repository, *, revision, repo_type):

@@ -1,4 +1,4 @@
-"""The table of tasks is complete and consistent."""
+"""Test that the table of tasks is complete and consistent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decoding.compile: the compiled decoder gives the plain loop's answers, and falls back if unsupported."""
+"""Test decoding.compile: the compiled decoder gives the plain loop's answers, and falls back if unsupported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor: all its findings, and the conditions under which an experiment cannot run."""
+"""Test the doctor: all its findings, and the conditions under which an experiment cannot run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parsed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server():
-    """A host that answers every path with the status that a test sets, and keeps the headers."""
+    """Yield a host that answers every path with the status that a test sets, and records the headers."""
     seen: list[tuple[str, str | None]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -114,7 +114,7 @@ def test_a_model_that_fits_no_memory_is_a_failure(parsed, monkeypatch):
     monkeypatch.setattr(doctor.os, "sysconf", {"SC_PHYS_PAGES": 10**7, "SC_PAGE_SIZE": 4096}.get)  # 41 GB
     finding = found(parsed(), "memory")
     assert finding.state == "fail"
-    assert "282 GB" in finding.found  # 70.6e9 in 4 bytes each
+    assert "282 GB" in finding.found  # 70.6e9 parameters of 4 bytes each
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_line(parsed):
@@ -162,7 +162,7 @@ def test_a_data_set_of_the_hub_is_asked_for(parsed, server, monkeypatch):
 
 @pytest.mark.parametrize(("free", "state"), [(1_000, "fail"), (200_000, "warn"), (10**12, "ok")])
 def test_disk_is_held_against_the_estimate(free, state, parsed, monkeypatch):
-    # eight cells and two indices take some 130 kB, six prefills of 128 or 256 tokens some 2 MB
+    # eight cells and two indices take about 130 kB, six prefills of 128 or 256 tokens about 2 MB
     monkeypatch.setattr(table, "disk_free", lambda settings: free)
     assert found(parsed(), "disk").state == state
 
