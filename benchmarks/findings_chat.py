@@ -63,7 +63,7 @@ def memory() -> list[str]:
     )  # fmt: skip
     below = [_name(r) for r in apart.values() if r["ci_high"] < 0]
     unclear = [_name(r) for r in apart.values() if r["ci_low"] <= 0 <= r["ci_high"]]
-    answer = "No" if apart and not unclear else "Undecided" if not below else "Not always"
+    answer = "No" if apart and len(below) == len(apart) else "Undecided" if not below else "Not always"
     lines = [
         "## Does the model follow its instruction when its memory fails?",
         "",
