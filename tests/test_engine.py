@@ -1,4 +1,4 @@
-"""The engine compared with attention from its definition: states, statistics, and tokens after an eviction."""
+"""Compare the engine with attention from its definition: states, statistics, and tokens after an eviction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kv_transition.run.decode import Answer, Setting, answer, answer_all
 
 KINDS = [kind for kind in kinds() if kind != "full"]
 DROPPING = [kind for kind in KINDS if kind not in ("entropy_merge", "quantized")]
-"""policies that leave what they keep as it was"""
+"""policies that do not change the entries that they keep"""
 
 
 def policy(kind: str):
@@ -33,7 +33,7 @@ def test_state_holds_what_attention_written_out_has(family):
     torch.testing.assert_close(state.logits, logits[-1], rtol=0, atol=1e-5)
     for layer, (weights, queries, keys, values) in zip(state.layers, layers, strict=True):
         group = weights.shape[0] // keys.shape[0]
-        received = weights.sum(1).view(keys.shape[0], group, -1).mean(1)  # column sums, mean over the group
+        received = weights.sum(1).view(keys.shape[0], group, -1).mean(1)  # column sums, averaged over the group
         torch.testing.assert_close(layer.attn_sum, received.float(), rtol=1e-5, atol=1e-5)
         entropy = torch.special.entr(weights).sum(-1).mean(0).float()
         for head in range(keys.shape[0]):
@@ -64,7 +64,7 @@ def test_extend_leaves_the_old_state_alone():
 
 
 def _visible(history, total, layers, kv_heads):
-    """Who sees whom, from the entries that were left when each block of tokens came in."""
+    """Return the attention masks that follow from the kept entries at the time when each block of tokens was read."""
     masks = torch.ones(total, total, dtype=torch.bool).tril().repeat(layers, kv_heads, 1, 1)
     for start, stop, state in history:
         for number, layer in enumerate(state.layers):
@@ -81,7 +81,8 @@ def _visible(history, total, layers, kv_heads):
 @pytest.mark.parametrize("kind", DROPPING)
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 def test_physical_eviction_equals_masking(family, kind, mode):
-    """Every policy: the logits of all later tokens equal those of a full cache whose evicted entries are masked."""
+    """Compare the logits of all later tokens with those of a full cache whose evicted entries are masked, for every
+    policy."""
     context, question, later = tokens(70), tokens(9, seed=1), tokens(6, seed=2)
     model = engine(family)
     setting = Setting(policy(kind), Budget.parse("r0.3"), mode)
@@ -112,7 +113,7 @@ def test_physical_eviction_equals_masking(family, kind, mode):
 @pytest.mark.parametrize("kind", [kind for kind in kinds() if kind != "quantized"])
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 def test_a_budget_of_one_gives_the_tokens_of_the_full_cache(kind, mode):
-    """And those are the tokens of transformers' own generate()."""
+    """Compare with the tokens of transformers' generate() as well."""
     context, question = tokens(60, seed=5), tokens(8, seed=6)
     model = engine("qwen2")
     prefill = model.prefill(context, question)
@@ -127,9 +128,9 @@ def test_a_budget_of_one_gives_the_tokens_of_the_full_cache(kind, mode):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "quantized"])
 def test_the_cache_holds_what_the_budget_says(kind):
-    """K after compression; while decoding, K for policies that act each step, else K and all that came.
+    """Check K entries after compression and, while decoding, K (evicts at each decode step) or K plus all new tokens.
 
-    A policy that waits for ``every`` entries more than K holds K and what came since it acted: up to K + every - 1.
+    A policy that compresses after every ``every`` tokens holds K plus the tokens since then: up to K + every - 1.
     """
     context, question = tokens(80, seed=5), tokens(10, seed=6)
     model = engine("llama")
@@ -137,7 +138,7 @@ def test_the_cache_holds_what_the_budget_says(kind):
     prefill = model.prefill(context, question, chosen.statistics)
     got = answer(model, prefill, question, Setting(chosen, Budget.parse("r0.25"), "before_question"), 5, seed=1)
     assert got.budget_entries == 20
-    # heads of different lengths keep K on average, up to the rounding of shares to whole entries
+    # heads of different lengths keep K on average, except for rounding of shares to whole entries
     every = getattr(chosen, "every", 1)
     expected = [20 + step % every for step in range(5)] if chosen.acts_each_step else [30, 31, 32, 33, 34]
     assert got.kept == pytest.approx(expected, abs=1e-9)
@@ -149,7 +150,7 @@ def test_the_cache_holds_what_the_budget_says(kind):
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_that_only_other_policies_read_change_nothing(kind, mode):
-    """A prefill has those of all cells of an experiment."""
+    """Compare a prefill with the policy's own statistics and a prefill with those of all policies of an experiment."""
     context, question = tokens(60, seed=5), tokens(8, seed=6)
     model, setting = engine("qwen2"), Setting(policy(kind), Budget.parse("r0.3"), mode)
     own, every = (
@@ -199,7 +200,8 @@ def test_a_statistic_that_was_not_kept_up_cannot_be_taken_up_again():
 
 
 def test_two_continuations_of_one_state_do_not_meet():
-    """The first moves into the room behind the entries; the second must not overwrite it."""
+    """Check that the first continuation uses the spare storage after the entries and the second does not overwrite
+    it."""
     model = engine("llama")
     start = model.extend(None, tokens(20), room=8)
     one, two = model.extend(start, [1, 2, 3]), model.extend(start, [4, 5, 6])
@@ -216,7 +218,7 @@ def test_reading_in_chunks_of_any_size_gives_the_same_prefill():
 
 
 def test_query_moments_are_those_of_the_unrotated_queries():
-    """Against the projections themselves, taken before the rotation."""
+    """Compare with the outputs of the query projections before the rotation."""
     model, ids = engine("llama"), tokens(40)
     projected = {}
     hooks = [
@@ -236,7 +238,7 @@ def test_query_moments_are_those_of_the_unrotated_queries():
 
 
 def _batched(kind, budget, mode, lengths):
-    """Tokens and anatomy of answers decoded as a batch, and one by one."""
+    """Return answers decoded as a batch, and the same answers decoded one by one."""
     model, setting = engine("qwen2"), Setting(policy(kind), Budget.parse(budget), mode)
     prompts = [(tokens(n, seed=n), tokens(6, seed=100 + n)) for n in lengths]
     prefills = [model.prefill(*prompt, setting.policy.statistics) for prompt in prompts]
@@ -267,7 +269,7 @@ def test_a_batch_answers_as_one_by_one(kind, budget, lengths, mode):
 
 @pytest.fixture(scope="module")
 def gemma():
-    """Five layers with a sliding window to one without, and its plain twin."""
+    """Return a model with five sliding-window layers and one full layer, and its copy with eager attention."""
     return sliding_model()
 
 
@@ -298,7 +300,7 @@ def test_only_full_attention_layers_are_evicted(gemma, mode):
 
 
 def test_ragged_batches_of_a_sliding_window_model(gemma):
-    """Short prompts are padded inside the window, too."""
+    """Check that short prompts are padded inside the window as well."""
     model, _ = gemma
     prompts = [(tokens(n, seed=n), tokens(3, seed=n + 1)) for n in (7, 30, 12)]
     prefills = [model.prefill(*prompt) for prompt in prompts]

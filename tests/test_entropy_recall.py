@@ -1,4 +1,4 @@
-"""Entropy against recall: estimates compared with scipy and statsmodels, and verdicts for known true values."""
+"""Test entropy against recall: estimates compared with scipy and statsmodels, and verdicts for known true values."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def changed(steps, **fields):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[str, list[str]]:
-    """The table, and the observation files that it is made from."""
+    """Return the path of the table and the paths of the observation files that it is made from."""
     folder = tmp_path_factory.mktemp("observed")
     pq.write_table(observed(), folder / "bin0.parquet")
     write_entropy_recall([str(folder / "bin0.parquet")], str(folder / "entropy_recall.parquet"), STATISTICS)
@@ -86,7 +86,7 @@ def test_estimates_are_those_of_scipy_and_statsmodels():
 
 
 def test_the_partial_correlation_is_that_of_regression_residuals():
-    steps = made("by_step", n=8)  # fewer than ten examples: controls are straight lines
+    steps = made("by_step", n=8)  # fewer than ten examples: the controls enter as straight lines
     dummies = (steps.kind[:, None] == [1, 2]).astype(float)
     design = sm.add_constant(np.column_stack([steps.step, steps.length, dummies]))
     residuals = [sm.OLS(y, design).fit().resid for y in (steps.entropy, steps.recall)]
@@ -147,7 +147,8 @@ def test_copies_of_steps_within_examples_add_no_certainty():
 
 
 def with_questions(truth: str, n: int, questions: int, shared: bool):
-    """n examples, each of them ``questions`` times under another name, with their context as cluster or without."""
+    """Analyse n examples, each ``questions`` times under different names; their context is the cluster if
+    ``shared``."""
     rows = [
         own | {"example_id": f"{own['example_id']}-{q}", "cluster": own["example_id"] if shared else None}
         for own in rows_of(made(truth, n=n, steps=10))
@@ -159,7 +160,7 @@ def with_questions(truth: str, n: int, questions: int, shared: bool):
 
 
 def test_copies_of_examples_about_one_context_add_no_certainty():
-    """Three questions with the same steps are worth one; as contexts of their own they would look like three."""
+    """Check that three questions with the same steps count as one; with a context each they would count as three."""
     one, three, apart = (with_questions("weak", 12, *q) for q in ((1, False), (3, True), (3, False)))
     for name in ("pearson", "spearman", "pearson_within", "spearman_within", "trend", "slope", "partial", "auroc"):
         single, shared, own = (cell.estimates[name] for cell in (one, three, apart))
@@ -265,7 +266,7 @@ def test_the_rule_after_controlling():
     assert "is downward" in after(DOWN, flat).reason
 
 
-# What is degenerate is said in words
+# Degenerate cases are named in words
 
 
 def words_of(steps) -> dict[str, str]:
@@ -466,7 +467,7 @@ def test_nothing_to_draw_is_a_note(tmp_path):
     assert plots.bins_explorer(read_table(str(tmp_path / "t.parquet")), 0.95) is None
 
 
-# The policy that recalls
+# The policy entropy_recall
 
 
 def test_controls_and_bounds_belong_to_their_policy():
@@ -522,11 +523,11 @@ def test_the_figure_of_the_moments(tmp_path):
     assert "No answer records" in text_of((tmp_path / "n.svg").read_text())
 
 
-# The report's section
+# The report section
 
 
 def report(folder, monkeypatch, files=None, moments=True) -> tuple[str, str]:
-    """The whole report as Markdown and page, with the section where ``files`` or ``moments`` are given."""
+    """Return the whole report as Markdown and as HTML, with the section if ``files`` or ``moments`` are given."""
     from kv_transition.outputs import build
     from kv_transition.studies.grid.analysis.aggregate import write_aggregates
     from kv_transition.studies.grid.analysis.transition import write_transition

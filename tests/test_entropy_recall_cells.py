@@ -1,4 +1,4 @@
-"""Cells of entropy_recall in the grid: their inputs from other jobs, and their configuration."""
+"""Test cells of entropy_recall in the grid: their inputs from other jobs, and their configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evicted entries in host memory while the other entries are on a GPU."""
+"""Test evicted entries in host memory while the other entries are on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The policy entropy_recall: when it recalls, what it then holds, and that no entry is lost or duplicated."""
+"""Test the policy entropy_recall: when it recalls, what it holds afterwards, and that no entry is lost or
+duplicated."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def recall(**options):
 
 
 def held(layer: LayerCache) -> list[tuple[list[int], list[int]]]:
-    """Positions of the hot and of the cold entries of each head."""
+    """Return the positions of the hot and of the cold entries of each head."""
     hot = layer.positions.reshape(-1, layer.n).tolist()
     cold = layer.cold.positions.tolist() if isinstance(layer, TieredLayer) else [[]] * len(hot)
     return list(zip(hot, cold, strict=True))
@@ -50,7 +51,7 @@ def held(layer: LayerCache) -> list[tuple[list[int], list[int]]]:
 
 
 def check_every_entry_once(layer: TieredLayer, truth: LayerCache, n: int):
-    """Each of the first n entries is hot or cold in every head, and is what it was."""
+    """Check that each of the first n entries is either hot or cold in every head, and unchanged."""
     for head, (hot, cold) in enumerate(held(layer)):
         assert sorted(hot + cold) == list(range(n))
         assert hot == sorted(hot)
@@ -70,7 +71,7 @@ def check_every_entry_once(layer: TieredLayer, truth: LayerCache, n: int):
     batch=st.booleans(),
 )
 def test_store_and_cache_together_hold_every_entry_exactly_once(n, operations, seed, batch):
-    """Whatever is read, evicted and exchanged in whatever order, and each with its own key, value and statistic."""
+    """Check this after any order of reads, evictions and exchanges; each entry has its own key, value and statistic."""
     generator = torch.Generator().manual_seed(seed)
     truth = layer_of(written(n + len(operations), seed=n))
     truth = replace(truth, query_entropy=None, recent_queries=None, query_mean=None, query_cov=None)
@@ -141,7 +142,7 @@ def test_a_store_is_that_of_one_sequence():
 
 @pytest.mark.parametrize("n", [10, 33])
 def test_attention_over_both_sides_is_that_of_the_whole_layer(n):
-    """Against a softmax over the uncompressed layer and the token's own entry."""
+    """Compare with a softmax over the uncompressed layer and the token's own entry."""
     truth = written(n + 1, seed=n)
     whole = layer_of(truth)
     kept = offload(whole.cut(0, n), whole.cut(0, n).select(torch.arange(0, n, 3).expand(HKV, -1)))
@@ -185,7 +186,7 @@ def outcome(got: Answer):
 def test_tau_of_zero_is_always_and_of_infinity_never_and_the_inner_policy(inner, mode):
     always = answered("qwen2", recall(inner=inner, moments="always"), mode)
     assert outcome(answered("qwen2", recall(inner=inner, tau=0.0), mode)) == outcome(always)
-    steps = 9 if mode == "before_question" else 10  # the last token is said, and not read
+    steps = 9 if mode == "before_question" else 10  # the last token is generated, but not read
     assert always.record["triggers"] == always.record["steps"] == steps
     plain = answered("qwen2", create(inner, {}), mode)
     for options in ({"tau": math.inf}, {"tau": None}, {"moments": "never"}):
@@ -196,7 +197,7 @@ def test_tau_of_zero_is_always_and_of_infinity_never_and_the_inner_policy(inner,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recalling_makes_a_difference(family):
-    """Or the equalities above would show nothing."""
+    """Check that recall changes the answer; otherwise the equalities above would show nothing."""
     always, never = (answered(family, recall(moments=m), new=16) for m in ("always", "never"))
     assert always.tokens != never.tokens
     assert always.record["recalled_entries"] > 0
@@ -206,8 +207,10 @@ def test_recalling_makes_a_difference(family):
 @pytest.mark.parametrize("inner", ["h2o", "tova"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_always_attends_to_exactly_the_top_k_of_the_current_query(family, inner, mode):
-    """Against attention written out: in a model that sees what was hot at each step, the query's own softmax over all
-    earlier entries picks those very K; and its next-token logits are ours."""
+    """Compare with attention from its definition in a model that sees the hot entries of each step.
+
+    The query's softmax over all earlier entries must select the same K entries, and the next-token logits must agree.
+    """
     context, question = prompt()
     later = tokens(6, seed=2)
     model, policy = engine(family), recall(inner=inner, moments="always")
@@ -221,7 +224,7 @@ def test_always_attends_to_exactly_the_top_k_of_the_current_query(family, inner,
     visible = [torch.ones(len(ids), len(ids), dtype=torch.bool).tril().repeat(2, 1, 1) for _ in state.layers]
     logits, hot_sets = [], []
     if mode == "before_question":
-        # the question saw what compression had left
+        # the question attends to the compressed cache
         left = setting.compress(model.prefill(context, question).context, k)
         for number, layer in enumerate(left.layers):
             for head, (hot, _) in enumerate(held(layer)):
@@ -229,7 +232,7 @@ def test_always_attends_to_exactly_the_top_k_of_the_current_query(family, inner,
                 rows[len(context) : start, : len(context)] = False
                 rows[len(context) : start, hot] = True
     else:
-        # the prompt's last token is the first step, and what it brought along was among the K before
+        # the prompt's last token is the first decode step, and its own entry was among the K before
         for number, layer in enumerate(state.layers):
             for head, (hot, _) in enumerate(held(layer)):
                 assert len(hot) == k
@@ -266,7 +269,7 @@ def test_always_attends_to_exactly_the_top_k_of_the_current_query(family, inner,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_moments_and_moves_are_those_counted_by_hand(mode):
-    """The whole of decoding once more, step by step, with entropies and sets as the definition has them."""
+    """Compare with the whole decoding repeated step by step, with entropies and sets from their definitions."""
     context, question = prompt()
     model, new = engine("llama"), 12
     prefill = model.prefill(context, question)
@@ -305,7 +308,7 @@ def test_moments_and_moves_are_those_counted_by_hand(mode):
         return said, moments, back
 
     by_hand(math.inf)
-    # between two, so that rounding decides nothing
+    # between two entropies, so that rounding does not matter
     tau = sum(sorted(entropies)[5:7]) / 2
     said, moments, back = by_hand(tau)
     got = answered("llama", recall(tau=tau), mode, new=new)
@@ -324,7 +327,7 @@ def test_an_answer_at_a_budget_that_keeps_everything_has_nothing_to_recall():
     model = engine("qwen2")
     setting = Setting(recall(tau=0.0), Budget.parse("t500"), "after_prompt")
     got = answer(model, model.prefill(context, question), question, setting, 3, seed=0)
-    # K is all there was, so the first step's own entry makes one too many
+    # K is the number of all entries, so the first step's own entry exceeds it by one
     assert got.record["triggers"] == 3
     assert got.record["hot_bytes"] <= got.record["total_bytes"] == got.full_bytes
 
@@ -347,7 +350,7 @@ def test_layers_with_a_sliding_window_are_left_alone():
     assert [layer.n for layer in state.layers] == [16] * 5 + [facts.budget_entries + 1]
 
 
-# --- moments -------------------------------------------------------------------------------------------------------
+# --- moments of recall ---------------------------------------------------------------------------------------------
 
 
 def test_entropy_is_that_of_the_definition():
@@ -367,7 +370,10 @@ def test_it_is_the_moment_at_tau_itself():
 
 @given(st.data())
 def test_controls_have_as_many_moments_as_the_answer_they_are_held_against(data):
-    """In as many steps; of each so many steps that follow, again as many. Periodic ones are as even as can be."""
+    """Check that controls recall as often as the treated answer in as many steps, and as often in each further block.
+
+    The gaps of periodic moments differ by at most one step.
+    """
     steps = data.draw(st.integers(1, 40))
     m = data.draw(st.integers(0, steps))
     seed = data.draw(st.integers(0, 2**40))
@@ -387,7 +393,7 @@ def test_random_moments_are_seeded_and_fall_anywhere():
     assert len({random_moments(3, 10, 1, block) for block in range(20)}) > 10
     drawn = [random_moments(3, 10, seed, 0) for seed in range(2000)]
     counts = [sum(step in moments for moments in drawn) for step in range(10)]
-    # 600 expected each, standard deviation 20.5
+    # expected value 600 each, standard deviation 20.5
     assert all(abs(count - 600) < 5 * 20.5 for count in counts)
 
 
@@ -413,7 +419,7 @@ def test_a_share_is_that_of_all_steps_and_needs_no_other_answer(moments, share, 
     watch = recall(moments=moments, share=share).watch(seed)
     due = [watch.before_attention(torch.zeros(1, 3)) is not None for _ in range(1000)]
     assert sum(due) == round(1000 * share)
-    if moments == "periodic":  # every part of the answer has its share
+    if moments == "periodic":  # every part of the answer has its share of the moments
         assert all(abs(sum(due[at : at + 100]) - 100 * share) < 1 for at in range(0, 1000, 100))
 
 
@@ -440,7 +446,7 @@ def test_a_score_is_that_of_the_inner_policy():
 
 
 def test_held_out_steps_have_the_entropies_of_plain_generation():
-    """Against transformers' own generate(); the last token is said, and not read."""
+    """Compare with transformers' generate(); the last token is generated, but not read."""
     context, question = prompt()
     got = step_entropies(engine("qwen2"), context, question, 8)
     plain = random_model("qwen2").generate(

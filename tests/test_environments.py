@@ -1,4 +1,4 @@
-"""Environments, project metadata and lock file agree, and each environment has the imports of its rules."""
+"""Test that environments, project metadata and lock file agree, and that each environment has its rules' imports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ENVS = {path.stem: path for path in sorted((ROOT / "envs").glob("*.yaml"))}
 LOCK = ROOT / "requirements.lock"
 
 PYTHON = "3.11.15"
-# conda's name: PyPI's name
+# conda's name: name on PyPI
 ON_PYPI = {"pytorch-gpu": "torch"}
-# the import's name: PyPI's name
+# name of the import: name on PyPI
 DISTRIBUTION = {
     "yaml": "pyyaml",
     "vl_convert": "vl-convert-python",
@@ -28,10 +28,10 @@ DISTRIBUTION = {
     "pynvml": "nvidia-ml-py",
     "flash_attn": "flash-attn",
 }
-# docs/environments.md says why
+# docs/environments.md gives the reason
 EXCEPTION = ("inference", "torch")
 WITH_A_MODEL = ("inference", "harness")
-# needed though no module of the package imports it: what for
+# packages that are needed although no module of the package imports them, and their use
 UNSEEN = {
     "data": {"jinja2": "transformers' chat templates"},
     "inference": {
@@ -49,7 +49,7 @@ UNSEEN = {
     },
 }
 
-# imported where they are installed: what for
+# packages that are imported if they are installed, and their use
 OPTIONAL = {
     "gguf": "models in GGUF files; the extra gguf",
     "lm-eval": "the harness; the extra lm-eval, in an environment of its own",
@@ -67,10 +67,10 @@ def normal(name: str) -> str:
 
 
 def pins(env: str) -> dict[str, str]:
-    """PyPI name: version of an environment, Python left out."""
+    """Return the versions of the packages of an environment by their name on PyPI, without Python."""
     found: dict[str, str] = {}
     for dependency in yaml.safe_load(ENVS[env].read_text(encoding="utf-8"))["dependencies"]:
-        if isinstance(dependency, dict):  # of PyPI
+        if isinstance(dependency, dict):  # packages from PyPI
             found |= requirements(dependency["pip"])
             continue
         match = PIN.fullmatch(dependency)
@@ -96,7 +96,7 @@ def project() -> dict[str, str]:
 
 
 def harness() -> dict[str, str]:
-    """The extra lm-eval, which is in an environment of its own and not in the lock."""
+    """Return the pins of the extra lm-eval, which has a separate environment and is not in the lock."""
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return requirements(metadata["optional-dependencies"]["lm-eval"])
 
@@ -107,7 +107,7 @@ def lock() -> dict[str, str]:
 
 
 def rules() -> list[tuple[str, str, list[str], str]]:
-    """(rule, environment, modules it runs, its text) of every rule that runs something."""
+    """Return (rule, environment, modules it runs, its text) of every rule that runs a module."""
     found = []
     for file in sorted((ROOT / "workflow").rglob("*")):
         if file.suffix != ".smk":
@@ -124,7 +124,7 @@ def rules() -> list[tuple[str, str, list[str], str]]:
 
 
 def imports_of(file: Path, package: str | None = None) -> set[str]:
-    """Modules that a file imports: those of one package by their full names, or the tops of all third-party ones."""
+    """Return the modules that a file imports: full names of one package, or top-level names of third-party packages."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -144,10 +144,10 @@ def file_of(module: str) -> Path | None:
 
 def modules_run(env: str) -> set[str]:
     roots = {module for _, its_env, modules, _ in rules() if its_env == env for module in modules}
-    if env in WITH_A_MODEL:  # loaded by name, as the configuration asks
+    if env in WITH_A_MODEL:  # policies are loaded by name, as the configuration requires
         roots |= {f"{PACKAGE}.policies.{file.stem}" for file in (SOURCE / "policies").glob("*.py")}
     found = imported_modules(*roots)
-    # the neutral modules are left out of code hashes, not out of what is run
+    # neutral modules are left out of code hashes, but they are run
     neutral = {m for module in found for m in imports_of(file_of(module), PACKAGE) if is_neutral(m)}
     return found | {m for m in roots | neutral if file_of(m)}
 

@@ -1,4 +1,5 @@
-"""generate() with an EvictingCache on plain models gives the tokens of the engine, of cells and of the server."""
+"""Test that generate() with an EvictingCache on plain models gives the tokens of the engine, of cells and of the
+server."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ NEW = 8
 
 @cache
 def plain(family):
-    """A model as transformers loads it, with its own attention."""
+    """Return a model as transformers loads it, with transformers' attention."""
     model = random_model(family)
     model.set_attn_implementation("sdpa")
     return model
@@ -54,7 +55,7 @@ def told(family):
 
 
 def generated(model, prompts, cache=None, **options):
-    """The new tokens of generate(), greedy unless said otherwise, of prompts padded on the left."""
+    """Return the new tokens of generate() for prompts padded on the left; greedy unless ``options`` say otherwise."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -63,14 +64,15 @@ def generated(model, prompts, cache=None, **options):
 
 
 def by_engine(family, context, question, policy, budget, mode, seed, new=NEW):
-    """What LocalEngine answers, which tests/test_engine.py holds against attention written out."""
+    """Return the answer of LocalEngine, which tests/test_engine.py compares with attention from its definition."""
     model, own = told(family), policy_of(policy)
     setting = Setting(own, budget_of(budget, own), mode)
     return answer(model, model.prefill(context, question, own.statistics), question, setting, new, seed)
 
 
 def from_whole_prompt(family, context, question, policy, budget, mode, seed, new=NEW):
-    """As `by_engine`, where a policy has the model repeat what it read: a cache is given the prompt in one piece."""
+    """Return the same as `by_engine`, but read context and question together for kvzip, as a cache receives the
+    prompt."""
     if mode == "before_question" or policy["kind"] != "kvzip":
         return by_engine(family, context, question, policy, budget, mode, seed, new)
     model, own = told(family), policy_of(policy)
@@ -92,7 +94,7 @@ def client(family):
 
 
 def by_cell(folder, family, context, question, policy, budget, mode):
-    """The text of a cell's only row; the seed of its answer is `answer_seed`."""
+    """Return the text of the cell's only row; the seed of its answer is `answer_seed`."""
     spec = {
         "mode": mode, "policy": "mine", "kind": policy["kind"], "budget": str(budget_of(budget, policy_of(policy))),
         "first_token": "compressed", "hyper_parameters": catalog.resolve(policy["kind"], policy)[1],
@@ -107,7 +109,7 @@ def by_cell(folder, family, context, question, policy, budget, mode):
 
 
 def by_server(family, context, question, policy, budget, mode, seed):
-    """The tokens of the answer to a request."""
+    """Return the tokens of the server's answer to a request."""
     chosen = catalog.resolve(policy["kind"], policy)[1] | {"kind": policy["kind"]}
     asked = {"kv_policy": chosen, "kv_mode": mode, "kv_seed": seed, "kv_context": len(context), "max_tokens": NEW}
     asked |= {} if budget is None else {"kv_budget": budget}
@@ -180,7 +182,7 @@ def test_sliding_window_layers_are_left_to_themselves():
     assert held.nbytes == expected.cache_bytes
 
 
-# -- transformers' own ways
+# -- transformers' own use of the cache
 
 
 def test_the_model_is_as_before_without_the_cache():
@@ -190,7 +192,7 @@ def test_the_model_is_as_before_without_the_cache():
     assert generated(model, [prompt]) == before
     assert generated(model, [prompt], DynamicCache(config=model.config)) == before
     assert model.config._attn_implementation == forward
-    with pytest.raises(IndexError):  # in the middle of a reading
+    with pytest.raises(IndexError):  # an error in the middle of a forward pass
         generated(model, [[VOCABULARY + 1, 5]], kvt.EvictingCache(model, "snapkv", 0.2))
     assert generated(model, [prompt]) == before
     twin = copy.deepcopy(model)
@@ -198,7 +200,7 @@ def test_the_model_is_as_before_without_the_cache():
 
 
 def test_sampling_draws_from_the_compressed_cache():
-    """The first draws follow the distribution of the engine's logits, and a seed gives them again."""
+    """Check that first draws follow the distribution of the engine's logits, and that a seed repeats them."""
     prompt, n = tokens(30, seed=3), 4000
     setting = Setting(policy_of("h2o"), kvt.Budget.parse("r0.3"), "after_prompt")
     model = engine("qwen2")
@@ -285,7 +287,7 @@ def test_reset_makes_room_for_another_prompt():
     assert generated(plain("llama"), [tokens(30)], held) == first
 
 
-# -- bad use
+# -- invalid use
 
 
 def says(pattern):

@@ -1,4 +1,4 @@
-"""Abstentions (“unknown”) and broken answers are counted separately, and both are failures."""
+"""Test that abstentions (“unknown”) and broken answers are counted separately, and that both are failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The label of an answer, by rule and by order of the rules."""
+"""Test the label of an answer, by rule and by order of the rules."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_empty_output(text):
 
 
 def test_the_first_label_that_fits_is_given():
-    # Every text also fits all labels that come after its own.
+    # Every text also matches all labels after its own.
     fits = {
         "OOM": ("", "OOM: all", "length"),
         "EMPTY_OUTPUT": (" ", None, "length"),
@@ -69,16 +69,16 @@ def words(n, start=0):
     ("text", "degenerate"),
     [
         (["no"] * 24, True),
-        (["no"] * 23, False),  # too short to tell
+        (["no"] * 23, False),  # too short to decide
         (["no"] * 12 + words(12), True),  # exactly half
         (["no"] * 11 + words(13), False),
         (words(8) * 3, True),  # an 8-gram
-        (words(9) * 3, True),  # its first eight words cover 24 of 27
+        (words(9) * 3, True),  # the first eight words of each repetition cover 24 of 27 words
         (words(16) * 3, True),  # eight of every sixteen words: exactly half
         (words(17) * 3, False),
         (words(24), False),
         (["so", "it", "goes"] * 4 + words(12), True),
-        # frequent words that are no n-gram: "so", "it" and "goes" cover half, each alone a sixth
+        # frequent words that form no n-gram: "so", "it" and "goes" cover half, each alone one sixth
         ([w for pair in zip(["so", "it", "goes"] * 4, words(12), strict=True) for w in pair], False),
         # "a b a" five times, overlapping: eleven words, each counted once
         (["a", "b"] * 5 + ["a"] + words(13), False),
@@ -106,7 +106,7 @@ def test_truncated_only_at_the_limit_and_without_a_gold_answer():
     assert failure("the capital is", ["Paris"], finish_reason="stop") is None
     assert failure("It is Paris, the", ["Rome", "paris"], finish_reason="length") is None
     assert failure("Paris is", [], finish_reason="length") == "TRUNCATED"
-    # Of a task of which the first line is scored, what comes later is not an answer.
+    # If a task scores only the first line, the text after it is not part of the answer.
     assert failure("Rome\nParis", ["Paris"], first_line_only=True, finish_reason="length") == "TRUNCATED"
     assert failure("\nParis\nRome and", ["Paris"], first_line_only=True, finish_reason="length") is None
 
@@ -147,7 +147,7 @@ def test_refusals(text):
 def test_abstentions(text):
     assert is_abstention(text)
     assert failure(text, ["Paris"], pattern="short_qa") == "ABSTAIN"
-    assert failure(text, ["Unanswerable", "Paris"], pattern="short_qa") is None  # the gold abstains too
+    assert failure(text, ["Unanswerable", "Paris"], pattern="short_qa") is None  # the gold answer abstains too
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A short version of the fault campaign of tests/faults."""
+"""Run a short version of the fault campaign of tests/faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/findings.md agrees with the kept tables, and these with the kept windows and answers."""
+"""Check that docs/findings.md agrees with the stored tables, and these with the stored windows and answers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_every_picture_is_there():
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_perplexities_are_those_of_the_kept_windows(name):
-    """exp of nats a token, of each policy and over the full cache's on the same windows."""
+    """Compare perplexity and ratio with exp of nats per token of each policy and of the full cache on the same
+    windows."""
     windows = pl.read_parquet(KEPT / name / "windows.parquet")
     table = pl.read_parquet(KEPT / name / "perplexity.parquet").filter(pl.col("bin").is_null())
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The first screen of the report is correct for simulated experiments (complete version: benchmarks)."""
+"""Check that the first screen of the report is correct for simulated experiments (complete version: benchmarks)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Mutated files: every parser succeeds or raises one sentence, in limited time, and writes nothing.
+"""Test mutated files: every parser succeeds or raises one sentence, in limited time, and writes nothing.
 
-Seeds are real files. ``KVT_FUZZ=20000`` tries that many mutations in place of 500; ``KVT_FUZZ_OUTPUT`` names the JSON
+Seeds are real files. ``KVT_FUZZ=20000`` tries that many mutations instead of 500; ``KVT_FUZZ_OUTPUT`` names the JSON
 file of the figures.
 """
 
@@ -38,10 +38,10 @@ from kv_transition.studies.perplexity import corpus
 
 TRIES = int(os.environ.get("KVT_FUZZ", "500"))
 CPU_S = 20
-"""seconds of computing that a parser may take"""
+"""seconds of CPU time that a parser may take"""
 READER = ROOT / "resources/tiny-reader"
 
-# What parsers stumble over, put in by chance: numbers, encodings, structure, names of other types.
+# Fragments that parsers often fail on, inserted at random: numbers, encodings, structure, names of other types.
 TOKENS = [
     b"9" * 5000, b"1e999", b"-0", b"NaN", b"Infinity", b"null", b"true", b"[", b"]", b"{", b"}", b"[" * 2000, b'"',
     b"\\ud800", b"\\u0000", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\t", b":", b",", b"&a ", b"*a",
@@ -52,7 +52,7 @@ TOKENS = [
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """Change a file in one to four places: bytes flipped, pieces lost, repeated or moved, tokens put in."""
+    """Change a file in one to four places: flip bits, remove, repeat or replace pieces, insert tokens."""
     if rng.random() < 0.03:
         return content.decode("utf-8", "replace").encode(rng.choice(["utf-16", "latin-1", "utf-8-sig"]), "replace")
     made = bytearray(content)
@@ -77,7 +77,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Fail after `CPU_S` seconds of computing: a parser that hangs."""
+    """Fail after `CPU_S` seconds of CPU time, because the parser hangs."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"more than {CPU_S} s of computing")
@@ -92,7 +92,7 @@ def bounded() -> Iterator[None]:
 
 
 Parser = tuple[str, bytes, Callable[[Path], object]]
-"""The name of the file, its content as it should be, and what reads it"""
+"""the name of the file, its valid content, and the function that reads it"""
 
 
 def _experiment(path: Path) -> object:
@@ -195,7 +195,7 @@ def _gguf(path: Path) -> object:
 
 
 def seeds(folder: Path) -> dict[str, Parser]:
-    """The parsers and what they read as it should be."""
+    """Return the parsers by name, each with a valid file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -283,12 +283,12 @@ def _small_gguf(folder: Path) -> bytes | None:
 
 
 def test_every_seed_is_read(tmp_path):
-    """Otherwise the mutations of one would all be refused for the same reason."""
+    """Check that every seed is valid; otherwise all its mutations would be refused for the same reason."""
     for name, (file, content, read) in seeds(tmp_path).items():
         folder = tmp_path / name.replace(" ", "_")
         folder.mkdir()
         (folder / file).write_bytes(content)
-        if name != "weights":  # cut short on purpose: the whole file would be slow to mutate
+        if name != "weights":  # truncated on purpose, because the whole file would be slow to mutate
             assert read(folder / file) is not None or name == "tokenizer", name
 
 

@@ -1,4 +1,4 @@
-"""Models in a GGUF file: conversion, location of the result, and errors for unreadable files."""
+"""Test models in a GGUF file: conversion, location of the result, and errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST_TOKENS = {
     "Once upon a time": ",",
     "Water boils at": " ",
 }
-"""what transformers' own load of the file says first, by a program that used nothing of this project but the path"""
+"""first tokens of transformers' own load of the file, from a program that used nothing of this project but the path"""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def models(tmp_path, monkeypatch):
 
 
 def empty_file(path: Path, architecture: str = "llama", **numbers: int) -> str:
-    """A GGUF file of one tensor."""
+    """Write a GGUF file with one tensor; return its path."""
     import gguf as library
     import numpy as np
 
@@ -127,7 +127,7 @@ def test_the_language_model_is_what_transformers_loads(models):
             expected = own(input_ids=torch.tensor([ids])).logits[0, -1]
             plain = loaded(input_ids=torch.tensor([ids])).logits[0, -1]
         assert (plain - expected).abs().max() <= 1e-5
-        # another attention function: the order of sums differs
+        # a different attention function, which sums in another order
         logits = engine.extend(None, ids).logits.flatten()
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert engine.tokenizer.decode([logits.argmax()]) == first
@@ -139,7 +139,8 @@ def test_the_language_model_is_what_transformers_loads(models):
 @REAL
 @pytest.mark.slow
 def test_perplexity_of_the_full_cache_is_that_of_a_plain_forward_pass(models, tmp_path, capsys, monkeypatch):
-    """The quickstart compares them, to 1e-5 nats a token, which is a perplexity to 1e-5."""
+    """Check the comparison that the quickstart makes: within 1e-5 nats per token, a relative error of 1e-5 in
+    perplexity."""
     from kv_transition import quickstart
 
     small = {"corpus": "synthetic", "context_tokens": [256], "stride": 32, "books": 2, "windows_per_book": 1}

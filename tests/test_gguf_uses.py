@@ -1,4 +1,4 @@
-"""A tiny GGUF file in everything that takes a model: results agree with its weights."""
+"""Test a tiny GGUF file in everything that accepts a model: results agree with its weights."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_plan_and_doctor_read_the_file(name, tmp_path):
     settings = parse({"experiment": "tiny", "model": {"name": name, "device": "cpu"}} | DATA)
     size = model_size(settings.model)
     assert (size.layers, size.kv_heads) == (3, 2)
-    # embeddings are shared; the size leaves out the norms: 2 a layer and the last one
+    # embeddings are shared; the size omits the norms: 2 per layer and the final one
     norms = 7 * 64
     assert size.parameters + norms == sum(p.numel() for p in tiny_llama().parameters())
     assert gguf.header(name)["parameters"] == size.parameters + norms
@@ -116,7 +116,7 @@ def test_it_is_served(name, monkeypatch):
 
     tokenizer = load_tokenizer(name)
     ids = tokenizer("<|im_start|>user\nthe tin<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-    # greedy, written out
+    # greedy decoding with plain forward passes
     said = []
     with torch.inference_mode():
         for _ in range(4):
@@ -138,7 +138,8 @@ def test_quickstart_holds_on_it(name, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_whole_experiment_runs_on_it(name, tmp_path):
-    """Answers, observations, perplexity and conversations, to a report that says where the weights are from."""
+    """Check answers, observations, perplexity and conversations, up to a report that names the source of the
+    weights."""
     from project import Project
 
     (tmp_path / "project").mkdir()

@@ -1,6 +1,6 @@
-"""The engine on a GPU compared with the CPU and with attention from its definition.
+"""Compare the engine on a GPU with the CPU and with attention from its definition.
 
-Needs torch, transformers, triton, safetensors, pyarrow and pytest only: ``pytest -m gpu``.
+This needs only torch, transformers, triton, safetensors, pyarrow and pytest: ``pytest -m gpu``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WIDE = {
     "max_position_embeddings": 65536,
     "initializer_range": 0.007,
 }
-"""64 channels a head, as GPU kernels want, and attention no more peaked than that of the small ones"""
+"""64 channels per head, as GPU kernels require, and attention that is not more peaked than in the small models"""
 
 
 def made(device: str, family: str = "qwen2", dtype: torch.dtype = torch.float32, *, statistics="auto", **shape):
@@ -94,7 +94,7 @@ def test_half_precision_is_no_further_off_than_on_the_cpu(dtype):
 
 
 def visible(state: CacheState, total: int) -> list[torch.Tensor]:
-    """Who may see whom when all tokens after those of ``state`` see only what it holds and each other."""
+    """Return masks in which tokens after ``state`` see only the entries that it holds and each other."""
     masks = []
     for layer in state.layers:
         rows = [head for part in layer.parts for head in part.positions.cpu()]
@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_a_row_and_the_others_are_answered(tmp_path):
     }  # fmt: skip
     local.extend(None, tokens(64))
     torch.cuda.empty_cache()
-    # The allocator refuses what a full card would refuse, and nobody else's memory is taken.
+    # The allocator refuses memory like a full card, without taking memory from other processes.
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
     try:
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_a_row_and_the_others_are_answered(tmp_path):
 def test_compiled_decoding_is_the_plain_loop(kind, sliding, dtype):
     local = LocalEngine(sliding_model()[0].model.to(DEVICE, dtype)) if sliding else made(DEVICE, dtype=dtype, **WIDE)
     decoder = CompiledDecoder(local)
-    # the second batch replays what was recorded for the first
+    # the second batch replays the graph that was recorded for the first
     for sizes in ([400, 90], [230, 41]):
         plain = [policy(kind).compress(local.extend(None, tokens(n, seed=n)), n // 3) for n in sizes]
         decoder.load(plain, 8)

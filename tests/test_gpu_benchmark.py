@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU with a tiny model: every part, figures written at once, and resuming."""
+"""Test benchmarks/gpu.py on a CPU with a tiny model: every part, figures written at once, and resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """The file of a whole rehearsal, and its output."""
+    """Return the file of a whole rehearsal, and its output."""
     path = tmp_path_factory.mktemp("gpu") / "figures.json"
     done = run("--device", "cpu", "--tiny", "--output", path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -36,7 +36,7 @@ def test_every_part_has_figures_or_the_reason_why_not(rehearsed):
     for part in PARTS:
         for figure in figures[part]:
             assert "skipped" in figure or any(key in figure for key in measured), (part, figure)
-    # a CPU lacks none of these
+    # a CPU can run all of these
     for part in ("prefill", "decode", "kernels"):
         assert not [figure for figure in figures[part] if "skipped" in figure]
     loops = {figure["loop"] for figure in figures["decode"]}
@@ -82,7 +82,7 @@ def test_without_a_card_it_says_so(tmp_path):
 
 
 def test_it_needs_no_package_that_a_bare_machine_lacks():
-    # transformers imports what it finds, so the packages are hidden rather than looked for afterwards
+    # transformers imports every package that it finds, so the packages are hidden instead of checked afterwards
     code = """
 import sys
 from importlib.machinery import PathFinder

@@ -1,6 +1,6 @@
-"""The harness's model type: with policy full it equals `hf`; under a policy it equals the library.
+"""Test the harness's model type: with policy full it equals `hf`; under a policy it equals the library.
 
-Needs lm-eval, which is no part of the development environment: `make test-harness` runs this in one of its own.
+It needs lm-eval, which is not in the development environment: `make test-harness` runs it in a separate environment.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def asked(kind, *arguments):
     return [Instance(request_type=kind, doc={}, arguments=own, idx=i) for i, own in enumerate(arguments)]
 
 
-# different lengths, a context that two requests share, and an empty one
+# different lengths, a context that two requests share, and an empty context
 PAIRS = [(text(20 + i, i), " " + text(1 + i % 4, 50 + i)) for i in range(6)]
 PAIRS += [(PAIRS[0][0], " w5 w6 w7"), ("", "w3 w4 w5")]
 PROMPTS = [(text(12 + 5 * (i // 2), i), {"until": ["w7"], "max_gen_toks": 8, "do_sample": False}) for i in range(5)]
@@ -85,7 +85,7 @@ def acts_each_step(policy):
     return create(policy, hyper_parameters(policy)).acts_each_step
 
 
-# -- at policy full: the harness's own model
+# -- with policy full: the harness's own model
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -127,7 +127,7 @@ def task(folder, name, **changes):
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A task of each kind, from files."""
+    """Return a folder of task files, and the names of one task of each kind."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -159,7 +159,7 @@ def test_whole_tasks_come_out_as_with_hf(model, tasks):
             assert answers[0] == answers[1]
 
 
-# -- under a policy: what the library answers
+# -- under a policy: the answers of the library
 
 
 @pytest.mark.parametrize("policy", SHARED)
@@ -184,7 +184,8 @@ def test_responses_are_those_of_the_library(model, policy, mode, batch_size):
 
 @pytest.mark.parametrize("policy", SHARED)
 def test_log_likelihoods_are_those_of_the_tokens_that_are_drawn(model, policy):
-    """The greedy continuation of the library is the most likely one, and its entropy's distribution gives log p."""
+    """Check that the library's greedy continuation has the highest likelihood and, for full, its exact log
+    probability."""
     context = tokenizer()(text(30, 3)).input_ids
     kind = {"kind": policy} | ({"tau": 1.0} if policy == "entropy_recall" else {})
     own = kvt.load(model, tokenizer(), chat=False).read(context[:-1])
@@ -204,7 +205,7 @@ def test_log_likelihoods_are_those_of_the_tokens_that_are_drawn(model, policy):
 
 @cache
 def compared(policy, mode):
-    """The model at batch sizes of 1 and of many."""
+    """Return the model at batch sizes of 1 and of 5."""
     model = random_model("llama")
     model.set_attn_implementation("sdpa")
     options = {"mode": mode, "separator": "w89"} | policy_of(policy)
@@ -219,9 +220,9 @@ def compared(policy, mode):
 @pytest.mark.parametrize("mode", ["after_prompt", "before_question"])
 @pytest.mark.parametrize("policy", kinds())
 def test_batches_of_log_likelihoods_are_those_of_single_requests(policy, mode, lengths, seed):
-    """Contexts of any lengths, and continuations of several lengths that share them."""
+    """Check contexts of any lengths, and continuations of several lengths that share them."""
     requests = []
-    for i, (n, question, continuations) in enumerate(lengths * 2):  # so that some are equally long
+    for i, (n, question, continuations) in enumerate(lengths * 2):  # twice, so that some contexts have equal length
         context = f"{text(n, seed + i)} w89 {text(question, seed + i + 50)}"
         requests += [(context, " " + text(1 + j % 3, seed + 90 + j)) for j in range(continuations)]
     one, several = (lm.loglikelihood(asked("loglikelihood", *requests)) for lm in compared(policy, mode))
@@ -241,9 +242,9 @@ def test_batches_of_texts_are_those_of_single_texts(policy):
 @pytest.mark.parametrize(
     ("policy", "budget", "batch_size", "readings"),
     [
-        # of each context all tokens, then the last one again; continuations of one token need no further reading
+        # for each context, all tokens and then the last one again; continuations of one token need no further reading
         ("snapkv", 0.3, 1, [(1, 25), (1, 1), (1, 25), (1, 1), (1, 20), (1, 1)]),
-        # equally long contexts together, since what pads one would enter the statistics
+        # only contexts of equal length together, because padding would enter the statistics
         ("snapkv", 0.3, 8, [(2, 25), (2, 1), (1, 20), (1, 1)]),
         ("full", None, 8, [(3, 25), (3, 1)]),
     ],
@@ -263,7 +264,7 @@ def test_a_context_is_read_once_and_with_others(model, monkeypatch, policy, budg
 
 
 def test_windows_and_moments_keep_prompts_apart():
-    """A shorter prompt is not padded where padding would push entries out of a window."""
+    """Check that a shorter prompt is not padded if padding would push entries out of a window."""
     _, plain = sliding_model()
     plain.set_attn_implementation("sdpa")
     pairs = asked("loglikelihood", *[(text(n, n), f" {text(3, i)}") for n in (20, 33, 33, 40) for i in range(2)])
@@ -273,7 +274,7 @@ def test_windows_and_moments_keep_prompts_apart():
 
 
 def test_a_text_is_held_at_its_budget_from_its_first_token(model):
-    """Sinks and the newest tokens are all that any token sees: the same with a mask over the whole text."""
+    """Compare with a mask over the whole text in which each token sees only the sinks and the newest tokens."""
     ids = tokenizer()(text(40, 2)).input_ids
     lm = ours(model, "streaming_llm", "t10")
     ((got, _),) = lm._loglikelihood_tokens([(None, [91], ids)])
@@ -286,7 +287,7 @@ def test_a_text_is_held_at_its_budget_from_its_first_token(model):
     assert got == pytest.approx(float(logits.gather(1, read[0, 1:, None]).sum()), abs=1e-3)
 
 
-# -- bad use
+# -- invalid use
 
 
 def test_bad_use_is_a_sentence(model):
@@ -301,7 +302,7 @@ def test_bad_use_is_a_sentence(model):
 
 
 def test_the_entry_point_is_the_model_type():
-    """What lm-eval after 0.4.13 does with it: the name stands in its registry until the class is asked for."""
+    """Check what lm-eval after 0.4.13 does: the name is in its registry until the class is requested."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]
     registry = Registry("model", base_cls=LM)
     for name, value in declared.items():
@@ -309,7 +310,7 @@ def test_the_entry_point_is_the_model_type():
     assert {name: registry.get(name) for name in registry} == {"kv_transition": CompressedLM}
 
 
-# without a device the harness's command line says cuda:0, on any machine
+# without a device, the harness's command line uses cuda:0 on any machine
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["", ",device=cpu"])
 def test_the_command_line_knows_the_model(tmp_path, tasks, device):

@@ -1,4 +1,4 @@
-"""The study of lm-evaluation-harness's tasks: settings, jobs, analysis and report, from an output written by hand.
+"""Test the study of lm-evaluation-harness's tasks: settings, jobs, analysis and report, from an output written by hand.
 
 The last test runs the workflow and needs lm-eval: `make test-harness`.
 """
@@ -48,7 +48,7 @@ def test_an_experiment_may_be_all_harness():
 
 def test_policies_budgets_and_modes_are_chosen():
     chosen = parsed(policies=["h2o"], budgets=["t16"], modes=["before_question", "after_prompt"])
-    # the full cache is run once, since no mode changes its answers
+    # the full cache is run once, because no mode changes its answers
     assert set(study.cells(chosen)) == {
         ("after_prompt", "full", "r1"), ("before_question", "h2o", "t16"), ("after_prompt", "h2o", "t16"),
     }  # fmt: skip
@@ -92,11 +92,11 @@ def test_without_the_harness_a_job_says_how_to_get_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# -- an output of the harness, by hand: four documents, of which two are right
+# -- an output of the harness, written by hand: four documents, two of them right
 
 
 def output(right, mean, stderr):
-    """What `lm_eval.simple_evaluate` returns of a task of choices with a perplexity beside the accuracy."""
+    """Return the output of `lm_eval.simple_evaluate` for a multiple-choice task with accuracy and perplexity."""
     samples = [
         {
             "doc_id": i, "doc_hash": f"hash{i}", "filter": "none", "metrics": ["acc", "word_perplexity"],
@@ -157,7 +157,7 @@ def test_a_policy_is_compared_with_full_on_the_same_documents(made):
     full, own, same = acc.rows(named=True)
     assert (full["mode"], full["difference"], full["paired"], full["score"]) == (None, None, None, 0.75)
     assert (own["mode"], own["score"], own["stderr"], own["n"], own["paired"]) == ("after_prompt", 0.5, 0.11, 20, 20)
-    # five of twenty documents are lost; the interval and p are those of the project's paired inference
+    # five of twenty documents are lost; interval and p are those of the project's inference for pairs
     test = paired.difference(np.array([np.subtract(OWN_RIGHT, FULL_RIGHT)], dtype=float))
     interval = test.interval(0.95)
     assert own["difference"] == pytest.approx(-0.25)
@@ -167,7 +167,7 @@ def test_a_policy_is_compared_with_full_on_the_same_documents(made):
     assert own["p_holm"] == pytest.approx(min(1, 2 * test.p[0]))
     assert same["difference"] == 0
     assert same["difference_low"] < 0 < same["difference_high"]
-    # a perplexity has a score and no value for a single document
+    # perplexity has a score, but no value per document
     rolled = pl.read_parquet(path).filter(metric="word_perplexity", mode="after_prompt").row(0, named=True)
     assert (rolled["score"], rolled["paired"], rolled["difference"], rolled["p_value"]) == (2.5, 0, None, None)
     assert "harness" not in read_metadata(path)
@@ -251,7 +251,7 @@ def test_a_figure_without_policies_says_so(tmp_path):
     assert "No policy was run beside the full cache." in spec["description"]
 
 
-# -- the workflow, where lm-eval is installed
+# -- the workflow, if lm-eval is installed
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed here; `make test-harness` runs this test")
@@ -281,7 +281,7 @@ def test_the_workflow_runs_the_tasks(tmp_path, monkeypatch):
     assert table.select("policy", "budget", "mode", "n", "paired").rows() == [
         ("full", "r1", None, 4, None), ("snapkv", "r0.3", "after_prompt", 4, 4),
     ]  # fmt: skip
-    # the same task by the harness's own command line and model type, without the workflow
+    # the same task with the harness's own command line and model type, without the workflow
     import lm_eval
     from lm_eval.tasks import TaskManager
 

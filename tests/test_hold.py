@@ -1,4 +1,4 @@
-"""A state held at its budget in place: bit for bit equal to copying, and without effect on other states."""
+"""Test a state held at its budget in place: bit for bit equal to copying, and without effect on other states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kv_transition.policies.catalog import create, hyper_parameters, kinds
 
 K = 24
 STEPS = SLACK + 20
-"""so many that the storage is used up and made anew in between"""
+"""enough steps to use up the storage and to allocate it again"""
 
 
 def policies() -> list:
@@ -27,7 +27,7 @@ def policies() -> list:
 
 
 def equal(a: CacheState, b: CacheState) -> bool:
-    """Whether the tensors are the same bits; of batches as well."""
+    """Return whether the tensors of two states are bit-identical, for batches as well."""
     pairs = [(tensors_of(x), tensors_of(y)) for x, y in zip(a.layers, b.layers, strict=True)]
     return torch.equal(a.logits, b.logits) and all(
         x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs
@@ -37,9 +37,9 @@ def equal(a: CacheState, b: CacheState) -> bool:
 @pytest.mark.parametrize("policy", policies())
 @pytest.mark.parametrize("rows", [0, 3], ids=["alone", "batch"])
 def test_holding_in_place_is_compressing(policy, rows):
-    """Every tensor of the state and the logits, at each step; rows of a batch lose different entries.
+    """Compare every tensor of the state and the logits at each step; rows of a batch lose different entries.
 
-    A policy with ``every`` compresses at each step that so many entries have come since the last time.
+    A policy with ``every`` compresses each time that this many entries were added.
     """
     if rows and policy.one_at_a_time:
         pytest.skip("goes one by one")
@@ -58,7 +58,7 @@ def test_holding_in_place_is_compressing(policy, rows):
 
 @pytest.mark.parametrize("policy", policies())
 def test_what_was_there_before_stays_as_it_was(policy):
-    """The prompt's own state, whose storage has room, and a settled state on top of which reading goes on."""
+    """Check the prompt's own state, whose storage has spare room, and a settled state that is extended further."""
     reader = engine("llama")
     prompt, untouched = (reader.extend(None, tokens(30), room=STEPS) for _ in range(2))
     state = prompt
@@ -88,7 +88,7 @@ def test_sliding_windows_beside_it_forget_by_themselves():
 
 @given(st.data(), st.integers(1, 4), st.integers(2, 12))
 def test_any_entry_of_any_head(data, heads, n):
-    """Lists of numbers are the truth: one goes, one comes, again and again."""
+    """Compare with lists of numbers: one entry is removed and one is added, repeatedly."""
     numbers = torch.arange(heads * n, dtype=torch.float32).view(heads, n)
     lists = numbers.tolist()
     layer = LayerCache(numbers[..., None], -numbers[..., None], numbers.long(), scale=1.0)

@@ -1,4 +1,4 @@
-"""The judge with endpoints that answer correctly, incorrectly, late or not at all."""
+"""Test the judge with endpoints that answer correctly, incorrectly, late or not at all."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _key_and_no_pauses(monkeypatch):
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint that does with each question what ``act`` says; remembers what it was asked."""
+    """An OpenAI-compatible endpoint that handles each question as ``act`` says, and records the requests."""
 
     def __init__(self, act: Callable[[dict], object]) -> None:
         self.asked: list[dict] = []
@@ -95,7 +95,7 @@ class Endpoint:
 
 
 def events(text: str, finish: str | None = "stop", done: bool = True) -> bytes:
-    """A streamed answer in pieces of five characters."""
+    """Return a streamed answer in pieces of five characters."""
     pieces = [{"delta": {"content": text[i : i + 5]}} for i in range(0, len(text), 5)]
     pieces += [{"delta": {}, "finish_reason": finish}] if finish else []
     lines = [f"data: {json.dumps({'model': 'fair', 'choices': [{'index': 0} | piece]})}\n\n" for piece in pieces]
@@ -116,7 +116,7 @@ def endpoint(act: Callable[[dict], object]) -> Iterator[Endpoint]:
 
 
 def chat_file(folder: Path, answers: list[list[str | None]]) -> str:
-    """Conversations of these answers, each to say "yes" and, from turn 2 on, to be short."""
+    """Write conversations with these answers; each must say "yes" and, from turn 2 on, be short."""
     said_yes = Check(kind="contains", value="yes", id="c1", since=1)
     short = Check(kind="max_words", value=2, id="c2", since=2)
     rows = [
@@ -134,14 +134,14 @@ def chat_file(folder: Path, answers: list[list[str | None]]) -> str:
 
 
 def fair(asked: dict) -> dict:
-    """A judge that knows both instructions; deliberately written apart from the rules."""
+    """Judge both instructions correctly, with code that is independent of the rules on purpose."""
     if "at most 2 words" in asked["instruction"]:
         return {"follows": asked["answer"].count(" ") < 2, "reason": "counted"}
     return {"follows": "yes" in asked["answer"], "reason": "read"}
 
 
 def judge(tmp_path: Path, act, answers, **changes) -> tuple[list[dict], Endpoint]:
-    """What was written, and the endpoint that was asked."""
+    """Run the judge; return the rows that it wrote, and the endpoint."""
     with endpoint(act) as there:
         settings = there.settings | changes
         output = str(tmp_path / "judge.parquet")
@@ -246,12 +246,12 @@ def test_a_rerun_asks_only_what_is_missing(tmp_path):
         return "what?" if asked["answer"] == "bad" else fair(asked)
 
     rows, there = judge(tmp_path, mostly, answers)
-    # "yes" to turn 1 is the same question in two conversations
+    # "yes" in turn 1 is the same question in two conversations
     assert len(there.asked) == len(rows) - 1
     assert sum(r["judge"] is None for r in rows) == 2
     again, there = judge(tmp_path, fair, answers)
     with_port = [json.loads(body["messages"][1]["content"])["answer"] for body in there.asked]
-    assert len(with_port) == len(rows) - 1  # another server is another judge
+    assert len(with_port) == len(rows) - 1  # a different server counts as a different judge
 
     with endpoint(mostly) as there:
         files = [chat_file(tmp_path, answers)], str(tmp_path / "judge.parquet"), str(tmp_path / "own.sqlite")
@@ -280,7 +280,7 @@ def test_what_was_said_before_the_server_went_away_is_kept(tmp_path):
         asked.clear()
         with pytest.raises(UserError):
             write_judge(*files, there.settings | {"concurrency": 1})
-        assert asked == [f"yes {i}" for i in (4, 5, 6, 7, 8)]  # the last of them is refused
+        assert asked == [f"yes {i}" for i in (4, 5, 6, 7, 8)]  # the endpoint refuses the last one
         asked.clear()
         write_judge(*files, there.settings | {"concurrency": 1})
         assert asked == ["yes 8"]
@@ -331,7 +331,7 @@ def test_the_key_reaches_the_endpoint_and_nothing_else(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory):
-    """``transformers serve`` with a random model that has a chat template: its address, and the model's folder."""
+    """Yield the address of ``transformers serve`` with a random chat model, and the model's folder."""
     pytest.importorskip("fastapi")
     from models import random_model
     from transformers import AutoTokenizer
@@ -379,7 +379,7 @@ def test_a_real_server_with_a_model_that_cannot_judge(tmp_path, real_server):
 
 
 # ----------------------------------------------------------------------------------------------------
-# In the configuration
+# The judge in the configuration
 
 
 def experiment(**judge):

@@ -1,7 +1,7 @@
-"""Agreement with kvpress, an independent implementation in a separate environment (`make bench-peers`).
+"""Compare with kvpress, an independent implementation in a separate environment (`make bench-peers`).
 
-kvpress reads the same tokens with the same weights and says which entries it keeps; ours must be the same sets at the
-same K. Where definitions differ, docs/policies.md says so.
+kvpress reads the same tokens with the same weights and returns the kept entries; this project must keep the same sets
+at the same K. If definitions differ, docs/policies.md says so.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ needs_kvpress = [
 
 LENGTH = 700
 VOCABULARY = 1000
-# No token comes twice: in the first layer the keys of equal tokens have equal norms, and a draw decides between them.
+# No token occurs twice, because in the first layer equal tokens have keys of equal norm, and ties would be random.
 TOKENS = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(0))[:LENGTH].tolist()
-REMOVED = (0.4, 0.5, 0.7, 0.8)  # of 700 entries 420 to 140 stay, at least twice the window of 64
+REMOVED = (0.4, 0.5, 0.7, 0.8)  # 420 to 140 of 700 entries are kept, at least twice the window of 64
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A policy of ours and the press that means the same."""
+    """A policy of this project and the equivalent press."""
 
     kind: str
     press: str
@@ -56,9 +56,9 @@ class Pair:
     max_pooling: bool = False
     removed: tuple[float, ...] = REMOVED
     shared: bool = False
-    """all heads of all layers share the budget"""
+    """whether all heads of all layers share the budget"""
     chunk: int = reconstruct.CHUNK
-    """tokens that are repeated at a time"""
+    """number of tokens that are repeated at a time"""
 
 
 WINDOW_64 = {"window": 64, "kernel": 5, "pooling": "mean"}
@@ -74,9 +74,9 @@ PAIRS = {
     "expected_attention": Pair("expected_attention", "ExpectedAttentionPress"),
     "adakv": Pair("adakv", "AdaKVPress(SnapKVPress)", WINDOW_64),
     "criticalkv": Pair("criticalkv", "CriticalKVPress(SnapKVPress)", WINDOW_64),
-    # 14 partitions of 46 are scored; of each as many stay, since kvpress leaves equal ranks in no order
+    # 14 partitions of 46 are scored; each keeps the same number, because kvpress leaves equal ranks unordered
     "lagkv": Pair("lagkv", "LagKVPress", {"lag": 46}, {"lag_size": 46}, removed=(0.4, 0.5, 0.7)),
-    # whole chunks of 20, the window three of them
+    # whole chunks of 20 tokens; the window has three chunks
     "chunkkv": Pair(
         "chunkkv",
         "ChunkKVPress(SnapKVPress)",
@@ -106,7 +106,7 @@ def run_peer(script: Path, *arguments: Path, **environment: str) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """A folder for each family's model."""
+    """Return the folder of each family's model."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     found = {}
     for family in FAMILIES:
@@ -124,7 +124,7 @@ def engines(folders) -> dict[str, LocalEngine]:
 
 @pytest.fixture(scope="module")
 def kvpress(folders, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """What kvpress keeps in every case."""
+    """Return the entries that kvpress keeps in every case."""
     folder = tmp_path_factory.mktemp("agreement")
     cases = {
         f"{name} {family} {removed}": {
@@ -146,7 +146,7 @@ def kvpress(folders, tmp_path_factory) -> dict[str, torch.Tensor]:
 
 
 def held(layer, n: int) -> torch.Tensor:
-    """[Hkv, n] bool: the places in the text that each head still holds."""
+    """Return the mask [Hkv, n] of the positions that each head holds."""
     parts = getattr(layer, "parts", (layer,))
     rows = [row for part in parts for row in part.positions]
     mask = torch.zeros(len(rows), n, dtype=torch.bool)
@@ -173,7 +173,7 @@ class TestAgreement:
         state = engines[family].extend(None, TOKENS, policy.statistics)
         theirs = kvpress[f"{name} {family} {removed}.kept"]
         k = kept_by_kvpress(LENGTH, removed)
-        if pair.shared:  # it rounds down what goes of all heads together
+        if pair.shared:  # kvpress rounds down the number of entries evicted over all heads
             heads, entries = theirs.shape[0] * theirs.shape[1], theirs.numel()
             k = (entries - int(entries * removed)) // heads
         compressed = policy.compress(state, k)
@@ -206,9 +206,10 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def adapted(folders, tmp_path_factory) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, str]]:
-    """What kvpress does with a prompt, what our adapter does with it, and what it refuses."""
+    """Return the results of kvpress on a prompt, those of this project's adapter, and the error sentences of
+    refusals."""
     folder = tmp_path_factory.mktemp("adapter")
-    ways_on = {"max_pooling": False, "question": [5], "steps": 8}  # several question tokens need layers of one length
+    ways_on = {"max_pooling": False, "question": [5], "steps": 8}  # several tokens need layers of equal length
     cases = {
         f"{press} {family} {k}": ways_on
         | {"model": folders[family], "press": press, "arguments": arguments, "k": k, "ratio": 1 - (k + 1e-6) / LENGTH}

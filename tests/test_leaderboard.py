@@ -1,4 +1,4 @@
-"""Several experiments as one table: values are preserved and escaped; a file of another form is refused."""
+"""Test several experiments as one table: values are preserved and escaped; a file of another form is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def experiment(folder: Path, name: str, model: str = "org/model", policy: str = 
 
 
 class Cells(HTMLParser):
-    """Text of the body's cells, and all that the page would load or run."""
+    """Collect the text of the table's cells, and all tags of the page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -95,7 +95,7 @@ def test_experiments_become_one_table_and_one_file(tmp_path):
     body = [row for row in page.rows if row]
     assert [row[8] for row in body] == ["0.750 [0.20, 0.90]"] * 2 + ["0.250 [0.20, 0.90]"] * 2
     assert body[0][:7] == ["first", "org/model", "ruler", "niah_single", "after_prompt", "snapkv", "r0.2"]
-    # a leaderboard of a leaderboard is the same one
+    # a leaderboard of a leaderboard is identical to it
     leaderboard([str(tmp_path / "out" / "leaderboard.json")], str(tmp_path / "again"))
     assert json.loads((tmp_path / "again" / "leaderboard.json").read_text())["entries"] == entries
 

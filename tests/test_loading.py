@@ -1,4 +1,4 @@
-"""Kinds of models: quantized to 4 bit, distributed over devices, part of a multimodal model, incomplete."""
+"""Test kinds of models: quantized to 4 bit, distributed over devices, part of a multimodal model, incomplete."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def full_logits(model, ids):
 
 
 def gemma():
-    """Wide enough for 4 bit."""
+    """Return a model that is wide enough for 4-bit weights."""
     config = sliding_model()[1].config
     shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     torch.manual_seed(5)
@@ -76,7 +76,7 @@ def test_a_model_in_4_bit_reads_as_its_dequantized_twin(tmp_path, family, quanti
 
     from bitsandbytes.functional import dequantize_4bit
 
-    # before the first forward, which packs the weights anew
+    # before the first forward pass, which packs the weights again
     weights = {
         name: dequantize_4bit(module.weight.data, module.weight.quant_state)
         for name, module in model.named_modules()
@@ -89,7 +89,7 @@ def test_a_model_in_4_bit_reads_as_its_dequantized_twin(tmp_path, family, quanti
     local = LocalEngine(model)
     state = local.extend(local.extend(None, tokens(40)), [3])
     expected = full_logits(plain, [*tokens(40), 3])
-    # on a CPU bitsandbytes computes in bfloat16, whatever it is told
+    # on a CPU bitsandbytes computes in bfloat16, whatever compute_dtype says
     error, effect = ((state.logits - other).norm() for other in (expected, unquantized))
     assert error < 0.1 * effect
 
@@ -127,7 +127,7 @@ def test_a_model_laid_out_by_accelerate_reads_as_it_does_whole(folder):
 @needs_accelerate
 @pytest.mark.parametrize("aside", ["model.layers.1", "model.embed_tokens"])
 def test_weights_put_aside_come_back_for_their_layer(folder, tmp_path, aside):
-    """A layer that lives on the disk computes on the device that is next to it, and so does what it remembers."""
+    """Check that a layer whose weights are on the disk computes on the CPU, and that its cache is there as well."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, attention_function)
@@ -147,7 +147,7 @@ def test_weights_put_aside_come_back_for_their_layer(folder, tmp_path, aside):
 
 
 def on_two_devices(state):
-    """The same state with its upper layers on another device, which knows shapes only."""
+    """Return the same state with its upper layers on the meta device, which stores shapes only."""
     layers = []
     for number, layer in enumerate(state.layers):
         moved = {
@@ -217,7 +217,7 @@ def test_end_tokens_are_found_without_a_generation_config(tmp_path):
     assert LocalEngine(loading.load_model(path, device="cpu")).eos == {2, 9}
 
 
-# what is wrong with a checkpoint
+# defects of a checkpoint
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Budgets at equal bytes: K such that all policies hold the same bytes over an answer."""
+"""Test budgets at equal bytes: K such that all policies hold the same bytes over an answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPEC = {
 
 
 def held(k: int, course: Course, acts_each_step: bool) -> list[int]:
-    """Entries before each token, step by step."""
+    """Return the number of entries before each token."""
     now, seen = (k, []) if acts_each_step else (k + course.follow, [])
     for _ in range(course.steps):
         seen.append(now)
@@ -46,7 +46,7 @@ def test_both_kinds_hold_the_same_over_the_answer(n, follow, steps, budget, matc
     full = [n + follow + i for i in range(steps)]
     share = Budget.parse(budget)
     wanted = (np.mean(full) if match == "mean" else full[-1]) * float(share.fraction) if share.fraction else 128
-    if found[1][0] > 1:  # else the question and the answer alone are more than the budget
+    if found[1][0] > 1:  # otherwise question and answer alone exceed the budget
         assert [value for _, value in found] == pytest.approx([wanted, wanted], abs=0.5 + 1e-9)
 
 
@@ -60,7 +60,7 @@ def test_an_answer_is_repeated_until_its_k_fits_its_length():
     assert settled(answer, lambda got: got, lambda steps: 100 - steps // 2, 8) == 5
     assert asked == [8, 5]
     turning = settled(lambda steps: 20 - steps, lambda got: got, lambda steps: steps, 8)
-    assert turning in (8, 12)  # it goes round in circles, and ends
+    assert turning in (8, 12)  # the values alternate, and the loop ends
 
 
 class Words:
@@ -90,12 +90,13 @@ def test_cells_hold_equal_shares_of_a_full_cache(match, mode, monkeypatch, tmp_p
             assert all(row["steps"] >= row["completion_tokens"] > 0 for row in rows)
     for kind, share in shares.items():
         assert share == pytest.approx(np.full(2, 0.5), rel=0.01), kind
-    # what it is for: without it those that compress once hold more
+    # without matched budgets, policies that compress once hold more
     assert (gaps["snapkv"] > 1.05 * gaps["h2o"]).all()
 
 
 def results(n=40):
-    """Two policies with the same line of score against bytes; at each budget the one holds a fifth more."""
+    """Return two policies with the same curve of score against bytes; at each budget one holds 20 % more than the
+    other."""
     rng, rows, none = np.random.default_rng(0), [], np.zeros((n, 1), bool)
     rank = rng.permutation(n)[:, None] / n
     rows += cell_rows(np.ones((n, 1)), none)
@@ -134,4 +135,4 @@ def test_a_pair_is_flagged_and_compared_at_the_larger_footprint():
     plain = paired.difference((of.scores["lavish", "r0.5"] - of.scores["thrifty", "r0.5"])[None])
     assert plain.estimate[0] == pytest.approx(0.1, abs=0.01)
     assert row["estimate"] == pytest.approx(0, abs=0.03)
-    assert of.at("thrifty", 0.1) is None  # nothing is extrapolated
+    assert of.at("thrifty", 0.1) is None  # the curve is not extrapolated
