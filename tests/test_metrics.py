@@ -1,4 +1,4 @@
-"""Metrics compared with values computed by hand, and with the packages that LongBench calls."""
+"""Compare metrics with values computed by hand, and with the packages that LongBench calls."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from kv_transition.eval.metrics import (
     score_answer,
 )
 
-# F1 = 2c / (p + g): c common words, p words of the answer, g words of the gold answer, after normalisation.
-# Each line: answer, gold answers, F1; then the words that are left of the answer | of the gold.
+# F1 = 2c / (p + g): c common words, p words of the answer, g words of the gold answer, after normalization.
+# Each line: answer, gold answers, F1. The comment gives the remaining words of the answer | of the gold answer.
 QA_F1 = [
     # equal, different, partly equal
     ("Paris", ["Paris"], Fraction(1)),
@@ -38,11 +38,11 @@ QA_F1 = [
     ("the cat sat on the mat", ["the cat lay on a mat"], Fraction(2 * 3, 4 + 4)),  # cat sat on mat | cat lay on mat
     ("Alexander the Great", ["Alexander Great"], Fraction(1)),
     ("AN APPLE A DAY", ["apple day"], Fraction(1)),
-    ("the", ["the"], Fraction(0)),  # nothing is left of either
+    ("the", ["the"], Fraction(0)),  # neither has any words left
     ("a", ["an"], Fraction(0)),
     ("vitamin A", ["vitamin C"], Fraction(2 * 1, 1 + 2)),  # vitamin | vitamin c
-    ("another theatre Anna", ["theatre"], Fraction(2 * 1, 3 + 1)),  # articles within words stay
-    # articles and punctuation: punctuation goes first
+    ("another theatre Anna", ["theatre"], Fraction(2 * 1, 3 + 1)),  # articles inside words are not removed
+    # articles and punctuation: punctuation is removed first
     ("The, Beatles", ["Beatles"], Fraction(1)),
     ("an. apple", ["apple"], Fraction(1)),
     ("(the)Beatles", ["Beatles"], Fraction(0)),  # thebeatles
@@ -64,19 +64,19 @@ QA_F1 = [
     ("Jane's house", ["Jane house"], Fraction(2 * 1, 2 + 2)),  # janes house
     ("Jane’s house", ["Jane's house"], Fraction(2 * 1, 2 + 2)),  # jane’s house | janes house
     ("O'Neill", ["O Neill"], Fraction(0)),  # oneill
-    # repeated words count as often as both sides have them
+    # a repeated word counts as often as both sides have it
     ("yes yes yes", ["yes"], Fraction(2 * 1, 3 + 1)),
     ("yes", ["yes yes yes"], Fraction(2 * 1, 1 + 3)),
     ("yes yes", ["yes yes yes"], Fraction(2 * 2, 2 + 3)),
     ("to be or not to be", ["to be"], Fraction(2 * 2, 6 + 2)),
     ("new new york", ["york new york"], Fraction(2 * 2, 3 + 3)),  # min(2, 1) new + min(1, 2) york
-    # several gold answers: the best counts
+    # several gold answers: the best one counts
     ("New York City", ["NYC", "New York", "New York City"], Fraction(1)),
     ("New York", ["York", "New York City, USA"], Fraction(2, 3)),  # max(2*1/3, 2*2/6)
     ("red green", ["red", "green blue", "red green blue yellow"], Fraction(2, 3)),  # max(2/3, 2/4, 4/6)
     ("red", ["", "blue"], Fraction(0)),
     ("red", [], Fraction(0)),
-    # nothing
+    # empty answers
     ("", ["Paris"], Fraction(0)),
     ("Paris", [""], Fraction(0)),
     ("", [""], Fraction(0)),
@@ -149,14 +149,14 @@ def test_first_line_only_where_asked():
             "Invention, book",
             ["book", "Invention, book"],
             Fraction(1),
-        ),  # part of the gold: not counted
+        ),  # a class that is part of the gold class is not counted
         (
             "Invention, book",
             "book",
             ["book", "Invention, book"],
             Fraction(1, 2),
-        ),  # the gold is part of another: both count
-        # "a" is removed, so that the walk steps over "ab": two are left, ab and abc
+        ),  # a class that contains the gold class is counted
+        # "a" is removed during the loop, which then skips "ab": two classes are left, ab and abc
         ("abc", "abc", ["a", "ab", "abc"], Fraction(1, 2)),
     ],
 )
@@ -200,10 +200,10 @@ def test_count(text, expected):
         ("x = 1", "x = 1", Fraction(1)),
         ("x = 1", "x = 2", Fraction(2 * 4, 5 + 5)),
         ("\nx = 1\ny = 2", "x = 1", Fraction(1)),  # the first line
-        ("# set x\nx = 1", "x = 1", Fraction(1)),  # comments and fences are stepped over
+        ("# set x\nx = 1", "x = 1", Fraction(1)),  # comments and fences are skipped
         ("```python\n// no\nx = 1", "x = 1", Fraction(1)),
-        ("x = 1  # one", "x = 1", Fraction(0)),  # no line without a mark: the empty line
-        ("tide", "diet", Fraction(1, 4)),  # Ratcliff-Obershelp; edit distances say 1/2, and so does the reverse
+        ("x = 1  # one", "x = 1", Fraction(0)),  # every line has a mark: the empty string counts
+        ("tide", "diet", Fraction(1, 4)),  # Ratcliff-Obershelp; edit distance and the reverse order give 1/2
         ("diet", "tide", Fraction(1, 2)),
         ("ab", "abc", Fraction(80, 100)),  # 2*2/5
         ("abc", "abcdef", Fraction(67, 100)),  # 2*3/9 in whole percents
@@ -243,7 +243,7 @@ def test_rouge_l_is_what_the_package_of_longbench_gives(text, gold):
     package = pytest.importorskip("rouge", reason="the package rouge is not installed")
     try:
         theirs = package.Rouge(metrics=["rouge-l"]).get_scores([text], [gold], avg=True)["rouge-l"]["f"]
-    except ValueError:  # LongBench: any error is a zero
+    except ValueError:  # LongBench scores any error as zero
         theirs = 0.0
     assert rouge_l(text, gold) == pytest.approx(theirs, abs=1e-12)
 
@@ -267,9 +267,9 @@ def test_unknown_metric_and_unfit_gold_are_named():
         ("The Paris.", ["Paris"], 1, 1),
         ("In Paris, France", ["Paris"], 0, 1),
         ("Parisian", ["Paris"], 0, 0),  # whole words
-        ("New big York", ["New York"], 0, 0),  # one after the other
+        ("New big York", ["New York"], 0, 0),  # words must be adjacent
         ("London", ["Paris", "london"], 1, 1),
-        ("", [""], 0, 0),  # nothing is not a match
+        ("", [""], 0, 0),  # an empty answer is not a match
         ("the", ["a"], 0, 0),
         ("x", [], 0, 0),
     ],
@@ -305,7 +305,7 @@ def test_every_gold_answer_of_longbench_is_right_and_no_failure(kvt_data):
         for record in records:
             answers, classes = record["answers"], record["all_classes"]
             for gold in answers:
-                # A gold line of code with a mark in it is taken for a comment, by LongBench too.
+                # LongBench also treats a gold line of code with such a mark as a comment.
                 marked = task.metric == "code_sim" and any(mark in gold for mark in ("`", "#", "//"))
                 score = score_answer(task.metric, gold, [gold], classes, task.first_line_only)
                 assert score == pytest.approx(0 if marked else 1), (file.name, gold)

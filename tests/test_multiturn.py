@@ -1,4 +1,4 @@
-"""Conversations: all formats are read in one form, errors name the position, and tokens of turns add up."""
+"""Test conversations: all formats are read in one form, errors name the position, and tokens of turns add up."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_the_real_files_are_read():
 
 
 def whole(tokenizer, system, users, answers) -> list[int]:
-    """Ids of the whole conversation, rendered at once."""
+    """Return the token ids of the whole conversation, rendered at once."""
     messages = [] if system is None else [{"role": "system", "content": system}]
     for asked, answer in zip(users, answers, strict=True):
         messages += [user(asked), assistant(answer)]
@@ -266,7 +266,8 @@ def test_a_system_message_that_is_folded_belongs_to_the_first_turn():
 @needs_data
 @pytest.mark.parametrize(("name", "system"), [("qwen2.5", None), ("qwen2.5", "Be brief."), ("mistral", None)])
 def test_real_templates_and_tokenizers(name, system):
-    """Between two answers stand exactly the ids that the whole conversation has there."""
+    """Check that turn-by-turn rendering gives the same ids before, between and after the answers as the whole
+    conversation."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(f"{DATA}/tokenizers/{name}")
@@ -276,7 +277,7 @@ def test_real_templates_and_tokenizers(name, system):
     for turn in render(tokenizer, system, users, chat=True):
         assert rest[: len(turn.opening)] == turn.opening
         rest = rest[len(turn.opening) :]
-        rest = rest[rest.index(turn.closing[0]) :]  # the answer, in which no special token stands
+        rest = rest[rest.index(turn.closing[0]) :]  # skip the answer, which contains no special token
         assert rest[: len(turn.closing)] == turn.closing
         rest = rest[len(turn.closing) :]
     assert not rest
@@ -303,7 +304,7 @@ def test_without_a_template_there_is_a_plain_one():
     assert tokenizer.decode(first.opening) == "w70 User: w1 w2 Assistant:"
     assert tokenizer.decode(second.opening) == "User: w3 Assistant:"
     assert first.closing == second.closing
-    # what a tokenizer puts before a text, it puts before the conversation only
+    # a prefix that the tokenizer adds to a text is added once, before the conversation
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
     )

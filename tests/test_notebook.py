@@ -1,4 +1,4 @@
-"""The notebook and every example of docs/python.md run; an example has at most ten lines."""
+"""Test that the notebook and every example of docs/python.md run; an example has at most ten lines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_notebook_runs_in_a_fresh_kernel(monkeypatch):
     answered = next(o["text"] for o in shown if "right:" in o.get("text", ""))
     for line in answered.splitlines():
         _, full, _, right = line.split(" | ")
-        assert right == f"right: {full}"  # the embedded model answers every question from its full cache
+        assert right == f"right: {full}"  # with its full cache, the embedded model answers every question correctly
 
 
 def test_examples_are_short():
@@ -49,7 +49,7 @@ def test_the_page_names_all_that_is_public():
 
 @pytest.mark.slow
 def test_an_answer_and_a_grid_with_its_plot_take_ten_lines_each(monkeypatch):
-    """From nothing: neither uses a name of another example."""
+    """Check that each example runs alone, without names from other examples."""
     monkeypatch.chdir(ROOT)
     for heading, names in (("One answer", {"reply"}), ("Policies and budgets", {"table", "chart"})):
         part = PAGE.read_text(encoding="utf-8").split(f"## {heading}\n")[1]

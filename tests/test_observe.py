@@ -1,4 +1,4 @@
-"""Entries that policies would hold beside a full cache, compared with loops over eager attention."""
+"""Compare the entries that policies would hold beside a full cache with loops over eager attention."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from kv_transition.studies.recall.tables import OBSERVATION_CHECKS, OBSERVATION_
 
 N, STEPS = 40, 8
 BUDGETS = ("r0.1", "r0.2", "r0.3", "r0.5")
-# each token once: equal ones have equal keys but for their rotation, whose norms only rounding tells apart
+# No token occurs twice, because equal tokens have keys of equal norm up to rounding.
 PROMPT = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(0))[:N].tolist()
 WRITTEN = ("h2o", "h2o_heavy", "streaming_llm", "snapkv", "knorm", "tova")
 
@@ -60,7 +60,7 @@ def spec_of(*policies: str, **changes) -> dict:
 
 
 def followed(model, ids, spec, steps=STEPS, gap=0):
-    """The trace of a prompt, and every step's predicted and gold sets by key."""
+    """Return the trace of a prompt, and the predicted and gold sets of every step by key."""
     recorded = []
     compare = observe._compare
 
@@ -85,7 +85,7 @@ def as_sets(masks):
 
 
 class Definition:
-    """Attention of a whole text in full, and the policies' scores written from their definitions."""
+    """The full attention of a whole text, and the policies' scores written from their definitions."""
 
     def __init__(self, family: str, ids: list[int]):
         _, layers = reference(family, ids)
@@ -101,7 +101,7 @@ class Definition:
         return self.rows[:, n, :n]
 
     def score(self, kind: str, n: int, k: int) -> torch.Tensor:
-        """[L * Hkv, n] by what is known of the first ``n`` tokens."""
+        """Return scores [L * Hkv, n] from the first ``n`` tokens."""
         place = torch.arange(n).expand(len(self.rows), -1)
         if kind in ("h2o", "h2o_heavy"):
             recent = k // 2 if kind == "h2o" else 0
@@ -120,13 +120,13 @@ class Definition:
 
 
 def predicted(truth: Definition, kind: str, budget: str, granularity: str, memory: str) -> list[list[list[int]]]:
-    """Sets of every step by row, by loops over lists."""
+    """Return the sets of every step by row, from loops over lists."""
     held: list[list[int]] | None = None
     steps = []
     for t in range(STEPS):
         n = N + t
         k = math.ceil(round(float(budget[1:]) * n, 9))
-        if kind in ("snapkv", "knorm"):  # act once: scores are those of the prompt
+        if kind in ("snapkv", "knorm"):  # compresses once: scores are those of the prompt
             k0 = math.ceil(round(float(budget[1:]) * N, 9))
             scores = truth.averaged(truth.score(kind, N, k0), granularity)
             generated = list(range(N, n))[-k:]
@@ -194,7 +194,8 @@ def test_predictions_are_those_of_the_definition(runs, family, kind, memory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step_more_of_knowledge_would_change_the_prediction(runs, family):
-    """What the current row's leaking into the sums would look like: the exact test above would not pass."""
+    """Check that sums that include the current attention row would give other sets, so the exact test detects a
+    leak."""
     _, recorded, truth = runs[family]
     leaked = 0
     for t, (preds, _) in enumerate(recorded):
@@ -207,7 +208,7 @@ def test_one_step_more_of_knowledge_would_change_the_prediction(runs, family):
 
 
 class Overturning:
-    """An engine whose next token attends to entry 1 alone, however the model weighs it, and says so in the sums."""
+    """An engine whose next token attends to entry 1 only, independent of the model, and adds this to the sums."""
 
     eos = frozenset()
 
@@ -222,7 +223,10 @@ class Overturning:
 
 
 def test_a_step_that_overturns_the_ranking_is_not_foreseen():
-    """Entry 2 has received most attention until a query that attends to entry 1 alone: only a leak would hold that."""
+    """Check that entry 2, with the most attention so far, is predicted although the step attends to entry 1 only.
+
+    Only a prediction that uses the step's own attention would hold entry 1.
+    """
     state = engine("qwen2").extend(None, tokens(6))
     sums = torch.tensor([0.1, 0.2, 3.0, 0.1, 0.1, 0.0])
     state = replace(state, layers=tuple(replace(layer, attn_sum=sums.expand(2, -1)) for layer in state.layers))
@@ -233,7 +237,7 @@ def test_a_step_that_overturns_the_ranking_is_not_foreseen():
         for memory in MEMORIES:
             assert recall[0]["h2o_heavy", "r0.1", granularity, memory] == 0
             assert recall[0]["oracle", "r0.1", granularity, memory] == 1
-        # known at the next step, and of use only to who may still have it
+        # known at the next step, but an irreversible policy has already evicted the entry
         assert recall[1]["h2o_heavy", "r0.1", granularity, "ideal"] == 1
         assert recall[1]["h2o_heavy", "r0.1", granularity, "irreversible"] == 0
 
@@ -286,7 +290,7 @@ def test_every_set_has_the_size_of_the_budget():
             k = Budget.parse(budget).kept(N + t)
             sizes = [len(own) for own in sets]
             assert all(len(own) == k for own in golds[granularity, budget])
-            # their heads or layers share a budget, whose mean is K
+            # heads or layers share a budget, whose mean is K
             assert sum(sizes) == k * len(sizes) if name in ("pyramidkv", "adakv") else set(sizes) == {k}
     assert all(value is None for row in trace.entropy_gap for value in row)
     assert trace.gold_new[0] == [None] * len(trace.keys)
@@ -294,7 +298,8 @@ def test_every_set_has_the_size_of_the_budget():
 
 
 def test_a_policy_that_acts_once_holds_the_newest_of_what_it_generated():
-    """More was generated than the budget holds: the newest K stay, and nothing of the prompt."""
+    """Check that the newest K tokens remain, and no prompt token, if more tokens were generated than the budget
+    holds."""
     _, recorded = followed(engine("qwen2"), tokens(20), spec_of("knorm", budgets=["r0.1"]), steps=14)
     for t, (preds, _) in enumerate(recorded):
         k = math.ceil(0.1 * (20 + t))
@@ -312,7 +317,7 @@ def test_a_budget_that_the_generated_tokens_exceed_leaves_nothing_of_the_prompt(
 
 
 def test_entropy_gaps_are_divergences_of_the_models_own_distributions():
-    """Against one pass over the whole text in which the last token sees the entries of the set only."""
+    """Compare with one pass over the whole text in which the last token attends only to the entries of the set."""
     trace, recorded = followed(engine("llama"), PROMPT, spec_of("h2o_heavy"), steps=5, gap=2)
     for t, (preds, golds) in enumerate(recorded):
         for at, key in enumerate(trace.keys):

@@ -1,4 +1,5 @@
-"""Every fault of an endpoint ends as a failure with its reason or a successful retry, never as a wrong answer."""
+"""Test that every fault of an endpoint ends as a failure with its reason or a successful retry, never as a wrong
+answer."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def test_token_ids_are_sent_as_they_are(server):
     assert server.bodies[-1]["prompt"] == [4, 2, 31]
 
 
-# What passes after a retry, and how often it may fail before.
+# Faults after which a retry succeeds.
 TRANSIENT = [
     *("reset", "timeout408", "conflict409", "error500", "error503", "not_json", "html", "shape"),
     *("error200", "error_in_stream", "no_choices", "unfinished"),
@@ -143,7 +144,7 @@ def test_a_pause_that_is_asked_for_is_kept(server):
 def test_no_more_requests_allowed_is_the_endpoints_failure_and_no_rows(server):
     with pytest.raises(UserError, match="allows no more requests for now: status 429: come back tomorrow"):
         ask(server, "no 5 [[rate_long]]")
-    assert server.asked["no 5 [[rate_long]]"] == 1  # nobody waits a day
+    assert server.asked["no 5 [[rate_long]]"] == 1  # the client does not wait for a day
 
 
 @pytest.mark.parametrize(("value", "wait"), [("3", 3), ("0.5", 0.5), ("-1", 0), ("soon", None), ("", None)])
@@ -160,7 +161,7 @@ def test_retry_after_is_a_date(ahead, low, high):
 @given(share=st.floats(0, 1))
 @settings(max_examples=25, deadline=None)
 def test_a_connection_closed_anywhere_loses_and_changes_nothing(server, share):
-    """Up to the finish reason the answer is not whole; after it, only the usage is lost."""
+    """Check that before the finish reason the request is repeated; after it, only the usage is lost."""
     prompt = f"no 5 {share} [[cut*1]]"
     server.cut_at = int(share * 1400)
     reply = ask(server, prompt)
@@ -187,7 +188,7 @@ def test_usage_is_repeated_and_not_believed(server, fault, usage):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The endpoint as a whole
+# The endpoint
 
 
 def free_port() -> int:
@@ -204,7 +205,7 @@ def test_an_endpoint_that_is_not_there_is_one_sentence():
 
 
 def test_a_server_that_is_back_after_the_last_attempt_is_asked_once_more(monkeypatch):
-    """Or the answer would be recorded as a failure, and the rerun would keep it."""
+    """Check this because otherwise the answer would be recorded as a failure that a rerun keeps."""
     port = free_port()
     with contextlib.ExitStack() as stack:
 
@@ -277,7 +278,7 @@ def test_a_key_that_no_header_can_hold_is_refused_without_being_repeated(server,
 
 
 # ----------------------------------------------------------------------------------------------------
-# Several at a time
+# Concurrent requests
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])

@@ -1,4 +1,4 @@
-"""The colours of figures are distinguishable with each simulated colour-vision deficiency."""
+"""Test that the colours of figures are distinguishable with each simulated colour-vision deficiency."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ VISION = {
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
 }
-# CIE 1976 differences: about 2 is just seen side by side; apart, on marks of a figure, several times as much is needed
+# CIE 1976 differences: about 2 is visible side by side; separate marks of a figure need several times as much
 APART = 12
 
 
 def linear(colour: str) -> np.ndarray:
-    """Linear RGB of #RRGGBB."""
+    """Return the linear RGB values of #RRGGBB."""
     value = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:
-    """CIELAB of linear sRGB under D65."""
+    """Return the CIELAB values of linear sRGB under D65."""
     to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
     ratio = to_xyz @ np.clip(rgb, 0, 1) / [0.95047, 1, 1.08883]
     x, y, z = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
@@ -44,14 +44,14 @@ def test_any_two_colours_can_be_told_apart(vision, colours):
 
 
 def test_the_simulation_sees_what_is_confused():
-    """Red and green of one lightness are one colour without the one kind of cone, and two with both."""
+    """Check the simulation: red and green of equal lightness differ with usual vision, and hardly with deuteranopia."""
     red, green = linear("#C56A00"), linear("#7F8A00")
     apart = [np.linalg.norm(lab(VISION[v] @ red) - lab(VISION[v] @ green)) for v in ("usual", "deuteranopia")]
     assert apart[0] > 3 * apart[1]
 
 
 def test_colours_stand_out_from_white():
-    """WCAG 2 asks for a contrast of 3 of marks; those that are paler repeat themselves in a shape."""
+    """Check contrast: WCAG 2 requires 3 for marks; paler colours are also distinguished by a shape."""
     luminance = {colour: linear(colour) @ [0.2126, 0.7152, 0.0722] for colour in PALETTE}
     contrast = {colour: 1.05 / (value + 0.05) for colour, value in luminance.items()}
     assert min(contrast.values()) > 2

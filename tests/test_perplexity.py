@@ -1,4 +1,4 @@
-"""Perplexity from a compressed cache, compared with plain forward passes that mask the evicted entries."""
+"""Compare perplexity from a compressed cache with plain forward passes that mask the evicted entries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def setting(kind: str, budget: str = "t16", **hyper_parameters) -> Setting:
 
 
 def nats_of(logits: torch.Tensor, ids: list[int], first: int) -> torch.Tensor:
-    """-log p of the tokens from ``first + 1`` on, by logits [T, V] of all tokens but the last."""
+    """Return -log p of the tokens from ``first + 1`` on, from logits [T, V] of all tokens but the last."""
     return cross_entropy(logits[first:], torch.tensor(ids[first + 1 :]), reduction="none")
 
 
@@ -46,7 +46,7 @@ def compressed(reader: LocalEngine, ids: list[int], chosen: Setting, seed: int =
 
 
 class TestTheEngine:
-    """`LocalEngine.score`: read, and say how little each next token was expected."""
+    """Tests of `LocalEngine.score`, which reads tokens and returns the negative log-likelihood of each next token."""
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_loss_is_that_of_a_plain_forward_pass(self, family):
@@ -87,7 +87,7 @@ class TestTheEngine:
         assert max(held) == min(7, chunk or 7)
         assert sum(held) == 59
         torch.testing.assert_close(nats, whole, **CLOSE)
-        # the last token's logits alone stay alive
+        # only the last token's logits stay in memory
         assert after.logits.untyped_storage().nbytes() == after.logits.nbytes
 
     def test_a_batch_scores_as_its_sequences_do(self):
@@ -102,7 +102,7 @@ class TestTheEngine:
 
 
 def visible_after(reader: LocalEngine, state) -> list[torch.Tensor]:
-    """Who sees whom if the context is read in full, and the tokens after it see what the state holds of it."""
+    """Return masks in which the context is read in full and later tokens see only the entries that the state holds."""
     masks = []
     for layer in state.layers:
         mask = CAUSAL.expand(2, -1, -1).clone()
@@ -127,7 +127,7 @@ class TestEvictionIsMasking:
         logits, _ = reference(family, ids[:-1], visible_after(reader, state))
         got = score(reader, state, ids[N:], chosen, K)
         torch.testing.assert_close(got.nats, nats_of(logits, ids, N), **CLOSE)
-        # what is fed stays
+        # tokens that are scored are not evicted
         assert list(got.kept) == [state.entries + 1 + i for i in range(FED)]
         assert got.state.entries == got.kept[-1]
 
@@ -142,7 +142,8 @@ class TestEvictionIsMasking:
         assert got.state.layers[0].positions[0].tolist() == [0, 1, 2, 3, *range(N + FED - 12, N + FED)]
 
     def test_of_h2o_after_every_token(self):
-        """The cache by the definition: after each token the 8 newest and the 8 others with the largest sums stay."""
+        """Compare with the definition: after each token the 8 newest and the 8 other entries with the largest sums
+        remain."""
         reader, ids = engine("llama"), tokens(N + FED + 1)
         chosen = setting("h2o")
         got = score(reader, compressed(reader, ids, chosen), ids[N:], chosen, K)
@@ -152,7 +153,7 @@ class TestEvictionIsMasking:
             _, captured = reference("llama", ids[:length], [mask[:, :length, :length] for mask in seen])
             for (weights, *_), mask in zip(captured, seen, strict=True):
                 sums = weights.sum(1).view(2, 2, length).mean(1)
-                # what the last token saw is what was held, and the token itself
+                # the entries that the last token attended to, and the token itself
                 held = mask[:, length - 1, :length]
                 for head in range(2):
                     there = held[head].nonzero().flatten().tolist() if length > N else list(range(length))
@@ -166,8 +167,10 @@ class TestEvictionIsMasking:
 
 
 def sinks_and_recent(first: int, chunk: int = 1) -> torch.Tensor:
-    """Rows from ``first`` on see 4 sinks, 12 recent tokens as they were before the chunk, and those of the chunk up
-    to themselves. [2, T, T]"""
+    """Return masks [2, T, T] of a stream with 4 sinks and 12 recent tokens, read in chunks from row ``first`` on.
+
+    A row sees the sinks, the 12 tokens before its chunk, and the tokens of its chunk up to itself.
+    """
     mask = CAUSAL.clone()
     for row in range(first, N + FED):
         begin = row - (row - first) % chunk if row < N else row
@@ -178,7 +181,7 @@ def sinks_and_recent(first: int, chunk: int = 1) -> torch.Tensor:
 class TestStreaming:
     @pytest.mark.parametrize("chunk", [1, 5, 16])
     def test_the_context_is_read_with_what_is_left(self, chunk):
-        """Only what is read together with the first tokens sees all of them."""
+        """Check that only the tokens of the first chunk see all tokens before them."""
         reader, ids = engine("llama"), tokens(N + FED + 1)
         chosen = setting("streaming_llm")
         own = stream(reader, ids[:N], chosen, K, chunk)
@@ -202,7 +205,7 @@ class TestStreaming:
         assert own.token_bytes == own.state.nbytes / N
 
     def test_positions_in_the_cache_stay_below_twice_its_size(self):
-        """However long the text is; so texts may be longer than any that the model was trained on."""
+        """Check this for a long text, so that texts may be longer than those that the model was trained on."""
         reader, ids = engine("llama"), tokens(200)
         chosen = setting("streaming_llm", positions="cache", n_sink=0)
         state = stream(reader, ids, chosen, K, 1).state
@@ -225,7 +228,7 @@ class TestBlocks:
 
     @pytest.mark.parametrize("kind", ["h2o", "h2o_heavy", "tova", "streaming_llm"])
     def test_policies_that_act_each_step_do_not(self, kind):
-        """They let go while scoring: with the cache as it was left once, the losses are others."""
+        """Check that they evict while scoring: on an unchanged cache the losses are different."""
         reader, ids = engine("qwen2"), tokens(N + FED + 1)
         chosen = setting(kind)
         state = compressed(reader, ids, chosen)
@@ -235,7 +238,8 @@ class TestBlocks:
         assert not torch.allclose(acting.nats, resting, atol=1e-3)
 
     def test_the_prompts_entropy_decides_the_first_recall(self):
-        """entropy_recall looks before each token: always (tau 0) it acts at every one, never at none."""
+        """Check that entropy_recall decides before each token: with "always" it recalls at every token, with "never" at
+        none."""
         reader, ids = engine("qwen2"), tokens(N + FED + 1)
         records = {}
         for moments in ("always", "never"):
@@ -358,7 +362,7 @@ class TestRows:
         [("h2o", {}), ("tova", {}), ("streaming_llm", {}), ("streaming_llm", {"positions": "cache"})],
     )
     def test_windows_scored_together_come_to_what_each_comes_to_alone(self, store, kind, hyper_parameters, options):
-        # two lengths, so that there are batches and one window alone; more of one length than are taken at once
+        # two lengths, for batches and a window alone; one length has more windows than a batch
         windows = [window(i) for i in range(job.TOGETHER + 2)] + [window(20, N - 8), window(21, N - 8), window(22)]
         spec = SPEC | {"policy": kind, "kind": kind, "hyper_parameters": hyper_parameters} | options
         reader, timing = engine("llama"), {"prefill_s", "compress_s", "score_s", "peak_mem_mb"}
@@ -508,7 +512,7 @@ class TestSettings:
 
 
 def run_jobs(found: settings.Settings, folder, monkeypatch) -> dict[tuple[str, str, int], list[dict]]:
-    """Windows and every cell, by the jobs' own mains; rows by policy, budget and bin."""
+    """Run the jobs of the windows and of every cell; return rows by policy, budget and bin."""
     monkeypatch.setenv("KVT_PREFILL_STORE", f"{folder}/store:always:1")
     monkeypatch.setenv("KVT_STATISTICS", ",".join(specs.statistics(found)))
     bins = [str(folder / f"bin{b}.parquet") for b in range(len(found.perplexity.context_tokens))]
@@ -541,7 +545,7 @@ def test_from_a_corpus_to_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_real_books_on_a_real_model(kvt_data, tmp_path, monkeypatch, streaming):
-    """PG-19's books on stories260K, which reads 512 tokens: full is transformers' own loss on the same tokens."""
+    """Compare full with transformers' own loss on PG-19's books and stories260K, which reads 512 tokens."""
     from transformers import AutoModelForCausalLM
 
     model = str(kvt_data / "stories260K-hf")

@@ -47,7 +47,7 @@ def written(frame: pl.DataFrame, path) -> str:
 def test_perplexity_ratio_and_compression_by_hand():
     frame = some(books=2, windows=2, lengths=(100,))
     frame = frame.sort("policy", "book_id", "window").with_columns(
-        # full: 2 nats a token; h2o: 2.5 in one book of 10 and 30 tokens, 3 in the other of 20 and 40
+        # full: 2 nats per token; h2o: 2.5 in the book with 10 and 30 tokens, 3 in the book with 20 and 40
         n_tokens=pl.Series([10, 30, 20, 40] * 2),
         nll_sum=pl.Series([20.0, 60, 40, 80, 25, 75, 60, 120]),
         score_s=pl.Series([1.0] * 4 + [2.0] * 4),
@@ -74,12 +74,12 @@ def test_all_lengths_are_one_sum_over_all_windows():
     )
     assert found["h2o", "r0.25", None]["n"] == sum(found["h2o", "r0.25", bin]["n"] for bin in range(3))
     assert (found["h2o", "r0.25", None]["context_min"], found["h2o", "r0.25", None]["context_max"]) == (64, 256)
-    # books are the same ones in every bin
+    # every bin has the same books
     assert found["h2o", "r0.25", None]["clusters"] == 3
 
 
 def test_bounds_are_students_after_one_more_book_on_either_side():
-    """By scipy: books of equal size are values, and one more lies as far out as the farthest is from the others."""
+    """Compare with scipy for books of equal size, after adding one book as far out as the farthest book."""
     frame = some(seed=3, books=30).filter(policy="full")
     row = stats(frame, STATISTICS)["full", "r1", 0]
     books = frame.with_columns(y=pl.col("nll_sum") / pl.col("n_tokens")).group_by("book_id").agg(pl.col("y").mean())
@@ -89,7 +89,7 @@ def test_bounds_are_students_after_one_more_book_on_either_side():
         more = np.append(y, far)
         wanted = more.mean() + sign * t.ppf(0.975, len(y) - 1) * sem(more)
         assert np.log(row[f"perplexity_{bound}"]) == pytest.approx(wanted)
-    # wider than what a cluster-robust regression gives, and much wider than if windows were independent
+    # wider than a cluster-robust regression interval, and much wider than with independent windows
     y = (frame["nll_sum"] / frame["n_tokens"]).to_numpy()
     groups = frame["book_id"].rank("dense").to_numpy()
     fitted = sm.OLS(y, np.ones_like(y)).fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
@@ -144,7 +144,8 @@ def test_intervals_cover_the_truth(books):
 
 
 def test_what_full_shares_with_a_policy_leaves_the_ratio():
-    """Books differ much more than policies do: paired, the ratio is known far better than either perplexity."""
+    """Check that pairing removes the variation of books: the ratio has a much narrower interval than each
+    perplexity."""
     row = stats(some(seed=1), STATISTICS)["h2o", "r0.25", 0]
     spread = np.log([row["perplexity_high"] / row["perplexity_low"], row["ratio_high"] / row["ratio_low"]])
     assert spread[0] > 4 * spread[1]
@@ -232,7 +233,7 @@ def test_merging_against_dropping_is_paired_tested_by_book_and_adjusted():
     assert row["ratio"] == pytest.approx(np.exp(d.sum() / merged["n_tokens"].sum()))
     by_book = merged.with_columns(d=d).group_by("book_id").agg(pl.col("d").sum())["d"].to_numpy()
     exact = permutation_test((by_book,), np.sum, permutation_type="samples", n_resamples=np.inf)
-    # of the same kind as the exact test by book, and more careful
+    # close to the exact permutation test by book, and more conservative
     assert exact.pvalue < row["p_value"] < 2 * exact.pvalue
     for whole in (False, True):
         family = [r for r in rows if (r["bin"] is None) == whole]
@@ -261,7 +262,7 @@ def test_no_gain_of_merging_is_found_where_there_is_none():
         own = [r for r in rows if r["bin"] is None]
         found += any(r["p_holm"] < 0.05 for r in own)
         covered += own[0]["ratio_low"] <= 1 <= own[0]["ratio_high"]
-    # 5 % family-wise; three standard errors of 150 runs above it
+    # 5 % family-wise, plus three standard errors of 150 runs
     assert found / runs < 0.104
     assert covered / runs > 0.9
 

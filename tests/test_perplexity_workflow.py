@@ -1,4 +1,4 @@
-"""Perplexity of real books on a real pretrained model, up to the report, through Snakemake."""
+"""Test perplexity of real books on a real pretrained model, up to the report, through Snakemake."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_from_books_to_the_report(kvt_data, tmp_path):
     text = SETTINGS["perplexity"] | {"path": str(kvt_data / "pg19")}
     project.configure(SETTINGS | {"model": model, "perplexity": text})
     project.run()
-    # nothing is left to do, and what the report is made from is asked for by name
+    # no job is left, and the figures that the report uses are targets of their own
     assert not project.planned()
     (project.results / "plots" / "merge_vs_drop.png").unlink()
     assert "perplexity_plots" in project.planned()
@@ -56,7 +56,7 @@ def test_from_books_to_the_report(kvt_data, tmp_path):
 
 @torch.inference_mode()
 def plain_perplexity(project: Project, model: str) -> float:
-    """Of the same windows, by a model of transformers that has no cache."""
+    """Return the perplexity of the same windows by a transformers model without a cache."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", dtype=torch.float32).eval()

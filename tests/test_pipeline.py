@@ -1,4 +1,4 @@
-"""The whole pipeline from the data to the report."""
+"""Test the whole pipeline from the data to the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from project import SMALL, Project
 
 from kv_transition.provenance import read_metadata
 
-# what a clock or a calendar decides
+# columns and statistics that depend on the clock
 TIMES = {"load_s", "prefill_s", "compress_s", "ttft_s", "decode_s", "latency_s"}
 TIMED_STATISTICS = ("latency", "ttft", "tokens_per_s", "speedup")
 
@@ -39,7 +39,7 @@ def test_every_answer_of_the_grid_is_scored_once(finished):
     rows = pq.read_table(finished.results / "scores.parquet").to_pylist()
     keys = [(r["policy"], r["budget"], r["bin"], r["example_id"], r["repeat"]) for r in rows]
     assert len(set(keys)) == len(keys)
-    # four policies: the full cache once, the others at half, and again as its alias at a budget of one
+    # four policies: the full cache once, the others at half, and again as its aliases at a budget of one
     assert len(rows) == (1 + 3 + 3) * 2 * 3
     assert {r["budget"] for r in rows if r["alias"]} == {"r1"}
 
@@ -73,7 +73,7 @@ def test_a_second_run_from_nothing_gives_the_same_tables(finished, tmp_path):
 
 
 def test_an_experiment_file_is_whole(finished):
-    """The default's policies and keys do not leak into an experiment."""
+    """Check that policies and keys of the default configuration do not leak into an experiment."""
     resolved = yaml.safe_load((finished.results / "config.yaml").read_text())
     assert set(resolved["kv"]["policies"]) == set(SMALL["kv"]["policies"])
     assert resolved["dataset"]["lengths"] == [128, 256]
@@ -126,7 +126,7 @@ def test_a_bad_configuration_stops_before_any_job_with_one_sentence(finished, tm
     assert done.returncode != 0
     assert sentence in done.stdout + done.stderr
     assert "Execute" not in done.stdout + done.stderr
-    # the command line says nothing but the sentence
+    # the command line prints only the sentence
     command = [sys.executable, "-m", "kv_transition", "all", "-c", str(tmp_path / "bad.yaml")]
     environment = os.environ | {"PYTHONPATH": str(finished.folder / "src")}
     cli = subprocess.run(command, cwd=finished.folder, env=environment, capture_output=True, text=True)
@@ -144,7 +144,7 @@ def test_the_command_line_runs_the_workflow(finished):
 
 
 def test_real_longbench_records_through_a_real_pretrained_model(kvt_data, tmp_path):
-    """Real questions, a real (small) pretrained model: answers are poor, the way is real."""
+    """Check the pipeline on real questions with a real (small) pretrained model, whose answers are poor."""
     project = Project(tmp_path)
     config = yaml.safe_load((project.folder / "config/experiments/longbench_smoke.yaml").read_text())
     config["dataset"]["path"] = str(kvt_data / "longbench")

@@ -1,4 +1,4 @@
-"""The plan: numbers of jobs, estimates of size and time, and finished jobs."""
+"""Test the plan: numbers of jobs, estimates of size and time, and finished jobs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def item(made: work.Work, name: str) -> work.Item:
     return next(found for found in made.items if found.name == name)
 
 
-# ---- how large a model is
+# ---- model size
 
 QWEN2_5_7B = {
     "hidden_size": 3584,
@@ -72,7 +72,7 @@ def test_the_embedded_models_weights_are_counted_right():
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
     true = sum(int.__mul__(*shape) if len(shape) == 2 else shape[0] for shape in shapes)
-    # norms and biases are left out
+    # norms and biases are not counted
     assert model_size(Model(name=TINY)).parameters == pytest.approx(true, rel=0.01)
 
 
@@ -92,7 +92,7 @@ def test_a_model_that_is_not_here_has_no_size(monkeypatch, tmp_path):
     assert read_size({"model_type": "mamba"}) is None
 
 
-# ---- what is counted
+# ---- numbers of jobs
 
 
 def test_every_job_of_the_grid_is_counted(tmp_path):
@@ -141,13 +141,13 @@ def test_texts_and_conversations_are_counted(tmp_path):
     texts, talks = item(made, "perplexity"), item(made, "conversations")
     assert len(texts.jobs) == 4 * 2
     assert {job.sequences for job in texts.jobs} == {6}
-    # read once, and the stride scored after it
+    # the context is read once, and the stride is scored after it
     assert {job.read_tokens for job in texts.jobs} == {6 * (64 + 32), 6 * (128 + 32)}
     assert len(talks.jobs) == 4
     assert {job.answer_tokens for job in talks.jobs} == {5 * 4 * 8}
 
 
-# ---- how fast
+# ---- speed
 
 
 def test_what_nobody_measured_is_called_assumed(tmp_path):
@@ -155,7 +155,7 @@ def test_what_nobody_measured_is_called_assumed(tmp_path):
     known = speed.speed(settings, read_size(LLAMA3_1_8B))
     assert not known.measured
     assert known.source.startswith("assumed, not measured")
-    # 2 operations a parameter and token, at 40 % of 989 TFLOP/s
+    # 2 operations per parameter and token, at 40 % of 989 TFLOP/s
     assert known.read_s == pytest.approx(2 * 8.03e9 / (0.4 * 989e12), rel=0.01)
 
 
@@ -188,7 +188,7 @@ def test_the_model_is_loaded_once_where_a_worker_holds_it(tmp_path, monkeypatch,
 def test_a_trial_loads_the_model_and_times_it(tmp_path):
     known = speed.of_trial(parsed(tmp_path))
     assert known.measured
-    assert 0 < known.read_s < known.answer_s < 1  # a token read with others is cheaper than one alone
+    assert 0 < known.read_s < known.answer_s < 1  # reading a token with others is cheaper than one alone
     assert known.start_s > 0
 
 
@@ -197,12 +197,12 @@ def test_sizes_are_said_in_powers_of_a_thousand(n, text):
     assert table.size(n) == text
 
 
-# ---- what is there
+# ---- finished jobs
 
 
 @pytest.fixture
 def there(finished, tmp_path, monkeypatch):
-    """A copy of the finished experiment's results, seen from its checkout."""
+    """Return a function that parses settings for a copy of the finished experiment's results."""
     shutil.copytree(finished.folder / "results", tmp_path / "results")
     monkeypatch.chdir(finished.folder)
     config = copy.deepcopy(SMALL) | {"output": {"dir": str(tmp_path / "results")}}
@@ -233,11 +233,11 @@ def test_speed_is_that_of_the_answers_that_are_there(there, tmp_path):
     assert known.read_s == pytest.approx(sum(r["prefill_s"] for r in rows) / sum(r["prompt_tokens"] for r in rows))
     tokens = [row["completion_tokens"] for row in rows]
     assert known.answer_tokens["reader_qa"] == pytest.approx(max(1, sum(tokens) / len(tokens)))
-    assert speed.of_results(there(model=SMALL["model"] | {"device": "cuda"})) is None  # no word on GPUs
+    assert speed.of_results(there(model=SMALL["model"] | {"device": "cuda"})) is None  # no measurement on GPUs
 
 
 def test_the_store_takes_what_the_plan_says(there, tmp_path):
-    # `auto` may have stored only some, where reading back is slow
+    # `auto` may have stored only some prefills if reading them back is slow
     stored = {path.stem: path.stat().st_size for path in (tmp_path / "results/prefill").rglob("*.safetensors")}
     settings = there()
     statistics, size = specs.statistics(settings), model_size(settings.model)
@@ -278,6 +278,6 @@ def test_every_experiment_of_the_project_can_be_planned(monkeypatch):
         settings = settings_module.load(path)
         try:
             specs.check(settings)
-        except Exception:  # its data or its model are not here
+        except Exception:  # its data or its model are not available
             continue
         assert work.summary(work.work(settings), None, None)["items"]

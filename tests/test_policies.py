@@ -1,4 +1,4 @@
-"""Properties of every policy."""
+"""Test properties of every policy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ NAMES = [f"{kind}-{options}" if options else kind for kind, options in VARIANTS]
     keep_last=st.booleans(),
 )
 def test_a_budget_is_kept_to(variant, n, k, seed, keep_last):
-    """K entries or all, rising, no position twice, the last one kept if asked, the same again, the input unchanged."""
+    """Check min(K, n) entries in rising order without duplicates, the last one if requested, repeatability, and no side
+    effect."""
     kind, options = variant
     state, _ = random_state(n, seed=n)
     policy = create(kind, options)
@@ -113,7 +114,7 @@ def test_protected_entries_take_at_most_half(kind, options):
 
 @pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=NAMES)
 def test_a_conversation_is_compressed_again_and_again(kind, options):
-    """After each turn the budget holds, and entries that were evicted never come back."""
+    """Check that after each turn the budget holds, and that evicted entries never return."""
     state, _ = random_state(50)
     policy = create(kind, options)
     gone: list[list[set[int]]] = [[set() for _ in range(2)] for _ in range(3)]
@@ -147,7 +148,7 @@ def test_the_last_token_can_be_taken_back_and_read_again(kind, options, k):
 
 @pytest.mark.parametrize("kind", EVICTING)
 def test_only_declared_statistics_are_read(kind):
-    """The choice is the same without the statistics that a policy does not name; without others there is a sentence."""
+    """Check that undeclared statistics do not change the choice; a missing declared statistic gives one sentence."""
     state, _ = random_state(60)
     policy = create(kind, {})
     every = {"output_norm", "reconstruction", "attn_sum", "query_entropy", "recent_queries", "query_mean", "query_cov"}
@@ -187,7 +188,8 @@ def test_layers_with_a_sliding_window_are_left_alone(kind, options):
     ],
 )
 def test_a_batch_is_treated_as_its_sequences_one_by_one(kind, options):
-    """Policies that act each step, on sequences of different lengths that hold equally many entries."""
+    """Check policies that evict at each decode step, on sequences of different lengths that hold equal numbers of
+    entries."""
     policy = create(kind, options)
     singles = []
     for n, seed in ((30, 1), (52, 2), (90, 3)):
@@ -223,14 +225,14 @@ def test_quantized_packs_everything_whatever_the_budget(bits, dtype):
     policy = create("quantized", {"bits": bits})
     packed = policy.compress(state, 5)
     assert packed.entries == 30
-    # 8 channels in one group: their codes, and scale and zero point
+    # 8 channels in one group: codes, scale and zero point
     pair = 8 if dtype == torch.float32 else 4
     assert packed.nbytes == 3 * 2 * 2 * 30 * (bits + pair)
     for before, after in zip(state.layers, packed.layers, strict=True):
         assert torch.equal(after.keys.dense(), Packed.pack(before.keys, bits).dense())
         assert torch.equal(after.values.dense(), Packed.pack(before.values, bits).dense())
     assert policy.compress(packed, 5).layers == packed.layers
-    # new tokens are quantized as they come, and the last one can be taken back
+    # new tokens are quantized when they are appended, and the last one can be removed
     longer = grown(packed, 2)
     assert longer.layers[0].keys.shape[-2] == 32
     shorter = longer.without_last()

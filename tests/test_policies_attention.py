@@ -1,4 +1,4 @@
-"""Policies that use attention, compared with loops over explicit attention matrices."""
+"""Compare policies that use attention with loops over explicit attention matrices."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ N = 75
 
 @pytest.fixture(scope="module")
 def prompt():
-    """A prompt read by the engine, and its attention written out: weights [H, N, N], q, k, v of each layer."""
-    # no token twice: rotation keeps norms, so equal tokens would be exact ties up to rounding
+    """Return a prompt read by the engine, and its attention by definition: weights [H, N, N], q, k, v of each layer."""
+    # no token twice: rotation preserves norms, so equal tokens would tie up to rounding
     ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(11))[:N].tolist()
     return engine("qwen2").extend(None, ids), reference("qwen2", ids)[1]
 
@@ -28,7 +28,7 @@ def chosen(kind: str, state, k: int, **options) -> list[list[list[int]]]:
 
 
 def group_mean(weights: torch.Tensor, head: int, rows, column: int) -> float:
-    """Attention to an entry, summed over queries, averaged over the two query heads of a KV head."""
+    """Return the attention to an entry, summed over queries and averaged over the two query heads of a KV head."""
     return sum(float(weights[2 * head + g, i, column]) for i in rows for g in range(2)) / 2
 
 
@@ -47,7 +47,7 @@ def test_h2o_keeps_the_most_attended_and_the_recent(prompt, k, kind, share):
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 @pytest.mark.parametrize("kind", ["h2o", "h2o_heavy", "tova"])
 def test_decoding_evicts_as_the_loop_of_the_definition_does(family, kind):
-    """A real decode: forced tokens one by one, each seeing what the loop says is left; sums grow as they come."""
+    """Compare a real decode of forced tokens with a loop; each token sees the entries that the loop keeps."""
     prompt_length, steps, k = 40, 25, 12
     ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(3))[: prompt_length + steps].tolist()
     policy = create(kind, {})
@@ -106,7 +106,7 @@ def test_snapkv_pools_what_the_window_attends_to(prompt, k, pooling, window, ker
         for head in range(2):
             w = min(window, k // 2)
             expected = best(pooled(weights, head, w, kernel, pooling), k - w) + list(range(N - w, N))
-            # max pooling gives exact ties; sums in another order may only swap near-ties of the mean
+            # max pooling gives exact ties; with mean pooling, the order of summation may only swap near-ties
             if pooling == "mean":
                 assert len(set(got_layer[head]) ^ set(expected)) <= 2
             else:
@@ -114,7 +114,7 @@ def test_snapkv_pools_what_the_window_attends_to(prompt, k, pooling, window, ker
 
 
 def pooled(weights: torch.Tensor, head: int, w: int, kernel: int = 7, pooling: str = "max") -> list[float]:
-    """SnapKV's score of the entries before a window of ``w``; the last query alone observes where w is 0."""
+    """Return SnapKV's score of the entries before a window of ``w``; if w is 0, only the last query observes."""
     n = weights.shape[-1]
     prefix = [group_mean(weights, head, range(n - max(w, 1), n), j) for j in range(n - w)]
     padded = [0.0] * (kernel // 2) + prefix + [0.0] * (kernel // 2)
@@ -180,7 +180,10 @@ def test_a_pyramid_that_is_compressed_again_never_exceeds_its_budget():
 
 
 def shared(scores: list[list[float]], positions: list[list[int]], k: int, share: float, window: int) -> list[list[int]]:
-    """Ada-KV by its definition: windows, each head's floor, then the best of all heads; ties to the lower place."""
+    """Return the kept entries of Ada-KV by its definition: windows, each head's floor, then the best of all heads.
+
+    Ties go to the lower position.
+    """
     length = max(p[-1] for p in positions) + 1
     kept: list[set[int]] = []
     for own, places in zip(scores, positions, strict=True):
@@ -212,7 +215,7 @@ def test_adakv_shares_a_layers_budget_among_its_heads(prompt, k, share):
         assert got == shared(scores, [list(range(N))] * 2, k, share, w)
         assert isinstance(layer, SplitLayer)
         assert sum(map(len, got)) == 2 * k
-        # really freed: as many bytes as entries
+        # memory is freed: as many bytes as entries
         assert layer.nbytes == 2 * k * (layer.parts[0].keys.shape[-1] * 2) * 4
         lengths |= {len(own) for own in got}
     if share < 0.5 and k in (9, 30):
@@ -251,7 +254,7 @@ def test_a_part_of_a_split_layer_has_its_own_heads_statistics():
 
 
 def test_decoding_goes_on_from_heads_of_different_lengths(prompt):
-    """The next tokens' logits are those of a full cache in which the evicted entries are masked."""
+    """Compare the next tokens' logits with those of a full cache in which the evicted entries are masked."""
     state = engine("qwen2").extend(None, tokens(60))
     compressed = create("adakv", {"window": 4}).compress(state, 20)
     more = tokens(6, seed=5)

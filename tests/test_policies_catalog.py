@@ -1,4 +1,4 @@
-"""The available policies: this project's, those in files, of other packages and of kvpress."""
+"""Test the available policies: this project's, those in files, of other packages and of kvpress."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class VNorm(Policy):
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    """What is read from sources is remembered for a process: forget it, since files differ between tests."""
+    """Clear the caches of parsed sources, because files differ between tests."""
     yield
     for remembered in (catalog.describe, catalog._entry_points, catalog._parsed, catalog._read):
         remembered.cache_clear()
@@ -182,7 +182,7 @@ def entry_points(monkeypatch, *points: tuple[str, str]) -> None:
 
 
 def test_a_policy_of_an_installed_package(tmp_path, monkeypatch):
-    """Found by its entry point, read without importing even the package above it."""
+    """Check that it is found by its entry point and read without importing its package."""
     package = tmp_path / "somebodys_package"
     (package / "inner").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")

@@ -1,4 +1,4 @@
-"""docs/policies.md agrees with the source, and the source has all required facts."""
+"""Test that docs/policies.md agrees with the source, and that the source has all required facts."""
 
 from __future__ import annotations
 

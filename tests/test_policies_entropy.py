@@ -1,4 +1,4 @@
-"""entropy_merge and entropy_drop compared with loops over their definition."""
+"""Compare entropy_merge and entropy_drop with loops over their definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ N = 90
 
 
 def diffuse(n: int, seed: int) -> Written:
-    """Attention between flat and peaked, so that entropies spread over [0, 1]."""
+    """Return attention between flat and peaked, so that entropies spread over [0, 1]."""
     return written(n, seed, peaked=1.5)
 
 
@@ -32,7 +32,7 @@ def world():
 
 
 def normalised(truth: Written) -> list[float]:
-    """h of every token, from the rows of attention."""
+    """Return the normalized entropy h of every token, from the rows of attention."""
     heads, n, _ = truth.weights.shape
     found = [0.0]
     for i in range(1, n):
@@ -78,7 +78,7 @@ def sums_of(truth: Written) -> torch.Tensor:
 
 
 def merged_by_hand(truth: Written, spans: list, head: int) -> list[dict]:
-    """What a head holds afterwards, entry by entry."""
+    """Return the entries of a head after merging."""
     n = truth.keys.shape[1]
     sums = sums_of(truth)[head].tolist()
     entries, i = [], 0
@@ -111,7 +111,7 @@ def merged_by_hand(truth: Written, spans: list, head: int) -> list[dict]:
         (80, {}),
         (45, {"recent": 10}),
         (30, {"recent": 10, "n_sink": 2}),
-        (12, {}),  # spans must grow
+        (12, {}),  # spans must be longer than max_span
         (5, {"max_span": 2}),
         (2, {}),
         (1, {}),
@@ -161,7 +161,7 @@ def test_a_threshold_decides_whatever_the_budget(world, kind, threshold, max_spa
         if spans:
             assert plan.lowest == pytest.approx(min(h[i] for start, stop in spans for i in range(start, stop)))
     if threshold == 0.7 and max_span == 2:
-        assert 10 < compressed.entries < N  # something was decided
+        assert 10 < compressed.entries < N  # some spans were merged and some were not
 
 
 @pytest.mark.parametrize("k", [60, 20, 3])
@@ -189,7 +189,7 @@ def test_both_have_the_same_footprint(world):
 @pytest.mark.parametrize("average", ["keys", "values"])
 @pytest.mark.parametrize("k", [60, 20])
 def test_merging_keys_or_values_alone(world, average, k):
-    """One part is that of merging, the other that of dropping; the position goes with the key."""
+    """Check that one part is that of merging and the other that of dropping; positions belong to the keys."""
     state, _ = world
     half = create("entropy_merge", {"average": average}).compress(state, k)
     merged, dropped = (create(kind, {}).compress(state, k) for kind in ("entropy_merge", "entropy_drop"))
@@ -218,7 +218,7 @@ def test_merging_in_some_layers(world):
     seed=st.integers(0, 50),
 )
 def test_merging_keeps_sums_and_order(n, cuts, seed):
-    """Any spans: the attention received adds up, counts add up to n, positions rise within each span's own."""
+    """Check for any spans that attention sums are preserved, counts add up to n, and positions rise."""
     layer = layer_of(diffuse(n, seed))
     ends = sorted(c for c in cuts if c <= n)
     spans = [(a, b) for a, b in zip(ends[::2], ends[1::2], strict=False) if b - a > 1]
@@ -237,7 +237,7 @@ def test_merging_keeps_sums_and_order(n, cuts, seed):
 
 
 def test_merging_equals_leaves_attention_as_it_was():
-    """Entries with one key and one value, at one place: with the count's bias, attention cannot tell them from one."""
+    """Check that merging equal entries at one position leaves attention unchanged if the count is a bias."""
     truth = diffuse(20, 0)
     truth.keys[:, 6:10] = truth.keys[:, 6:7]
     truth.values[:, 6:10] = truth.values[:, 6:7]
@@ -285,7 +285,8 @@ def test_merged_entries_are_merged_again_with_their_counts(world):
 
 @pytest.mark.parametrize("count_bias", [False, True])
 def test_a_model_goes_on_from_merged_entries(count_bias):
-    """Reading three tokens at once or one by one after merging gives the same; with nothing merged, the full cache."""
+    """Check that reading three tokens at once or one by one gives the same; without merging, the full cache's
+    logits."""
     reader = engine("llama")
     state = reader.extend(None, tokens(80))
     policy = create("entropy_merge", {"count_bias": count_bias, "recent": 8})

@@ -1,4 +1,4 @@
-"""Policies that use keys, queries, values or nothing, compared with loops over numbers."""
+"""Compare policies that use keys, queries, values or nothing with loops over numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_keydiff_keeps_the_keys_least_like_the_mean_direction(world, k):
 @pytest.mark.parametrize("k", [1, 6, 9, 40])
 @pytest.mark.parametrize(("n_sink", "n_future"), [(4, 512), (0, 1), (2, 30)])
 def test_expected_attention_is_the_formula(world, k, n_sink, n_future):
-    """Mean and covariance of the queries, un-rotated; the mean rotation as a matrix; entry by entry."""
+    """Compare with the formula entry by entry: mean and covariance of un-rotated queries, mean rotation as a matrix."""
     state, truths = world
     policy = create("expected_attention", {"n_sink": n_sink, "n_future": n_future})
     ahead = range(N, N + n_future)
@@ -84,8 +84,8 @@ def test_expected_attention_is_the_formula(world, k, n_sink, n_future):
 
 
 def test_expected_attention_is_what_normal_queries_pay_on_average():
-    """Monte Carlo: exp of logits of drawn queries, against the closed form under a policy's own ranking."""
-    # small queries: the mean of exp of large ones needs more draws than there is time for
+    """Compare the closed form with a Monte Carlo mean of exp of the logits of random queries."""
+    # small queries, because the mean of exp of large logits needs too many draws
     layer = layer_of(written(30, seed=4, peaked=1.0))
     policy = create("expected_attention", {"n_sink": 0, "n_future": 1})
     score = policy.score(layer, 0, 10, 30, 0)
@@ -100,7 +100,7 @@ def test_expected_attention_is_what_normal_queries_pay_on_average():
             mean = (queries @ layer.keys[head].double().T * layer.scale).exp().mean(0)
             paid += mean / mean.sum() / GROUP
         expected = paid * layer.values[head].double().norm(dim=-1)
-        # means of log-normal draws
+        # tolerance for means of log-normal draws
         torch.testing.assert_close(score[head].double(), expected, rtol=0.03, atol=1e-4)
 
 
@@ -130,7 +130,7 @@ def test_random_for_all_heads_draws_one_set(world):
 
 
 def test_random_keeps_every_entry_equally_often(world):
-    """600 draws of 12 of 60: each entry is kept with p = 0.2, within five standard errors."""
+    """Check 600 draws of 12 of 60 entries: each entry is kept with p = 0.2, within five standard errors."""
     kept = torch.zeros(N)
     for seed in range(100):
         for layer in draw(world[0], 12, seed):

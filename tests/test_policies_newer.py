@@ -1,4 +1,4 @@
-"""LagKV, ChunkKV, CAKE and R-KV compared with their papers' formulas, entry by entry."""
+"""Compare LagKV, ChunkKV, CAKE and R-KV with their papers' formulas, entry by entry."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def softmax(row: list[float]) -> list[float]:
 
 
 def pooled(row: list[float], kernel: int, how) -> list[float]:
-    """Zeros beyond the ends, as in the authors' code."""
+    """Return pooled scores, padded with zeros at both ends as in the authors' code."""
     padded = [0.0] * (kernel // 2) + row + [0.0] * (kernel // 2)
     return [how(padded[j : j + kernel]) for j in range(len(row))]
 
@@ -41,7 +41,7 @@ def kept(kind: str, state, k: int, **options) -> list[list[list[int]]]:
 
 
 def lag_scores(vectors: list[list[float]], lag: int) -> list[list[float]]:
-    """Of each partition but the last, by the partition after it (paper, equations 2 to 5)."""
+    """Return the scores of each partition but the last, from the partition after it (paper, equations 2 to 5)."""
     parts = [vectors[i : i + lag] for i in range(0, len(vectors) - lag + 1, lag)]
     scores = []
     for part, after in itertools.pairwise(parts):
@@ -121,7 +121,7 @@ def preference_of(truth, window: int, tau1: float, tau2: float) -> float:
 
 
 def authors_budgets(preferences: list[float], total: int, most: int) -> list[int]:
-    """adjust_budgets of the authors' code in plain words: floor, cap, the excess and the rest handed out equally."""
+    """Return the budgets of the authors' adjust_budgets: floor, cap, then excess and rest are distributed equally."""
     budgets = [int(p / sum(preferences) * total) for p in preferences]
     excess = sum(max(b - most, 0) for b in budgets)
     budgets = [min(b, most) for b in budgets]
@@ -143,7 +143,7 @@ def test_cake_shares_the_budget_by_preference_and_keeps_by_mean_and_variance(wor
     budgets = authors_budgets(preferences, (k - window) * len(truths), N - window)
     assert sum(budgets) == (k - window) * len(truths)
     assert len(set(budgets)) > 1
-    assert min(budgets) >= window  # so that no layer's window is shorter
+    assert min(budgets) >= window  # so that no layer's window is shortened
     got = kept("cake", state, k, window=window, tau1=tau1, tau2=tau2, gamma=gamma)
     for truth, budget, layer in zip(truths, budgets, got, strict=True):
         rows = window_rows(truth, window)
@@ -164,8 +164,8 @@ def test_cake_shares_the_budget_by_preference_and_keeps_by_mean_and_variance(wor
     [
         ([1, 1, 2], 10, [100] * 3, 2, [8, 8, 14]),
         ([1, 2, 4], 10, [100] * 3, 3, [6, 9, 15]),  # 21 to share: 3, 6, 12
-        ([1, 0, 0], 10, [20, 20, 20], 4, [20, 5, 5]),  # the first can use 16 of 18, the others share 2
-        ([5, 1, 0], 10, [12, 12, 12], 2, [12, 11, 7]),  # 20, 4 and 0 of 24: the first can use 10, the others share 10
+        ([1, 0, 0], 10, [20, 20, 20], 4, [20, 5, 5]),  # the first can use 16 of 18, the others get 1 each
+        ([5, 1, 0], 10, [12, 12, 12], 2, [12, 11, 7]),  # 20, 4 and 0 of 24: the first can use 10, the others get 5 each
         ([0, 0, 0], 5, [9, 9, 9], 1, [5, 5, 5]),
         ([3, 3, 3], 5, [4, 9, 3], 1, [4, 8, 3]),
     ],
@@ -240,7 +240,7 @@ def test_a_protected_window_and_sinks_are_parts_of_any_score_policy(world, k):
 
 @pytest.mark.parametrize("pooling", ["max", "mean"])
 def test_pooling_is_a_part_of_any_score_policy(world, pooling):
-    """Scores below 0 are pooled above their least: what lies beyond the ends counts as that."""
+    """Check that scores are padded with their minimum at both ends, because scores may be negative."""
     state, truths = world
     got = kept("knorm", state, 40, kernel=3, pooling=pooling)
     for truth, layer in zip(truths, got, strict=True):
@@ -249,13 +249,13 @@ def test_pooling_is_a_part_of_any_score_policy(world, pooling):
             padded = [min(raw), *raw, min(raw)]
             spans = [padded[j : j + 3] for j in range(N)]
             scores = [max(span) if pooling == "max" else sum(span) / 3 for span in spans]
-            # equal maxima are equal numbers here too; means may differ by rounding in a near-tie
+            # equal maxima are exactly equal here too; means may differ by rounding in a near-tie
             assert len(set(layer[head]) ^ set(best(scores, 40))) <= (0 if pooling == "max" else 2)
 
 
 @pytest.mark.parametrize("kind", ["knorm", "keydiff", "expected_attention", "lagkv"])
 def test_any_score_policy_shares_a_layers_budget_among_its_heads(world, kind):
-    """The best of both heads together, each one's best 20 % included."""
+    """Compare with the best entries of both heads together, including each head's best 20 %."""
     state, _ = world
     k = 30
     policy = create(kind, {})

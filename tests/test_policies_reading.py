@@ -1,4 +1,4 @@
-"""CriticalKV and KVzip, which also use the model's projections and a second reading of the text."""
+"""Test CriticalKV and KVzip, which also use the model's projections and a second reading of the text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUP = 2
 
 
 def test_the_output_norm_is_that_of_each_value_as_the_model_projects_it():
-    """One value at a time through the model's own output projection, all other channels zero."""
+    """Compare with the model's own output projection of one value at a time, with all other channels zero."""
     state = engine("qwen2").extend(None, IDS, frozenset({"output_norm"}))
     model = random_model("qwen2")
     _, layers = reference("qwen2", IDS)
@@ -55,7 +55,7 @@ def test_the_second_half_of_the_budget_goes_by_score_times_norm(kind, k):
             own, norms = scores[head], layer.output_norm[head].tolist()
             least = min(0.0, *own)
             first = best(own, max(1, k // 2))
-            queries = min(6, k // 2) or 1 if kind == "snapkv" else 1  # whose attention a score of snapkv adds up
+            queries = min(6, k // 2) or 1 if kind == "snapkv" else 1  # queries whose attention the score of snapkv sums
             product = [(s - least + 1e-4 * queries) * norm for s, norm in zip(own, norms, strict=True)]
             rest = [j for j in best([-1.0 if i in first else p for i, p in enumerate(product)], k) if j not in first]
             rest = sorted(rest, key=lambda j: (-product[j], j))[: k - len(first)]
@@ -73,8 +73,10 @@ def test_with_adaptive_heads_the_budgets_follow_from_the_scores_alone():
 
 
 def repeated(ids: list[int], start: int, stop: int, sinks: int, before: int) -> list[torch.Tensor]:
-    """Per layer [Hkv, stop - start]: attention while ids[start:stop] is repeated behind all of ``ids``, by an eager
-    model, made to sum to 1 over the sinks, the chunk and the repeated tokens."""
+    """Return per layer [Hkv, stop - start] the maximum attention to ids[start:stop] while an eager model repeats it.
+
+    The repetition follows all of ``ids``. Attention is normalized over the sinks, the chunk and the repeated tokens.
+    """
     said = [*ids[start - before : start], *ids[start:stop]]
     found = []
     for weights, *_ in reference("qwen2", [*ids, *said])[1]:

@@ -1,4 +1,4 @@
-"""StreamingLLM: the kept entries, and positions in the cache as in the paper."""
+"""Test StreamingLLM: the kept entries, and positions in the cache as in the paper."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ N = 75
     ("options", "k", "expected"),
     [
         ({}, 10, [0, 1, 2, 3, *range(N - 6, N)]),
-        ({}, 4, [0, 1, N - 2, N - 1]),  # sinks take at most half
+        ({}, 4, [0, 1, N - 2, N - 1]),  # sinks take at most half of the budget
         ({}, 1, [N - 1]),
         ({"n_sink": 0}, 3, [N - 3, N - 2, N - 1]),
         ({"n_sink": 2, "recent": 5}, 30, [0, 1, *range(N - 5, N)]),
-        ({"n_sink": 20, "recent": 5}, 30, [*range(20), *range(N - 5, N)]),  # counts as they were asked for
-        ({"n_sink": 20, "recent": 20}, 30, [*range(15), *range(N - 15, N)]),  # a budget too small for both
+        ({"n_sink": 20, "recent": 5}, 30, [*range(20), *range(N - 5, N)]),  # the counts as requested
+        ({"n_sink": 20, "recent": 20}, 30, [*range(15), *range(N - 15, N)]),  # the budget is too small for both
     ],
 )
 @pytest.mark.parametrize("positions", ["original", "cache"])
@@ -37,10 +37,10 @@ def test_sinks_and_the_end_are_kept(options, k, expected, positions):
 
 
 def stream(n: int, k: int, steps: int, dtype: torch.dtype, **options):
-    """A stream of one layer's random tokens under our policy, and the paper's own way beside it.
+    """Yield, after each step, the state and the logits of the new query by our policy and by the paper's method.
 
-    The paper: keys are kept un-rotated and rotated to their places in the cache at each step, the new token's query and
-    key to the place behind them. Yields, after each step, our and the paper's logits of the new token's query.
+    The paper stores un-rotated keys. At each step it rotates them to their places in the cache, and the new token's
+    query and key to the place after them. The stream has one layer of random tokens.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -53,7 +53,7 @@ def stream(n: int, k: int, steps: int, dtype: torch.dtype, **options):
     plain = draw(1, n)
     keys = rotated(plain, range(n)).to(dtype)
     layer = LayerCache(keys, keys, torch.arange(n)[None], scale=1.0, rotary=rotary)
-    # what can be known of the un-rotated keys is what was stored
+    # the un-rotated keys are known up to the rounding of the stored keys
     kept = list(rotated(keys.double(), [-p for p in range(n)])[0])
     state = policy.compress(CacheState((layer,), length=n), k)
     kept = kept[:sinks] + kept[len(kept) - (k - sinks) :]
@@ -75,17 +75,17 @@ def stream(n: int, k: int, steps: int, dtype: torch.dtype, **options):
 
 @pytest.mark.parametrize(("n", "k", "n_sink"), [(300, 40, 4), (50, 40, 4), (41, 40, 0), (60, 2, 4), (60, 1, 0)])
 def test_attention_is_that_of_places_in_the_cache(n, k, n_sink):
-    """fp32, 350 steps: the logits are those of keys rotated to 0 ... K - 1 and a query at K."""
+    """Compare logits in fp32 over 350 steps with those of keys rotated to 0 ... K - 1 and a query at K."""
     for state, ours, theirs in stream(n, k, 350, torch.float32, n_sink=n_sink):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
         assert k <= state.length - state.shift < max(2 * k, k + 1)
 
 
 def test_turning_again_and_again_adds_up_no_error():
-    """bf16: after 1500 steps the logits are as near to the paper's as after the first ones."""
+    """Check that in bf16 the error after 1500 steps is not larger than after the first steps."""
     errors = [float((ours - theirs).abs().max()) for _, ours, theirs in stream(300, 40, 1500, torch.bfloat16)]
     first, last = max(errors[:200]), max(errors[-200:])
-    # a key of 8 channels, rounded three times at most: 2^-9 of each product each time
+    # keys of 8 channels, rounded at most three times, with an error of 2^-9 of each product each time
     assert first < 0.1
     assert last < 1.5 * first
 
@@ -96,7 +96,7 @@ def test_the_next_token_comes_right_behind_the_cache():
     assert compressed.length - compressed.shift == 20
     for layer in compressed.layers:
         assert layer.angles.tolist() == [[float(i) for i in range(20)]] * 2
-    # what is not evicted is not turned
+    # without an eviction, no key is rotated
     untouched = create("streaming_llm", {"positions": "cache"}).compress(state, N)
     assert untouched.shift == 0
     assert untouched.layers == state.layers
@@ -133,7 +133,7 @@ def test_a_larger_budget_later_finds_no_sinks_that_were_evicted():
 
 
 def test_a_model_decodes_the_same_with_both_positions_while_nothing_is_missing():
-    """Without a gap the places in the cache are those in the text, up to a common shift, which attention cannot see."""
+    """Check that without a gap both positions give equal logits, because attention ignores a common shift."""
     state = engine("qwen2").extend(None, tokens(60))
     logits = []
     for positions in ("original", "cache"):

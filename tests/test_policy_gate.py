@@ -1,7 +1,7 @@
-"""Common checks of all registered policies.
+"""Test common requirements of all registered policies.
 
-A policy may be followed beside the full cache only if it holds in the shadow what it keeps in a cell, knows nothing of
-the step it predicts or of a later one, and costs at most linearly more in a longer cache.
+A policy may be observed beside the full cache only if its shadow holds the entries that it keeps in a cell, if it
+uses nothing of the step that it predicts or of a later one, and if its cost is at most linear in the cache length.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def test_at_the_prompts_end_the_shadow_holds_what_the_policy_keeps(kind, budget)
         assert torch.equal(each.predict(state)["per_head", memory], kept)
 
 
-# no knowledge of the step or of a later one
+# no use of the predicted step or of a later one
 
 
 class Liar:
-    """An engine that from one step on reads another token and attends elsewhere."""
+    """An engine that from one step on reads another token and returns other attention rows."""
 
     def __init__(self, step: int):
         self.engine, self.lies_from, self.steps = engine("qwen2"), step, 0
@@ -81,7 +81,7 @@ def predictions(model, each, steps: int) -> list[dict]:
         found.append(sets)
         return sets
 
-    each.predict = recorded  # the dict is what the step adds hindsight to, if there is any
+    each.predict = recorded  # the run adds the hindsight sets of the step to this dict, if there are any
     observe.follow(model, engine("qwen2").extend(None, tokens(60), STATISTICS | each.policy.statistics), [each], steps)
     return found
 
@@ -101,7 +101,8 @@ def test_a_prediction_knows_nothing_of_its_step_or_a_later_one(kind):
 
 
 def test_the_oracle_would_not_pass():
-    """What looks at the step itself is caught: the oracle by what it is, a policy by its predictions."""
+    """Check that the oracle's predictions change with the step itself, so that the test above would detect a policy
+    like it."""
     oracle = Oracle("oracle", Policy(), BUDGET, GRANULARITIES, MEMORIES)
     truth, told = (predictions(Liar(step), oracle, 3) for step in (100, 1))
     assert not same(truth[1], told[1])
@@ -111,7 +112,7 @@ def test_the_oracle_would_not_pass():
 
 
 class Allocated(TorchDispatchMode):
-    """Numbers in the tensors that operations make."""
+    """Count the numbers in the tensors that operations return."""
 
     count = 0
 
@@ -124,7 +125,8 @@ class Allocated(TorchDispatchMode):
 
 
 def cost(each, n: int) -> tuple[int, int]:
-    """Numbers allocated and floating-point operations of products: beginning, and predicting one step."""
+    """Return the numbers allocated and the floating-point operations of products while a shadow begins and predicts a
+    step."""
     state, _ = random_state(n, seed=1, layers=1)
     with FlopCounterMode(display=False) as flops, Allocated() as allocated:
         each.begin(state)
@@ -154,7 +156,7 @@ def test_a_policy_that_compares_all_pairs_does_not_pass():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_reads_no_more_than_it_names(kind):
-    """Statistics that it does not name are not there when it is followed."""
+    """Check that a policy is observed without the statistics that it does not declare."""
     state, _ = random_state(60, seed=2)
     policy = policy_of(kind)
     less = tuple(layer.without(STATISTICS - policy.statistics) for layer in state.layers)

@@ -1,4 +1,4 @@
-"""Checks before Snakemake starts: holders of the lock, damaged results, and disk space."""
+"""Test checks before Snakemake starts: holders of the lock, damaged results, and disk space."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kv_transition.errors import UserError
 from kv_transition.worker import runs
 
 DEAD = f"{os.uname().nodename}:1:999999999999"
-"""a process of this machine that is no more: number 1 did not start so late"""
+"""a process of this machine that no longer exists: process 1 started earlier"""
 
 
 @pytest.fixture
 def lock(tmp_path):
-    """A folder that Snakemake has locked; called with the runs that said they work there."""
+    """Return a function that makes a folder locked by Snakemake, with the registered runs of these processes."""
 
     def made(*processes: str, results: str = "results/small") -> Path:
         (tmp_path / locks.LOCKS).mkdir(parents=True)
@@ -78,12 +78,12 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path):
     locks.enter("results/x", tmp_path)
 
 
-# room
+# disk space
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 256 KiB."""
+    """Yield a file system of 256 KiB."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True).returncode:
@@ -157,7 +157,7 @@ def test_times_in_the_future_are_moved_to_now_in_their_order(tmp_path):
 
 @pytest.fixture
 def results(finished, tmp_path, monkeypatch):
-    """A copy of a finished experiment, in whose project the test runs; its settings."""
+    """Return the settings of a copy of a finished experiment; the test runs in the experiment's project."""
     monkeypatch.chdir(finished.folder)
     shutil.copytree(finished.folder / "results", tmp_path / "results")
     return small(tmp_path / "results")
@@ -202,7 +202,7 @@ def test_a_damaged_manifest_is_refused_before_a_job_can_lose_anything(results, h
 
 
 def test_a_cell_of_a_bin_without_examples_is_done(tmp_path):
-    """It was run again each time: it has no row that could carry its hash."""
+    """Check that such a cell is not run again, although it has no row that could contain its hash."""
     from kv_transition.studies.grid.tables import CELLS
     from kv_transition.studies.study import Item, Job
 
@@ -214,7 +214,7 @@ def test_a_cell_of_a_bin_without_examples_is_done(tmp_path):
 
 @pytest.mark.slow
 def test_plain_snakemake_says_what_the_command_line_says(tmp_path, disk):
-    """One sentence and status 2, with no traceback, and nothing is changed."""
+    """Check one sentence, status 2, no traceback, and no change of any file."""
     (tmp_path / "a project").mkdir()
     project = Project(tmp_path / "a project")
     manifest = project.results / "data/reader_qa/manifest.json"
