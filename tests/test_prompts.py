@@ -1,4 +1,4 @@
-"""Prompts compared with LongBench's procedure, implemented independently."""
+"""Compare prompts with an independent implementation of LongBench's procedure."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class TestChatTemplate:
 
     def test_truncation_comes_before_the_template(self, chat_tokenizer):
         prompt = builder(chat_tokenizer, "{context} {input}", max_length=6, chat=True)("w1 w2 w3 w4 w5 w6 w7", "w8")
-        # <bos> counts in the first half of three tokens, the template's own four tokens and three at the end do not
+        # <bos> counts in the first half of three tokens; the template's own four tokens and its three at the end do not
         fed = words(chat_tokenizer, prompt.context_ids + prompt.question_ids)
         assert fed == ["<bos>", "[", "user", "]", "w1", "w2", "w6", "w7", "w8", "[", "bot", "]"]
         assert prompt.token_len == 4 + 7 + 1 + 3
@@ -194,7 +194,7 @@ def qwen():
 @needs_data
 @pytest.mark.parametrize(("task", "max_length"), [("hotpotqa", 1000), ("narrativeqa", 501), ("multifieldqa_en", 2048)])
 def test_truncation_equals_decoding_on_real_text(qwen, task, max_length):
-    """Up to a character whose bytes lie in two tokens: decode makes U+FFFD of it, we keep or drop it whole."""
+    """Compare with decode() up to a character split over two tokens, which decode() replaces by U+FFFD."""
     template = json.loads((KVT_DATA / "longbench/config/dataset2prompt.json").read_text(encoding="utf-8"))[task]
     build = builder(qwen, template, max_length)
     n_truncated = 0
@@ -233,7 +233,7 @@ def test_real_chat_templates_keep_text_and_boundary(name):
     assert question in tail
     prompt = PromptBuilder(tokenizer, template, 100_000, chat=True)(record["context"], record["input"])
     whole = tokenizer(head + tail, add_special_tokens=False, verbose=False).input_ids
-    # only tokens at the boundary may differ from those of the unbroken text
+    # only tokens at the boundary may differ from those of the whole text
     assert abs(len(whole) - prompt.prompt_len) <= 3
 
 

@@ -1,4 +1,4 @@
-"""Packed tensors compared with rounding number by number, and general properties."""
+"""Compare packed tensors with rounding number by number, and test general properties."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_numbers_and_bytes_are_those_of_the_definition(bits):
-    """fp32, one group of 8 channels: level = round((x - least) / scale), the first channel in a byte's lowest bits."""
+    """Compare with level = round((x - min) / scale) in fp32, one group of 8 channels; the first channel has the lowest
+    bits."""
     x = vectors(3, 8)
     packed = Packed.pack(x, bits)
     for row in range(3):
@@ -56,7 +57,7 @@ def test_no_number_is_further_than_half_a_level_from_its_own(bits, dtype, d, n, 
     assert d // groups <= 64
     own = x.float().unflatten(-1, (groups, -1))
     spread = own.amax(-1) - own.amin(-1) if n else own.sum(-1)
-    # half a level; the rounding of scale and zero point; that of the result
+    # half a level, plus the rounding of scale and zero point, plus the rounding of the result
     coarse = 0.0 if dtype == torch.float32 else 2.0**-10
     bound = spread / (2**bits - 1) / 2 + (own.abs().amax(-1) if n else 0) * (2 * coarse + torch.finfo(dtype).eps) + 1e-6
     error = (dense.float().unflatten(-1, (groups, -1)) - own).abs()
@@ -78,7 +79,7 @@ def test_appending_is_packing_all_at_once_and_cutting_undoes_it(bits, dtype):
 @pytest.mark.parametrize(
     ("bits", "dtype", "d", "expected"),
     [
-        # per vector: codes, and for each group a scale and a zero point
+        # per vector: codes, and a scale and a zero point for each group
         (4, torch.bfloat16, 128, 64 + 2 * 4),
         (8, torch.bfloat16, 128, 128 + 2 * 4),
         (4, torch.float16, 64, 32 + 4),
@@ -127,6 +128,6 @@ def test_what_does_not_fill_bytes_is_refused(d, bits):
 def test_more_bits_lose_less():
     x = vectors(64, 128)
     errors = [float((Packed.pack(x, bits).dense() - x).norm()) for bits in (2, 4, 8)]
-    # a bit more halves a level
+    # one more bit halves the step between levels
     assert math.log2(errors[0] / errors[1]) == pytest.approx(math.log2(15 / 3), abs=0.3)
     assert math.log2(errors[1] / errors[2]) == pytest.approx(math.log2(255 / 15), abs=0.3)

@@ -1,4 +1,4 @@
-"""Several questions about one context: read once, compressed once, with the answers of separate questions."""
+"""Test several questions about one context: read once, compressed once, with the answers of separate questions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(monkeypatch):
 
 @pytest.fixture
 def fed(model, monkeypatch):
-    """How many tokens each reading was given."""
+    """Return the list of the number of tokens of each reading."""
     found, extend = [], model.extend
 
     def counted(state, ids, *more, **named):
@@ -60,7 +60,7 @@ def asked(context, number, n=5):
     }  # fmt: skip
 
 
-# two contexts with three questions each of different lengths, in no order, and one context with a single question
+# two contexts with three questions each of different lengths, in mixed order, and one context with a single question
 EXAMPLES = [asked(0, 0), asked(1, 0, 7), asked(0, 1, 3), asked(2, 0), asked(1, 1), asked(0, 2, 6), asked(1, 2)]
 
 
@@ -130,7 +130,8 @@ def test_a_context_is_read_once_by_the_prefill_job(model, tmp_path, fed):
 
 
 def test_a_context_is_stored_once(model, tmp_path, monkeypatch, fed):
-    """Keys and values of each context once; the one that is asked about once has its question beside it."""
+    """Check that keys and values of each context are stored once; a context with one question is stored with its
+    question."""
     monkeypatch.setenv(job.STATISTICS_VARIABLE, "attn_sum")
     store, alone = (PrefillStore(tmp_path / name / "model", mode="always") for name in ("together", "alone"))
     prefill.read(model, store, list(prefill.missing(store, EXAMPLES, frozenset({"attn_sum"}))))
@@ -148,7 +149,7 @@ def test_a_context_is_stored_once(model, tmp_path, monkeypatch, fed):
     held = [tensor for file in files for name, tensor in load_file(file).items() if name.split(".")[-1] in KV]
     assert sum(tensor.nbytes for tensor in held) == entries * size
 
-    # cells answer from these files as from prompts that were stored one by one
+    # cells give the same answers from these files as from separately stored prompts
     fed.clear()
     for kind, mode in (("h2o", "before_question"), ("h2o", "after_prompt"), ("full", "after_prompt")):
         shared = cell.rows(model, EXAMPLES, spec(kind, mode), store)
@@ -166,7 +167,7 @@ def test_a_context_is_compressed_once_unless_the_policy_draws(model, tmp_path, m
     compressed, compress = [], policy.compress
 
     def counted(self, state, k, **named):
-        if state.length == 50:  # tokens read: the context, and nothing on top of it
+        if state.length == 50:  # number of tokens read: the context, without a question
             compressed.append(k)
         return compress(self, state, k, **named)
 
@@ -208,7 +209,7 @@ def test_a_line_with_questions_is_as_many_examples(tmp_path):
 
 
 def test_a_question_is_named_as_if_it_stood_alone(tmp_path):
-    """So that seeds, and with them sampled answers, are the same."""
+    """Check the names, because seeds and with them sampled answers depend on them."""
     together = rows_of(tmp_path, [shared(1)])
     single = [{"context": example(1)["context"], **one} for one in shared(1)["questions"]]
     assert [row["example_id"] for row in together] == [row["example_id"] for row in rows_of(tmp_path, single)]
@@ -251,7 +252,7 @@ def prepared(tmp_path, data, task, n_per_bin, max_length=200, n_bins=2):
 
 def test_the_questions_of_a_line_stay_together(tmp_path):
     records = [shared(i, 3, context=" ".join(f"w{(i + j) % 50}" for j in range(20 + i)), id=f"c{i}") for i in range(12)]
-    for one in records:  # one of the questions is longer than all contexts differ by
+    for one in records:  # one of the questions is longer than the largest difference of context lengths
         one["questions"][1]["question"] = " ".join(f"w{j}" for j in range(30)) + " ?"
     for rows in prepared_lines(tmp_path, records, n_per_bin=9):
         names = [row["example_id"].rpartition("-")[0] for row in rows]
@@ -261,7 +262,7 @@ def test_the_questions_of_a_line_stay_together(tmp_path):
 
 
 def test_a_truncated_context_is_still_one_document(tmp_path):
-    """Truncation takes more of the context where the question is longer: as run alone, and one cluster all the same."""
+    """Check that a longer question shortens the context more, as in a run alone, and that the cluster is the same."""
     records = [shared(i, 2, context=" ".join(f"w{(i + j) % 50}" for j in range(100))) for i in range(4)]
     for one in records:
         one["questions"][0]["question"] = " ".join(f"w{j}" for j in range(9)) + " ?"
@@ -272,7 +273,7 @@ def test_a_truncated_context_is_still_one_document(tmp_path):
 
 @pytest.mark.parametrize("task", ["hotpotqa", "musique"])
 def test_records_that_share_a_context_are_found_by_themselves(model, tmp_path, fed, task):
-    """In LongBench's own format, without any word about it: three contexts with two questions each, and two alone."""
+    """Check LongBench's own format, without declared groups: three contexts with two questions each, two with one."""
     contexts = [" ".join(f"w{(7 * c + j) % 50}" for j in range(40)) for c in range(5)]
     places = [0, 1, 2, 0, 3, 2, 1, 4]
     records = [
@@ -300,7 +301,7 @@ def test_at_most_one_context_is_cut_by_the_choice(groups, n, seed):
     ids = [f"e{i}" for i in range(len(names))]
     kinds_ = [""] * len(ids)
     chosen = choose(ids, kinds_, n, seed, names)
-    assert choose(ids, kinds_, n + 1, seed, names)[:n] == chosen  # nested
+    assert choose(ids, kinds_, n + 1, seed, names)[:n] == chosen  # the choices are nested
     partly = [name for name in set(names) if 0 < sum(names[i] == name for i in chosen) < names.count(name)]
     assert len(partly) <= 1
     assert choose(ids, kinds_, n, seed, ids) == choose(ids, kinds_, n, seed)

@@ -16,7 +16,7 @@ def small(monkeypatch):
 
 
 def spoiled(monkeypatch, policy: str, **changes):
-    """Let the run of one policy come to something else: ``changes`` are functions of what it came to."""
+    """Change the result of the run of one policy: ``changes`` maps columns to functions of their values."""
     rows = quickstart.run.rows
 
     def spoil(engine, windows, spec, store):

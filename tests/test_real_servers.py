@@ -1,4 +1,4 @@
-"""Equal answers, token by token, from the local engine and from real servers in separate processes."""
+"""Compare answers, token by token, of the local engine and of real servers in separate processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ WORDS = TEXT.split()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny Qwen2 with random weights and a byte-level BPE of ASCII, so that each token is whole characters."""
+    """Return a tiny Qwen2 with random weights and a byte-level BPE of ASCII, in which each token is whole
+    characters."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -60,7 +61,7 @@ def model(tmp_path_factory) -> Path:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, **ids,
     )  # fmt: skip
     weights = Qwen2ForCausalLM(config)
-    with torch.no_grad():  # so that logits lie apart, and no answer hangs on rounding
+    with torch.no_grad():  # so that logits differ clearly, and no answer depends on rounding
         weights.lm_head.weight.mul_(30)
     weights.generation_config = GenerationConfig(**ids, do_sample=False)
     weights.save_pretrained(folder)
@@ -95,7 +96,7 @@ def spec_of(policy: str, budget: str, mode: str, **endpoint) -> dict:
 
 @pytest.fixture(scope="module")
 def local(model, tmp_path_factory):
-    """Rows of the local engine."""
+    """Return a function that computes rows with the local engine."""
     settings = dict.fromkeys(("revision", "quantization", "device_map", "chunk_tokens"))
     automatic = {"attn_implementation": "auto", "attention_statistics": "auto"}
     engine = job.load_engine({"name": str(model), "dtype": "float32", "device": "cpu"} | settings | automatic, 1)
@@ -109,7 +110,7 @@ def local(model, tmp_path_factory):
 
 @contextlib.contextmanager
 def served(*command: str, log: Path, **variables: str) -> Iterator[str]:
-    """The address of a server in a process of its own, once it answers."""
+    """Yield the address of a server in a separate process once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -134,7 +135,7 @@ def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except urllib.error.HTTPError:
-            return  # it is there, whatever it thinks of the path
+            return  # the server runs, whatever status it gives for the path
         except OSError:
             time.sleep(0.3)
         else:
@@ -149,7 +150,7 @@ def remote_rows(url: str, rows: list[dict], spec: dict, folder: Path, concurrenc
 
 
 def test_transformers_serve_gives_the_answers_of_the_full_cache(model, local, tmp_path):
-    (tmp_path / "hf" / "hub").mkdir(parents=True)  # without it the server's list of models fails
+    (tmp_path / "hf" / "hub").mkdir(parents=True)  # the server's list of models fails without this folder
     command = ("transformers.cli.transformers", "serve", str(model), "--host", "127.0.0.1")
     options = ("--device", "cpu", "--dtype", "float32")
     variables = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
@@ -167,7 +168,7 @@ def test_transformers_serve_gives_the_answers_of_the_full_cache(model, local, tm
 
 
 def test_the_server_of_kv_transition_gives_the_rows_of_the_local_engine(model, local, tmp_path):
-    """Policies, budgets and modes in the request, over both paths, and the anatomy of the cache with the answer."""
+    """Compare policies, budgets and modes in the request, over both paths, and the cache sizes with each answer."""
     command = ("kv_transition", "serve", "--model", str(model), "--dtype", "float32", "--device", "cpu")
     grid = [
         ("full", "r1", "after_prompt"), ("full", "r1", "before_question"), ("snapkv", "r0.3", "after_prompt"),

@@ -1,4 +1,4 @@
-"""Compression during decoding: a budget that is kept over a long answer, compared with a plain loop."""
+"""Test compression during decoding: a budget that is kept over a long answer, compared with a plain loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT, STEPS = 40, 30
 
 
 def answered(kind: str, budget: str, decoding: dict, count: int = 1, **options):
-    """Answers of `STEPS` tokens to as many prompts, and the setting."""
+    """Return ``count`` answers of `STEPS` tokens to different prompts, and the setting."""
     model = engine("qwen2")
     policy = create(kind, hyper_parameters(kind) | options)
     setting = with_pace(Setting(policy, Budget.parse(budget), "after_prompt"), decoding)
@@ -63,7 +63,7 @@ def test_every_m_tokens_the_cache_goes_back_to_its_budget_and_the_answer_is_that
 
 
 def test_before_kvzip_compresses_again_the_model_repeats_what_it_has_generated(monkeypatch):
-    """The attention while it repeats is that of an eager model; then the answer is that of a plain loop."""
+    """Compare the attention while it repeats with that of an eager model, and the answer with that of a plain loop."""
     model, policy, k, every = engine("qwen2"), create("kvzip", {}), PROMPT, 6
     asked, plainly = [], model.repeated
 
@@ -75,7 +75,7 @@ def test_before_kvzip_compresses_again_the_model_repeats_what_it_has_generated(m
     (got,), _ = answered("kvzip", f"t{k}", {"compress_every": every})
     asked = [call for call in asked if len(call[0]) <= every + 1 and call[1].length > PROMPT]
     prompt = tokens(PROMPT - 4, seed=0) + tokens(4, seed=9)
-    # the last token of the prompt is read again, and repeated with what follows it
+    # the last token of the prompt is read again, and repeated together with the tokens after it
     assert [said for said, _ in asked] == [
         prompt[-1:] + got.tokens[:6],
         *(got.tokens[i : i + 6] for i in range(6, STEPS - 1, 6) if i + 6 < STEPS),
@@ -89,7 +89,7 @@ def test_before_kvzip_compresses_again_the_model_repeats_what_it_has_generated(m
         found = torch.cat([part.reconstruction[:, PROMPT - 1 :] for part in layer.parts])
         torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-5)
 
-    # context and question are each repeated by itself
+    # context and question are each repeated separately
     prefill = model.prefill(prompt[:-4], prompt[-4:], policy.statistics)
     state = model.extend(prefill.prompt.without_last(), prompt[-1:], policy.statistics)
     said, entries, new = [], [], prompt[-1:]
@@ -107,7 +107,7 @@ def test_before_kvzip_compresses_again_the_model_repeats_what_it_has_generated(m
 
 @pytest.mark.parametrize("mode", ["after_prompt", "before_question"])
 def test_kvzip_evicts_of_what_is_generated_too(mode):
-    """Were answers never repeated, the last 24 tokens would take the whole budget."""
+    """Check that answers are repeated; otherwise the last 24 tokens would take the whole budget."""
     model, policy, question = engine("qwen2"), create("kvzip", {}), tokens(4, seed=9)
     setting = with_pace(Setting(policy, Budget.parse("t12"), mode), {"compress_every": 4})
     prefill = model.prefill(tokens(PROMPT - 4, seed=0), question, policy.statistics)
@@ -116,7 +116,7 @@ def test_kvzip_evicts_of_what_is_generated_too(mode):
     (state,) = decode(model, [state], setting, [one])
     held = {place for layer in positions_of(state) for head in layer for place in head}
     assert max(one.kept) <= 12 + 4
-    assert any(4 <= place < PROMPT - 4 for place in held)  # beside the sinks
+    assert any(4 <= place < PROMPT - 4 for place in held)  # entries of the context other than sinks
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_kvzip_evicts_of_what_is_generated_too(mode):
     ],
 )
 def test_a_held_cache_takes_no_storage_for_what_it_will_never_hold(kind, options, every):
-    """However long the answer may become."""
+    """Check that the storage does not depend on the maximum length of the answer."""
     model, policy = engine("qwen2"), create(kind, hyper_parameters(kind) | options)
     setting = with_pace(Setting(policy, Budget.parse("t12"), "after_prompt"), {"compress_every": every})
     prefill = model.prefill(tokens(PROMPT - 4), tokens(4, seed=9), policy.statistics)
@@ -146,7 +146,7 @@ def test_a_held_cache_takes_no_storage_for_what_it_will_never_hold(kind, options
 
 def test_a_budget_may_grow_with_what_is_generated_up_to_a_cap():
     (got,), _ = answered("knorm", "r0.5", {"compress_every": 1, "budget_of": "length"})
-    # after t tokens of the answer, half of 40 + t entries, rounded up
+    # after t tokens of the answer: half of 40 + t entries, rounded up
     assert got.kept == [-(-(PROMPT + t) // 2) for t in range(STEPS)]
     (got,), _ = answered("knorm", "r0.5", {"compress_every": 1, "budget_of": "length", "max_entries": 24})
     assert got.kept == [min(24, -(-(PROMPT + t) // 2)) for t in range(STEPS)]

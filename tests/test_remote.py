@@ -1,4 +1,4 @@
-"""Cells over HTTP: one row per answer, none lost, duplicated or wrong, for all faults of the endpoint."""
+"""Test cells over HTTP: one row per answer, none lost, duplicated or wrong, for all faults of the endpoint."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def prompt_of(row: dict) -> str:
 
 
 class Cell:
-    """The files of one cell and the command that makes it."""
+    """The files of one cell and the command that creates it."""
 
     def __init__(self, folder: Path, examples: list[dict], url: str, **endpoint):
         self.bin, self.output, self.examples = folder / "bin0.parquet", folder / "cell" / "bin0.parquet", examples
@@ -134,10 +134,10 @@ def test_every_example_is_a_row_of_the_table(cell):
     assert (facts["kind"], facts["dataset"], facts["device"]) == ("snapkv", "d", "endpoint")
 
 
-# Each fault of the server, how often it comes, the label of the row and how many requests the row took.
+# Each fault of the server, its number of repeats, the label of the row, and the number of requests for the row.
 FAULTS = [
     *((f"{fault}*2", None, 3) for fault in ("reset", "error500", "not_json", "error200", "error_in_stream")),
-    ("reset", "ENGINE_ERROR", 4),  # once more, since the server can be reached again
+    ("reset", "ENGINE_ERROR", 4),  # one more request, because the server can be reached again
     *((fault, "ENGINE_ERROR", 3) for fault in ("error500", "not_json", "error200", "html", "shape")),
     *((fault, "ENGINE_ERROR", 3) for fault in ("error_in_stream", "no_choices", "unfinished", "error503", "cut")),
     *((fault, "ENGINE_ERROR", 1) for fault in ("too_long", "refused_in_stream")),
@@ -150,7 +150,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("requests", ["2:1:1:", "2:4:1:"], ids=["one by one", "four at a time"])
 def test_faults_of_a_server_and_what_becomes_of_the_rows(cell, monkeypatch, requests):
-    """The table of docs/endpoints.md. Faulty prompts stand between good ones, which nothing may touch."""
+    """Check the table of docs/endpoints.md. Faulty prompts alternate with good ones, which must not be affected."""
     monkeypatch.setenv("KVT_REQUESTS", requests)
     marks = [mark for fault, _, _ in FAULTS for mark in (f"[[{fault}]]", "")]
     job = cell(*marks, timeout_s=1.5)
@@ -224,7 +224,7 @@ def test_repeats_are_asked_for_each_with_a_seed_of_its_own(cell):
 
 
 # ----------------------------------------------------------------------------------------------------
-# What is sent
+# Contents of the requests
 
 
 def test_chat_gets_the_message_without_the_template_that_its_server_adds(cell):
@@ -281,7 +281,7 @@ def test_an_endpoint_that_only_says_it_is_kv_transition_is_found_out(cell):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Stopping and going on
+# Stop and continue
 
 
 def comparable(rows: list[dict]) -> list[dict]:
@@ -289,7 +289,7 @@ def comparable(rows: list[dict]) -> list[dict]:
 
 
 def test_a_killed_job_goes_on_with_the_rows_it_has_not_got(tmp_path):
-    """Killed while two requests wait at the gate: what was answered is not asked for again."""
+    """Kill the job while two requests wait: answered requests are not sent again."""
     examples = [example(i, "[[gate*1]]" if i >= 5 else "") for i in range(9)]
     with serving() as server:
         job = Cell(tmp_path, examples, server.url)
@@ -303,7 +303,7 @@ def test_a_killed_job_goes_on_with_the_rows_it_has_not_got(tmp_path):
         process.wait()
         assert not job.output.exists()
         with job.journal.open("ab") as file:
-            file.write(b'{"example_id": "e7", "text": "half a l')  # what a crash of the machine may leave
+            file.write(b'{"example_id": "e7", "text": "half a l')  # an incomplete line, as after a crash of the machine
 
         before = server.asked.copy()
         server.gate.set()
@@ -338,13 +338,13 @@ def test_an_endpoint_that_dies_costs_no_row(cell):
         job.run()
     assert not job.output.exists()
     with serving(port=job.server.server_address[1]) as again:
-        again.asked[prompt_of(job.examples[2])] = 1  # it died of this one already
+        again.asked[prompt_of(job.examples[2])] = 1  # the first server ended at this request
         assert [row["text"] for row in job.run()] == [answer_to(f"no {i}") for i in range(4)]
         assert [again.asked[prompt_of(e)] for e in job.examples] == [0, 0, 2, 1]
 
 
 def test_a_complete_journal_asks_nobody(cell):
-    """Killed between the last row and the file."""
+    """Check a job killed between the last row and the output file."""
     job = cell("", "")
     rows = job.run()
     with remote.journal_of(str(job.output)) as journal:
@@ -388,7 +388,7 @@ def test_what_no_row_can_survive_stops_the_job_before_the_first(cell, change, se
 
 
 # ----------------------------------------------------------------------------------------------------
-# The key
+# The API key
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -414,13 +414,13 @@ def test_the_key_is_in_no_file_and_no_log(tmp_path, monkeypatch, known):
     assert len(files) >= 2
     for path in files:
         assert KEY.encode() not in path.read_bytes(), path
-        if path.suffix == ".parquet":  # compressed
+        if path.suffix == ".parquet":  # a Parquet file is compressed, so its rows are searched too
             assert KEY not in str(pq.read_table(path).to_pylist()), path
             assert KEY not in str(read_metadata(path)), path
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the experiment says of its endpoints
+# Settings of the experiment's endpoints
 
 
 def experiment(engine: dict, **changes) -> settings_module.Settings:
@@ -492,7 +492,7 @@ def test_the_hash_of_a_cell_knows_its_endpoint_and_not_how_it_is_asked():
 
     first = hashed({})
     assert first == hashed({"api_key_env": None, "request": {"retries": 0, "concurrency": 9}})
-    assert first == hashed({}, model={"dtype": "bfloat16"})  # weights are the endpoint's
+    assert first == hashed({}, model={"dtype": "bfloat16"})  # dtype describes local weights; the endpoint has its own
     assert first != hashed({"base_url": "http://127.0.0.1:9000/v1"})
     assert first != hashed({"extra_body": {"a": 1}})
     assert first != hashed({"request": {"timeout_s": 5.0}})
@@ -515,11 +515,11 @@ def test_a_key_in_place_of_its_variables_name_is_refused_without_being_repeated(
 
 
 # ----------------------------------------------------------------------------------------------------
-# Memory of the machine
+# GPU memory of the machine
 
 
 def fake_nvml(used: list[int]) -> SimpleNamespace:
-    """Two GPUs; what the first one uses follows a list, in MiB."""
+    """Return a fake NVML with two GPUs; the memory used on the first one follows a list, in MiB."""
     first = iter(used)
 
     def info(handle: int) -> SimpleNamespace:

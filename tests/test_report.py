@@ -45,13 +45,13 @@ EXPERIMENT = {
 
 
 def data_of(page: str, name: str) -> str:
-    """The JSON in one of the page's script elements."""
+    """Return the JSON in one of the page's script elements."""
     start = page.index(">", page.index(f'id="{name}"')) + 1
     return page[start : page.index("</script>", start)]
 
 
 class Page(HTMLParser):
-    """Ids, links and open tags of a page."""
+    """Collect ids, links, text and open tags of a page."""
 
     VOID = frozenset(("meta", "link", "br", "wbr", "img", "hr", "input"))
 
@@ -88,7 +88,7 @@ def make(
     title=None,
     missing=None,
 ):
-    """Everything from scores to the report in one folder; returns the Markdown and the page."""
+    """Write all files from scores to the report into one folder; return the Markdown and the page."""
     paths = {name: str(folder / f"{name}.parquet") for name in ("scores", "bin_stats", "comparisons", "transition")}
     extra = {name: str(folder / f"{name}.parquet") for name in EXTRA}
     pq.write_table(scores, paths["scores"])
@@ -253,7 +253,7 @@ def test_every_shown_interval_has_an_n(demo_report):
     sources = re.findall(r'<span data-from="([^"]+)" data-n="(\d+)"', body)
     assert len(sources) > 200
     assert all(int(n) > 0 and source.count("/") >= 5 for source, n in sources)
-    # an interval outside of these spans stands in a sentence, which then says its n
+    # an interval outside these spans is in a sentence, which must give its n
     rest = re.sub(r"<svg.*?</svg>|<span data-from=.*?</span>", "", body, flags=re.DOTALL)
     for paragraph in re.findall(r"<(?:p|li|td)[^>]*>(.*?)</(?:p|li|td)>", rest, flags=re.DOTALL):
         if re.search(r"\d \[", paragraph):
@@ -263,7 +263,7 @@ def test_every_shown_interval_has_an_n(demo_report):
             assert re.search(r"\| n \||n = \d", block), block.splitlines()[0]
 
 
-# What each traced number is by definition, from one policy's rows and the full cache's on the same examples.
+# The definition of each traced number, from one policy's rows and the full cache's on the same examples.
 def _mean(values):
     values = list(values)
     return sum(values) / len(values)
@@ -279,7 +279,7 @@ def _by_example(rows):
 
 
 def _held(r):
-    """Bytes held over those of a full cache, on average over the answer where its course is known."""
+    """Return the bytes held over those of a full cache, averaged over the answer if the entries per step are known."""
     share = r["cache_bytes"] / r["full_bytes"]
     if r.get("full_mean") is None:
         return share
@@ -301,7 +301,7 @@ DEFINITIONS = {
 
 
 def check_traced_numbers(page: str, rows: list[dict], seed: int, wanted: int) -> set[str]:
-    """Recompute ``wanted`` numbers of the page, at least one of each kind that is there; returns the kinds."""
+    """Recompute ``wanted`` numbers of the page, at least one of each kind on the page; return the kinds."""
     body = page[page.index("<main>") : page.index("</main>")]
     found = re.findall(r'<span data-from="([^"]+)" data-n="(\d+)"[^>]*>([^<]+)</span>', body)
     kinds: dict[str, list] = {}
@@ -334,7 +334,7 @@ def test_numbers_can_be_traced_to_the_answers(demo_report):
 
 
 def word_f1(text: str, answers: list[str]) -> float:
-    """LongBench's F1 over words, the best of the gold answers, written down once more."""
+    """Return LongBench's F1 over words for the best gold answer, implemented a second time."""
 
     def words(value: str) -> list[str]:
         value = "".join(c for c in value.lower() if c not in string.punctuation)
@@ -358,7 +358,7 @@ def test_ten_numbers_of_a_real_report_from_the_cells_alone(finished):
         gold |= {r["example_id"]: r["answers"] for r in pq.read_table(file, partitioning=None).to_pylist()}
     rows = [r | {"score": word_f1(r["text"], gold[r["example_id"]]), "failure": None} for r in cells]
     page = (finished.results / "report.html").read_text()
-    body = re.sub(r'<span data-from="[^"]+/failure_rate"', "<span", page)  # labels are tested with their rules
+    body = re.sub(r'<span data-from="[^"]+/failure_rate"', "<span", page)  # failure labels are tested with their rules
     assert len(check_traced_numbers(body, rows, seed=1, wanted=12)) >= 5
 
 
@@ -456,7 +456,7 @@ def test_text_of_answers_cannot_leave_its_script(tmp_path):
     assert json.loads(script_json({"a": "<&>\u2028"})) == {"a": "<&>\u2028"}
 
 
-# What a reader does, and how the page must then look; run in the page after it was drawn.
+# Actions of a reader and the resulting state of the page; this runs in the page after it is drawn.
 ASK = """
 <script>
 window.addEventListener("load", () => setTimeout(() => {
@@ -486,7 +486,7 @@ window.addEventListener("load", () => setTimeout(() => {
 
 
 def browse(page: Path, width: int) -> tuple[dict, str]:
-    """The answers of `ASK` and the browser's console, from a headless Chromium."""
+    """Return the results of `ASK` and the browser's console output, from a headless Chromium."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("browser test: no Chromium is installed")

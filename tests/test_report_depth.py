@@ -1,4 +1,4 @@
-"""Score by depth and length: each example is counted at the depth of its needle."""
+"""Test score by depth and length: each example is counted at the depth of its needle."""
 
 from __future__ import annotations
 

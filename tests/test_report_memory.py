@@ -1,4 +1,4 @@
-"""The report section on conversations, from answers with known true values."""
+"""Test the report section on conversations, with answers that have known true values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ CELLS = {
 
 
 def judge_rows(chat):
-    """A judge that sides with the rules about c1, gives no verdict at turn 4, and likes everything else."""
+    """Return rows of a judge that agrees with the rule on c1, gives no verdict at turn 4, and accepts all other
+    answers."""
     rows = []
     for row in chat:
         for check in ("c1", "c2") if row["turn"] >= 3 else ("c1",):
@@ -132,7 +133,7 @@ def test_the_judges_silence_is_shown_and_counts_for_nobody(made):
     failed = pl.read_parquet(folder / "retention.parquet").filter(statistic="judge_failed", policy="full")
     assert failed["estimate"].item() == pytest.approx(2 / 6)  # two of the six questions of each conversation
     kept = pl.read_parquet(folder / "memory_table.parquet").filter(policy="dice", statistic="retention_judge")
-    # turns 1 to 3, the last of them about c2, which the judge always likes
+    # turns 1 to 3; the last one has check c2, which the judge always accepts
     assert kept["estimate"].item() == pytest.approx((1 + 4 / 12 + 1) / 3)
 
 

@@ -1,4 +1,4 @@
-"""Reports of unfinished experiments, from a small real experiment without some cells."""
+"""Test reports of unfinished experiments, from a small real experiment without some cells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# In the experiment's own checkout: a cell counts only with the code that is there.
+# Run in the experiment's own checkout, because a cell counts only with the code of that checkout.
 SCRIPT = """
 import sys
 from kv_transition import settings
@@ -28,7 +28,10 @@ except UserError as error:
 
 @pytest.fixture
 def unfinished(finished, tmp_path):
-    """A copy of the finished experiment's results, and a function that reports on it: the page's path, or an error."""
+    """Return a copy of the finished experiment's results, and a function that reports on it.
+
+    The function's process prints the path of the page or an error.
+    """
     shutil.copytree(finished.results, tmp_path / "small")
 
     def report() -> subprocess.CompletedProcess:

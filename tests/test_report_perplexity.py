@@ -1,4 +1,4 @@
-"""The report section on perplexity, from windows with known true values."""
+"""Test the report section on perplexity, with windows that have known true values."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_studys_figures_are_labelled_as_theirs(made, tmp_path):
     part = text[text.index("### Comparison with the study's expectations") :]
     assert "not measured here" in part
     assert "cannot be compared" in part
-    # the nearest compression: 80 % is nearer to 70 and 75 % than 50 % is
+    # the nearest compression: 80 % is nearer than 50 % to 70 and 75 %
     for row in (
         "| Full Cache | 25–26 | 0 % | 3.0–3.5 GB | full |",
         "| EntropyMerged | 26–27 | 70 % | 0.9–1.2 GB | entropy_merge, 20 % |",

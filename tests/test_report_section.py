@@ -1,4 +1,4 @@
-"""A report section without templates of its own."""
+"""Test a report section without templates of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of an experiment cannot become code of its report, and the report's figures still work."""
+"""Test that text of an experiment cannot become code of its report, and that the report's figures still work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOSTILE = [
 
 
 class Elements(HTMLParser):
-    """Tags with their attributes, and the content of each script element."""
+    """Collect tags with their attributes, and the content of each script element."""
 
     def __init__(self, page):
         super().__init__()
@@ -56,7 +56,7 @@ class Elements(HTMLParser):
 
 
 def hostile_scores():
-    """The demo's scores, whose texts are all hostile and whose policies have hostile names."""
+    """Return the demo's scores with hostile texts and hostile names of policies."""
     table = demo()
     plain = sorted(set(table["policy"].to_pylist()) - {"full"})
     names = {name: name + HOSTILE[i % len(HOSTILE)] for i, name in enumerate(plain)}
@@ -74,7 +74,7 @@ def hostile_scores():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The report of harmless scores and that of hostile ones."""
+    """Return the report of harmless scores and the report of hostile scores."""
     made = []
     for name, scores, more in (
         ("plain", demo(), {}),
@@ -141,7 +141,7 @@ def _browser():
 
 
 def _opened(browser):
-    """A tab, and what its pages say, fail with and ask of the net."""
+    """Return a browser tab, and the list of its console messages, errors and network requests."""
     tab, said = browser.new_page(), []
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
@@ -151,7 +151,7 @@ def _opened(browser):
 
 @pytest.mark.slow
 def test_a_browser_draws_the_figures_and_runs_no_foreign_code(pages):
-    """Where Chromium and playwright are installed."""
+    """Check the pages in Chromium with playwright, if both are installed."""
     started, program = _browser()
     with started as own:
         browser = own.chromium.launch(executable_path=program, args=["--no-sandbox"])

@@ -1,6 +1,6 @@
-"""Kinds of bugs reported for similar projects, tested here (table in docs/reliability.md).
+"""Test kinds of bugs that were reported for similar projects (table in docs/reliability.md).
 
-Models of other shapes are held against their own eager attention, without a cache.
+Models of other shapes are compared with their own eager attention, without a cache.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ REFUSED = {
 
 
 def twins(family: str, **changes: object) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A random model with peaked attention, and its copy that reads through this project's attention."""
+    """Return a random model with peaked attention, and its copy that uses this project's attention."""
     AttentionInterface.register(ATTENTION, attention_function)
     config = getattr(transformers, family + ("TextConfig" if family == "Llama4" else "Config"))(**SHAPE | changes)
     torch.manual_seed(1)
@@ -78,7 +78,7 @@ def twins(family: str, **changes: object) -> tuple[torch.nn.Module, torch.nn.Mod
 
 @pytest.mark.parametrize("shape", RIGHT)
 def test_models_of_other_shapes_read_as_their_own_attention_does(shape):
-    """In pieces and token by token, beyond the original positions too."""
+    """Compare reading in chunks and token by token, also beyond the original maximum position."""
     family, changes = RIGHT[shape]
     plain, own = twins(family, **changes)
     ids = tokens(100)
@@ -106,7 +106,7 @@ def test_attention_of_another_kind_is_refused_and_never_answered_wrongly(shape):
 
 
 def test_a_model_that_keeps_to_its_own_attention_is_refused(tmp_path):
-    """Biases of positions in place of rotation: it would answer, with nothing in its cache."""
+    """Check a model with position biases instead of rotation, which would answer with an empty cache."""
     config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
     transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"0 of 2 layers use transformers' attention interface"):
@@ -123,7 +123,8 @@ LENGTH_DEPENDENT = {
 
 @pytest.mark.parametrize("kind", LENGTH_DEPENDENT)
 def test_scaling_that_follows_the_length_reads_as_transformers_own_cache_does(kind):
-    """Its frequencies follow the length read so far, so a cache holds keys of several; transformers' cache as well."""
+    """Compare with transformers' cache: the frequencies depend on the length so far, so keys in a cache have different
+    ones."""
     family, changes = LENGTH_DEPENDENT[kind]
     plain, own = twins(family, **changes)
     with pytest.raises(UserError, match=rf"^prefill\.chunk_tokens: .*\({kind}\)"):
@@ -147,7 +148,8 @@ def test_scaling_that_follows_the_length_reads_as_transformers_own_cache_does(ki
 @pytest.mark.parametrize("length", [1, 2, 5])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_prompt_shorter_than_every_window_is_answered(kind, length, heads):
-    """Shorter than the observation window, the sinks and the recent tokens; one KV head and two."""
+    """Check prompts that are shorter than the observation window, the sinks and the recent tokens, with 1 and 2 KV
+    heads."""
     _, own = twins("Llama", num_key_value_heads=heads)
     engine = LocalEngine(own)
     prefill = engine.prefill(tokens(length), tokens(2, seed=1), statistics(kind))

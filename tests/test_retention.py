@@ -1,4 +1,4 @@
-"""Retention, survival, conflicts and agreement compared with loops, closed forms and a known hazard."""
+"""Compare retention, survival, conflicts and agreement with loops, closed forms and a known hazard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUICK = Statistics(resamples=500)
 
 
 def only(rows, **key) -> dict:
-    """The one row that has these values."""
+    """Return the only row that has these values."""
     (found,) = [row for row in rows if all(row.get(k) == v for k, v in key.items())]
     return found
 
@@ -63,7 +63,7 @@ def test_chance_is_what_conversations_without_the_instruction_say():
     found = verdicts(chat_rows(12, 3, {("full", "r1"): lambda k, turn: "yes 0" if k < 4 else "no"}))
     for row in found:
         if row["turn"] == 3 and row["check_id"] == "c2":
-            assert row["chance"] is None  # all of them have it
+            assert row["chance"] is None  # every conversation has the instruction
         if row["check_id"] == "c1" and row["turn"] < 3:
             k = int(row["conversation_id"][1:])
             others = [*range(k + 1, 12), *range(k)][:10]
@@ -142,13 +142,13 @@ def test_the_survival_curve_covers_the_true_one():
 def test_the_median_is_where_the_curve_comes_down_to_a_half():
     assert median(survival(np.array([1, 2, 3, 4]), np.ones(4, bool), 4, 0.95))[0] == 2
     assert median(survival(np.full(30, 8), np.zeros(30, bool), 8, 0.95)) == (np.inf, np.inf, np.inf)
-    # one conversation says next to nothing
+    # one conversation gives almost no information
     assert median(survival(np.array([8]), np.zeros(1, bool), 8, 0.95)) == (np.inf, 1, np.inf)
 
 
 def test_the_medians_interval_covers_the_true_one():
     rng = np.random.default_rng(9)
-    truth = 6  # 0.88^6 is the first power below a half
+    truth = 6  # 0.88^6 is the first power below one half
     found = []
     for _ in range(200):
         time = rng.geometric(0.12, size=25)
@@ -182,7 +182,7 @@ def test_first_failures_end_at_a_turn_without_a_verdict():
 
 
 def test_retention_covers_the_truth_of_conversations_that_differ():
-    """Each conversation has its own rate, so its verdicts are alike: intervals must know that they are clusters."""
+    """Check coverage if each conversation has its own rate, so that intervals must treat conversations as clusters."""
     rng = np.random.default_rng(11)
     truth, trials = 0.75, 80
     for n in (10, 30):
@@ -208,7 +208,7 @@ def test_retention_and_survival_follow_the_hazard():
         truth = 0.9**turn
         kept = only(found, statistic="retention", turn=turn)
         alive = only(found, statistic="survival", turn=turn)
-        assert kept["estimate"] == pytest.approx(alive["estimate"])  # who fails does so for good
+        assert kept["estimate"] == pytest.approx(alive["estimate"])  # a conversation that fails once fails for good
         assert kept["ci_low"] < truth < kept["ci_high"]
         assert alive["ci_low"] < truth < alive["ci_high"]
     half = only(found, statistic="survival_median")
@@ -235,7 +235,7 @@ def test_differences_at_the_last_turn_are_paired_and_held_to_holm():
     rows = []
     for policy, rate in {"full": 1.0, "random": 0.2, "snapkv": 0.9, "text_drop": 0.4}.items():
         for i in range(30):
-            length = 3 + i % 3  # each conversation has a last turn of its own
+            length = 3 + i % 3  # conversations have different last turns
             rows += [
                 verdict(
                     f"k{i}", t, bool(rng.random() < rate), policy=policy, budget="r1" if policy == "full" else "r0.2"
@@ -270,7 +270,7 @@ def test_differences_at_the_last_turn_are_paired_and_held_to_holm():
 
 
 def conflict(conversation: str, outcomes: list[str]) -> list[dict]:
-    """From turn 3 on; what each of the answers follows."""
+    """Return the verdicts of a conversation whose answers from turn 3 on follow ``outcomes``."""
     rows = [verdict(conversation, t, True) for t in (1, 2)]
     for t, outcome in enumerate(outcomes, 3):
         rows.append(verdict(conversation, t, outcome in ("old", "both"), overridden_by="c2"))
@@ -288,7 +288,7 @@ def test_who_wins_is_counted_at_every_age():
             row = only(found, statistic=f"conflict_{name}", age=age)
             assert row["estimate"] == pytest.approx(fmean(own[age] == name for own in outcomes))
             assert row["n"] == 4
-    # forgotten from age 1, from age 0, from age 2, never
+    # the first instruction is forgotten from age 1, from age 0, from age 2, never
     remembered = [only(found, statistic="remembered", age=age)["estimate"] for age in range(3)]
     assert remembered == pytest.approx([3 / 4, 2 / 4, 1 / 4])
     half = only(found, statistic="remembered_median")
@@ -296,7 +296,8 @@ def test_who_wins_is_counted_at_every_age():
 
 
 def test_generated_conversations_answered_rightly_keep_everything():
-    """The generator's answers, by way of the loader's own rows: all rules are kept, and the newer one always wins."""
+    """Check the generator's own answers through the loader's rows: all rules are followed, and the newer one always
+    wins."""
     rows = []
     for talk in multiturn.generated(40, 8, 3):
         for turn, (said, answer) in enumerate(zip(talk["turns"], talk["meta"]["answers"], strict=True), 1):
@@ -386,7 +387,7 @@ def test_a_judge_that_fails_is_neither_for_nor_against():
     assert (failed["estimate"], failed["n"]) == (0.25, 4)
     assert only(found, statistic="agreement", policy="full")["n"] == 3
     assert only(found, statistic="kappa", policy="full")["n"] == 3
-    assert len([r for r in found if r["statistic"] == "kappa"]) == 2  # of the cell, and of all cells together
+    assert len([r for r in found if r["statistic"] == "kappa"]) == 2  # one for the cell, and one for all cells together
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ def test_a_judge_that_fails_is_neither_for_nor_against():
 
 @pytest.fixture
 def written(tmp_path):
-    """The whole way through the files: answers, verdicts, retention, table 1, anatomy."""
+    """Write all files: answers, verdicts, retention, table 1, cache sizes. Return the answers and the paths."""
     chat = chat_rows(5, 4, CELLS)
     files = {
         name: str(tmp_path / f"{name}.parquet")

@@ -1,4 +1,4 @@
-"""Rotation of keys compared with complex numbers and with transformers, and its invariants."""
+"""Compare the rotation of keys with complex numbers and with transformers, and test its invariants."""
 
 from __future__ import annotations
 

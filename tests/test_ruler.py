@@ -1,4 +1,4 @@
-"""The ruler tasks: prompts of exactly the requested length that have a unique answer."""
+"""Test the ruler tasks: prompts of exactly the requested length that have a unique answer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _tokenizers_loaded_once():
 
 @pytest.fixture(scope="module", params=["tiny-reader", *TOKENIZERS])
 def model(request):
-    """The folder of a model or of its tokenizer."""
+    """Return the folder of a model or of its tokenizer."""
     if request.param == "tiny-reader":
         return str(ROOT / "resources/tiny-reader")
     return str(request.getfixturevalue("kvt_data") / TOKENIZERS[request.param])
@@ -58,12 +58,12 @@ def task(request):
 
 @pytest.fixture(scope="module")
 def examples(model, task, tmp_path_factory):
-    """Four examples of each length, prepared for one model: the rows of the bins, and the documents."""
+    """Return four examples of each length, prepared for one model: the rows of the bins, and the documents."""
     return prepared(tmp_path_factory.mktemp(task), model, task)
 
 
 def prepared(folder: Path, model: str, task: str, lengths=LENGTHS, n=4, chat="never", max_length=100_000):
-    """Run both jobs; returns the rows of the bins, and the documents by example."""
+    """Run both jobs; return the rows of the bins, and the documents by example."""
     dataset = {"name": "ruler", "lengths": lengths, "n_per_length": n, "seed": 5}
     spec = {
         "dataset": dataset,
@@ -85,7 +85,7 @@ def records(task: str, lengths=(600,), n=20, seed=5) -> list[dict]:
 
 
 def solve(task: str, prompt: str) -> set[str]:
-    """The answers, from the text of a prompt and nothing else."""
+    """Return the answers found in the text of a prompt alone."""
     document, question = SEGMENTS.match(prompt).groups()
     if task == "common_words":
         (number,) = re.findall(r"Which (\w+) words", question)
@@ -115,14 +115,14 @@ def test_prompts_have_exactly_the_length_and_can_be_solved_by_reading(model, tas
         length, document = row["meta"]["length"], documents[row["example_id"]]
         assert row["token_len"] == row["prompt_len"] == length
         assert len(row["context_ids"]) + len(row["question_ids"]) == length
-        # counted anew from the texts: <bos> or the like once, in front
+        # counted again from the texts; a token such as <bos> is added once at the start
         n_context = len(tokenizer(row["context_text"]).input_ids)
         assert n_context + len(tokenizer(row["question_text"], add_special_tokens=False).input_ids) == length
-        # the boundary is just behind the document
+        # the boundary is directly after the document
         assert row["context_text"].endswith("\n\n" + document)
         assert row["question_text"].startswith("\n\nQuestion: " + row["question"])
         assert solve(task, row["context_text"] + row["question_text"]) == set(row["answers"])
-        # and the answer stands in the document only
+        # only the document contains the answer
         for answer in row["answers"]:
             assert answer not in row["question_text"]
             assert answer not in row["context_text"].removesuffix(document)
@@ -159,7 +159,7 @@ def test_common_words_are_far_more_frequent_than_all_others(length):
         counts = Counter(words)
         assert {counts.pop(answer) for answer in record["answers"]} == {ruler.COMMON_TIMES}
         assert max(counts.values()) <= ruler.RARE_TIMES
-        # each third of the list has its share of 60, within 4.5 standard deviations
+        # each third of the list has its share of the 60 words, within 4.5 standard deviations
         thirds = [sum(word in record["answers"] for word in words[i * length // 3 :][: length // 3]) for i in range(3)]
         assert all(abs(n - 20) < 4.5 * math.sqrt(60 * 1 / 3 * 2 / 3) for n in thirds)
 
@@ -169,7 +169,7 @@ def test_a_chain_cannot_be_told_by_listing_all_variables():
         names = re.findall(r"Variable (\w+) is", record["context"])
         assert len(names) == 2 * len(record["answers"]) == 10
         assert set(record["answers"]) < set(names)
-        # a variable is set before it is read
+        # a variable is set before another variable copies it
         for i, (name, source) in enumerate(re.findall(r"Variable (\w+) is set to variable (\w+)", record["context"])):
             assert name != source, i
             assert record["context"].index(f"Variable {source} is") < record["context"].index(f"Variable {name} is")
@@ -185,7 +185,7 @@ def test_a_chat_template_comes_on_top(tmp_path, kvt_data):
         plain = template.fill(documents[row["example_id"]], row["question"])
         for segment, text in zip(("context_text", "question_text"), plain, strict=True):
             assert text in row[segment]
-        n = sum(len(tokenizer(text).input_ids) for text in plain)  # no special tokens of its own
+        n = sum(len(tokenizer(text).input_ids) for text in plain)  # without special tokens
         assert n == row["meta"]["length"] < row["token_len"]
 
 
@@ -199,7 +199,11 @@ def test_a_prompt_of_max_length_is_not_cut(tmp_path, model):
 @given(length=st.integers(0, 4000), seed=st.integers(0, 10**6), price=st.sampled_from([1, 2, 7]))
 @hypothesis_settings(max_examples=30, deadline=None)
 def test_whatever_a_token_is_prompts_come_as_near_as_filler_can(task, length, seed, price):
-    """Tokens that are words of a price, or characters: what is left is less than the smallest unit of filler."""
+    """Check that the remaining length is less than the smallest unit of filler, for tokens that are words or
+    characters.
+
+    A word counts ``price`` tokens.
+    """
     (record,) = records(task, n=1, seed=seed)
     plan = record["context"]
 
@@ -217,17 +221,17 @@ def test_whatever_a_token_is_prompts_come_as_near_as_filler_can(task, length, se
     assert left >= 0
     shortest = 1 if task == "common_words" else 4
     assert left < price * shortest
-    # from some sentences on nothing is left but what no number of words can make
+    # after some sentences only a remainder is left that no number of words can fill
     if length > words(plan) + 200 * price:
         assert left == length % price
     n_characters = 10 * length + len(plan) + 1000
     left = n_characters - len(write(n_characters, len))
-    # invented words all have six letters, so that a list of them grows by seven characters
+    # generated words have six letters, so a list of them grows by seven characters
     assert 0 <= left < 7 if task == "common_words" else left == 0
 
 
 def test_tokens_that_merge_across_sentences_are_made_up_for():
-    """A count that is not the sum of its parts: of two sentence ends one merges with what follows."""
+    """Check a token count that is not the sum of its parts: every second sentence end merges with the next text."""
 
     def measure(text):
         return len(text) - 3 * (text.count(". ") // 2)
@@ -266,7 +270,7 @@ def test_needles_cover_the_document_evenly_however_many_there_are(seed, n):
     depths = sorted(record["meta"]["depths"][0] for record in records("niah_single", n=n, seed=seed))
     assert all(0 <= depth < 1 for depth in depths)
     gaps = [b - a for a, b in zip(depths, [*depths[1:], depths[0] + 1], strict=True)]
-    # a random draw of 20 leaves a gap of three times the mean in most cases
+    # in most cases a random draw of 20 leaves a gap of three times the mean
     assert max(gaps) < 2.7 / n
 
 

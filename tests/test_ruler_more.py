@@ -1,4 +1,4 @@
-"""RULER's other tasks: documents contain their answers, at the requested length, for all haystacks."""
+"""Test RULER's other tasks: documents contain their answers, at the requested length, for all haystacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 
 
 def measure(text: str) -> int:
-    """A tokenizer for which every word and mark is a token, and 20 for the rest of the prompt."""
+    """Count the tokens of a tokenizer with one token per word or mark, plus 20 for the rest of the prompt."""
     return 20 + len(re.findall(r"\w+|[^\w\s]", text))
 
 
@@ -37,7 +37,7 @@ def document(task: str, record: dict) -> str:
 def test_documents_have_the_length_asked_and_hold_the_answers(task):
     for record in records(task):
         text = document(task, record)
-        # needles alone are all of one size, and a document has no half needle
+        # needles have equal lengths, and a document contains whole needles only
         missing = {"niah_needles": 9, "niah_uuid_needles": 30}.get(task, 1)
         assert 0 <= record["meta"]["length"] - measure(text) < missing
         assert all(answer in text for answer in record["answers"])
@@ -62,7 +62,7 @@ def test_each_asked_key_has_one_code(task):
 def test_the_haystacks_are_what_they_are_called():
     for record in records("niah_repeat"):
         sentences = Counter(re.findall(r"[^. ][^.]*\.", document("niah_repeat", record)))
-        assert len(sentences) <= 6  # five of noise, and the needle
+        assert len(sentences) <= 6  # five noise sentences, and the needle
     for task in ("niah_needles", "niah_uuid_needles"):
         for record in records(task):
             rest = re.sub(r"The locker code of [\w-]+ is [\w-]+\. ?", "", document(task, record))
@@ -119,7 +119,7 @@ def test_questions_of_squad_stand_with_their_passage_among_others(folder):
         text = document("qa_squad", record)
         assert f"Document: Passage {number} says that the" in text
         assert record["meta"]["length"] - 15 <= measure(text) <= record["meta"]["length"]
-        if record["meta"]["length"] == 300:  # all documents fit, and plain sentences fill the rest
+        if record["meta"]["length"] == 300:  # all documents fit, and noise sentences fill the rest
             assert text.count("Document: ") == 5
     assert len(normalize(((r["example_id"], r) for r in found), get_task("ruler", "qa_squad"))) == 10
 
@@ -154,7 +154,7 @@ def test_a_file_of_another_form_is_refused(folder):
 
 
 def test_all_thirteen_tasks_of_ruler_are_here():
-    """niah_single_1 to 3, niah_multikey_1 to 3, multivalue, multiquery, vt, cwe, fwe, qa_1, qa_2."""
+    """Check niah_single_1 to 3, niah_multikey_1 to 3, multivalue, multiquery, vt, cwe, fwe, qa_1, qa_2."""
     ours = ["niah_repeat", "niah_single", "niah_uuid", "niah_multikey", "niah_needles", "niah_uuid_needles"]
     ours += ["niah_multivalue", "niah_multiquery", "variable_tracking", "common_words", "frequent_words"]
     ours += ["qa_squad", "qa_hotpot"]

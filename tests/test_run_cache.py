@@ -1,4 +1,5 @@
-"""Continuing from a file equals continuing in memory, token by token: stored prefills and compressed caches."""
+"""Test that continuing from a file equals continuing in memory, token by token: stored prefills and compressed
+caches."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def test_going_on_from_a_stored_prefill_gives_the_same_bits(tmp_path, family):
 
 
 def _cell(store: PrefillStore, kind: str, mode: str) -> list[dict]:
-    """A cell's rows without what differs from run to run."""
+    """Return a cell's rows without the columns that differ between runs."""
     encode = reader().tokenizer
     examples = [
         {
@@ -112,7 +113,7 @@ def test_going_on_from_a_saved_cache_is_going_on_in_memory(tmp_path, kind, optio
     assert first[0] == second[0]
     assert first[1].tokens == second[1].tokens
     assert first[1].kept == second[1].kept
-    # and the same cache can be gone on from again, and differently
+    # the same cache can be used again, also with other settings
     assert run_cache.continue_from(reader(), back, PROMPT, 8, seed=2)[1].tokens == first[1].tokens
     sampled = [run_cache.continue_from(reader(), each, PROMPT, 8, temperature=1.5, seed=2) for each in (made, back)]
     assert sampled[0][1].tokens == sampled[1][1].tokens
@@ -124,7 +125,7 @@ def test_a_cache_is_what_the_policy_makes_of_the_text():
     assert made.state.length == n
     expected = [*range(4), *range(n - 36, n)]
     assert made.state.layers[0].positions[0].tolist() == expected
-    # at K while it goes on
+    # the cache stays at K entries while it decodes
     said, answer = run_cache.continue_from(reader(), made, PROMPT, 5)
     assert set(answer.kept) == {40.0}
     assert said == reader().tokenizer.decode(answer.tokens, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The scale of outcomes: five words with one definition each, used everywhere."""
+"""Test the scale of outcomes: five words with one definition each, used everywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ HOW = Statistics(resamples=200)
 
 
 def rows_of(policy_right, policy_failed=0.0, n=60, bins=2, policy="h2o"):
-    """Full cache always right; the policy right, and failing, in these shares of each bin."""
+    """Return rows of a full cache that is always right and of a policy with these shares of right and failed answers
+    per bin."""
     rows, index, none = [], np.arange(n)[:, None], np.zeros((n, 1), bool)
     for bin in range(bins):
         rows += cell_rows(np.ones((n, 1)), none, bin=bin, length=256 * (bin + 1))
@@ -69,7 +70,7 @@ def test_undecided_says_the_n_that_would_decide():
     assert row["n_decides"] > 20
     assert f"about {row['n_decides']} would decide" in row["sentence"]
     assert scale.words(row, None, 20).startswith("undecided, because n = 20; about ")
-    # so many equal answers do show that nothing is lost
+    # this many equal answers do show that there is no loss
     enough = found(1.0, n=-(-row["n_decides"] // 2))
     assert enough["outcome"] == "no loss shown"
 
@@ -86,7 +87,7 @@ def test_as_many_pairs_as_are_said_to_decide_do_so_four_times_in_five():
     draws = -(rng.random((trials, n)) < loss).astype(float)
     assert np.mean(paired.difference(draws).p_below < 0.025) == pytest.approx(0.8, abs=0.1)
     normal = ((stats.norm.isf(0.025) + stats.norm.ppf(0.8)) / (loss / (loss * (1 - loss)) ** 0.5)) ** 2
-    assert n > normal  # the additional pair costs some
+    assert n > normal  # the additional pair increases n
     assert paired.examples(0.0, 1.0, -1.0, 0.025) is None
 
 

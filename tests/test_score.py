@@ -1,4 +1,4 @@
-"""Scoring: the join of cells and bins, and all reasons why a cell does not match."""
+"""Test scoring: the join of cells and bins, and all reasons why a cell does not match."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HASH = "0123456789abcdef"
 
 
 class Experiment:
-    """The files of a small experiment, and one that knows how to spoil them."""
+    """The files of a small experiment, with methods that damage them."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -38,7 +38,7 @@ class Experiment:
     def add_bin(
         self, task: str, bin: int, examples: dict[str, list[str]], dataset: str = "synthetic", **columns
     ) -> None:
-        """A bin of examples by their id and gold answers, and the task's manifest."""
+        """Add a bin of examples by their id and gold answers, and the task's manifest."""
         self.bins[str(self.root / f"data/{task}/bin{bin}.parquet")] = [
             {
                 "task": task,
@@ -68,7 +68,7 @@ class Experiment:
         budget: str = "r1",
         **columns,
     ) -> str:
-        """A cell of texts by example id; returns its path."""
+        """Add a cell of texts by example id; return its path."""
         path = str(self.root / f"cells/{task}/{mode}/{policy}/{budget}/bin{bin}.parquet")
         self.cells[path] = [
             {
@@ -110,7 +110,7 @@ class Experiment:
         return pq.read_table(self.output).to_pylist()
 
     def refusal(self, **arguments) -> str:
-        """The sentence with which scoring refuses; nothing is written."""
+        """Return the sentence with which scoring refuses, and check that no file is written."""
         with pytest.raises(UserError) as error:
             self.score(**arguments)
         assert not Path(self.output).exists()
@@ -164,7 +164,7 @@ def test_the_table_has_its_schema_and_what_the_cells_have_in_common(experiment):
     metadata = provenance.read_metadata(experiment.output)
     assert metadata["model"] == "tiny"
     assert metadata["dtype"] == "float32"
-    assert "cell" not in metadata  # differs
+    assert "cell" not in metadata  # differs between the cells
     assert metadata["cells_git_commit"] == metadata["git_commit"]
     assert "cells_timestamp" not in metadata
 
@@ -239,7 +239,7 @@ def test_tables_are_the_same_every_time(experiment):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Cells that do not fit
+# Cells that do not match
 
 
 def spoil(experiment, **columns):
@@ -390,7 +390,7 @@ def test_the_script_ends_with_the_sentence_here_and_in_the_log(experiment, capsy
 
 
 def test_the_work_grows_in_proportion_to_the_rows(tmp_path):
-    # Function calls are counted, since a time depends on what else the machine does.
+    # Function calls are counted, because a time depends on other processes of the machine.
     def calls(n):
         it = Experiment(tmp_path / str(n))
         examples = {f"e{i}": [f"Keina {i}", "Port Keina"] for i in range(n)}

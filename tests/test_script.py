@@ -1,4 +1,4 @@
-"""The jobs of cheap rules in a worker and alone: same files, same log, same exit status."""
+"""Test the jobs of cheap rules in a worker and alone: same files, same log, same exit status."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ rules.carry_out(**json.loads(sys.argv[1]))
 
 @pytest.fixture(params=["auto", "never"])
 def rule(request, tmp_path):
-    """Carry a rule's job out; returns its exit status, its log and what it showed on the screen."""
-    # a socket's path must be short
+    """Return a function that runs a rule's job and returns its exit status, its log and its screen output."""
+    # the path of a socket must be short
     with tempfile.TemporaryDirectory(prefix="kvt", dir="/tmp") as meeting:
         own = {"KVT_WORKER": request.param, "XDG_RUNTIME_DIR": meeting, "KVT_WORKER_IDLE_S": "3"}
         own["PYTHONPATH"] = f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}"

@@ -1,4 +1,4 @@
-"""The guarantees of docs/security.md: no unpickling, no code of a model is run, the server's limits."""
+"""Test the guarantees of docs/security.md: no unpickling, no code of a model is run, the server's limits."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 RULES = sorted([*ROOT.glob("workflow/**/*.smk"), ROOT / "Snakefile", ROOT / "workflow" / "Snakefile"])
 
 PICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}
-"""modules that make objects of bytes; processes of multiprocessing say everything to each other in this way"""
+"""modules that create objects from bytes; processes of multiprocessing communicate in this way"""
 UNPICKLES = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("pd", "read_pickle"), ("pandas", "read_pickle")}
 MAKES_CODE = {"eval", "exec", "compile"}
 READS_YAML = {"load", "load_all", "unsafe_load", "full_load"}
 
 
 def faults(source: str) -> list[str]:
-    """What in a source makes objects or code of bytes that come from outside."""
+    """Return the expressions in a source that create objects or code from external bytes."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -51,7 +51,7 @@ def faults(source: str) -> list[str]:
             if keyword.arg in ("shell", "allow_pickle", "trust_remote_code") and not off:
                 found.append(keyword.arg)
         name = ast.unparse(called)
-        # None: options that are handed on, in which test_code_of_a_model_is_not_run looks
+        # None: options passed on as a dictionary, which test_code_of_a_model_is_not_run checks
         said = {keyword.arg for keyword in node.keywords} & {"trust_remote_code", None}
         if re.fullmatch(r"(\w+\.)*Auto\w+\.from_pretrained", name) and not said:
             found.append(name)
@@ -79,7 +79,7 @@ def test_rules_neither(file):
 
 
 def _folder(tmp_path, **more):
-    """A model folder that names code of its own, which would leave a mark."""
+    """Write a model folder that names code of its own; return the path of a file that this code would create."""
     mark = tmp_path / "mark"
     (tmp_path / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Own: pass\n")
     kinds = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}

@@ -1,4 +1,4 @@
-"""The server returns the answers of cells over HTTP, in every form of the API, and reads each prompt once."""
+"""Test that the server returns the answers of cells over HTTP in every form of the API, and reads each prompt once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def url(model):
 
 
 def events(client, path="completions", **body):
-    """The chunks of a streamed answer; the stream must end as the API's do."""
+    """Return the chunks of a streamed answer; the stream must end with [DONE]."""
     body = {"model": NAME, "temperature": 0, "max_tokens": 6, "stream": True} | body
     got = client.post(f"/v1/{path}", json=body)
     assert got.status_code == 200, got.text
@@ -67,7 +67,7 @@ def events(client, path="completions", **body):
 
 
 def as_row(answer):
-    """An answer in the words of a cell's table."""
+    """Return an answer in the columns of a cell's table."""
     kv = answer["kv"]
     raw = {"token_ids": kv["token_ids"]} | kv["record"]
     choice, usage = answer["choices"][0], answer["usage"]
@@ -98,7 +98,7 @@ def example(i=0, n=60, question=5):
 
 
 def row_of(engine, one, made):
-    """What the cell's own code answers, without any store."""
+    """Return the row that the cell's own code computes, without a store."""
     return cell.rows(engine, [one], made, PrefillStore(Path("nowhere"), mode="never"))[0]
 
 
@@ -124,13 +124,13 @@ def request_of(one, made):
 @pytest.mark.parametrize("mode", ["before_question", "after_prompt"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: "-".join(map(str, policy.values())))
 def test_a_request_is_answered_as_the_cell_is(client, model, policy, mode):
-    """Token by token, with the same entries and bytes, though the server holds the prompt and every statistic."""
+    """Compare tokens, entries and bytes, although the server stores the prompt with all statistics."""
     resolved = catalog.resolve(policy["kind"], policy)
     own = policy["kind"] == "full" or catalog.ignores_budget(*resolved)
     for budget in ["r1"] if own else ["r0.3", "t16"]:
         made = spec(policy, budget, mode)
         expected = row_of(model.engine, example(), made)
-        for _ in range(2):  # what is read, and what is held
+        for _ in range(2):  # first a prompt that is read, then a stored one
             got = as_row(ask(client, **request_of(example(), made)))
             assert got == {name: expected[name] for name in SAME}
 
@@ -143,7 +143,8 @@ def test_a_drawn_answer_is_the_cells(client, model, first_token):
 
 
 def test_answers_do_not_depend_on_what_was_asked_before(model):
-    """In another order, with prompts that come and go and without statistics that nobody asked for."""
+    """Check another order of requests, prompts that are evicted from the store, and prefills without extra
+    statistics."""
     order = [(i, policy) for policy in ("h2o", "snapkv", "full") for i in range(4)]
     made = {policy: spec({"kind": policy}, "r1" if policy == "full" else "r0.3", "after_prompt") for policy in
             ("h2o", "snapkv", "full")}  # fmt: skip
@@ -156,7 +157,7 @@ def test_answers_do_not_depend_on_what_was_asked_before(model):
             got = {key: as_row(ask(client, **request_of(example(key[0]), made[key[1]]))) for key in asked}
         answers.append([got[key] for key in order])
         size = max(size, len(own.prefills))
-    assert size == 8  # context and prompt of all four
+    assert size == 8  # context and prompt of four examples
     assert answers[0] == answers[1] == answers[2]
 
 
@@ -184,7 +185,7 @@ def test_the_pipelines_cells_over_http_have_the_rows_of_the_local_engine(model, 
 
 @pytest.mark.slow
 def test_the_embedded_reader_answers_as_in_its_cells():
-    """Text as text and as token ids, with its own tokenizer."""
+    """Compare prompts as text and as token ids, with the reader's own tokenizer."""
     from kv_transition.data.prompts import PromptBuilder, Template
     from kv_transition.data.tasks import get_task
 
@@ -281,7 +282,7 @@ def test_a_stop_sequence_ends_the_answer(client):
 
 
 class Bytes:
-    """A tokenizer whose tokens are bytes, so that characters come in pieces."""
+    """A tokenizer whose tokens are bytes, so that a character may be split over tokens."""
 
     def decode(self, ids, skip_special_tokens):
         return bytes(ids).decode("utf-8", errors="replace")
@@ -300,7 +301,7 @@ def test_what_was_said_is_never_taken_back(text, stops):
         assert text.startswith(said)
     said += transcript.rest()
     assert said == transcript.text
-    # by the definition: the first token after which the text holds a stop sequence ends it, before the first of them
+    # By definition, the first token after which the text contains a stop sequence ends the text before that sequence.
     for n in range(len(ids) + 1):
         there = ids[:n]
         places = [Bytes().decode(there, True).find(stop) for stop in stops]
@@ -357,7 +358,7 @@ def test_the_official_client_works_unchanged(url):
 
 
 def count_reading(monkeypatch, engine):
-    """Lengths of what an engine reads on top of nothing, from now on."""
+    """Return the list of the lengths that an engine reads without a previous state, from now on."""
     read, extend = [], engine.extend
 
     def counting(state, tokens, *arguments, **options):
@@ -381,7 +382,7 @@ def test_a_grid_over_one_document_reads_it_once(monkeypatch):
     assert read == [60]
     assert [answer["kv"]["reused"] for answer in answers] == [False] + [True] * 16
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
-    assert cached[:4] == [0, 60, 60, 65]  # the context, for the other mode's prompt too; then all of either
+    assert cached[:4] == [0, 60, 60, 65]  # the context, also for the prompt of the other mode; then the whole prompt
     assert cached[-1] == 60
 
 
@@ -391,7 +392,7 @@ def test_a_prompt_is_read_again_for_a_statistic_that_it_lacks(monkeypatch):
     with TestClient(create_app(own)) as client:
         for kind in ("knorm", "random", "h2o", "knorm", "snapkv", "h2o", "snapkv"):
             ask(client, **request_of(example(), spec({"kind": kind}, "r0.5", "before_question")))
-    # once without, once with attn_sum, once with both; never again
+    # once without statistics, once with attn_sum, once with both; not again
     assert read == [60] * 3
 
 

@@ -1,4 +1,4 @@
-"""Concurrent requests are decoded together and get the answers of separate requests, despite failures."""
+"""Test that concurrent requests are decoded together and get the answers of separate requests, despite failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ async def together(url, bodies):
 
 
 def test_a_mixture_of_requests_gets_the_cells_answers():
-    """Every policy, both modes, greedy and drawn, prompts and answers of unequal lengths, with ends of text."""
+    """Check every policy, both modes, greedy and sampled answers, unequal lengths of prompts and answers, early
+    ends."""
     own = served()
     own.engine.eos = frozenset(range(0, 97, 10))
     asked = []
@@ -62,7 +63,7 @@ def test_no_more_than_asked_for_are_decoded_together():
 
 
 async def stream(client, body):
-    """The pieces of text, the last piece, and whether it ended as it should."""
+    """Return the pieces of text, the last piece, and whether the stream ended properly."""
     said, last, ends = [], None, False
     async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         assert response.status_code == 200
@@ -112,11 +113,11 @@ def test_stop_sequences_end_one_answer_and_not_its_neighbours():
         assert got[i]["kv"]["token_ids"] == free[i]["kv"]["token_ids"]
 
 
-# -- those that leave, and those that fail
+# -- disconnects and failures
 
 
 def slowed(own, seconds):
-    """Every choice of a token takes this long."""
+    """Delay every choice of a token by this many seconds; return the original function."""
     choose = own.engine.next_tokens
 
     def slowly(*arguments):
@@ -149,7 +150,7 @@ def wait_until(condition, seconds=60):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_leaves_gives_its_place_to_the_next(streamed):
-    """Two places are held by clients with endless answers; when one of them goes, who waits is answered."""
+    """Check that a waiting request is answered when one of two clients with endless answers disconnects."""
     own = served(max_length=200_000)
     slowed(own, 0.01)
     endless = {"model": NAME, "temperature": 0, "max_tokens": 100_000, "stream": streamed}
@@ -167,7 +168,7 @@ def test_a_client_that_leaves_gives_its_place_to_the_next(streamed):
             wait_until(lambda: health()["waiting"] == 1)
             leaves.close()
             answer = waits.result(60).json()
-            assert health()["running"] == 1  # who stays goes on
+            assert health()["running"] == 1  # the other client's answer continues
         assert answer["kv"]["batch_size"] == 2
         wait_until(lambda: health()["running"] == 0)
         expected = httpx.post(f"{url}/v1/completions", json=short, timeout=60).json()
@@ -204,14 +205,14 @@ def test_a_policy_that_fails_while_decoding_ends_its_own_answer_alone(monkeypatc
 
 
 def test_an_answer_for_which_no_memory_is_left_is_told_to_come_again(monkeypatch):
-    """It gives back what is held, and the answers beside it go on."""
+    """Check that the server frees stored prompts, and that the other answers continue."""
     own = served()
     slowed(own, 0.02)
     bodies = [{"model": NAME, "prompt": tokens(20, seed=i), "temperature": 0, "max_tokens": 20} for i in range(3)]
     with listening(own) as url:
         alone = [httpx.post(f"{url}/v1/completions", json=body).json()["kv"]["token_ids"] for body in bodies]
         extend_each = own.engine.extend_each
-        # the first prompt is longer, so that it alone comes so far
+        # the first prompt is longer, so that only it reaches the limit
         bodies[0] = bodies[0] | {"prompt": tokens(25)}
 
         def runs_out(states, *arguments):
@@ -226,11 +227,11 @@ def test_an_answer_for_which_no_memory_is_left_is_told_to_come_again(monkeypatch
         assert [response.json()["kv"]["token_ids"] for response in got[1:]] == alone[1:]
 
 
-# -- the end
+# -- stopping the server
 
 
 class Endless:
-    """A reading that takes ten minutes in each layer, unless it is broken off."""
+    """A reading that takes ten minutes in each layer unless it is cancelled."""
 
     def __init__(self, own):
         self.started = threading.Event()
@@ -267,7 +268,7 @@ def test_a_reading_that_nobody_waits_for_is_broken_off():
 
 
 def test_a_stop_is_told_to_all_that_wait_and_all_that_run():
-    """One prompt is being read, one request waits for it."""
+    """Check one prompt that is being read, and one request that waits for it."""
     own = served()
     endless = Endless(own)
     own.engine.extend = endless
@@ -302,7 +303,7 @@ def test_a_stop_ends_a_stream_with_the_reason():
 
 @pytest.mark.slow
 def test_sigterm_ends_the_program_while_it_reads_a_long_prompt():
-    """The client is told, and the process ends by the signal; nothing waits for the prompt."""
+    """Check that the client gets an error, and that the process ends by the signal without finishing the prompt."""
     reader = Path(__file__).parents[1] / "resources" / "tiny-reader"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Clients cannot stop the server: wrong requests, too many requests, and disconnects."""
+"""Test that clients cannot stop the server: wrong requests, too many requests, and disconnects."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_what_is_no_request_is_refused(client, content, said):
               "application/octet-stream", "text/json", "json", "application/jsonp", "*/*", "application/json2; a=json"],
 )  # fmt: skip
 def test_a_body_that_is_not_declared_as_json_is_refused(client, path, given):
-    """Without a look at it: what a form or a text may hold is never read as a request."""
+    """Check that the content is not parsed: the body of a form or a text is never read as a request."""
     content = json.dumps({"model": NAME, "prompt": "w5", "messages": []}).encode()
     headers = {} if given is None else {"content-type": given}
     got = client.post(f"/v1/{path}", content=content, headers=headers)
@@ -164,12 +164,12 @@ def test_json_may_be_declared_in_every_way_that_means_it(client, given):
 def test_forms_are_refused(client):
     assert client.post("/v1/completions", data={"model": NAME, "prompt": "w5"}).status_code == 415
     assert client.post("/v1/completions", files={"prompt": b"w5"}).status_code == 415
-    # a path that is not there is that, whatever is sent
+    # an unknown path gives 404, whatever is sent
     assert client.post("/v1/nothing", data={"model": NAME}).status_code == 404
 
 
 def test_a_million_wrong_items_are_one_mistake(client):
-    """Each of them would be an error of its own, in each of the forms that a prompt may have."""
+    """Check that one error is reported instead of one per item, in each of the forms that a prompt may have."""
     tracemalloc.start()
     try:
         for prompt in (["w5", 5] * 200_000, [[1, "x"]] * 100_000, [1] * 300_000 + ["w5"]):
@@ -219,7 +219,7 @@ def test_a_policy_of_a_file_is_run_only_if_the_server_was_started_with_it(model,
 
 
 def test_a_press_needs_kvpress(client):
-    """Where it is not installed, that is said; where it is, a request names a press as a config does."""
+    """Check the error if kvpress is not installed; if it is, a request names a press as a configuration does."""
     body = {"prompt": tokens(60), "kv_policy": "kvpress.KnormPress", "kv_budget": 0.5}
     if importlib.util.find_spec("kvpress"):
         assert ask(client, **body)["kv"]["budget_entries"] == 30
@@ -235,7 +235,7 @@ def test_paths_and_methods_that_are_not_there(client):
 
 
 def test_a_text_that_is_too_long_is_tokenized_no_further_than_needed():
-    """All tokens of 7 MB at once would take a gigabyte, which the process then keeps."""
+    """Check this because all tokens of 7 MB at once would take a gigabyte, which the process would keep."""
     own, tokenized = served(max_length=64), []
     tokenizer = own.engine.tokenizer
 
@@ -266,7 +266,7 @@ def test_a_large_body_is_not_read(model):
 
 
 def receive_all(connection):
-    """What comes until the server ends the connection."""
+    """Return all bytes until the server closes the connection."""
     got = b""
     while piece := connection.recv(65536):
         got += piece
@@ -279,7 +279,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 @pytest.mark.parametrize("end", [b"Connection: close\r\n", b""], ids=["close", "keep-alive"])
 @pytest.mark.parametrize("declared", [False, True], ids=["chunked", "length"])
 def test_a_client_that_sends_on_reads_why_its_body_is_too_large(model, end, declared):
-    """As most clients do: all of the body first, then the response. A reset would lose it."""
+    """Check a client that sends the whole body before it reads the response; a reset would lose the response."""
     size = 6_000_000
     with listening(model, max_body=1_000_000) as url:
         host, port = url.removeprefix("http://").split(":")
@@ -296,14 +296,14 @@ def test_a_client_that_sends_on_reads_why_its_body_is_too_large(model, end, decl
             assert got.startswith(b"HTTP/1.1 413 ")
             if end:
                 assert got.endswith(b"}}")
-        # a client that waits for leave to send is told without it
+        # a client that waits for "100 Continue" gets the response without it
         with socket.create_connection((host, int(port)), timeout=60) as connection:
             connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 6000000\r\nConnection: close\r\n\r\n")
             assert receive_all(connection).startswith(b"HTTP/1.1 413 ")
 
 
 def test_requests_beyond_what_may_be_under_way_are_told_to_come_again(model):
-    """Bodies that come slowly hold a place each; one more than there are is no fault of the server."""
+    """Check that slow bodies occupy one place each, and that further requests get status 429."""
     with listening(model, queue=1) as url, contextlib.ExitStack() as open_ones:
         host, port = url.removeprefix("http://").split(":")
         for _ in range(4 * 1 + 64):
@@ -344,7 +344,7 @@ def test_a_bug_is_not_told_to_the_client(model, monkeypatch):
 
 
 def test_a_prompt_that_does_not_fit_gives_back_what_is_held(model, monkeypatch):
-    """First the memory of other prompts is given back, with leave to try again; then it is too large."""
+    """Check that the memory of stored prompts is freed first, with status 503; after that the prompt is too large."""
     own = served()
     with TestClient(create_app(own)) as client:
         ask(client, prompt="w5 w6 w7")
@@ -390,7 +390,7 @@ def test_a_port_that_is_taken_is_named():
     assert f"cannot listen at 127.0.0.1:{port}" in done.output
 
 
-# -- many clients, and those that leave
+# -- many clients, and disconnects
 
 
 async def together(url, bodies):
@@ -431,7 +431,7 @@ def states_alive():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_vanish_leave_nothing_behind(stream):
-    """Their answers would take far longer than the server needs to notice."""
+    """Check that the server notices the disconnects; the answers would take far longer than that."""
     own = served(max_bytes=200_000)
     slow = own.engine.next_tokens
 
@@ -448,7 +448,7 @@ def test_clients_that_vanish_leave_nothing_behind(stream):
             with socket.create_connection((host, int(port))) as connection:
                 head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
                 connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
-                if i % 3 == 0:  # some stay a while, and may hear something
+                if i % 3 == 0:  # some clients stay for a while, and may receive some text
                     connection.settimeout(0.3)
                     with contextlib.suppress(TimeoutError):
                         connection.recv(100)
@@ -457,7 +457,7 @@ def test_clients_that_vanish_leave_nothing_behind(stream):
             assert time.monotonic() < deadline, health
             time.sleep(0.05)
         assert health["prefill_bytes"] <= 200_000
-        # a context and a prompt each of what is held, and what the last job has left
+        # a context and a prompt for each stored prefill, and the states of the last job
         assert states_alive() - before <= 2 * health["prefills"] + 4
         own.engine.next_tokens = slow
         assert httpx.post(f"{url}/v1/completions", json=mixed(0)).status_code == 200
@@ -465,7 +465,8 @@ def test_clients_that_vanish_leave_nothing_behind(stream):
 
 @pytest.mark.slow
 def test_what_the_schema_allows_and_what_it_forbids(model):
-    """Requests made from the server's own description: none brings it down, each answer is as described."""
+    """Check requests generated from the server's own schema: no server error, and each response conforms to the
+    schema."""
     import schemathesis
     from hypothesis import HealthCheck, Phase, settings
     from schemathesis.checks import not_a_server_error

@@ -1,6 +1,6 @@
-"""Any HTTP request is answered or refused in the API's form, without a fault of the server.
+"""Test that any HTTP request is answered or refused in the API's form, without a fault of the server.
 
-The environment variable KVT_FUZZ is the number of mutated bodies, 300 unless it is set.
+The environment variable KVT_FUZZ is the number of mutated bodies, 300 if it is not set.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HOSTILE = [
 
 
 def places(node, path=()):
-    """Where something stands in a body."""
+    """Yield the path of every value in a body."""
     yield path
     inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in inside:
@@ -55,7 +55,7 @@ def places(node, path=()):
 
 
 def changed(draw, body):
-    """A body with one to three of its values or keys replaced, dropped or copied elsewhere."""
+    """Return a body with one to three of its values or keys replaced, dropped or copied elsewhere."""
     body = json.loads(json.dumps(body))
     for _ in range(draw.randint(1, 3)):
         path = draw.choice(list(places(body)))
@@ -79,7 +79,7 @@ def changed(draw, body):
 
 
 def damaged(draw, content):
-    """Bytes with one to four of them changed, dropped, doubled or cut off."""
+    """Return bytes with one to four changes: bytes changed, dropped, doubled or cut off."""
     content = bytearray(content)
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(content) + 1)
@@ -127,7 +127,7 @@ def test_any_body_is_answered_or_refused(model, batch):
 
 
 def test_any_request_line_and_header(model):
-    """Damaged HTTP: the connection may be closed, and the server goes on."""
+    """Check damaged HTTP: the connection may be closed, and the server keeps running."""
     draw = random.Random("requests")
     body = json.dumps(GOOD[0][1]).encode()
     head = (
@@ -141,7 +141,7 @@ def test_any_request_line_and_header(model):
             with socket.create_connection((host, int(port)), timeout=30) as connection:
                 whole = draw.random() < 0.2
                 connection.sendall((head if whole else damaged(draw, head)) + body)
-                if not whole:  # a length that is too large would be waited for; who closes gets no answer
+                if not whole:  # the server would wait for a length that is too large
                     connection.shutdown(socket.SHUT_WR)
                 got = b""
                 with contextlib.suppress(ConnectionError):

@@ -1,4 +1,4 @@
-"""Every value in a range that the server documents is answered or refused, without a fault of the server."""
+"""Test that every value in a range that the server documents is answered or refused, without a fault of the server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def client():
 
 
 def post(client, **body):
-    """As JSON that may hold infinities and NaN, which Python's own parser reads."""
+    """Send JSON that may contain infinities and NaN, which Python's own parser accepts."""
     content = json.dumps({"model": NAME, "temperature": 0, "max_tokens": 3} | body)
     return client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
 
@@ -56,7 +56,8 @@ def test_a_temperature_next_to_zero_is_greedy(client, temperature):
 
 @pytest.mark.parametrize("temperature", [GREEDY_BELOW, 1e-4, 1e-3, 99, 100])
 def test_every_other_temperature_draws(client, temperature):
-    """At the lowest of them a draw is the most likely token, here where no two logits are nearly equal."""
+    """Check that at the lowest of these temperatures the sample is the most likely token, because no two logits are
+    close."""
     got = ask(client, prompt="w5 w6 w7", max_tokens=12, temperature=temperature, seed=1)
     if temperature < 1e-3:
         assert got["kv"]["token_ids"] == ask(client, prompt="w5 w6 w7", max_tokens=12)["kv"]["token_ids"]
@@ -64,7 +65,7 @@ def test_every_other_temperature_draws(client, temperature):
 
 
 def test_the_engine_draws_from_a_distribution_down_to_its_limit():
-    """Whoever calls it: cells of a configuration with such a temperature as well."""
+    """Check the engine itself, because cells of a configuration may have such a temperature as well."""
     engine = served().engine
     logits = torch.tensor([[-3.0e4, 2.9e4, 3.0e4, 5.0]])
     for temperature in (0.0, 5e-324, 1e-300, 1e-40, GREEDY_BELOW, 1e-3):
@@ -91,6 +92,7 @@ def test_any_budget_is_kept_or_refused(client, policy, budget):
 
 
 def test_a_stop_sequence_as_long_as_a_body_may_be_costs_no_more_than_a_short_one(client):
-    """What is compared is never longer than the answer: the square of this length would be hours."""
+    """Check that comparisons are limited to the length of the answer; quadratic cost in this length would take
+    hours."""
     got = post(client, prompt="w5", stop=["w" * 3_000_000, "w1 " * 1_000_000], max_tokens=6)
     assert got.status_code == 200

@@ -1,4 +1,4 @@
-"""After many bad requests the server is healthy, has not grown, and has no fault."""
+"""Test that after many bad requests the server is healthy, has not grown, and has no fault."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ JSON = {"content-type": "application/json"}
 
 @pytest.mark.slow
 def test_bad_clients_leave_the_server_as_it_was():
-    """Resident memory within a fifth of what it was after the first answers; nothing but answers and refusals."""
+    """Check that resident memory grows by less than a fifth after the first answers, and that no status is above
+    499."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "kv_transition", "serve", "--model", READER, "--name", NAME, "--port", str(port)]

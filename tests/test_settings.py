@@ -1,4 +1,4 @@
-"""An invalid configuration gives one sentence with the key and the allowed values."""
+"""Test that an invalid configuration gives one sentence with the key and the allowed values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGBENCH = {"dataset.name": "longbench", "dataset.path": ".", "dataset.lengths"
 
 
 def changed(changes: dict) -> dict:
-    """GOOD with values put at dotted keys; None takes a key away."""
+    """Return GOOD with values set at dotted keys; None removes a key."""
     config = copy.deepcopy(GOOD)
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -49,7 +49,7 @@ def checked(path) -> settings_module.Settings:
 
 @pytest.fixture
 def complaint(tmp_path):
-    """The sentence that a configuration is refused with."""
+    """Return a function that returns the sentence with which a configuration is refused."""
 
     def of(config: dict | str) -> str:
         path = tmp_path / "experiment.yaml"
@@ -75,7 +75,7 @@ KINDS = ["full", "h2o", "knorm", "random", "snapkv", "streaming_llm", "tova"]
 SECTIONS = ["experiment", "dataset", "binning", "model", "kv", "decoding", "statistics", "report", "output"]
 FRACTION = ["(0, 1]"]
 
-# what is wrong: changes, the key that the sentence begins with, what else it says (what is allowed)
+# case: changes, the key at the start of the sentence, other required words (the allowed values)
 BAD = {
     # policies
     "unknown policy": ({"kv.policies": {"snapkw": {}}}, "kv.policies.snapkw", ["'snapkw'", *KINDS]),
@@ -292,7 +292,7 @@ def test_compression_ratio_is_the_share_removed(ratio, name):
 @pytest.mark.parametrize(
     ("fraction", "n", "kept"),
     [
-        (0.1, 10, 1),  # as floats 0.1 * 30 is 3.0000000000000004, 0.07 * 100 is 7.000000000000001
+        (0.1, 10, 1),  # with floats 0.1 * 30 is 3.0000000000000004, 0.07 * 100 is 7.000000000000001
         (0.1, 30, 3),
         (0.1, 11, 2),
         (0.07, 100, 7),
@@ -311,7 +311,7 @@ def test_kept_entries_by_hand(fraction, n, kept):
 
 @given(digits=st.integers(1, 10**6), n=st.integers(0, 10**6))
 def test_kept_is_the_exact_ceiling(digits, n):
-    """The float nearest to a decimal of six digits stands for the decimal."""
+    """Check that the float nearest to a decimal of six digits counts as this decimal."""
     kept = Budget.of_fraction(digits / 10**6).kept(n)
     assert kept == -(-digits * n // 10**6)
     assert Fraction(digits, 10**6) * n <= kept < Fraction(digits, 10**6) * n + 1

@@ -1,4 +1,4 @@
-"""The workflow on a real Slurm of one node, which the test starts: `pytest -m slurm`, as root."""
+"""Test the workflow on a real Slurm of one node, which the test starts: `pytest -m slurm`, as root."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 TINY = copy.deepcopy(SMALL)
 TINY["binning"] |= {"n_bins": 1}
-TINY["model"] |= {"device": "auto"}  # so that GPUs are asked for; the jobs make do without
+TINY["model"] |= {"device": "auto"}  # so that jobs request GPUs; they run without one
 TINY["kv"] |= {"policies": {"full": {}, "h2o": {}}, "budgets": [0.5]}
 TINY["hardware"] = {"gpu_model": "a100", "mem_gb": 2, "runtime_min": 7}
 
-# there is no accounting data base here, and nobody should wait for polls
+# there is no accounting database, and tests should not wait for polls
 SLURM = (
     *("--workflow-profile", "profiles/slurm", "--slurm-status-command", "squeue"),
     *("--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "1"),
@@ -54,7 +54,7 @@ def submit(project: Project, *arguments: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # a test that is itself run in the background would have its children ignore Ctrl-C
+        # a test that runs in the background would have children that ignore Ctrl-C
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -65,8 +65,8 @@ def running(rule: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def ran(project):
-    """The grid to its scores; the first cell that runs is killed on the way. Returns (killed job, output)."""
-    # gpu=1 is a limit of a local run; here each submission has GPUs of its own
+    """Run the grid up to its scores and kill the first running cell; return (killed job, output)."""
+    # gpu=1 limits a local run only; on a cluster each submission has its own GPUs
     workflow = submit(project, *SLURM, "--resources", "gpu=1", "--until", "score")
     killed = cluster.wait_for(lambda: running("rule_cell"))[0]
     cluster.cancel(killed["JobId"])
@@ -114,14 +114,15 @@ def test_what_needs_the_network_or_no_time_is_not_submitted(ran):
 
 
 def test_a_bin_can_be_one_submission(ran, project):
-    """As the profile's last lines say: its documents are read and its cells run one after the other on one GPU."""
+    """Check the profile's last lines: documents are read and cells run in one submission, one after the other on one
+    GPU."""
     before = {job["JobId"] for job in cluster.jobs()}
     groups = ["--groups", "prefill=bin_{task}_{bin}", "cell=bin_{task}_{bin}", "--resources", "gpu=1"]
     workflow = submit(project, *SLURM, *groups, "--config", "set=experiment=grouped", "--until", "cell")
     output, _ = workflow.communicate(timeout=400)
     assert workflow.returncode == 0, output
     assert len(list((project.folder / "results/grouped/cells").rglob("*.parquet"))) == 2
-    # beside prepare there is one submission, the group
+    # apart from prepare there is one submission, the group
     new = [job for job in cluster.jobs() if job["JobId"] not in before]
     grouped = [job for job in new if not job["Comment"].startswith("rule_prepare")]
     assert [job.get("TresPerJob") for job in grouped] == ["gres:gpu:a100:1"]
@@ -136,7 +137,7 @@ def test_ctrl_c_leaves_an_empty_queue(project):
     workflow.communicate(timeout=120)
     assert workflow.returncode != 0
     assert cluster.wait_for(lambda: cluster.queue() == [], 30)
-    # and the next run takes it up: nothing is locked, nothing is half there
+    # the next run continues: no lock is left, and no file is incomplete
     done = project.snakemake("--dry-run", "--config", "set=experiment=cancelled", "--until", "cell")
     assert done.returncode == 0, done.stdout + done.stderr
 

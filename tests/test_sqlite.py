@@ -45,7 +45,7 @@ def rows_as_table(rows: list[dict]) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """A folder with everything from scores to the database, and the scores' rows."""
+    """Return a folder with all files from scores to the database, and the rows of the scores."""
     folder = tmp_path_factory.mktemp("exported")
     rows = [r | {"text": f"answer {i}", "prompt_sha256": r["example_id"]} for i, r in enumerate(demo(n=4).to_pylist())]
     rows += [r | {"policy": "tova", "alias": True} for r in rows if r["policy"] == "full"]

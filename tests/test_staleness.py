@@ -1,4 +1,4 @@
-"""After a change, exactly the affected jobs run again."""
+"""Test that after a change exactly the affected jobs run again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GPU_PATH = {"download", "prepare", "prefill", "cell"}
 
 @pytest.fixture
 def project(finished, tmp_path):
-    """A copy of the finished experiment that a test may change; time stamps and Snakemake's memory come along."""
+    """Return a copy of the finished experiment that a test may change, with time stamps and Snakemake's state."""
     folder = tmp_path / "project"
     shutil.copytree(finished.folder, folder, symlinks=True)
     mine = copy.copy(finished)
@@ -35,7 +35,7 @@ def changed(**kv) -> dict:
 
 
 def cells_of(project, *arguments):
-    """Policies whose cells would run again."""
+    """Return the policies whose cells would run again, with their numbers of cells."""
     done = project.snakemake("--dry-run", *arguments)
     outputs = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
     cells = [line.split("/cells/")[1] for line in outputs if line.startswith("output: ") and "/cells/" in line]
@@ -142,7 +142,7 @@ def test_without_snakemakes_memory_scoring_names_the_cells_that_no_longer_fit(pr
 
 
 def test_a_killed_run_is_taken_up_again(project, tmp_path):
-    """A cell that was being written when everything died is run again; the others are kept."""
+    """Check that an incomplete cell is run again and that the others are kept."""
     done = pq.read_table(project.results / "cells/reader_qa/before_question/full/r1/bin0.parquet")
     (project.results / "cells/reader_qa/before_question/full/r1/bin0.parquet").unlink()
     temporary = project.results / "cells/reader_qa/before_question/full/r1/.bin0.parquet.half"

@@ -1,4 +1,4 @@
-"""The inference for pairs: the interval excludes a value exactly if the test rejects it."""
+"""Test the inference for pairs: the interval excludes a value exactly if the test rejects it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_test_is_students_with_one_more_pair():
 
 def test_equal_pairs_do_not_prove_equality():
     found = paired.difference(np.zeros((1, 20))).interval(0.95)
-    # the rule of three: with 0 differing pairs of 20 up to 3 / 20 may differ
+    # the rule of three: with 0 differing pairs of 20, up to 3 / 20 may differ
     assert (-found.low[0], found.high[0]) == pytest.approx((3 / 20, 3 / 20), abs=0.02)
     ratio = paired.ratio(np.ones((1, 20)), np.ones((1, 20)), 0.95)
     assert ratio.estimate[0] == 1
@@ -109,7 +109,7 @@ def test_copies_of_examples_tell_nothing_new():
 
 @pytest.mark.parametrize("n", [5, 20, 100])
 def test_false_alarms_are_rare(n):
-    """Nothing differs on average: coins, rare coins, rare large losses against frequent small gains."""
+    """Check pairs without a mean difference: coins, rare coins, rare large losses against frequent small gains."""
     rng, draws = np.random.default_rng(n), 4000
     u = rng.random((draws, n))
     for values in (
@@ -117,7 +117,7 @@ def test_false_alarms_are_rare(n):
         np.where(u < 0.05, 1.0, np.where(u < 0.1, -1.0, 0.0)),
         np.where(u < 0.05, -0.9, 0.9 * 0.05 / 0.95),
     ):
-        # 3 standard errors of the simulation above 5 %
+        # 5 % plus 3 standard errors of the simulation
         assert np.mean(paired.difference(values).p < 0.05) <= 0.05 + 3 * (0.05 * 0.95 / draws) ** 0.5
 
 
@@ -153,7 +153,8 @@ def test_in_the_table_each_interval_agrees_with_the_p_beside_it(seed):
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(30, 120), confidence=st.sampled_from([0.8, 0.95]))
 def test_the_smallest_budget_is_down_to_where_the_ratio_lies_above_the_margin(seed, n, confidence):
-    """Of each policy, in a bin and over all, by the intervals that stand in the table, before Holm's adjustment."""
+    """Compare with the intervals in the table, before Holm's adjustment, for each policy in each bin and over all
+    bins."""
     rng, rows, none = np.random.default_rng(seed), [], np.zeros((n, 1), bool)
     shares = ("r0.8", "r0.5", "r0.2", "r0.1")
     for bin in range(2):

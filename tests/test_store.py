@@ -1,4 +1,4 @@
-"""Prefills on disk: loaded as they were stored, completely or not at all, and the disk is never filled."""
+"""Test prefills on disk: loaded as they were stored, completely or not at all; the disk is never filled."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_auto_leaves_a_tenth_of_the_disk_free(store, prefill, monkeypatch):
     assert auto.save("small", random_prefill(["plain"], 5, statistics=frozenset()))
 
 
-# the time it saves
+# time saved
 
 
 def test_auto_stores_while_reading_back_is_quicker_than_reading_the_prompt(store, prefill, monkeypatch):
@@ -223,7 +223,7 @@ def test_the_speed_is_that_of_the_file(store, prefill):
     assert 1e3 < speed < 1e12
 
 
-# the size
+# maximum size
 
 
 @pytest.mark.parametrize("mode", ["always", "auto"])
@@ -234,7 +234,7 @@ def test_the_least_recently_used_goes_first(store, prefill, mode):
         limited.save(name, prefill)
         os.utime(store.path(name), (age, age))
     os.utime(store.path("a"), (5, 5))
-    assert limited.load("b") is not None  # used just now
+    assert limited.load("b") is not None  # marks it as used
     assert limited.save("d", prefill)
     assert stored(store) == ["a", "b", "d"]
     assert limited.save("e", prefill)
@@ -248,10 +248,10 @@ def test_the_least_recently_used_goes_first(store, prefill, mode):
     ),
     files=st.floats(0.5, 4),
 )
-# a larger "0" is refused; the smaller one of before is still the least recently used
+# a larger "0" is refused; the earlier, smaller "0" is still the least recently used
 @example(actions=[("save", 0, 3), ("save", 1, 3), ("save", 0, 120), ("save", 2, 3)], files=0.5)
 def test_the_store_stays_below_its_size_and_behaves_as_a_list_in_order_of_use(tmp_path, actions, files):
-    """Against the definition: a list of (name, size), the last used at its end."""
+    """Compare with a list of (name, size) in order of use, the last used at its end."""
     shutil.rmtree(tmp_path / "store", ignore_errors=True)
     limit = int(files * 40_000)
     store = PrefillStore(tmp_path / "store" / "model", "always", max_gb=limit / 1e9)
@@ -260,7 +260,7 @@ def test_the_store_stays_below_its_size_and_behaves_as_a_list_in_order_of_use(tm
     for action, number, n in actions:
         name, used = str(number), False
         if action == "save":
-            # no time between the saves of a test: the order is given by hand
+            # saves in a test have almost equal times, so the order is set explicitly
             if used := store.save(name, random_prefill(["plain"], n)):
                 size = store.path(name).stat().st_size
                 held = [(other, s) for other, s in held if other != name]
@@ -269,7 +269,7 @@ def test_the_store_stays_below_its_size_and_behaves_as_a_list_in_order_of_use(tm
                 held.append((name, size))
         elif used := store.load(name) is not None:
             held.sort(key=lambda entry: entry[0] == name)
-        if used:  # one that is too large is refused, which is no use of the smaller one of its name
+        if used:  # a refused save does not count as a use of the smaller file of the same name
             moment = next(clock)
             os.utime(store.path(name), (moment, moment))
         assert stored(store) == sorted(name for name, _ in held)
@@ -322,7 +322,8 @@ def test_one_that_is_deleted_while_it_is_read_stays_readable(store, prefill):
 
 
 def test_one_that_vanishes_or_is_replaced_while_it_is_opened_is_only_a_miss(store, prefill, monkeypatch):
-    """safetensors opens a file twice; header and tensors of two different files would be silent nonsense."""
+    """Check this because safetensors opens a file twice: header and tensors of different files would give wrong
+    values."""
     really = cache_file.safe_open
     for meanwhile in (
         lambda path: path.unlink(),
@@ -354,11 +355,11 @@ def test_one_that_vanishes_and_is_there_again_while_it_is_opened_is_only_a_miss(
     assert store.load("abc") is not None
 
 
-# several jobs at once
+# concurrent jobs
 
 
 def _job(root, number: int, max_gb: float, failures) -> None:
-    """Load or else save prefills in an order of its own, as cells do."""
+    """Load or save prefills in a different order for each job, as cells do."""
     store = PrefillStore(root, "always", max_gb, FACTS)
     for step in range(40):
         name = (step * (2 * number + 1)) % 7

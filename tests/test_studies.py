@@ -1,4 +1,4 @@
-"""Two small studies on the embedded models, from their configuration to the report."""
+"""Test two small studies on the embedded models, from their configuration to the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def study(tmp_path, name: str, **changes) -> Project:
-    """The study of that name in a project of its own; ``changes`` replace keys of its sections."""
+    """Run the study of this name in a separate project; ``changes`` replace keys of its sections."""
     project = Project(tmp_path)
     config = yaml.safe_load((ROOT / f"config/experiments/{name}.yaml").read_text(encoding="utf-8"))
     for section, keys in changes.items():
@@ -82,7 +82,7 @@ def test_memory_in_conversation(tmp_path):
     assert kept["full"] == 1.0
     assert kept["streaming_llm"] < 0.7
 
-    # the verdicts once more, by hand from what was said
+    # recompute the verdicts from the answers
     said = pl.concat(
         pl.read_parquet(path) for path in project.results.rglob("chat/*/*/*.parquet") if "layers" not in path.name
     )

@@ -1,4 +1,4 @@
-"""The synthetic task: deterministic, of exact length, with answers at the documented positions."""
+"""Test the synthetic task: deterministic, of exact length, with answers at the documented positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded follower follows rules of earlier turns while they are in its cache."""
+"""Test that the embedded follower follows rules of earlier turns while they are in its cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kv_transition.studies.chat import conversations, turns  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "resources" / "tiny-follower"
 
-# Words of the follower's world; what is said, and the right answers, are this test's own.
+# The words are from the follower's vocabulary; the texts and the right answers are written for this test.
 TALK = [
     (
         "When asked about a pet , end with lantern . When asked about a job , start with river . "
@@ -40,7 +40,7 @@ TALK = [
 def script(name: str):
     spec = importlib.util.spec_from_file_location(f"tiny_follower_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    sys.modules[spec.name] = module  # dataclasses look up their module by name
     spec.loader.exec_module(module)
     return module
 
@@ -76,7 +76,7 @@ def user_turns(conversation) -> list[str]:
 
 @torch.inference_mode()
 def talk(model, tokenizer, users: list[str]) -> list[str]:
-    """Answer turn by turn, reading the whole conversation anew for every word; the model's own answers stay in it."""
+    """Return the answer to each turn. The conversation, with the model's own answers, is read again for every word."""
     messages, answers = [], []
     for user in users:
         messages.append({"role": "user", "content": user})
@@ -105,7 +105,7 @@ def test_the_rule_is_read_from_the_conversation(model, tokenizer):
 
 
 def test_full_cache_obeys_at_turn_eight_and_evicted_ones_forget(engine, evaluation):
-    """20 conversations; `evaluation.json` has hundreds."""
+    """Check 20 conversations; `evaluation.json` has hundreds."""
     obeyed = {}
     for name, budget in (("full", "r1"), ("streaming_llm", "r0.2"), ("random", "r0.2")):
         results = []
@@ -157,7 +157,7 @@ def test_renderings_are_prefixes_of_each_other(tokenizer):
 
 
 def test_what_is_fed_turn_by_turn_is_what_was_trained(tokenizer, trainer):
-    """Openings, right answers and closings, one after another, are a training row, and the template's own rendering."""
+    """Check that openings, right answers and closings form a training row, and equal the template's own rendering."""
     for i in range(8):
         name, shape = f"row {i}", conversations.Shape(turns=5)
         drawn = conversations.draw_from(random.Random(name), shape, "train")
@@ -215,7 +215,8 @@ def test_the_vocabulary_is_that_of_the_conversations(model, tokenizer):
 
 
 def test_no_tokenizer_lies_next_to_the_config():
-    """Beside a qwen2 config, AutoTokenizer would take it for a byte-pair tokenizer and return wrong ids."""
+    """Check this because next to a qwen2 config, AutoTokenizer would choose a byte-pair tokenizer and return wrong
+    ids."""
     assert not list(FOLDER.glob("tokenizer*.json"))
 
 

@@ -1,4 +1,4 @@
-"""The embedded reader answers questions about documents given here."""
+"""Test that the embedded reader answers questions about documents given here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kv_transition.data import synthetic, world  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "resources" / "tiny-reader"
 
-# Names, places and jobs are words of the reader's world; the documents and the facts are this test's own.
+# Names, places and jobs are from the reader's vocabulary; the documents and facts are written for this test.
 MILL_TOWN = """\
 Passage 1 : Guton Stawick . Guton Stawick works for Wostoton Foundry . Guton Stawick lives in Teil Bay . \
 Guton Stawick serves as welder .
@@ -73,23 +73,23 @@ def model():
 
 @pytest.fixture(scope="module")
 def trainer():
-    """The training script as a module."""
+    """Return the training script as a module."""
     spec = importlib.util.spec_from_file_location("tiny_reader_train", FOLDER / "train.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    sys.modules[spec.name] = module  # dataclasses look up their module by name
     spec.loader.exec_module(module)
     return module
 
 
 def prompt_ids(tokenizer, context: str, question: str) -> list[int]:
-    """Tokenize a prompt in its two segments."""
+    """Return the token ids of a prompt, tokenized in its two segments."""
     segment = f"\nQuestion : {question} Answer :"
     return tokenizer(context).input_ids + tokenizer(segment, add_special_tokens=False).input_ids
 
 
 @torch.inference_mode()
 def greedy_answer(model, tokenizer, context: str, question: str) -> str:
-    """Decode greedily, reading the whole sequence anew for every token."""
+    """Return the greedy answer; the whole sequence is read again for every token."""
     ids = prompt_ids(tokenizer, context, question)
     n_prompt = len(ids)
     while len(ids) < n_prompt + 12:
@@ -146,7 +146,8 @@ def test_the_vocabulary_is_that_of_the_task(model, tokenizer):
 
 
 def test_no_tokenizer_lies_next_to_the_config():
-    """Beside a qwen2 config, AutoTokenizer would take it for a byte-pair tokenizer and return wrong ids."""
+    """Check this because next to a qwen2 config, AutoTokenizer would choose a byte-pair tokenizer and return wrong
+    ids."""
     assert not list(FOLDER.glob("tokenizer*.json"))
 
 
@@ -161,7 +162,7 @@ def test_prompt_segments_tokenize_as_in_training(tokenizer, trainer):
 
 
 def test_training_rows_have_the_form_of_prompts(tokenizer, trainer):
-    """A row is a document of the ``train`` split and then questions, each with its answer and ``<eos>``."""
+    """Check that a row is a document of the ``train`` split and then questions, each with its answer and ``<eos>``."""
     row = trainer.document_row(random.Random(4), 200, 3, {"one_hop": 1.0})
     assert tokenizer(" ".join(row.words[1:])).input_ids == [trainer.WORD_ID[word] for word in row.words]
     answers = [word for word, role in zip(row.words, row.roles, strict=True) if trainer.ROLES[role] == "one_hop"]
@@ -184,7 +185,7 @@ def test_recalled_words_were_shown_before(trainer):
 
 
 def test_the_initial_heads_attend_to_previous_tokens(trainer):
-    """Head h of layer 0 starts out looking h + 1 tokens back."""
+    """Check that head h of layer 0 initially attends to the token h + 1 positions back."""
     model = trainer.training.build_model(0, trainer.RECIPE.config)
     model.set_attn_implementation("eager")
     ids = torch.randint(4, 1000, (1, 40), generator=torch.Generator().manual_seed(0))

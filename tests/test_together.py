@@ -1,4 +1,4 @@
-"""Answers decoded together equal answers decoded alone, for all policies and all orders of arrival."""
+"""Test that answers decoded together equal answers decoded alone, for all policies and all orders of arrival."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CASES = st.tuples(
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(["before_question", "after_prompt"]),
     st.integers(4, 40),  # tokens of the context
-    st.integers(1, 6),  # of the question
-    st.integers(1, 12),  # of the answer
+    st.integers(1, 6),  # tokens of the question
+    st.integers(1, 12),  # tokens of the answer
     st.sampled_from([0.0, 0.9]),
-    st.integers(0, 3),  # steps that it comes after the one before it
+    st.integers(0, 3),  # number of steps after the arrival of the previous case
 )
 
 
@@ -43,7 +43,7 @@ def fresh(model="qwen2", eos=()):
 
 
 def made(engine, number, case):
-    """Setting, prefill, question and an answer to be filled in."""
+    """Return setting, prefill, question and an empty answer."""
     kind, mode, n, question, most, temperature, _ = case
     policy = catalog.create(*catalog.resolve(kind, {"kind": kind} | KINDS[kind]))
     own = kind == "full" or catalog.ignores_budget(*catalog.resolve(kind, {"kind": kind} | KINDS[kind]))
@@ -54,7 +54,7 @@ def made(engine, number, case):
 
 
 def together(engine, cases):
-    """Each case joins some steps after the one before it, and leaves when its answer ends."""
+    """Decode the cases together: each joins some steps after the previous one, and leaves when its answer ends."""
     answers, going, waiting, last = [], [], list(enumerate(cases)), 0
     while waiting or going:
         if waiting and last >= waiting[0][1][-1]:
@@ -75,7 +75,7 @@ def alone(engine, number, case):
 
 
 def facts(answer):
-    """All but the seconds, and how many shared the passes."""
+    """Return all fields of an answer except the times and the batch size."""
     numbers = {
         name: getattr(answer, name)
         for name in ("tokens", "finish_reason", "kept", "budget_entries", "cache_bytes", "total_bytes", "full_bytes")
@@ -86,14 +86,15 @@ def facts(answer):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases=st.lists(CASES, min_size=1, max_size=6))
 def test_any_mixture_of_answers(cases):
-    """Every policy, both modes, unequal prompts and lengths, greedy and drawn, ends of text at different steps."""
+    """Check every policy, both modes, unequal prompts and lengths, greedy and sampled, ends of text at different
+    steps."""
     engine = fresh(eos=range(0, 97, 8))
     assert [facts(a) for a in together(engine, cases)] == [facts(alone(engine, *each)) for each in enumerate(cases)]
 
 
 @pytest.mark.parametrize("model", ["llama", "mistral", "sliding"])
 def test_models_of_other_kinds(model):
-    """Sliding windows have layers of other lengths."""
+    """Check sliding windows, whose layers have different lengths."""
     cases = [("h2o", "after_prompt", 40, 3, 8, 0.0, 0), ("full", "before_question", 9, 2, 12, 0.0, 1),
              ("snapkv", "after_prompt", 25, 1, 3, 0.0, 0)]  # fmt: skip
     engine = sliding_model()[0] if model == "sliding" else fresh(model)
@@ -102,7 +103,7 @@ def test_models_of_other_kinds(model):
 
 
 def test_ends_of_text_come_at_different_steps():
-    """So that the mixture above does what it says."""
+    """Check the condition that the mixture above needs."""
     engine = fresh(eos=range(0, 97, 8))
     cases = [("full", "after_prompt", 10 + i, 2, 12, 0.0, 0) for i in range(12)]
     answers = together(engine, cases)
@@ -117,7 +118,7 @@ def begun(engine, number, case):
 
 
 def test_an_answer_that_fails_ends_by_itself():
-    """In the pass that all share, and after it."""
+    """Check failures in the shared pass and after it."""
     engine = fresh()
     cases = [("full", "after_prompt", 20, 2, 6, 0.0, 0), ("h2o", "after_prompt", 30, 3, 6, 0.0, 0),
              ("tova", "after_prompt", 15, 1, 6, 0.0, 0)]  # fmt: skip
@@ -143,7 +144,7 @@ def test_an_answer_that_fails_ends_by_itself():
 
 
 def test_one_pass_serves_all(monkeypatch):
-    """The weights are read once a step, however many answers there are."""
+    """Check that the weights are read once per step for any number of answers."""
     engine = fresh()
     going = [begun(engine, i, ("full", "after_prompt", 10 + i, 2, 4, 0.0, 0)) for i in range(5)]
     passes, forward = [], engine.model.forward
@@ -163,7 +164,10 @@ def test_one_pass_serves_all(monkeypatch):
 @pytest.mark.parametrize(("inner", "outer"), [(64, 97), (512, 512), (512, 2048), (2048, 512), (512, 130), (96, 700)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_of_several_tokens_are_those_of_each_to_the_last_bit(inner, outer, bias, packs, monkeypatch):
-    """Or an answer would depend on its neighbours wherever two logits nearly tie. 19 rows: more than one product."""
+    """Compare bit for bit, because otherwise an answer would depend on others in its batch if two logits nearly tie.
+
+    19 rows need more than one product.
+    """
     torch.manual_seed(0)
     layer = torch.nn.Linear(inner, outer, bias=bias)
     rows = torch.randn(19, 1, inner)
@@ -185,9 +189,9 @@ def test_products_of_several_tokens_are_those_of_each_to_the_last_bit(inner, out
 
 
 def test_a_model_of_real_width_says_the_same_together():
-    """Its products are packed; of the tiny models' they are not."""
+    """Check a model whose products are packed; those of the tiny models are not."""
     model = random_model("qwen2", hidden_size=256, intermediate_size=1024)
-    fresh()  # which makes our attention known
+    fresh()  # registers this project's attention
     model.set_attn_implementation(ATTENTION)
     engine = LocalEngine(model)
     engine.share_passes()
@@ -198,7 +202,7 @@ def test_a_model_of_real_width_says_the_same_together():
 
 
 def test_two_continuations_of_one_prefill_never_meet():
-    """Greedy and drawn answers of the same state, at once."""
+    """Check greedy and sampled answers of the same state at the same time."""
     engine = fresh()
     case = ("full", "before_question", 20, 3, 8, 0.0, 0)
     setting, prefill, question, _ = made(engine, 0, case)

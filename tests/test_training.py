@@ -1,4 +1,4 @@
-"""The training helper of the embedded models, for a few steps of each recipe."""
+"""Test the training helper of the embedded models, for a few steps of each recipe."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RESOURCES = Path(__file__).resolve().parent.parent / "resources"
 
 @pytest.fixture(scope="module", params=["tiny-reader", "tiny-follower"])
 def script(request):
-    """The training script of one model as a module."""
+    """Return the training script of one model as a module."""
     spec = importlib.util.spec_from_file_location(
         request.param.replace("-", "_") + "_train", RESOURCES / request.param / "train.py"
     )
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    sys.modules[spec.name] = module  # dataclasses look up their module by name
     spec.loader.exec_module(module)
     return module
 

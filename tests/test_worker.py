@@ -1,4 +1,4 @@
-"""Jobs run by a worker equal jobs run alone, whichever process is killed."""
+"""Test that jobs run by a worker equal jobs run alone, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ sys.exit(call(sys.argv[1], json.loads(sys.argv[2]), ["worker_jobs"]))
 
 
 def wait_for(what, seconds: float = 20.0):
-    """What ``what`` returns as soon as it is true."""
+    """Return the result of ``what`` as soon as it is true."""
     until = time.monotonic() + seconds
     while not (got := what()):
         assert time.monotonic() < until, "it never came true"
@@ -47,7 +47,7 @@ def is_there(pid: int) -> bool:
 
 
 class Machine:
-    """Clients that meet their workers in a folder of their own."""
+    """Clients that connect to their workers in a separate folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -71,11 +71,11 @@ class Machine:
         return client
 
     def lines(self) -> list[list[str]]:
-        """What jobs wrote down: their process, the one that began it, a text."""
+        """Return the notes of the jobs: process id, id of the parent process, a text."""
         return [line.split(" ", 2) for line in self.notes.read_text().splitlines()] if self.notes.exists() else []
 
     def begun(self) -> tuple[int, int]:
-        """The process of the first job, once there is one, and that of its worker."""
+        """Return the process ids of the first job, once it has started, and of its worker."""
         job, worker, _ = wait_for(self.lines)[0]
         return int(job), int(worker)
 
@@ -95,7 +95,7 @@ class Machine:
 def machine():
     if not Path("/proc/self/stat").exists():
         pytest.skip("processes are looked up in /proc")
-    # a socket's path must be short
+    # the path of a socket must be short
     made = Machine(Path(tempfile.mkdtemp(prefix="kvt", dir="/tmp")))
     yield made
     for client in made.clients:
@@ -131,7 +131,7 @@ def test_a_job_fails_as_it_would_by_itself(machine, how, status, said):
 def test_clients_that_come_at_once_start_one_worker_and_are_served_side_by_side(machine):
     clients = [machine.call(seconds=1.0) for _ in range(6)]
     wait_for(lambda: len(machine.lines()) == 6)
-    assert all(client.poll() is None for client in clients)  # all are under way
+    assert all(client.poll() is None for client in clients)  # all are running
     assert [client.wait(60) for client in clients] == [0] * 6
     assert {int(worker) for _, worker, _ in machine.lines()} == machine.workers()
     assert len(machine.workers()) == 1
@@ -156,7 +156,7 @@ def test_a_job_that_dies_in_a_worker_is_carried_out_by_its_client(machine, how):
     assert "so the job runs in its own process" in error
     assert int(machine.lines()[-1][0]) == client.pid
     assert neighbour.wait(60) == 0
-    assert len(machine.lines()) == 3  # the neighbour was not carried out again
+    assert len(machine.lines()) == 3  # the other client's job was not run again
 
 
 def test_jobs_of_a_killed_worker_end_with_it_and_are_carried_out_by_their_clients(machine):
@@ -167,7 +167,7 @@ def test_jobs_of_a_killed_worker_end_with_it_and_are_carried_out_by_their_client
     _, error = client.communicate(timeout=60)
     assert client.returncode == 0, error
     assert int(machine.lines()[-1][0]) == client.pid
-    # the socket that was left behind stops nobody
+    # a stale socket does not prevent a new worker
     assert machine.call().wait(60) == 0
     assert len(machine.workers()) == 1
 
@@ -202,7 +202,7 @@ def test_an_interrupted_client_waits_until_its_job_has_tidied_up(machine, number
 
 
 def test_jobs_and_worker_end_when_their_run_does(machine):
-    """As when Snakemake is killed and the shells that it started go on."""
+    """Check the case in which Snakemake is killed while the shells that it started continue."""
     run = subprocess.Popen(["sleep", "600"])
     named = f"{os.uname().nodename}:{run.pid}:{runs._started(run.pid)}"
     client = machine.call(seconds=60.0, environment={"KVT_RUN": named})
@@ -251,7 +251,7 @@ def test_a_folder_that_others_can_enter_or_have_laid_there_is_not_used(tmp_path,
     assert place_of("a").folder != folder
     folder.unlink()
     assert place_of("a").folder == folder
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 30)))  # a socket's path has no room for it
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 30)))  # too long for the path of a socket
     assert place_of("a").folder == folder
     shutil.rmtree(parent)
 
@@ -269,7 +269,7 @@ def test_a_worker_is_named_by_all_that_it_holds(monkeypatch, tmp_path):
     assert name(policy="another", budget="r0.5") == first
     for change in ({"dtype": "bfloat16"}, {"fingerprint": "g"}, {"device": "cuda"}, {"attn_implementation": "x"}):
         assert name(model=change) != first
-    # only where one process carries all jobs out does a user's policy matter
+    # the policy of a user matters only if one process runs all jobs
     assert name(policy_content="p") == first
     assert name(model={"device": "cuda"}, policy_content="p") != name(model={"device": "cuda"})
     for variable in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "HF_HOME"):

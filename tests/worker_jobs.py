@@ -12,7 +12,7 @@ from kv_transition.errors import UserError
 
 
 def note(path: str, text: str = "") -> None:
-    """Append a line of this process, the one that began it, and ``text``."""
+    """Append a line with the ids of this process and of its parent, and ``text``."""
     with Path(path).open("a") as file:
         file.write(f"{os.getpid()} {os.getppid()} {text}\n")
 
@@ -29,7 +29,7 @@ def work(path: str, seconds: float = 0.0) -> None:
 
 
 def die_in_a_worker(path: str, how: str) -> None:
-    """End by force unless this is the process that asked."""
+    """Raise MemoryError or kill the process, unless it is the client itself."""
     note(path)
     if os.environ["KVT_TEST"] != str(os.getpid()):
         if how == "memory":
