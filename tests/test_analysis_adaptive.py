@@ -1,3 +1,5 @@
+"""Test adaptive allocation: alpha spending over looks, bins that get more examples, and when it stops."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Test the tables of bins and comparisons: values by hand, pairing by example, clusters, and null values."""
+
 from __future__ import annotations
 
 import numpy as np

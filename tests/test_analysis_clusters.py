@@ -1,3 +1,5 @@
+"""Test sums and means over clusters, compared with their definition and scipy's bootstrap."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Test comparisons of policies with each other: differences, effect sizes, and the minimum detectable difference."""
+
 from __future__ import annotations
 
 import numpy as np

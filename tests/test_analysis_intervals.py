@@ -1,3 +1,5 @@
+"""Test confidence intervals of means, medians, spreads and rates: closed forms, peers, and simulated coverage."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Test non-inferiority to the full cache: the margin, error rates, and the smallest budget that passes."""
+
 from __future__ import annotations
 
 import numpy as np

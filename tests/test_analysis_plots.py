@@ -1,3 +1,5 @@
+"""Test the figures of the grid: their content, their data, and equal bytes when drawn twice."""
+
 from __future__ import annotations
 
 import json

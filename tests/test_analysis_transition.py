@@ -1,3 +1,5 @@
+"""Test the detection of onset, collapse and outcomes, with constructed data and simulated error rates."""
+
 from __future__ import annotations
 
 import json

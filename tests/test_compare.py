@@ -1,3 +1,5 @@
+"""Test the comparison of two experiments: paired differences, settings that differ, and error sentences."""
+
 from __future__ import annotations
 
 import re

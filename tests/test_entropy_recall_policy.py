@@ -71,7 +71,7 @@ def check_every_entry_once(layer: TieredLayer, truth: LayerCache, n: int):
     batch=st.booleans(),
 )
 def test_store_and_cache_together_hold_every_entry_exactly_once(n, operations, seed, batch):
-    """Check this after any order of reads, evictions and exchanges; each entry has its own key, value and statistic."""
+    """Check each entry after any order of reads, evictions and exchanges: its key, value and statistic are its own."""
     generator = torch.Generator().manual_seed(seed)
     truth = layer_of(written(n + len(operations), seed=n))
     truth = replace(truth, query_entropy=None, recent_queries=None, query_mean=None, query_cov=None)

@@ -205,7 +205,7 @@ def test_an_endpoint_that_is_not_there_is_one_sentence():
 
 
 def test_a_server_that_is_back_after_the_last_attempt_is_asked_once_more(monkeypatch):
-    """Check this because otherwise the answer would be recorded as a failure that a rerun keeps."""
+    """Check one more request after the last attempt; otherwise a failure would be recorded that a rerun keeps."""
     port = free_port()
     with contextlib.ExitStack() as stack:
 

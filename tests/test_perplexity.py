@@ -205,7 +205,7 @@ class TestStreaming:
         assert own.token_bytes == own.state.nbytes / N
 
     def test_positions_in_the_cache_stay_below_twice_its_size(self):
-        """Check this for a long text, so that texts may be longer than those that the model was trained on."""
+        """Check positions in a long stream; texts may be longer than those that the model was trained on."""
         reader, ids = engine("llama"), tokens(200)
         chosen = setting("streaming_llm", positions="cache", n_sink=0)
         state = stream(reader, ids, chosen, K, 1).state

@@ -1,3 +1,5 @@
+"""Test the analysis of perplexity: estimates by hand, intervals compared with peers, and simulated coverage."""
+
 from __future__ import annotations
 
 import json

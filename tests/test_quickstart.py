@@ -1,3 +1,5 @@
+"""Test the quickstart: its four checks, their failures, and its error sentences."""
+
 from __future__ import annotations
 
 import polars as pl

@@ -1,3 +1,5 @@
+"""Test the report: valid HTML and Markdown, escaped text, and numbers that agree with the answers."""
+
 from __future__ import annotations
 
 import base64

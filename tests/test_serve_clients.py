@@ -235,7 +235,7 @@ def test_paths_and_methods_that_are_not_there(client):
 
 
 def test_a_text_that_is_too_long_is_tokenized_no_further_than_needed():
-    """Check this because all tokens of 7 MB at once would take a gigabyte, which the process would keep."""
+    """Check that a text is tokenized only up to the limit; all tokens of 7 MB at once would take a gigabyte."""
     own, tokenized = served(max_length=64), []
     tokenizer = own.engine.tokenizer
 

@@ -28,8 +28,8 @@ JSON = {"content-type": "application/json"}
 
 @pytest.mark.slow
 def test_bad_clients_leave_the_server_as_it_was():
-    """Check that resident memory grows by less than a fifth after the first answers, and that no status is above
-    499."""
+    """Check that resident memory grows by less than a fifth after the first answers, and that no status is 500 or
+    above."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "kv_transition", "serve", "--model", READER, "--name", NAME, "--port", str(port)]

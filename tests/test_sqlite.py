@@ -1,3 +1,5 @@
+"""Test the exports: the SQLite database, the CSV tables, the summary and the card."""
+
 from __future__ import annotations
 
 import json

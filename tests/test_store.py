@@ -195,7 +195,7 @@ def test_auto_leaves_a_tenth_of_the_disk_free(store, prefill, monkeypatch):
 
 
 def test_auto_stores_while_reading_back_is_quicker_than_reading_the_prompt(store, prefill, monkeypatch):
-    monkeypatch.setattr(store_module, "_read_s", lambda path: path.stat().st_size / 1e6)  # 1 MB a second
+    monkeypatch.setattr(store_module, "_read_s", lambda path: path.stat().st_size / 1e6)  # 1 MB per second
     auto = replace(store, mode="auto")
     slow, quick = (random_prefill(["plain"], 20, seconds=s) for s in (1.0, 1e-4))
     assert auto.save("first", quick), "the first is stored to find out"
@@ -322,8 +322,7 @@ def test_one_that_is_deleted_while_it_is_read_stays_readable(store, prefill):
 
 
 def test_one_that_vanishes_or_is_replaced_while_it_is_opened_is_only_a_miss(store, prefill, monkeypatch):
-    """Check this because safetensors opens a file twice: header and tensors of different files would give wrong
-    values."""
+    """Check a miss, because safetensors opens a file twice and would combine header and tensors of different files."""
     really = cache_file.safe_open
     for meanwhile in (
         lambda path: path.unlink(),

@@ -215,8 +215,8 @@ def test_the_vocabulary_is_that_of_the_conversations(model, tokenizer):
 
 
 def test_no_tokenizer_lies_next_to_the_config():
-    """Check this because next to a qwen2 config, AutoTokenizer would choose a byte-pair tokenizer and return wrong
-    ids."""
+    """Check that no tokenizer file is next to the qwen2 config; AutoTokenizer would read it as a byte-pair
+    tokenizer."""
     assert not list(FOLDER.glob("tokenizer*.json"))
 
 

@@ -103,7 +103,7 @@ def test_models_of_other_kinds(model):
 
 
 def test_ends_of_text_come_at_different_steps():
-    """Check the condition that the mixture above needs."""
+    """Check that the ends of text in the mixture above differ."""
     engine = fresh(eos=range(0, 97, 8))
     cases = [("full", "after_prompt", 10 + i, 2, 12, 0.0, 0) for i in range(12)]
     answers = together(engine, cases)
