@@ -90,4 +90,4 @@ def _name(row: Row) -> str:
 
 
 def _difference(row: Row | None) -> tuple[str, str]:
-    return ("–", "–") if row is None else (_cell(row), f"{row['p_holm']:.3f}")
+    return ("–", "–") if row is None else (_cell(row), labels.p_value(row["p_holm"]))

@@ -33,8 +33,9 @@ def lines(
     colour = alt.Color(f"{group}:N", title=None, scale=alt.Scale(domain=names, range=colours))
     shape = alt.Shape(f"{group}:N", title=None, scale=alt.Scale(domain=names, range=shapes))
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+    whole = alt.Axis(tickMinStep=1) if all(isinstance(row[x], int) for row in rows) else alt.Undefined
     base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
-        x=alt.X(f"{x}:Q", title=titles[0], scale=alt.Scale(zero=False, padding=25)), color=colour
+        x=alt.X(f"{x}:Q", title=titles[0], scale=alt.Scale(zero=False, padding=25), axis=whole), color=colour
     )
     layers = [
         base.mark_rule(strokeWidth=1.2, opacity=0.6).encode(

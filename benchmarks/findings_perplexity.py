@@ -43,7 +43,7 @@ def merging() -> list[str]:
         "",
         table(
             ["merging", "gone", "over dropping's perplexity", "p (Holm)"],
-            [[r["policy"], f"{100 * r['compression']:.1f} %", _ratio(r), f"{r['p_holm']:.3f}"]
+            [[r["policy"], f"{100 * r['compression']:.1f} %", _ratio(r), labels.p_value(r["p_holm"])]
              for r in pairs.sort("policy", "compression").to_dicts()],
         ),
     ]  # fmt: skip
