@@ -56,6 +56,7 @@ def test_boundaries_are_the_published_ones():
 
 
 def test_a_single_look_costs_nothing():
+    """Check that an experiment with one look keeps the confidence of 95 %."""
     assert adaptive.confidence(Adaptive(start=40, cap=40), 0) == pytest.approx(0.95)
 
 
@@ -100,6 +101,7 @@ def test_a_zone_one_bin_wide_is_decided():
 
 
 def test_the_absence_of_a_collapse_is_a_place_too():
+    """Check that a bin gets more examples while the probability of no collapse is still open."""
     found = decide(transition([0, 1.0, 0], [0, 0, 0.6]))
     assert found.column("wanted").to_pylist() == [5, 5, 10]
 
@@ -144,12 +146,14 @@ def test_a_plan_that_cannot_start_is_named():
 
 
 def test_no_onset_is_no_finding_where_no_test_could_find_one():
+    """Check that bins with too few examples for any test to find an onset get more examples."""
     found = decide(transition([0, 0, 0], [0, 0, 1.0], outcome="cliff", blind=(0, 1, 2), fallen=2))
     assert found.column("wanted").to_pylist() == [10, 10, 5]
     assert "too few examples" in found.column("reason")[0].as_py()
 
 
 def test_what_is_open_by_either_table_gets_more():
+    """Check that a bin that is open in one of several transition tables gets more examples."""
     claimed, plain = (rows_to_table([transition(p)], TRANSITION) for p in ([0, 0, 0.0], [0, 0.4, 0]))
     have = {("qa", b): 10 for b in range(3)}
     found = allocate([claimed, plain], have, dict.fromkeys(have, 50), PLAN, 1)

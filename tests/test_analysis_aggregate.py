@@ -65,6 +65,7 @@ def test_the_example_is_the_unit_not_the_repeat():
 
 @pytest.mark.parametrize("change", [{"co_running": True}, {"co_running": None}, {"batch_size": 8}])
 def test_times_count_only_where_the_answer_had_the_machine_to_itself(change):
+    """Check that times and memory are null if no answer ran alone at batch size 1."""
     rows = [row | change for row in cell_rows(*scores_of([1] * 8))]
     result = bin_stats(table(rows), SETTINGS)
     for name in ("latency_p50", "latency_p95", "ttft_p50", "tokens_per_s", "peak_mem_mb"):
@@ -75,6 +76,7 @@ def test_times_count_only_where_the_answer_had_the_machine_to_itself(change):
 
 
 def test_what_a_machine_cannot_measure_is_null():
+    """Check that a value that the machine cannot measure is null, with the reason as its method."""
     rows = [row | {"peak_mem_mb": None, "decode_s": 0.0} for row in cell_rows(*scores_of([1] * 8))]
     result = bin_stats(table(rows), SETTINGS)
     assert stat(result, "peak_mem_mb")["method"] == "not measured on this machine"
@@ -195,6 +197,7 @@ def test_scores_without_the_column_of_documents_are_read_as_before():
 
 
 def test_a_score_out_of_range_is_named_and_one_that_is_no_number_is_lost():
+    """Check that a score above 1 gives an error sentence, and that a NaN counts as a missing score."""
     rows = cell_rows(*scores_of([1, 0, 1]))
     with pytest.raises(UserError, match=r"score of example reader_qa-0-1 in cell .* is 1\.2; .* between 0 and 1"):
         bin_stats(table([rows[0], rows[1] | {"score": 1.2}, rows[2]]), SETTINGS)
@@ -203,6 +206,7 @@ def test_a_score_out_of_range_is_named_and_one_that_is_no_number_is_lost():
 
 
 def test_the_other_tables_are_written_where_they_have_a_path(tmp_path, simulated):
+    """Check that the optional tables are written if a path is given for them."""
     scores = tmp_path / "scores.parquet"
     pq.write_table(simulated, scores)
     paths = {name: str(tmp_path / f"{name}.parquet") for name in ("pairs", "noninferiority", "smallest_budgets")}

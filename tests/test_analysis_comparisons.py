@@ -32,6 +32,7 @@ def frame(simulated):
 
 
 def test_every_pair_of_policies_stands_once_per_bin_and_over_all(frame):
+    """Check that each pair of policies has one row per bin and one over all bins, with Holm's adjustment by family."""
     pairs = len(POLICIES) * (len(POLICIES) - 1) // 2
     assert frame.height == len(MODES) * len(BUDGETS) * pairs * (5 + 1) * 2
     assert (frame["policy"] < frame["reference_policy"]).all()
@@ -58,6 +59,7 @@ def test_effect_is_the_share_better_minus_the_share_worse():
 
 
 def test_what_is_called_detectable_is_detected_four_times_in_five():
+    """Check by simulation that the test finds the minimum detectable difference with a power of about 80 %."""
     rng, n, loss, trials = np.random.default_rng(0), 60, 0.25, 3000
     none = np.zeros((n, 1), bool)
     lost = np.where(np.arange(n)[:, None] < loss * n, 0.0, 1.0)
@@ -73,6 +75,7 @@ def test_what_is_called_detectable_is_detected_four_times_in_five():
     ("n", "alpha", "some"), [(5, 0.05, False), (6, 0.05, True), (9, 0.002, False), (1, 0.5, False)]
 )
 def test_nothing_is_detectable_where_not_even_losing_every_pair_is_significant(n, alpha, some):
+    """Check that there is no minimum detectable difference if even a loss in every pair is not significant."""
     assert (c.detectable(n, alpha) is not None) == some
     if n > 1:
         assert (2 * stats.ttest_1samp([-1.0] * n + [1], 0, alternative="less").pvalue < alpha) == some

@@ -97,6 +97,7 @@ def test_median_has_the_textbook_order_statistics():
 
 
 def test_percentiles_leave_open_what_few_examples_cannot_bound():
+    """Check that a bound of a percentile is null if the sample is too small to bound it."""
     found = intervals.percentile(np.array([[1.0, 2, 3, 4, 5]]), 0.5, 0.95).row(0)
     assert (found["ci_low"], found["ci_high"]) == (None, None)
     upper = intervals.percentile(np.arange(1.0, 21)[None], 0.95, 0.95).row(0)
@@ -128,6 +129,7 @@ def test_intervals_cover_the_truth():
 
 
 def test_the_spread_is_covered_where_its_rare_zero_is_not_in_the_sample():
+    """Check the coverage of the standard deviation if rare zeros are often absent from the sample."""
     rng, n, covered = np.random.default_rng(6), 20, []
     for zero, a, b in ((0.02, 8, 2), (0.05, 8, 2), (0.0, 5, 1), (0.0, 2, 5)):
         values = np.where(rng.random((800, n)) < zero, 0, rng.beta(a, b, (800, n)))
@@ -157,6 +159,7 @@ def functions():
 @pytest.mark.parametrize("name", functions())
 @given(SCORES)
 def test_one_example_a_cluster_is_no_cluster_at_all(name, values):
+    """Check that clusters of one example each give the same interval as no clusters."""
     function, row = functions()[name], np.array([values])
     alone, singles = function(row, None), function(row, np.arange(len(values))[None].astype(float))
     for field in ("estimate", "low", "high", "n"):
@@ -203,6 +206,7 @@ def test_equal_answers_count_as_often_as_there_are_documents():
 
 
 def test_clustered_intervals_cover_where_ignoring_documents_does_not():
+    """Check by simulation that intervals by document cover the true value and intervals by answer do not."""
     rng, rows, documents, each = np.random.default_rng(9), 1500, 10, 5
     rates = rng.beta(0.6, 0.6, (rows, documents)).repeat(each, axis=1)
     values = (rng.random(rates.shape) < rates).astype(float)

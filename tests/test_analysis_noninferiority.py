@@ -78,6 +78,7 @@ def test_the_smallest_budget_is_the_last_before_the_first_failure():
 
 
 def test_small_n_shows_nothing_and_says_so():
+    """Check that without any loss a small sample shows no non-inferiority, and that the reason says so."""
     scores = cells(20, (1.0,), ("r0.5",), bins=2)
     rows = ni.smallest_budgets(ni.noninferiority(scores, SETTINGS), SETTINGS).to_pylist()
     assert [row["bin"] for row in rows] == [0, 1, None]
@@ -87,6 +88,7 @@ def test_small_n_shows_nothing_and_says_so():
 
 
 def test_shares_and_tokens_are_sequences_of_their_own():
+    """Check that budgets in shares and budgets in tokens are searched separately for the smallest budget."""
     scores = cells(300, (0.5, 1.0), ("r0.5", "t128"))
     rows = ni.smallest_budgets(ni.noninferiority(scores, SETTINGS), SETTINGS).to_pylist()
     assert {(row["bin"], row["budget"]) for row in rows} == {(0, None), (0, "t128"), (None, None), (None, "t128")}

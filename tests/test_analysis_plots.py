@@ -77,6 +77,7 @@ def test_failures_add_up_to_the_rate_in_the_table(tables):
 
 
 def test_where_nothing_was_timed_the_figure_says_why(tmp_path):
+    """Check that the figure of latencies gives the reason if no latency was measured."""
     paths = analysed(tmp_path, demo(n=3, timed=False))
     plots.write_plots(*paths, {"latency_vs_len_svg": str(tmp_path / "l.svg")})
     assert "no answer ran alone at batch size 1" in text_of((tmp_path / "l.svg").read_text())
@@ -124,6 +125,7 @@ def test_aliases_of_the_full_cache_are_not_drawn(tmp_path):
 
 
 def test_the_front_is_what_no_other_point_beats(tables):
+    """Compare the Pareto front of score and bytes with a loop over all pairs of points."""
     results = read_results(*tables)
     points = tradeoff.front(results)
     assert len(points) == 2 * (1 + 5 * 2)
@@ -172,6 +174,7 @@ def test_what_is_kept_in_other_memory_is_not_saved(tmp_path):
 
 
 def test_a_policy_with_a_footprint_of_its_own_is_no_alias(tmp_path):
+    """Check that a quantized cache at a budget of 1 is drawn, and that an alias of the full cache is not."""
     rows = demo().to_pylist()
     own = [row | {"policy": "quantized", "budget": "r1"} for row in rows if row["policy"] == "h2o"]
     own = [row for row in own if row["kept_final"] < 0.3 * row["prompt_tokens"]]

@@ -50,6 +50,7 @@ def test_early_failures_then_collapse_is_a_zone():
 
 
 def test_a_collapse_without_a_sign_is_a_cliff():
+    """Check that a collapse without an earlier instability has no onset bin."""
     found = run([1.0, 0.95, 1.0, 0.1, 0.05])["definition"]
     assert (found["outcome"], found["onset_bin"], found["collapse_bin"]) == ("collapsed", None, 3)
 
@@ -95,6 +96,7 @@ def test_a_single_bin_is_enough_to_be_stable_or_collapsed_but_not_for_z_scores()
 
 
 def test_a_full_cache_that_scores_nothing_decides_nothing():
+    """Check that the pattern is open if the full cache itself scores 0."""
     found = run([0.0] * 3, full=0.0)["definition"]
     assert pattern(found) == "open"
     assert "full cache itself" in found["reason"]
@@ -107,6 +109,7 @@ def test_without_a_full_cache_nothing_is_decided():
 
 
 def test_lost_answers_count_as_failures_worth_nothing():
+    """Check that an answer without a score counts as a failure with a score of 0."""
     rows = []
     for b in range(3):
         rows += cell_rows(np.ones((20, 1)), np.zeros((20, 1), bool), bin=b)
@@ -130,6 +133,7 @@ def test_disagreement_between_repeats_is_instability():
 
 
 def test_polarised_scores_are_dispersion_beyond_the_mean():
+    """Check that scores near 0 and 1 with an unchanged mean count as instability."""
     rng, rows = np.random.default_rng(1), []
     for b in range(4):
         none = np.zeros((40, 1), bool)
@@ -176,6 +180,7 @@ def test_every_pair_has_a_row_of_each_detector_and_aliases_have_none():
 
 
 def test_nothing_unstable_raises_few_alarms():
+    """Check the rate of false alarms on simulated policies without instability."""
     rng, alarms = np.random.default_rng(7), 0
     for _ in range(60):
         bins = []
@@ -236,6 +241,7 @@ def test_the_sentence_tells_the_whole_story():
 
 
 def test_what_lies_open_is_not_called_calm():
+    """Check that the sentence names bins between the last stable bin and the collapse as open."""
     found = run([1.0, 0.6, 0.1], full=1.0)["definition"]
     assert found["outcome"] == "collapsed"
     assert "neither unstable nor collapsed up to 271 tokens" in found["sentence"]

@@ -105,6 +105,7 @@ def test_entropies_belong_to_the_tokens(context, mode):
 
 
 def test_texts_are_worded_as_the_pipeline_words_them(model):
+    """Check that texts are put into the template as in the pipeline."""
     text, question = "w1 w2 w3", "w4 w5"
     prompt = PromptBuilder(words(), Template.parse(WORDING, "t"), 100, False)(text, question)
     assert model.context_ids(text) == prompt.context_ids == [7, 1, 2, 3]
@@ -202,6 +203,7 @@ def test_a_policy_is_given_by_name(context, policy):
 
 
 def test_the_grid_is_what_asking_gives(context):
+    """Check that the grid has the answers and scores that single questions give."""
     questions = [QUESTION, tokens(4, seed=5)]
     full = [context.ask(q, max_new_tokens=4).text for q in questions]
     table = kvt.grid(
@@ -218,6 +220,7 @@ def test_the_grid_is_what_asking_gives(context):
 
 
 def test_the_grid_after_the_prompt_is_what_asking_gives(context):
+    """Check a grid with compression after the prompt, and that a plot without scores is refused."""
     table = kvt.grid(context, [QUESTION], {"mine": Oldest}, [0.5], mode="after_prompt", max_new_tokens=4)
     asked = context.ask(QUESTION, Oldest, 0.5, mode="after_prompt", max_new_tokens=4)
     assert table.filter(policy="mine")["text"].to_list() == [asked.text]

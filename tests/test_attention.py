@@ -68,6 +68,7 @@ def test_one_query_is_a_row_of_eager_attention(case, implementation):
 
 
 def test_one_query_that_sees_nothing_gives_nothing():
+    """Check that a query that sees no entry gives zero column sums and zero entropy."""
     queries, keys, _ = Case(q=1, n=9).tensors()
     bias = torch.full(keys.shape[:-1], -torch.inf)
     found = attention_statistics(queries, keys, 1.0, **BOTH, bias=bias)
@@ -139,6 +140,7 @@ def test_one_sequence_is_a_batch_of_one(implementation):
 @pytest.mark.parametrize("implementation", ["blocks", "flash"])
 @pytest.mark.parametrize("q", [1, 40])
 def test_only_what_is_asked_and_nothing_else_touched(implementation, q):
+    """Check that only the requested statistics are returned, and that the inputs are unchanged."""
     queries, keys, _ = Case(q=q, n=60).tensors()
     before = queries.clone(), keys.clone()
     both = attention_statistics(queries, keys, 0.2, **BOTH, implementation=implementation)
@@ -274,6 +276,7 @@ def test_auto_takes_triton_where_it_can_run(gpu):
     ],
 )
 def test_what_cannot_serve_is_refused_by_its_key(gpu, implementation, device, dtype, more):
+    """Check that an implementation that cannot run is refused with the key model.attention_statistics."""
     with pytest.raises(UserError, match=r"model\.attention_statistics.*auto"):
         choose(device, dtype, implementation=implementation, **more)
 

@@ -90,6 +90,7 @@ def test_yaml_that_is_good_reads_as_pyyaml_reads_it():
 
 
 def test_a_date_stays_a_text_and_merged_keys_are_there():
+    """Check that a YAML date stays a string and that merge keys are applied."""
     assert yaml_text.parse_yaml("a: 2024-01-01", "x") == {"a": "2024-01-01"}
     assert yaml_text.parse_yaml("a: &a {b: 1}\nc: {<<: *a, d: 2}", "x")["c"] == {"b": 1, "d": 2}
 
@@ -237,6 +238,8 @@ def test_shapes_are_those_that_safetensors_reads():
 
 
 def test_a_pipe_is_no_configuration(tmp_path):
+    """Check that a named pipe is refused as a configuration file."""
+
     import os
 
     os.mkfifo(tmp_path / "pipe")

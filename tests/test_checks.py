@@ -90,6 +90,7 @@ def test_phrases_ignore_case_and_the_kind_of_blank_unless_told():
 
 @given(st.text("aBß 7é.", max_size=10))
 def test_case_is_what_changing_it_would_change(text):
+    """Compare the check of lower and upper case with changing the case of each character."""
     kept = bool(text.strip())
     assert passes(check("case", "lower"), text) == (kept and text == "".join(c.lower() for c in text))
     no_small = all(c == c.upper() or not c.islower() for c in text)
@@ -121,6 +122,7 @@ def test_json_is_an_object_or_a_list(value, keys, fenced):
     "text", ['{"a": NaN}', '{"a": 1', 'Sure: {"a": 1}', "{'a': 1}", '{"a": 1} {"b": 2}', "[" * 9999]
 )
 def test_what_is_nearly_json_is_not(text):
+    """Check that text that is almost JSON fails the check json."""
     assert not passes(check("json"), text)
 
 
@@ -153,6 +155,7 @@ def test_an_answer_is_compared_as_for_exact_match():
 
 @given(st.sampled_from(checks.KINDS), st.sampled_from(["", " ", "\n\t"]))
 def test_an_empty_answer_follows_nothing(kind, text):
+    """Check that an empty answer fails every check."""
     value = {"case": "lower", "language": "en", "json": None}.get(kind, 3 if "_words" in kind else "x")
     value = 1 if kind in ("max_sentences", "lines") else value
     assert not passes(check(kind, value), text)
@@ -197,6 +200,7 @@ def user(content="?", *own):
 
 
 def test_defaults_follow_from_where_a_check_stands():
+    """Check the default ids and turns of checks in system messages, in user turns and for the whole conversation."""
     talk = {
         "turns": [
             {"role": "system", "content": "s", "checks": [{"kind": "lines", "value": 1}]},

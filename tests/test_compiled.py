@@ -131,6 +131,7 @@ def test_the_states_themselves_are_left_alone():
 
 
 def test_what_it_cannot_take_is_said():
+    """Check that compiled decoding names the reason why it cannot run."""
     local = engine("qwen2")
     decoder = CompiledDecoder(local, backend="eager")
     assert decoder.refusal(compressed(local, "full", [20])) is None
@@ -192,6 +193,7 @@ def test_attention_in_runs_is_attention(scale):
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 2000, 4097, 16384, 16385, 131_136])
 def test_a_capacity_holds_what_is_asked_and_not_much_more(n):
+    """Check that the buffer capacity is at least n, a multiple of RUN, and at most about 25 % larger."""
     capacity = _rounded(n)
     assert capacity % RUN == 0
     assert n <= capacity < max(n + RUN, 1.25 * n + 1)

@@ -221,6 +221,7 @@ def test_ids_differ():
 
 
 def test_rules_stand_in_a_system_message_now_and_then():
+    """Check that about 30 % of the conversations give their first rules in a system message."""
     share = sum(c["turns"][0]["role"] == "system" for c in generate(300, 8, seed=5)) / 300
     assert 0.2 < share < 0.4
     (conversation,) = generate(1, 8, shape=Shape(system=1.0))

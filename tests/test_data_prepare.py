@@ -118,6 +118,7 @@ class TestFiles:
             assert {"dataset", "revision", "split", "model_revision", "config_hash", "git_commit"} <= set(meta)
 
     def test_two_runs_are_equal_and_code_is_no_part_of_the_configs_hash(self, tmp_path, spec):
+        """Check that two runs give equal data, and that the code hash does not change the configuration hash."""
         one = prepared(tmp_path, spec)
         two = prepared(tmp_path, {**spec, "code": "other"}, name="again")
         assert one == two
@@ -202,6 +203,7 @@ class TestWording:
         assert manifest["warnings"] == []
 
     def test_without_them_our_own_wording_is_used_and_said_to_be(self, tmp_path, spec):
+        """Check that without LongBench's files the project's own template is used, with a warning."""
         manifest, _, bins = prepared(tmp_path, self.longbench(tmp_path, spec, with_files=False), "hotpotqa")
         assert manifest["template"]["source"] == manifest["max_new_tokens"]["source"] == "own"
         assert [("dataset2prompt" in w, "dataset2maxlen" in w) for w in manifest["warnings"]] == [

@@ -81,6 +81,7 @@ def test_the_embedded_model_on_a_cpu_needs_nothing(parsed, monkeypatch):
 
 @pytest.mark.parametrize(("device", "state"), [("cpu", "ok"), ("auto", "warn"), ("cuda", "fail")])
 def test_a_missing_gpu_matters_where_one_is_asked_for(device, state, parsed, monkeypatch):
+    """Check that a missing GPU is an error for the device cuda, a warning for auto, and no problem for cpu."""
     no_gpu(monkeypatch)
     finding = found(parsed({"device": device}), "GPU")
     assert finding.state == state
@@ -97,6 +98,7 @@ def test_a_missing_gpu_matters_where_one_is_asked_for(device, state, parsed, mon
     ],
 )
 def test_a_missing_extension_fails_only_where_it_is_asked_for(model, what, module, parsed, monkeypatch):
+    """Check that a missing package is an error only if the configuration needs it."""
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     assert found(parsed(), what).state == "ok"
     finding = found(parsed(model), what)

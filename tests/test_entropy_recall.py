@@ -185,6 +185,7 @@ def test_entropy_bins_are_those_of_the_definition():
 
 
 def test_where_few_examples_carry_high_entropy_the_trend_is_less_certain():
+    """Check that the trend has fewer degrees of freedom if only two examples have high entropy."""
     spread = made("driven", n=20, steps=12)
     low = np.where(spread.example < 2, spread.entropy, np.minimum(spread.entropy, 0.9))
     few = analyse(changed(spread, entropy=low), FAST).estimates["trend"]
@@ -306,6 +307,7 @@ def test_one_example_gets_no_interval_and_no_verdict():
 
 
 def test_entropy_that_only_follows_the_step_cannot_be_told_from_it():
+    """Check that no relation is confirmed if the entropy depends on the step only."""
     steps = made("by_step", n=12)
     cell = analyse(changed(steps, entropy=0.2 * steps.step), FAST)
     assert cell.estimates["partial_step"].method == "the entropy does not vary"
@@ -593,6 +595,7 @@ def test_the_report_has_no_section_without_a_table(tmp_path, monkeypatch):
 
 
 def test_the_section_stands_with_the_policy_alone(tmp_path, monkeypatch):
+    """Check the section of the report if there are scores of entropy_recall, but no observations."""
     text, _ = report(tmp_path, monkeypatch)
     assert "Does entropy choose better moments" in text
     assert "Possible confounders" not in text

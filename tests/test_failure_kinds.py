@@ -31,6 +31,7 @@ def results():
 
 
 def test_what_is_honest_is_what_scoring_calls_an_abstention():
+    """Check that the labels of honest failures are those that scoring gives to abstentions."""
     assert failure("The text does not say.", ["Paris"]) in HONEST
     assert failure("", ["Paris"]) not in HONEST
     assert set(HONEST) < set(LABELS)

@@ -59,6 +59,7 @@ def test_a_wrong_sentence_is_seen():
 
 
 def test_where_everything_loses_the_headline_says_so():
+    """Check that the headline reports a loss for every policy in a simulation in which each policy loses."""
     scores = first_screen.simulated(np.random.default_rng(0), 40, first_screen.LOSING)
     (_, _, lead), *cells = first_screen.read(first_screen.rendered(scores))
     assert first_screen.headline_right(lead, cells, first_screen.LOSING) == ("headline: a loss for everything", True)

@@ -46,6 +46,8 @@ def test_the_model_in_the_file_is_the_one_that_was_written(name):
 
 
 def test_quantized_weights_are_computed_as_what_they_stand_for(tmp_path, monkeypatch):
+    """Check that a Q8_0 model computes with its dequantized weights."""
+
     import gguf as library
 
     from kv_transition.engines.local import LocalEngine

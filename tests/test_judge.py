@@ -150,6 +150,7 @@ def judge(tmp_path: Path, act, answers, **changes) -> tuple[list[dict], Endpoint
 
 
 def test_good_verdicts_stand_beside_the_rules(tmp_path):
+    """Check that the judge's verdicts and the rules' verdicts are in one table, and check the request."""
     answers = [["yes", "yes it is so"], ["no", "yes well"]]
     rows, there = judge(tmp_path, fair, answers)
     assert [(r["conversation_id"], r["turn"], r["check_id"], r["judge"]) for r in rows] == [
@@ -204,6 +205,8 @@ def half_a_body(handler):
     ids=lambda value: getattr(value, "__name__", str(value))[:30],
 )
 def test_what_is_no_verdict_is_a_failure_with_its_reason_and_no_zero(tmp_path, act, said):
+    """Check that an invalid verdict is null with its reason, and that other verdicts are kept."""
+
     def once(asked):
         return act if asked["answer"] == "yes bad" else fair(asked)
 
@@ -223,6 +226,7 @@ def test_a_verdict_in_a_fence_or_after_thoughts_is_read(tmp_path):
 
 
 def test_a_verdict_that_is_cut_says_so(tmp_path):
+    """Check that a truncated verdict is reported as cut at max_tokens."""
     rows, _ = judge(tmp_path, lambda _: events('{"follows": tr', finish="length"), [["yes"]])
     assert rows[0]["judge_error"].endswith("(cut at max_tokens)")
 

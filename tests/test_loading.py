@@ -162,6 +162,7 @@ def on_two_devices(state):
 @pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
 @pytest.mark.parametrize("kind", ["streaming_llm", "h2o", "h2o_heavy", "tova", "snapkv", "knorm", "keydiff", "random"])
 def test_each_layer_is_thinned_out_where_it_lies(kind, batch):
+    """Check that each layer is compressed on its own device."""
     policy = create(kind, hyper_parameters(kind))
     if batch and not policy.acts_each_step:
         pytest.skip("policies that compress once never see a batch")

@@ -254,6 +254,7 @@ def test_entropies_are_those_of_the_distributions_that_produce_the_tokens(runs, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_oracle_says_what_plain_decoding_says(runs, family):
+    """Check that observation generates the same tokens as plain decoding with the full cache."""
     trace, _, _ = runs[family]
     model = engine(family)
     prefill = model.prefill(PROMPT[:30], PROMPT[30:])
@@ -273,6 +274,7 @@ def test_the_end_token_is_not_read(monkeypatch):
 
 
 def test_what_is_irreversible_never_comes_back():
+    """Check that with irreversible memory no evicted entry returns."""
     names = [name for name in SPEC["policies"] if name not in ("pyramidkv", "adakv")]
     _, recorded = followed(engine("mistral"), PROMPT, spec_of(*names), steps=12)
     for key in recorded[0][0]:
@@ -359,6 +361,7 @@ scores = st.lists(st.lists(st.integers(-3, 3), min_size=9, max_size=9), min_size
 
 @given(scores, st.integers(0, 9))
 def test_best_keeps_what_the_policies_own_choice_keeps(rows, k):
+    """Check that `best` selects the same entries as the policies' own `top`."""
     score = torch.tensor(rows, dtype=torch.float32)
     expected = torch.zeros_like(score, dtype=torch.bool)
     if k:
@@ -369,6 +372,7 @@ def test_best_keeps_what_the_policies_own_choice_keeps(rows, k):
 @given(scores, st.integers(1, 9))
 @settings(deadline=None)
 def test_dropping_the_lowest_of_what_is_held_is_keeping_the_best_of_it(rows, k):
+    """Check that evicting the lowest entry equals keeping the k - 1 best entries."""
     score = torch.tensor(rows, dtype=torch.float32)
     held = best(score.flip(-1), k)
     expected = best(score.masked_fill(~held, -torch.inf), k - 1) & held
@@ -419,6 +423,7 @@ def test_rows_are_one_for_each_step_and_key(tmp_path):
 
 
 def test_a_context_goes_on_without_its_question(tmp_path):
+    """Check that a continuation is observed after the context without the question."""
     found = sequences(tmp_path, continuations=True)
     assert [kind for _, kind, _ in found] == ["chain", "continuation", "t", "continuation"]
     assert found[1][2].n[0] == 30
@@ -471,6 +476,7 @@ THERE = {("a", "t"): (4, "length"), ("b", "t"): (4, "stop")}
     ],
 )  # fmt: skip
 def test_what_a_reviewer_would_look_for_is_found(table, there, flag, count):
+    """Check that each kind of damaged observation raises exactly its own flag."""
     rows = check(table, 100, there).to_dicts()
     flags = {name for name in OBSERVATION_CHECKS.names if name.endswith(("0", "1", "changes", "missing", "outside"))}
     assert len(rows) == 2

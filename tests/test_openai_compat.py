@@ -75,6 +75,7 @@ TRANSIENT = [
 
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_what_fails_twice_is_tried_a_third_time(server, fault):
+    """Check that a request that fails twice succeeds at the third attempt."""
     prompt = f"no 5 [[{fault}*2]]"
     reply = ask(server, prompt)
     assert (reply.text, reply.error, reply.attempts) == (answer_to(prompt), None, 3)
@@ -96,6 +97,7 @@ def test_what_fails_twice_is_tried_a_third_time(server, fault):
     ],
 )
 def test_what_fails_each_time_is_a_failure_with_its_reason(server, fault, reason, stream):
+    """Check that a request that fails at every attempt is a failure with its reason after three attempts."""
     prompt = f"no 5 {stream} [[{fault}]]"
     reply = ask(server, prompt, stream=stream)
     assert reply.text is None
@@ -110,6 +112,7 @@ def test_what_fails_each_time_is_a_failure_with_its_reason(server, fault, reason
     ("fault", "reason"), [("reset", "broke"), ("unfinished", "before"), ("error_in_stream", "died")]
 )
 def test_half_a_stream_is_no_answer(server, fault, reason):
+    """Check that an incomplete stream is a failure."""
     reply = ask(server, f"no 6 [[{fault}]]")
     assert reply.text is None
     assert reply.error.startswith("ENGINE_ERROR: ")
@@ -297,6 +300,7 @@ def test_at_most_so_many_are_under_way_and_the_answers_stay_in_order(concurrency
 
 
 def test_what_was_answered_before_a_refusal_was_handed_over(server):
+    """Check that answers before a refused request were passed to the caller."""
     seen = {}
     requests = [Request(MODEL, 12, prompt="no 1"), Request(MODEL, 12, prompt="no 2"), Request("other", 12, prompt="x")]
     with pytest.raises(UserError, match="has no model 'other'"):

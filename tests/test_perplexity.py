@@ -451,6 +451,7 @@ class TestSettings:
         assert positions(positions="original") == "original"
 
     def test_a_spec_depends_on_what_its_result_does(self):
+        """Check that a job's specification contains only the settings that change its result."""
         base = perplexity_specs.cell(changed(), "h2o", "r0.25")
         assert base == perplexity_specs.cell(changed(perplexity={"books": 3, "stride": 16}), "h2o", "r0.25")
         assert base != perplexity_specs.cell(changed(perplexity={"streaming": True}), "h2o", "r0.25")
@@ -491,6 +492,7 @@ class TestSettings:
         ],
     )
     def test_what_no_single_key_shows(self, sections, sentence):
+        """Check error sentences for combinations of keys that are each valid alone."""
         with pytest.raises(UserError, match=sentence):
             specs.check(changed(**sections))
 

@@ -178,6 +178,7 @@ def test_a_job_takes_its_start_its_reading_and_its_answers(tmp_path):
 
 @pytest.mark.parametrize(("worker", "loads"), [("auto", 1), ("never", 2 + 8)])
 def test_the_model_is_loaded_once_where_a_worker_holds_it(tmp_path, monkeypatch, worker, loads):
+    """Check that the plan counts one load of the model with a worker, and one load per job without."""
     monkeypatch.setenv("KVT_WORKER", worker)
     settings = parsed(tmp_path)
     nothing_but_loading = speed.Speed(start_s=10, read_s=0, answer_s=0, source="here", measured=True)

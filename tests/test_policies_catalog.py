@@ -88,6 +88,7 @@ def test_a_variant_inherits_defaults_and_keeps_its_name():
 
 
 def test_what_ignores_the_budget():
+    """Check which policies and settings ignore the budget."""
     assert catalog.ignores_budget("quantized", {"bits": 8})
     assert catalog.ignores_budget("entropy_drop", {"target": "threshold"})
     assert not catalog.ignores_budget("entropy_drop", {"target": "budget"})
@@ -112,6 +113,7 @@ def test_a_policy_from_a_file(vnorm):
 
 
 def test_the_code_that_decides_is_told(vnorm):
+    """Check the modules and the file content that enter the code hash of a policy."""
     assert catalog.modules("adakv") == ["kv_transition.policies.adakv"]
     assert catalog.content("adakv") is None
     assert catalog.modules(vnorm) == ["kv_transition.policies.base"]

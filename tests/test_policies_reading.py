@@ -65,6 +65,7 @@ def test_the_second_half_of_the_budget_goes_by_score_times_norm(kind, k):
 
 
 def test_with_adaptive_heads_the_budgets_follow_from_the_scores_alone():
+    """Check that values' norms change the kept entries but not the number of entries of each head."""
     state, _ = random_state(N, seed=8)
     plain = create("adakv", {"window": 6}).compress(state, 20)
     weighted = create("adakv", {"window": 6, "weighting": "projected_values"}).compress(state, 20)
@@ -116,6 +117,7 @@ def test_an_engine_that_reads_in_pieces_finds_the_same_reconstruction(chunk):
 
 
 def test_what_is_read_later_is_repeated_by_itself_and_a_single_token_is_not():
+    """Check that text that is read later is repeated on its own, and that a single token is not repeated."""
     kept = frozenset({"reconstruction"})
     first = engine("qwen2").extend(None, IDS[:40], kept)
     both = engine("qwen2").extend(first, IDS[40:], kept)

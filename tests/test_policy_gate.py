@@ -36,6 +36,7 @@ def shadow_of(kind: str, policy: Policy | None = None, budget: Budget = BUDGET):
 
 
 def test_every_registered_policy_is_here_or_says_why_not():
+    """Check that this file tests every registered policy except full, quantized, entropy_merge and entropy_recall."""
     left_out = set(catalog.kinds()) - set(KINDS)
     assert left_out <= {"full", "quantized", "entropy_merge", "entropy_recall"}
     assert {"h2o", "snapkv", "tova", "adakv", "entropy_drop"} <= set(KINDS)
@@ -44,6 +45,7 @@ def test_every_registered_policy_is_here_or_says_why_not():
 @pytest.mark.parametrize("budget", ["r0.1", "r0.2", "r0.5"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_prompts_end_the_shadow_holds_what_the_policy_keeps(kind, budget):
+    """Check that at the end of the prompt the shadow holds the entries that the policy keeps in a cell."""
     state, _ = random_state(90, seed=3)
     policy, budget = policy_of(kind), Budget.parse(budget)
     each = shadow_of(kind, policy, budget)

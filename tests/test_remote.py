@@ -199,6 +199,7 @@ def test_another_number_of_prompt_tokens_is_a_concern(cell):
 
 
 def test_requests_that_overlap_say_nothing_of_costs(cell, monkeypatch):
+    """Check that rows of overlapping requests are marked and have no batch size."""
     monkeypatch.setenv("KVT_REQUESTS", "2:4:1:")
     job = cell("", "", "", "")
     job.server.slow_s = 0.1
@@ -206,6 +207,7 @@ def test_requests_that_overlap_say_nothing_of_costs(cell, monkeypatch):
 
 
 def test_without_a_limit_on_jobs_nobody_knows_what_else_runs(cell, monkeypatch):
+    """Check that co_running is null if the number of parallel jobs is not limited."""
     monkeypatch.setenv("KVT_REQUESTS", "2:1:0:")
     assert {(row["co_running"], row["batch_size"]) for row in cell("", "").run()} == {(None, None)}
 
@@ -276,6 +278,7 @@ def test_a_server_of_kv_transition_is_told_policy_budget_mode_and_where_the_cont
 
 
 def test_an_endpoint_that_only_says_it_is_kv_transition_is_found_out(cell):
+    """Check that an endpoint that is declared as kv_transition and does not confirm the policy is refused."""
     with pytest.raises(UserError, match="does not confirm that it served mine at"):
         cell("", serves="kv_transition").run()
 
@@ -379,6 +382,7 @@ def test_two_jobs_do_not_answer_one_cell(cell):
     ],
 )
 def test_what_no_row_can_survive_stops_the_job_before_the_first(cell, change, sentence):
+    """Check that an error that affects every row stops the job before the first row."""
     job = cell("", "", "", **change)
     with pytest.raises(UserError, match=sentence):
         job.run()
@@ -436,6 +440,7 @@ MAPPED = {"h2o@r0.5": {"model": "half"}, "h2o@r0.2": {"base_url": "http://127.0.
 
 
 def test_every_policy_and_budget_has_what_stands_for_it():
+    """Check that each policy and budget is sent to its declared endpoint, model and extra body."""
     settings = experiment({"endpoints": MAPPED, "model": "m", "extra_body": {"a": 0, "b": 0}})
     specs.check(settings)
     told = {cell[1:]: grid_specs.cell(settings, *cell)["endpoint"] for cell in grid_specs.cells(settings)}

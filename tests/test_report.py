@@ -209,6 +209,7 @@ def test_findings_name_the_policy_that_keeps_most(demo_report):
 
 
 def test_one_word_for_an_outcome_wherever_it_stands(demo_report):
+    """Check that the report uses the same word for an outcome in each of its sections."""
     folder, text, page = demo_report
     results = load(folder)
     screen = page[page.index('id="verdict"') : page.index('id="findings"')]
@@ -399,6 +400,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_peculiar_data_are_said_in_words(tmp_path, name):
+    """Check that unusual data are described in words, without nan, None or inf."""
     change, words = ODD[name]
     rows = [r for r in demo(n=4).to_pylist() if r["mode"] == "after_prompt" or name == "an all-failed bin"]
     text, page = make(tmp_path, as_table(change(rows)))
@@ -409,6 +411,7 @@ def test_peculiar_data_are_said_in_words(tmp_path, name):
 
 
 def test_one_example_is_reported_as_what_it_is(tmp_path):
+    """Check the report of an experiment with one example per bin."""
     text, page = make(tmp_path, demo(n=1))
     assert "cells have n = 1" in text
     assert not Page(page).open

@@ -127,6 +127,7 @@ def test_numbers_are_those_of_their_tables(made):
 
 
 def test_the_judges_silence_is_shown_and_counts_for_nobody(made):
+    """Check that missing verdicts of the judge are shown and not counted."""
     folder, text, _ = made
     block = text.split("### Rule and judge")[1]
     assert "Without a verdict" in block

@@ -100,6 +100,7 @@ def test_the_sentences_name_the_best_and_the_worst(made):
 
 
 def test_what_is_exploratory_says_so(made, tmp_path):
+    """Check that results on fewer than 20 books are marked as exploratory."""
     _, text, _ = made
     assert "There are at most 10 books, fewer than the required 20, so the results are exploratory" in text
     many, _ = make(tmp_path, simulated(np.random.default_rng(0), {("h2o", "r0.2"): 0.1}, books=20, windows=1))
@@ -145,6 +146,7 @@ def test_markdown_tables_are_tables(made):
 
 
 def test_lost_windows_are_told(tmp_path):
+    """Check that windows without a score are counted in the text and in the table."""
     frame = simulated(np.random.default_rng(0), {("h2o", "r0.2"): 0.1})
     frame = frame.with_columns(
         nll_sum=pl.when((pl.col("policy") == "full") | (pl.col("window") > 0)).then(pl.col("nll_sum"))
@@ -178,6 +180,7 @@ def test_a_policy_is_drawn_at_its_own_perplexity(made):
 
 
 def test_figures_of_nothing_say_so():
+    """Check that figures without data give the reason."""
     nothing = pl.DataFrame(schema=pl.DataFrame(analysis.rows_to_table([], analysis.PERPLEXITY_STATS)).schema)
     pairs = pl.DataFrame(schema=pl.DataFrame(analysis.rows_to_table([], analysis.PERPLEXITY_PAIRS)).schema)
     assert "No window was scored" in svg(plots.compression_figure(nothing, POLICIES, 0.95))

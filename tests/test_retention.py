@@ -60,6 +60,7 @@ def test_every_instruction_in_force_gets_a_verdict_also_the_overridden_one():
 
 
 def test_chance_is_what_conversations_without_the_instruction_say():
+    """Check that the chance level is the mean verdict on answers of other conversations without the instruction."""
     found = verdicts(chat_rows(12, 3, {("full", "r1"): lambda k, turn: "yes 0" if k < 4 else "no"}))
     for row in found:
         if row["turn"] == 3 and row["check_id"] == "c2":
@@ -71,6 +72,7 @@ def test_chance_is_what_conversations_without_the_instruction_say():
 
 
 def test_an_override_holds_where_the_new_instruction_has_nothing_to_say():
+    """Check that an instruction stays overridden in turns in which the newer one gives no verdict."""
     old = Check(kind="contains", value="a", id="old", since=1)
     new = Check(kind="contains", value="b", id="new", since=2, due=[2], overrides="old")
     rows = chat_rows(1, 4, {("full", "r1"): lambda k, turn: "a"})
@@ -98,6 +100,7 @@ def test_without_early_ends_survival_is_a_share_with_wilsons_interval():
 
 
 def test_where_all_have_failed_the_curve_stays_at_zero():
+    """Check that the survival curve stays at 0 after all conversations have failed."""
     found = survival(np.array([1, 2, 2]), np.ones(3, bool), 5, 0.95)
     assert found.estimate == pytest.approx([2 / 3, 0, 0, 0, 0])
     assert found.high[-1] == pytest.approx(proportion_confint(0, 3, 0.05, "wilson")[1])
@@ -327,6 +330,7 @@ def test_kappa_is_the_textbooks():
 
 @given(st.lists(st.integers(1, 60), min_size=4, max_size=4))
 def test_the_linearised_error_is_that_of_the_library_where_clusters_are_single(table):
+    """Compare the linearized error of kappa with statsmodels for clusters of one answer."""
     each = np.vstack([np.tile(kind, (times, 1)) for kind, times in zip(np.eye(4), table, strict=True)])
     kappa, error = agreement.linearised(each)
     theirs = cohens_kappa(np.array(table).reshape(2, 2))

@@ -165,6 +165,7 @@ def test_common_words_are_far_more_frequent_than_all_others(length):
 
 
 def test_a_chain_cannot_be_told_by_listing_all_variables():
+    """Check that the document has as many variables outside the chain as in it."""
     for record in records("variable_tracking"):
         names = re.findall(r"Variable (\w+) is", record["context"])
         assert len(names) == 2 * len(record["answers"]) == 10

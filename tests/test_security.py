@@ -75,6 +75,7 @@ def test_nothing_is_unpickled_and_no_text_becomes_code(file):
 
 @pytest.mark.parametrize("file", RULES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_rules_neither(file):
+    """Check that rules contain no unpickling, no remote code and no evaluation of text."""
     assert not re.search(r"pickle|torch\.load|trust_remote_code|\beval\(|\bexec\(", file.read_text())
 
 

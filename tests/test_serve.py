@@ -417,6 +417,7 @@ def test_the_least_recently_used_prompts_go_first(model):
 
 
 def test_what_is_shared_counts_once():
+    """Check that keys and values shared by a context and its prompt are counted once."""
     own = served(statistics=frozenset())
     context, question = tokens(60), tokens(5, seed=9)
     own.prefills.after_context(context, frozenset(), len(question))

@@ -106,6 +106,7 @@ def test_a_wrong_request_is_told_what_is_wrong(client, body, param, said):
 
 
 def test_fields_that_change_nothing_are_ignored(client):
+    """Check that request fields that do not change the answer are ignored."""
     harmless = {
         "user": "me",
         "n": 1,

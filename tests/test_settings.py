@@ -363,6 +363,7 @@ def test_tokens_are_whole_numbers(value):
 
 
 def test_a_budget_of_one_is_full_and_runs_no_cell_of_its_own():
+    """Check that a budget of 1 is an alias of the full cache and has no cell."""
     settings = settings_module.parse(changed({"kv.modes": ["after_prompt"]}))
     assert grid_specs.cells(settings) == [
         ("after_prompt", "full", "r1"),

@@ -74,6 +74,7 @@ def test_an_edited_policy_runs_its_own_cells(project):
 
 
 def test_an_edited_parent_runs_its_children_too(project):
+    """Check that an edit of a policy's module reruns the policies that inherit from it."""
     project.edit("src/kv_transition/policies/h2o.py", "int(k * self.recent_share)", "round(k * self.recent_share)")
     assert cells_of(project) == {"h2o": 2, "h2o_heavy": 2}
 
@@ -114,6 +115,7 @@ def test_without_prefill_tensors_a_new_policy_runs_alone_and_answers_the_same(pr
 
 
 def test_touching_every_source_runs_nothing_on_the_gpu_path(project):
+    """Check that new time stamps of all sources rerun no job on the GPU path."""
     later = time.time() + 5
     for part in ("src", "scripts", "workflow", "envs", "Snakefile", "small.yaml"):
         path = project.folder / part
@@ -123,6 +125,7 @@ def test_touching_every_source_runs_nothing_on_the_gpu_path(project):
 
 
 def test_explaining_code_better_runs_nothing_on_the_gpu_path(project):
+    """Check that new comments rerun no job."""
     for file in (project.folder / "src").rglob("*.py"):
         file.write_text("# A comment.\n" + file.read_text())
     assert not project.planned()

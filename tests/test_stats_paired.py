@@ -49,6 +49,7 @@ def test_a_ratio_excludes_1_exactly_where_the_difference_excludes_0(pairs, alpha
 
 @given(PAIRS, LEVEL, st.booleans())
 def test_non_inferior_is_what_keeps_both_intervals_above_the_margin(pairs, alpha, clustered):
+    """Check that the lower bounds of difference and ratio exclude the margin exactly if p is below the level."""
     policy, full, codes = arrays(pairs, clustered)
     assume(full.any())
     tested = ni.margin(policy - ni.KEPT * full, ni.KEPT, codes)

@@ -98,6 +98,7 @@ def test_a_mode_loads_the_statistics_that_it_asks_for(store):
 
 
 def test_one_without_what_is_asked_for_is_read_again_and_replaced(store):
+    """Check that a prefill without a requested statistic is a miss and can be replaced."""
     poor = random_prefill(["plain"], statistics=frozenset({"attn_sum"}))
     rich = random_prefill(["plain"])
     store.save("abc", poor)

@@ -138,6 +138,7 @@ def test_clients_that_come_at_once_start_one_worker_and_are_served_side_by_side(
 
 
 def test_never_is_by_itself_and_other_words_are_refused(machine):
+    """Check that KVT_WORKER=never runs the job in the client, and that other words are refused."""
     client = machine.call(environment={"KVT_WORKER": "never"})
     client.communicate(timeout=60)
     assert int(machine.lines()[0][0]) == client.pid
@@ -222,6 +223,7 @@ def test_a_worker_without_work_ends(machine):
 
 
 def test_what_is_no_client_disturbs_nobody(machine):
+    """Check that invalid messages on the socket do not disturb the worker."""
     assert machine.call().wait(60) == 0
     (path,) = machine.folder.glob("*/*.sock")
     for nonsense in (b"", b"\xff\xff\xff\xff", b"\x00\x00\x00\x02[]", b"\x00\x00\x00\x04null", b"\x80\x04N."):
