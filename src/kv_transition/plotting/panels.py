@@ -92,12 +92,21 @@ def explorer(
 ) -> Spec:
     """Return an interactive chart as wide as its page, with the drop-down lists of ``data.filters``.
 
-    parameters: further parameters that the layers use. The legend has three columns, so that it fits a phone.
+    parameters: further parameters that the layers use. The legend has as many columns as fit.
     """
     content = inner(alt.layer(*layers).add_params(*parameters, *data.filters))
     size = {"width": "container", "height": height, "autosize": {"type": "fit", "contains": "padding"}}
-    narrow = {"config": CONFIG | {"legend": CONFIG["legend"] | {"columns": 3}}}
-    return compose(content | size | narrow, data, title, *subtitle)
+    fitting = {"config": CONFIG | {"legend": CONFIG["legend"] | {"columns": {"expr": _columns(content["layer"])}}}}
+    return compose(content | size | fitting, data, title, *subtitle)
+
+
+def _columns(layers: Sequence[Spec]) -> str:
+    """Return the Vega expression of the number of legend columns that fit the page, by the longest name of a colour."""
+    scales = (layer["encoding"].get("color", {}).get("scale") or {} for layer in layers)
+    longest = max((len(str(name)) for scale in scales for name in scale.get("domain", ())), default=0)
+    entry = 44 + 7 * longest  # pixels: symbol, padding and the name at the legend's font size
+    width = "(isFinite(containerSize()[0]) ? containerSize()[0] : 720)"
+    return f"clamp(floor({width} / {entry}), 1, 6)"
 
 
 def choices(rows: Sequence[Mapping[str, Any]], controls: Mapping[str, str]) -> list[alt.Parameter]:

@@ -19,9 +19,29 @@ _VEGA_LITE = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
 _DRAW = (
     '"use strict";\n'
     'const [spec, options] = ["spec", "embed"].map((id) => JSON.parse(document.getElementById(id).textContent));\n'
-    'vegaEmbed("#chart", spec, options);\n'
+    'vegaEmbed("#chart", fitTitle(spec, document.getElementById("chart").clientWidth), options);\n'
 )
 """script that draws the figure of a page"""
+
+_FIT = """
+window.fitTitle = (figure, width) => {
+  const pen = document.createElement("canvas").getContext("2d");
+  const room = width - 2 * figure.config.padding;
+  const broken = (text, font) => {
+    pen.font = `${font} ${figure.config.font}`;
+    return [text].flat().flatMap((line) => line.replaceAll(" %", "\u00a0%").split(" ").reduce((lines, word) => {
+      const longer = lines.length ? `${lines.at(-1)} ${word}` : word;
+      const fits = !lines.length || pen.measureText(longer).width <= room;
+      return fits ? [...lines.slice(0, -1), longer] : [...lines, word];
+    }, []));
+  };
+  const { text, fontSize, subtitle, subtitleFontSize } = figure.title;
+  const lines = { text: broken(text, `bold ${fontSize}px`), subtitle: broken(subtitle, `${subtitleFontSize}px`) };
+  return { ...figure, title: { ...figure.title, ...lines } };
+};
+"""
+"""script that breaks the title of a figure into lines of at most ``width`` pixels, because Vega cuts off what is wider
+than the chart"""
 
 PIXELS = 2  # pixels of a PNG for each pixel of the drawing
 
@@ -37,9 +57,9 @@ def png(drawing: str) -> bytes:
 
 
 def scripts() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script for a page that works offline."""
+    """Return Vega, Vega-Lite, Vega-Embed and ``fitTitle`` as one script for a page that works offline."""
     # an HTML parser ends a script at the first closing tag, even inside a string
-    return vl_convert.javascript_bundle(vl_version=_VEGA_LITE).replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle(vl_version=_VEGA_LITE).replace("</script", "<\\/script") + _FIT
 
 
 def save_html(spec: Spec, path: str | Path) -> None:

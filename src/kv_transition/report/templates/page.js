@@ -9,11 +9,22 @@
     const spec = specs[place.dataset.chart];
     if (!spec) continue;
     place.hidden = false;
-    window.vegaEmbed(place, spec, options).then(
-      () => place.parentElement.classList.add("drawn"),
+    window.vegaEmbed(place, window.fitTitle(spec, place.clientWidth), options).then(
+      () => {
+        place.parentElement.classList.add("drawn");
+        place.querySelector("summary").setAttribute("aria-label", "Save this figure");
+      },
       () => { place.hidden = true; },
     );
   }
+})();
+
+// A box is a stop of the keyboard only while there is something to scroll in it.
+(() => {
+  const sized = new ResizeObserver((changes) => {
+    for (const { target } of changes) target.tabIndex = target.scrollWidth > target.clientWidth ? 0 : -1;
+  });
+  for (const box of document.querySelectorAll(".scroll, .drawing, pre")) sized.observe(box);
 })();
 
 // Paper shows what is folded away on the screen.

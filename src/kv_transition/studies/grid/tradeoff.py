@@ -179,7 +179,7 @@ def forest(
     rows: Sequence[Row],
     policies: Sequence[str],
     data: Datasets,
-    what: str = "policy minus full cache, same examples",
+    what: str = "policy minus full cache",
 ) -> list[alt.Chart]:
     """Return the layers of a forest plot of differences: rows as of `difference_rows`, one line per ``name``."""
     ends = [r[k] for r in rows for k in ("estimate", "low", "high") if r[k] is not None]
