@@ -76,6 +76,23 @@ def test_failures_add_up_to_the_rate_in_the_table(tables):
         assert whole["n"] == 100
 
 
+def test_numbers_on_bars_stand_in_the_part_of_their_kind(tables):
+    """Check that kinds of failure can be told without colours: the number of the legend is inside its own part."""
+    data = plots.failure_stack(read_results(*tables))["datasets"]
+    numbered = 0
+    for name, rows in data.items():
+        if not rows or "number" not in rows[0]:
+            continue
+        bars = data[f"rows{int(name.removeprefix('rows')) - 2}"]
+        for row in rows:
+            own = [bar for bar in bars if bar["name"] == row["name"]]
+            (part,) = (bar for bar in own if bar["failure"].startswith(f"{row['number']} "))
+            left = sum(bar["share"] for bar in own if bar["order"] < part["order"])
+            assert left < row["at"] < left + part["share"]
+            numbered += 1
+    assert numbered > 5
+
+
 def test_where_nothing_was_timed_the_figure_says_why(tmp_path):
     """Check that the figure of latencies gives the reason if no latency was measured."""
     paths = analysed(tmp_path, demo(n=3, timed=False))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kv_transition.plotting.theme import NEUTRAL, PALETTE, SHAPES
-from kv_transition.studies.grid.plots import FAILURE_COLORS
+from kv_transition.studies.grid.plots import FAILURE_COLORS, number_color
 
 # Machado, Oliveira and Fernandes (2009), severity 1, for linear RGB
 VISION = {
@@ -57,3 +57,11 @@ def test_colours_stand_out_from_white():
     assert min(contrast.values()) > 2
     assert sum(value < 3 for value in contrast.values()) <= len(SHAPES)
     assert len(set(SHAPES)) == len(SHAPES) == len(PALETTE) - 1
+
+
+def test_numbers_on_bars_can_be_read():
+    """WCAG 2 asks for a contrast of 4.5 of text."""
+    weights = [0.2126, 0.7152, 0.0722]
+    for colour in FAILURE_COLORS.values():
+        low, high = sorted(float(linear(c) @ weights) for c in (colour, number_color(colour)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, colour

@@ -167,9 +167,15 @@ FAILURE_COLORS = dict(
         strict=True,
     )
 )
+# Numbers on these colours are white, on the others black.
+_DARK = ("#000000", "#773311", "#331199", "#0072B2")
+
+_STACK_PX, _NUMBER_PX = 300, 8
 
 
-_STACK_PX = 300
+def number_color(color: str) -> str:
+    """Return the colour of a number on a bar of ``color``."""
+    return "#FFFFFF" if color in _DARK else "#000000"
 
 
 def failure_rows(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -201,8 +207,31 @@ def failure_rows(results: Results) -> tuple[list[dict[str, Any]], list[dict[str,
     return parts, totals
 
 
+def _numbers(parts: list[dict[str, Any]], whole: list[dict[str, Any]], shown: list[str], least: float) -> list[Row]:
+    """Return the number of each kind of failure in its part of a bar, in front of the interval of the whole rate.
+
+    shown: the kinds in the order of the legend. least: the share that is wide enough for a number; parts with less
+    than that in front of the interval get none.
+    """
+    rows = []
+    for total in whole:
+        left = 0.0
+        for part in sorted((p for p in parts if p["name"] == total["name"]), key=lambda p: p["order"]):
+            free = min(left + part["share"], total["ci_low"] or 1.0)
+            if free - left >= least:
+                kind = LABELS[part["order"]]
+                at = min(left + part["share"] / 2, free - least / 2)
+                ink = number_color(FAILURE_COLORS[kind])
+                rows.append({"name": total["name"], "at": at, "number": shown.index(kind) + 1, "ink": ink})
+            left += part["share"]
+    return rows
+
+
 def failure_stack(results: Results) -> Spec:
-    """Return stacked shares of failures per policy and budget, with the overall rate and its interval."""
+    """Return stacked shares of failures per policy and budget, with the overall rate and its interval.
+
+    Parts of a bar have the number of their kind, so that the figure can be read without colours.
+    """
     parts, totals = failure_rows(results)
     title = "Failures by kind"
     share = f"share of all answers over all lengths; whole rate with {100 * results.confidence:g} % interval and n"
@@ -216,7 +245,12 @@ def failure_stack(results: Results) -> Spec:
     ranked = sorted(totals, key=lambda r: (labels.budget_order(r["budget"]), order.index(r["policy"])))
     names = list(dict.fromkeys(row["name"] for row in ranked))
     shown = [label for label in LABELS if any(row["order"] == LABELS.index(label) for row in parts)]
-    scale = alt.Scale(domain=[labels.failure(f) for f in shown], range=[FAILURE_COLORS[f] for f in shown])
+    kinds = {labels.failure(kind): f"{i} {labels.failure(kind)}" for i, kind in enumerate(shown, 1)}
+    for row in parts:
+        row["failure"] = kinds[row["failure"]]
+    scale = alt.Scale(domain=list(kinds.values()), range=[FAILURE_COLORS[f] for f in shown])
+    legend = theme.legend()
+    legend["symbolType"] = "square"
     top = max(row["ci_high"] or row["estimate"] for row in totals)
     # for the numbers behind the longest bar
     room = min(6 + 5.5 * max(len(row["text"]) for row in totals), 0.7 * _STACK_PX)
@@ -224,22 +258,26 @@ def failure_stack(results: Results) -> Spec:
     for task, mode in dict.fromkeys(panel[:2] for panel in results.panels):
         own, whole = ([r for r in rows if (r["task"], r["mode"]) == (task, mode)] for rows in (parts, totals))
         y = alt.Y("name:N", sort=names, title=None, axis=alt.Axis(labelLimit=200, domain=False, ticks=False))
-        x_scale = alt.Scale(domain=[0, top * _STACK_PX / (_STACK_PX - room)])
+        end = top * _STACK_PX / (_STACK_PX - room)
+        x_scale = alt.Scale(domain=[0, end])
         axis = alt.Axis(title="share of answers", values=[i / 10 for i in range(11)], format=".1f", grid=False)
         bars = (
             data.chart(own)
-            .mark_bar(height=11)
+            .mark_bar(height=11, stroke="#FFFFFF", strokeWidth=0.7)
             .encode(
                 y=y,
                 x=alt.X("share:Q", stack="zero", scale=x_scale, axis=axis),
-                color=alt.Color("failure:N", scale=scale, legend=theme.legend()),
+                color=alt.Color("failure:N", scale=scale, legend=legend),
                 order=alt.Order("order:Q"),
             )
         )
         base = data.chart([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in whole])
         rules = base.mark_rule(color=theme.INK, strokeWidth=1).encode(y=y, x=alt.X("ci_low:Q"), x2="ci_high:Q")
         text = base.mark_text(align="left", dx=6, fontSize=10, color=theme.INK)
-        layers = (bars, rules, text.encode(y=y, x="ci_high:Q", text="text:N"))
+        numbers = data.chart(_numbers(own, whole, shown, end * _NUMBER_PX / _STACK_PX)).mark_text(fontSize=9, dy=0.5)
+        ink = alt.Color("ink:N", scale=None)
+        layers = (bars, rules, text.encode(y=y, x="ci_high:Q", text="text:N"),
+                  numbers.encode(y=y, x="at:Q", text="number:N", color=ink))  # fmt: skip
         drawn.append(panels.panel(layers, _STACK_PX, {"step": 19}, panels.title(_head(results, task, mode))))
     return panels.figure(drawn, 2, data, title, share)
 
