@@ -190,6 +190,12 @@ DAMAGE = {
     "config with a text for a number": (lambda f: _edit(f, num_hidden_layers="four"), "num_hidden_layers: 'four'"),
     "config without heads": (lambda f: _edit(f, num_attention_heads=0), "num_attention_heads: 0"),
     "config of another vocabulary": (lambda f: _edit(f, vocab_size=100), r"\[1723, 128\] instead of \[100, 128\]"),
+    "config of another width": (
+        lambda f: _edit(f, intermediate_size=40), r"mlp\.down_proj\.weight is \[128, 256\] instead of \[128, 40\]"),
+    "config of other heads": (
+        lambda f: _edit(f, num_key_value_heads=4), r"self_attn\.k_proj\.weight is \[64, 128\] instead of \[128, 128\]"),
+    "config of fewer layers": (
+        lambda f: _edit(f, num_hidden_layers=3, layer_types=["full_attention"] * 3), "3 and the weights have 4 layers"),
     "config cut": (lambda f: _cut(f / "config.json"), "malformed JSON"),
     "config in UTF-16": (
         lambda f: (f / "config.json").write_bytes((f / "config.json").read_text().encode("utf-16")), "UTF-16"),
@@ -217,6 +223,19 @@ def test_a_damaged_model_is_one_sentence_at_check(check, tmp_path, damage):
     assert len(sentence.splitlines()) == 1
     with pytest.raises(UserError, match=words):
         raise UserError(sentence)
+
+
+def test_a_damaged_model_is_refused_by_serve_before_it_is_loaded(tmp_path, monkeypatch):
+    """transformers ignores the weights of layers that config.json does not count."""
+    from kv_transition.engines.local import LocalEngine
+
+    folder = tmp_path / "model"
+    shutil.copytree(READER, folder)
+    DAMAGE["config of fewer layers"][0](folder)
+    monkeypatch.setattr(LocalEngine, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    done = CliRunner().invoke(cli.app, ["serve", "--model", str(folder), "--port", "0"])
+    assert done.exit_code == 2
+    assert done.output.strip().endswith("3 and the weights have 4 layers, 0 to 3; download it again")
 
 
 def test_the_embedded_models_are_whole():

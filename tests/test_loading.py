@@ -13,6 +13,7 @@ from models import FAMILIES, engine, random_model, sliding_model, tokens
 
 from kv_transition.cache.batch import stack
 from kv_transition.cache.state import same
+from kv_transition.data import model_files
 from kv_transition.engines import loading
 from kv_transition.engines.local import LocalEngine
 from kv_transition.engines.reading import ATTENTION, attention_function
@@ -244,6 +245,43 @@ def test_a_weight_of_another_shape_is_one_sentence(folder):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 40}))
     with pytest.raises(UserError, match=r"model\.name: .*do not match its config\.json"):
         loading.load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "qwen3_moe",
+    ],
+)
+def test_shapes_of_the_header_are_compared_with_those_of_the_config(family, tmp_path):
+    """What transformers saves is accepted, in one file and in several."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "vocab_size": 60, "head_dim": 16}
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    config = AutoConfig.for_model(family, **shape, **ends, num_attention_heads=4, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "one")
+    model_files.check(str(tmp_path / "one"))
+    model.save_pretrained(tmp_path / "several", max_shard_size="50KB")
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
+    model_files.check(str(tmp_path / "several"))
+    if family == "qwen3_moe":
+        return  # its shapes are not among those that are known
+    file = tmp_path / "several/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"head_dim": 8}))
+    with pytest.raises(UserError, match=r"self_attn\..* instead of"):
+        model_files.check(str(tmp_path / "several"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from kv_transition.errors import UserError
 MAX_HEADER = 100_000_000
 """maximum bytes of a safetensors header, as the format defines it"""
 _COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim")
+_COMMON = frozenset(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite")
+)
+"""model types whose layers have the shapes of `_layer_shapes`; those of others are checked when the model is loaded"""
+_LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.(.+)")
 
 
 def cached_file(name: str, revision: str | None, file: str) -> Path | None:
@@ -123,17 +129,59 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
         files = [folder / file for file in sorted(set(names.values()))]
     else:
         files = [file for file in [folder / "model.safetensors"] if file.is_file()]
+    shapes: dict[str, list[int]] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"model.name: {file} is missing, although {index.name} names it; download it again")
         for key, (shape, _) in read_header(file).items():
-            if key.endswith("embed_tokens.weight"):
-                expected = [config.get("vocab_size"), config.get("hidden_size")]
-                if None not in expected and list(shape) != expected:
-                    raise UserError(
-                        f"model.name: {file} does not match config.json: {key} is {list(shape)} instead of {expected}; "
-                        "download it again"
-                    )
+            _check_shape(file, key, shape, _expected(config, key))
+            shapes[key] = shape
+    layers = config.get("num_hidden_layers")
+    stored = {int(found[1]) for key in shapes if (found := _LAYER.fullmatch(key))}
+    if _common(config) and layers is not None and stored and stored != set(range(layers)):
+        raise UserError(
+            f"model.name: {folder} contradicts itself, config.json has num_hidden_layers: {layers} and the weights "
+            f"have {len(stored)} layers, {min(stored)} to {max(stored)}; download it again"
+        )
+
+
+def _check_shape(file: Path, key: str, shape: list[int], expected: list[int | None] | None) -> None:
+    if expected is not None and None not in expected and list(shape) != expected:
+        raise UserError(
+            f"model.name: {file} does not match config.json: {key} is {list(shape)} instead of {expected}; "
+            "download it again"
+        )
+
+
+def _common(config: Mapping[str, Any]) -> bool:
+    # Quantized weights are packed into other shapes.
+    return config.get("model_type") in _COMMON and not config.get("quantization_config")
+
+
+def _expected(config: Mapping[str, Any], key: str) -> list[int | None] | None:
+    """Return the shape of a weight by the config, None for a size that the config leaves out; None if unknown."""
+    if key.endswith("embed_tokens.weight"):
+        return [config.get("vocab_size"), config.get("hidden_size")]
+    found = _LAYER.fullmatch(key)
+    return _layer_shapes(config).get(found[2]) if found and _common(config) else None
+
+
+def _layer_shapes(config: Mapping[str, Any]) -> dict[str, list[int | None]]:
+    """Return the shapes of a layer's projections, for the model types in `_COMMON`."""
+    hidden, inner, head = (config.get(key) for key in ("hidden_size", "intermediate_size", "head_dim"))
+    heads = config.get("num_attention_heads")
+    groups = config.get("num_key_value_heads")
+    queries = heads * head if heads and head else None
+    keys = groups * head if groups and head else None
+    return {
+        "self_attn.q_proj.weight": [queries, hidden],
+        "self_attn.k_proj.weight": [keys, hidden],
+        "self_attn.v_proj.weight": [keys, hidden],
+        "self_attn.o_proj.weight": [hidden, queries],
+        "mlp.gate_proj.weight": [inner, hidden],
+        "mlp.up_proj.weight": [inner, hidden],
+        "mlp.down_proj.weight": [hidden, inner],
+    }
 
 
 def read_header(file: Path) -> dict[str, tuple[list[int], str]]:

@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from kv_transition.cache.state import EVERY, STATISTICS
+from kv_transition.data import model_files
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.policies import catalog
@@ -61,6 +62,7 @@ def serve(
         )
     if threads:
         torch.set_num_threads(threads)
+    model_files.check(model, revision)
     engine = LocalEngine.from_pretrained(
         model, revision=revision, dtype=dtype, device=device, chunk_tokens=chunk_tokens
     )
