@@ -28,8 +28,12 @@ def cached_file(name: str, revision: str | None, file: str) -> Path | None:
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(name, file, revision=revision)
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError:  # neither a folder nor the name of a repository
+        return None
     return Path(found) if isinstance(found, str) else None
 
 
