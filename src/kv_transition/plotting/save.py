@@ -68,6 +68,7 @@ def save_html(spec: Spec, path: str | Path) -> None:
     data = {"spec": spec, "embed": EMBED}
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         security_policy(own),
         f"<title>{escape(spec['title']['text'])}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n<body>",
         '<div id="chart"></div>',
