@@ -131,9 +131,26 @@ CUT = """() => [...document.querySelectorAll('.live svg')].flatMap(svg => {
 })"""
 
 
+def _drawn(tab) -> None:
+    """Wait until all interactive figures are drawn."""
+    charts = tab.locator("[data-chart]").count()
+    tab.locator(".drawn").nth(charts - 1).wait_for(state="attached", timeout=120_000)
+
+
+# numbers what can be focused and is shown, in the order of the page
+STOPS = """() => [...document.querySelectorAll('a[href], button, input, select, summary, [tabindex]')].filter(e =>
+  e.tabIndex >= 0 && e.checkVisibility({ contentVisibilityAuto: true, visibilityProperty: true })
+).map((e, i) => { e.dataset.stop = i; }).length"""
+FOCUSED = """() => {
+  const e = document.activeElement;
+  const name = e.ariaLabel || (e.labels && e.labels[0] ? e.labels[0].textContent : e.textContent);
+  return [Number(e.dataset.stop), name.trim(), getComputedStyle(e).outlineStyle];
+}"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_cut_and_everything_is_reached_in_a_browser(report, scheme):
+def test_nothing_is_cut_off_in_a_browser(report, scheme):
     """Where Chromium and playwright are installed: on a desktop, a tablet, a phone, and with a zoom of 400 %."""
     started, program = _browser()
     with started as own:
@@ -143,11 +160,39 @@ def test_nothing_is_cut_and_everything_is_reached_in_a_browser(report, scheme):
             tab.emulate_media(color_scheme=scheme)
             tab.set_viewport_size({"width": width, "height": 900})
             tab.goto(report.as_uri())
-            charts = tab.locator("[data-chart]").count()
-            tab.wait_for_function(f"document.querySelectorAll('.drawn').length == {charts}", timeout=120_000)
+            _drawn(tab)
             assert tab.evaluate("document.scrollingElement.scrollWidth") <= width
             assert tab.evaluate(WIDER) == []
             assert width < 390 or tab.evaluate(CUT) == []
             assert said == []
             tab.close()
+        browser.close()
+
+
+@pytest.mark.slow
+def test_the_keyboard_reaches_everything_and_saves_a_figure(report):
+    """Where Chromium and playwright are installed: Tab visits each element once, in order, and Enter saves."""
+    started, program = _browser()
+    with started as own:
+        browser = own.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        tab, _ = _opened(browser)
+        tab.set_viewport_size({"width": 390, "height": 844})
+        tab.goto(report.as_uri())
+        _drawn(tab)
+        tab.evaluate("document.querySelectorAll('main details').forEach(d => { d.open = !d.closest('.live'); })")
+        tab.wait_for_timeout(300)
+        stops = tab.evaluate(STOPS)
+        visited = []
+        for _ in range(stops):
+            tab.keyboard.press("Tab")
+            visited.append(tab.evaluate(FOCUSED))
+        assert [number for number, _, _ in visited] == list(range(stops))
+        assert all(name and outline not in ("none", "") for _, name, outline in visited)
+        tab.locator(".live summary").first.focus()
+        tab.keyboard.press("Enter")
+        tab.keyboard.press("Tab")
+        tab.locator(".vega-actions a:focus:not([href='#'])").wait_for(state="attached")
+        with tab.expect_download() as saved:
+            tab.keyboard.press("Enter")
+        assert saved.value.suggested_filename.endswith(".svg")
         browser.close()

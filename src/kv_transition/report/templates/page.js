@@ -13,6 +13,10 @@
       () => {
         place.parentElement.classList.add("drawn");
         place.querySelector("summary").setAttribute("aria-label", "Save this figure");
+        // Vega-Embed makes the file when the mouse is pressed; a link that the keyboard reaches needs it, too.
+        for (const link of place.querySelectorAll(".vega-actions a")) {
+          link.addEventListener("focus", () => link.dispatchEvent(new MouseEvent("mousedown")));
+        }
       },
       () => { place.hidden = true; },
     );

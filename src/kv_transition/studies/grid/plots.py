@@ -20,7 +20,7 @@ from kv_transition.studies.grid import entries, tradeoff
 from kv_transition.studies.grid.results import Results, read_results
 
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 330, 190, 3
-COLLAPSE = {"text": "×", "fontSize": 26, "fontWeight": "bold", "dy": 1}
+COLLAPSE = {"text": "×", "fontSize": 26, "fontWeight": "bold", "dy": 1, "stroke": theme.INK, "strokeWidth": 0.9}
 
 FIGURES = {
     "acc_vs_len": ("score_mean", "Score", "Mean score against document length"),
