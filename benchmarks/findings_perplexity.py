@@ -206,8 +206,7 @@ def recall() -> list[str]:
     rows = [found.filter(policy=name).to_dicts()[0] for name in MOMENTS]
     share = {name: _moments(windows.filter(policy=name)) for name in MOMENTS}
     against = {
-        name: over(windows, "recall_entropy", name)
-        for name in ("recall_random", "recall_periodic", "recall_always", "recall_never")
+        name: over(windows, "recall_entropy", name) for name in ("recall_random", "recall_periodic", "recall_never")
     }
     figures.dots(
         [{"moments": MOMENTS[r["policy"]], "ratio": r["ratio"], "low": r["ratio_low"], "high": r["ratio_high"]}
@@ -219,19 +218,21 @@ def recall() -> list[str]:
     )  # fmt: skip
     chance = [against[name] for name in ("recall_random", "recall_periodic")]
     better, worse = all(high < 1 for _, _, high in chance), any(low > 1 for _, low, _ in chance)
-    helps = against["recall_never"][2] < 1
     answer = "Yes" if better else "No" if worse else "Undecided"
+    always = over(windows, "recall_always", "recall_never")
+    part = {name: f"{100 * value:.0f} %" for name, value in share.items()}
     lines = [
         "## Does it help to look again at what was evicted when entropy is high?",
         "",
-        f"{answer}: perplexity with recalls at high entropy is {interval(*against['recall_random'])} of that with as "
-        f"many random ones and {interval(*against['recall_periodic'])} of that with evenly spread ones. "
-        + ("Recalling helps: " if helps else "That recalling helps at all is not shown: ")
-        + f"it is {interval(*against['recall_never'])} of that with no recall.",
+        f"{answer}: perplexity with recalls at high entropy ({part['recall_entropy']} of the steps) is "
+        f"{interval(*against['recall_random'])} of that with random recalls ({part['recall_random']}) and "
+        f"{interval(*against['recall_periodic'])} of that with evenly spread ones ({part['recall_periodic']}). Compared "
+        f"with no recall, it is {interval(*against['recall_never'])} with recalls at high entropy and "
+        f"{interval(*always)} with a recall at every step.",
         *picture("real_recall", "perplexity over the full cache's by the moments of recall"),
         table(
             ["recalls", "share of the steps", "perplexity", "over the full cache's"],
-            [[MOMENTS[r["policy"]], f"{share[r['policy']]:.0%}", f"{r['perplexity']:.2f}", _ratio(r)] for r in rows],
+            [[MOMENTS[r["policy"]], part[r["policy"]], f"{r['perplexity']:.2f}", _ratio(r)] for r in rows],
         ),
         "",
         f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books, exploratory, intervals not adjusted; context of "
