@@ -226,8 +226,8 @@ def recall() -> list[str]:
         "",
         f"{answer}: perplexity with recalls at high entropy ({part['recall_entropy']} of the steps) is "
         f"{interval(*against['recall_random'])} of that with random recalls ({part['recall_random']}) and "
-        f"{interval(*against['recall_periodic'])} of that with evenly spread ones ({part['recall_periodic']}). Compared "
-        f"with no recall, it is {interval(*against['recall_never'])} with recalls at high entropy and "
+        f"{interval(*against['recall_periodic'])} of that with evenly spread ones ({part['recall_periodic']}). "
+        f"Compared with no recall, it is {interval(*against['recall_never'])} with recalls at high entropy and "
         f"{interval(*always)} with a recall at every step.",
         *picture("real_recall", "perplexity over the full cache's by the moments of recall"),
         table(
