@@ -196,6 +196,8 @@ DAMAGE = {
         lambda f: _edit(f, num_key_value_heads=4), r"self_attn\.k_proj\.weight is \[64, 128\] instead of \[128, 128\]"),
     "config of fewer layers": (
         lambda f: _edit(f, num_hidden_layers=3, layer_types=["full_attention"] * 3), "3 and the weights have 4 layers"),
+    "config of very many layers": (
+        lambda f: _edit(f, num_hidden_layers=10**15, layer_types=None), f"{10**15} and the weights have 4 layers"),
     "config cut": (lambda f: _cut(f / "config.json"), "malformed JSON"),
     "config in UTF-16": (
         lambda f: (f / "config.json").write_bytes((f / "config.json").read_text().encode("utf-16")), "UTF-16"),
@@ -236,6 +238,14 @@ def test_a_damaged_model_is_refused_by_serve_before_it_is_loaded(tmp_path, monke
     done = CliRunner().invoke(cli.app, ["serve", "--model", str(folder), "--port", "0"])
     assert done.exit_code == 2
     assert done.output.strip().endswith("3 and the weights have 4 layers, 0 to 3; download it again")
+
+
+@pytest.mark.parametrize("kind", [["qwen2"], {}, None, 2])
+def test_a_model_type_that_is_no_text_is_left_to_the_load(tmp_path, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(READER, folder)
+    _edit(folder, model_type=kind)
+    model_files.check(str(folder))
 
 
 def test_the_embedded_models_are_whole():

@@ -19,7 +19,7 @@ _COMMON = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite")
 )
 """model types whose layers have the shapes of `_layer_shapes`; those of others are checked when the model is loaded"""
-_LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:(?:model|language_model)\.)*layers\.([0-9]{1,9})\.(.+)")
 
 
 def cached_file(name: str, revision: str | None, file: str) -> Path | None:
@@ -142,7 +142,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
             shapes[key] = shape
     layers = config.get("num_hidden_layers")
     stored = {int(found[1]) for key in shapes if (found := _LAYER.fullmatch(key))}
-    if _common(config) and layers is not None and stored and stored != set(range(layers)):
+    if _common(config) and layers is not None and stored and (len(stored), max(stored) + 1) != (layers, layers):
         raise UserError(
             f"model.name: {folder} contradicts itself, config.json has num_hidden_layers: {layers} and the weights "
             f"have {len(stored)} layers, {min(stored)} to {max(stored)}; download it again"
@@ -159,7 +159,8 @@ def _check_shape(file: Path, key: str, shape: list[int], expected: list[int | No
 
 def _common(config: Mapping[str, Any]) -> bool:
     # Quantized weights are packed into other shapes.
-    return config.get("model_type") in _COMMON and not config.get("quantization_config")
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in _COMMON and not config.get("quantization_config")
 
 
 def _expected(config: Mapping[str, Any], key: str) -> list[int | None] | None:
