@@ -232,7 +232,10 @@ def recall() -> list[str]:
         *picture("real_recall", "perplexity over the full cache's by the moments of recall"),
         table(
             ["recalls", "share of the steps", "perplexity", "over the full cache's"],
-            [[MOMENTS[r["policy"]], part[r["policy"]], f"{r['perplexity']:.2f}", _ratio(r)] for r in rows],
+            [
+                ["none needed (full cache)", "–", f"{found.filter(policy='full')['perplexity'].item():.2f}", "1"],
+                *([MOMENTS[r["policy"]], part[r["policy"]], f"{r['perplexity']:.2f}", _ratio(r)] for r in rows),
+            ],
         ),
         "",
         f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books, exploratory, intervals not adjusted; context of "

@@ -106,6 +106,6 @@ def test_moments_of_recall_are_counted_in_the_kept_windows():
     windows = pl.read_parquet(KEPT / "recall" / "windows.parquet")
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     triggers, steps = (windows.filter(policy="recall_entropy")[name].sum() for name in ("triggers", "steps"))
-    assert f"| where entropy is high | {triggers / steps:.0%} |" in page
+    assert f"| where entropy is high | {100 * triggers / steps:.0f} % |" in page
     assert windows.filter(policy="recall_always").select((pl.col("triggers") == pl.col("steps")).all()).item()
     assert windows.filter(policy="recall_never")["triggers"].sum() == 0
