@@ -137,6 +137,10 @@ def _drawn(tab) -> None:
     tab.locator(".drawn").nth(charts - 1).wait_for(state="attached", timeout=120_000)
 
 
+PLOTS = """() => [...document.querySelectorAll('.live svg .role-frame.root > g > path.background')].map(e =>
+  e.getBoundingClientRect().height)"""
+
+
 # numbers what can be focused and is shown, in the order of the page
 STOPS = """() => [...document.querySelectorAll('a[href], button, input, select, summary, [tabindex]')].filter(e =>
   e.tabIndex >= 0 && e.checkVisibility({ contentVisibilityAuto: true, visibilityProperty: true })
@@ -164,6 +168,7 @@ def test_nothing_is_cut_off_in_a_browser(report, scheme):
             assert tab.evaluate("document.scrollingElement.scrollWidth") <= width
             assert tab.evaluate(WIDER) == []
             assert width < 390 or tab.evaluate(CUT) == []
+            assert all(height >= 150 for height in tab.evaluate(PLOTS)), "title and legend take the plot's height"
             assert said == []
             tab.close()
         browser.close()

@@ -92,11 +92,13 @@ def explorer(
 ) -> Spec:
     """Return an interactive chart as wide as its page, with the drop-down lists of ``data.filters``.
 
-    parameters: further parameters that the layers use. The legend has as many columns as fit.
+    height: of the plot, without title and legend, which take more lines on a narrow page. parameters: further
+    parameters that the layers use. The legend has as many columns as fit.
     """
     content = inner(alt.layer(*layers).add_params(*parameters, *data.filters))
-    size = {"width": "container", "height": height, "autosize": {"type": "fit", "contains": "padding"}}
-    fitting = {"config": CONFIG | {"legend": CONFIG["legend"] | {"columns": {"expr": _columns(content["layer"])}}}}
+    size = {"width": "container", "height": height, "autosize": {"type": "fit-x", "contains": "padding"}}
+    legend = CONFIG["legend"] | {"labelLimit": 260, "columns": {"expr": _columns(content["layer"])}}
+    fitting = {"config": CONFIG | {"legend": legend}}
     return compose(content | size | fitting, data, title, *subtitle)
 
 

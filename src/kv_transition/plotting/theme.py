@@ -40,7 +40,7 @@ CONFIG = {
 PAGE_STYLE = (
     f"body{{margin:1rem;font:15px {FONT};color:{INK};background:#fff}}"
     ".chart-wrapper{display:flex;flex-direction:column-reverse}"
-    ".vega-embed.has-actions{display:block;padding:0}"  # the figure is as wide as the page
+    "#chart{display:block;padding:0}"  # the figure is as wide as the page
     ".vega-bindings{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem;padding:0 38px 0 14px}"
     ".vega-bindings select{font:inherit;max-width:100%}"
 )

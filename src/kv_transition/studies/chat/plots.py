@@ -220,7 +220,7 @@ def explorer(table: pl.DataFrame, confidence: float) -> Spec | None:
     data = Datasets(panels.choices(rows, {"by": "Judged", "budget": "Kept", "chat_set": "Conversations"}))
     layers = _layers(rows, policies(table), data, _share_axis("instructions followed"))
     about = f"share of the instructions that answers follow; {panels.share(confidence)}, {_count(rows)}"
-    return panels.explorer(layers, 340, data, _RETENTION, about)
+    return panels.explorer(layers, 210, data, _RETENTION, about)
 
 
 FIGURES = {

@@ -362,7 +362,7 @@ def interactive(results: Results) -> Spec:
     ]
     key = ("; wide band: transition zone" if zones else "") + ("; ×: collapse" if collapses else "")
     said = f"{panels.share(results.confidence)}; grey: the full cache{key}"
-    return panels.explorer(layers, 390, data, "Answers against document length", said, parameters=(lit,))
+    return panels.explorer(layers, 260, data, "Answers against document length", said, parameters=(lit,))
 
 
 FIGURE_NAMES = (*FIGURES, "failures", "front", "differences")

@@ -148,7 +148,7 @@ def front_explorer(results: Results) -> Spec | None:
     if not rows:
         return None
     data = Datasets(panels.choices(rows, {"mode": "Compressed", "task": "Task"}))
-    return panels.explorer(_front_layers(rows, results.policies, data), 340, data, _FRONT_TITLE, _front_note(results))
+    return panels.explorer(_front_layers(rows, results.policies, data), 210, data, _FRONT_TITLE, _front_note(results))
 
 
 def difference_rows(results: Results) -> list[Row]:
@@ -228,5 +228,5 @@ def difference_explorer(results: Results) -> Spec | None:
     controls = {"lengths": "Lengths", "mode": "Compressed", "task": "Task", "measure": "Measure"}
     data = Datasets(panels.choices(rows, controls))
     share = f"{panels.share(results.confidence)}; for the score, left of the line is worse than the full cache"
-    height = 24 * len({row["name"] for row in rows}) + 120
+    height = 24 * len({row["name"] for row in rows})
     return panels.explorer(forest(rows, results.policies, data), height, data, _DIFFERENCE_TITLE, share)

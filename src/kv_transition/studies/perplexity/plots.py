@@ -142,7 +142,7 @@ def explorer(table: pl.DataFrame, policies: Options, confidence: float) -> Spec 
     found.sort(key=lambda p: (p["corpus"], p["bin"] is not None, p["bin"] or 0))
     data = Datasets(panels.choices(found, {"span": "Length", "corpus": "Corpus"}))
     layers = _by_compression(found, _names(found), data)
-    return panels.explorer(layers, 340, data, _COMPRESSION_TITLE, _said(found, confidence), _BANDS)
+    return panels.explorer(layers, 210, data, _COMPRESSION_TITLE, _said(found, confidence), _BANDS)
 
 
 _LENGTH_TITLE = "Perplexity against context length"

@@ -134,7 +134,7 @@ def bins_explorer(table: pl.DataFrame, confidence: float) -> Spec | None:
     rows.sort(key=lambda r: (r["task"], r["policy"], order[r["granularity"]], r["memory"], r["x"]))
     controls = {"memory": "Memory", "granularity": "Kept", "policy": "Policy", "task": "Task"}
     data = Datasets(panels.choices(rows, controls))
-    return panels.explorer(_bin_layers(table, rows, data), 340, data, _BINS_TITLE, *_bins_note(rows, confidence))
+    return panels.explorer(_bin_layers(table, rows, data), 210, data, _BINS_TITLE, *_bins_note(rows, confidence))
 
 
 _SCATTER_TITLE = "Entropy and recall, step by step"
