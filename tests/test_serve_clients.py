@@ -418,7 +418,7 @@ def test_a_full_line_asks_to_come_again(model):
         got = asyncio.run(together(url, [mixed(i) | {"max_tokens": 50} for i in range(40)]))
         statuses = [response.status_code for response in got]
         assert set(statuses) == {200, 429}
-        assert statuses.count(200) >= 6
+        assert statuses.count(200) >= 5  # the queue's length; more if a request leaves the queue meanwhile
         refused = next(response for response in got if response.status_code == 429)
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert refused.json()["error"]["code"] == "overloaded"
