@@ -176,7 +176,7 @@ def sinks() -> list[str]:
         f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books a context, exploratory, intervals not adjusted; 64 "
         "tokens scored one by one, 20 % of the entries held at each step.",
     ]  # fmt: skip
-    not_shown = "other contexts and budgets, streaming from the first token on, other models."
+    not_shown = "one and two sinks, other contexts and budgets, streaming from the first token on, other models."
     return lines + ending("sinks", not_shown, "books")
 
 
