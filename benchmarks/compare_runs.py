@@ -15,7 +15,7 @@ from pathlib import Path
 
 import polars as pl
 
-MEASURED = re.compile(r"(_s|_mb|_at)$|^(raw|seconds|co_running)$|latency|ttft|tokens_per_s")
+MEASURED = re.compile(r"(_s|_mb|_at)$|^(raw|seconds|co_running)$|latency|ttft|tokens_per_s|speedup")
 """columns and metrics that hold times, memory or the number of concurrent jobs"""
 
 
