@@ -150,20 +150,21 @@ def sinks() -> list[str]:
         head=("Sinks", f"20 % held, each step; n = {rows[0]['n']} windows of {rows[0]['clusters']} books a context"),
         output=IMAGES / "real_sinks.svg",
     )  # fmt: skip
-    more, less = (
-        {c: [p for (b, p), found in against.items() if b == bin_ and p.startswith("sinks") and test(found)]
-         for bin_, c in contexts.items()}
-        for test in (lambda found: found[1] > 1, lambda found: found[2] < 1)
-    )  # fmt: skip
-    answers = {"Yes" if "sinks_0" in more[c] else "No" if "sinks_0" in less[c] else "Undecided" for c in more}
-    said = "; ".join(
-        f"after {c} tokens perplexity is higher with {', '.join(more[c]) or 'no other number'} and lower with "
-        f"{', '.join(less[c]) or 'no other number'}" for c in more
-    )  # fmt: skip
+    answers, said = set(), []
+    for bin_, context in contexts.items():
+        others = {p: found for (b, p), found in against.items() if b == bin_ and p.startswith("sinks")}
+        more = [policy for policy, (_, low, _) in others.items() if low > 1]
+        less = [policy for policy, (_, _, high) in others.items() if high < 1]
+        answers.add("Yes" if "sinks_0" in more else "No" if "sinks_0" in less else "Undecided")
+        said.append(
+            f"after {context} tokens perplexity is higher with {', '.join(more) or 'no other number'} and lower with "
+            f"{', '.join(less) or 'no other number'}"
+        )
     lines = [
         "## Do sinks matter?",
         "",
-        f"{answers.pop() if len(answers) == 1 else 'It depends on the context'}: compared with four sinks, {said} "
+        f"{answers.pop() if len(answers) == 1 else 'It depends on the context'}: compared with four sinks, "
+        f"{'; '.join(said)} "
         "(the interval of the ratio excludes 1).",
         *picture("real_sinks", "perplexity over the full cache's by the number of sinks"),
         table(

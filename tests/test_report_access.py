@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from simulated_scores import demo
-from test_palette import linear
+from test_palette import contrast
 from test_report import Page, make
 from test_report_security import _browser, _opened
 
@@ -30,15 +29,6 @@ def colours(scheme: str) -> dict[str, str]:
     """The named colours of a scheme; the dark one changes some of the light one's."""
     light, dark = (dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", part)) for part in STYLE.split("@media", 2)[:2])
     return light if scheme == "light" else light | dark
-
-
-def luminance(rgb: np.ndarray) -> float:
-    return float(rgb @ [0.2126, 0.7152, 0.0722])
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted(luminance(linear(colour)) for colour in (one, other))
-    return (high + 0.05) / (low + 0.05)
 
 
 def mixed(colour: str, share: float, paper: str) -> str:

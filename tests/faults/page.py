@@ -37,10 +37,8 @@ def write(sources: Sequence[Path], kept: Path) -> None:
         if campaign not in campaigns:
             campaigns.append(campaign)
     write_json(kept, known | {"campaigns": campaigns})
-    kinds = {name: added([each["kinds"][name] for each in campaigns if name in each["kinds"]]) for name in NAMES}
-    kinds = {name: figures for name, figures in kinds.items() if figures}
-    if fuzzed := [each["kinds"]["requests"] for each in campaigns if "requests" in each["kinds"]]:
-        kinds["requests"] = max(fuzzed, key=lambda found: found["tries"])  # times and memory have no sum
+    found = {name: [each["kinds"][name] for each in campaigns if name in each["kinds"]] for name in NAMES}
+    kinds = {name: (largest if name == "requests" else added)(of) for name, of in found.items() if of}
     text = PAGE.read_text(encoding="utf-8")
     own = "\n".join([BEGIN, "", *table(kinds), "", *sentences(kinds), "", END])
     write_text(PAGE, re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: own, text, flags=re.DOTALL))
@@ -54,6 +52,11 @@ def added(figures: Sequence[Any]) -> Any:
         names = dict.fromkeys(name for each in figures for name in each)
         return {name: added([each[name] for each in figures if name in each]) for name in names}
     return sum(figures[1:], figures[0])
+
+
+def largest(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures with the most tries: times and memory have no sum."""
+    return max(figures, key=lambda found: found["tries"])
 
 
 def table(kinds: dict[str, Any]) -> list[str]:
