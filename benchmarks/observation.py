@@ -31,6 +31,7 @@ def measure(length: int, steps: int, device: str, repeats: int) -> dict[str, Any
     from kv_transition.engines.local import LocalEngine
     from kv_transition.policies.catalog import create, hyper_parameters
     from kv_transition.run.decode import Answer, Setting, decode
+    from kv_transition.studies.recall.ranking import Scores
     from kv_transition.studies.recall.run import follow, shadows_of
 
     torch.set_num_threads(1)
@@ -60,15 +61,17 @@ def measure(length: int, steps: int, device: str, repeats: int) -> dict[str, Any
     def alone(followed) -> dict[str, float]:
         """Return the seconds of each policy's begin and of its predictions, times the steps."""
         seconds = dict.fromkeys(POLICIES, 0.0)
+        prompt, now = Scores(state), Scores(state)
         for each in followed:
-            seconds[each.name] += clocked(lambda each=each: each.begin(state))
-            seconds[each.name] += steps * clocked(lambda each=each: each.predict(state))
+            seconds[each.name] += clocked(lambda each=each: each.begin(prompt))
+            seconds[each.name] += steps * clocked(lambda each=each: each.predict(now))
         return seconds
 
     @torch.inference_mode()
     def begin(followed) -> None:
+        prompt = Scores(state)
         for each in followed:
-            each.begin(state)
+            each.begin(prompt)
 
     follow(engine, state, shadows("global"), 2)  # what a first call loads is no part of it
     plain, beginning, observed, own = [], {}, {}, {}

@@ -29,7 +29,8 @@ from kv_transition.run.decode import answer as answer_plainly
 from kv_transition.studies.recall import run as observe
 from kv_transition.studies.recall import specs as recall_specs
 from kv_transition.studies.recall.checks import check, write_checks
-from kv_transition.studies.recall.shadow import GRANULARITIES, MEMORIES, best, thinned, without_lowest
+from kv_transition.studies.recall.ranking import Ranking, without_lowest
+from kv_transition.studies.recall.shadow import GRANULARITIES, MEMORIES, thinned
 from kv_transition.studies.recall.step_logs import write_logs
 from kv_transition.studies.recall.tables import OBSERVATION_CHECKS, OBSERVATION_LAYERS, OBSERVATIONS
 
@@ -361,12 +362,12 @@ scores = st.lists(st.lists(st.integers(-3, 3), min_size=9, max_size=9), min_size
 
 @given(scores, st.integers(0, 9))
 def test_best_keeps_what_the_policies_own_choice_keeps(rows, k):
-    """Check that `best` selects the same entries as the policies' own `top`."""
+    """Check that a ranking selects the same entries as the policies' own `top`."""
     score = torch.tensor(rows, dtype=torch.float32)
     expected = torch.zeros_like(score, dtype=torch.bool)
     if k:
         expected.scatter_(-1, top(score, k), True)
-    assert torch.equal(best(score, k), expected)
+    assert torch.equal(Ranking(score).best(k), expected)
 
 
 @given(scores, st.integers(1, 9))
@@ -374,8 +375,8 @@ def test_best_keeps_what_the_policies_own_choice_keeps(rows, k):
 def test_dropping_the_lowest_of_what_is_held_is_keeping_the_best_of_it(rows, k):
     """Check that evicting the lowest entry equals keeping the k - 1 best entries."""
     score = torch.tensor(rows, dtype=torch.float32)
-    held = best(score.flip(-1), k)
-    expected = best(score.masked_fill(~held, -torch.inf), k - 1) & held
+    held = Ranking(score.flip(-1)).best(k)
+    expected = Ranking(score.masked_fill(~held, -torch.inf)).best(k - 1) & held
     assert torch.equal(without_lowest(score, held), expected)
 
 

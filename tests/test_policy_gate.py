@@ -21,6 +21,7 @@ from kv_transition.policies import catalog
 from kv_transition.policies.base import Policy
 from kv_transition.studies.recall import run as observe
 from kv_transition.studies.recall import specs as recall_specs
+from kv_transition.studies.recall.ranking import Scores
 from kv_transition.studies.recall.shadow import GRANULARITIES, MEMORIES, Oracle, held_by, shadow
 
 KINDS = [k for k in catalog.kinds() if not recall_specs.why_not_observed(k, catalog.hyper_parameters(k))]
@@ -49,10 +50,34 @@ def test_at_the_prompts_end_the_shadow_holds_what_the_policy_keeps(kind, budget)
     state, _ = random_state(90, seed=3)
     policy, budget = policy_of(kind), Budget.parse(budget)
     each = shadow_of(kind, policy, budget)
-    each.begin(state)
+    each.begin(Scores(state))
     kept = held_by(policy.compress(state, budget.kept(90), seed=5), 90)
     for memory in MEMORIES:
-        assert torch.equal(each.predict(state)["per_head", memory], kept)
+        assert torch.equal(each.predict(Scores(state))["per_head", memory], kept)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if policy_of(k).by_score])
+def test_scores_differ_only_if_what_they_depend_on_differs(kind):
+    """Check that budgets of which a policy says that they have the same scores have the same scores."""
+    state, _ = random_state(90, seed=3)
+    policy, (layer, *_) = policy_of(kind), state.layers
+    first: dict = {}
+    for k in range(1, 90):
+        score = policy.score(layer, 0, k, state.length, 5)
+        assert torch.equal(score, first.setdefault(policy.score_basis(k), score)), k
+
+
+def test_a_policy_that_names_too_little_of_the_budget_would_be_found():
+    """Check that the test above would detect a policy like this one."""
+
+    @dataclass(frozen=True)
+    class Careless(type(policy_of("h2o"))):
+        def score_basis(self, k):
+            return None
+
+    state, _ = random_state(90, seed=3)
+    scores = [Careless().score(state.layers[0], 0, k, state.length, 5) for k in (10, 40)]
+    assert not torch.equal(*scores)
 
 
 # no use of the predicted step or of a later one
@@ -78,8 +103,8 @@ def predictions(model, each, steps: int) -> list[dict]:
     found = []
     predict = each.predict
 
-    def recorded(state):
-        sets = predict(state)
+    def recorded(scores):
+        sets = predict(scores)
         found.append(sets)
         return sets
 
@@ -131,8 +156,8 @@ def cost(each, n: int) -> tuple[int, int]:
     step."""
     state, _ = random_state(n, seed=1, layers=1)
     with FlopCounterMode(display=False) as flops, Allocated() as allocated:
-        each.begin(state)
-        each.predict(state)
+        each.begin(Scores(state))
+        each.predict(Scores(state))
     return allocated.count, flops.get_total_flops()
 
 
@@ -164,5 +189,5 @@ def test_a_policy_reads_no_more_than_it_names(kind):
     less = tuple(layer.without(STATISTICS - policy.statistics) for layer in state.layers)
     each = shadow_of(kind, policy)
     bare = type(state)(less, state.length, state.logits)
-    each.begin(bare)
-    assert each.predict(bare)
+    each.begin(Scores(bare))
+    assert each.predict(Scores(bare))

@@ -6,7 +6,7 @@ are protected, the pooling of scores over neighbours, and how layers and heads s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -86,6 +86,12 @@ class Scored(Policy):
         """Return the number of first tokens that are protected when ``k`` entries are kept."""
         return min(self.n_sink, k // 2 - self.in_window(k))
 
+    def score_basis(self, k: int) -> Hashable:
+        """Return the protected numbers, since plain scores depend on ``k`` only through them; weights depend on it
+        directly.
+        """
+        return (self.in_window(k), self.sinks(k)) if self.weighting == "none" else k
+
     def shielded(self, layer: LayerCache, k: int, length: int) -> Tensor:
         """Return which entries are protected, as bool in the shape of the layer's positions."""
         return (layer.positions >= length - self.in_window(k)) | (layer.positions < self.sinks(k))
@@ -93,7 +99,8 @@ class Scored(Policy):
     def importance(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         """Return the importance of each entry before pooling and protection: [Hkv, n] fp32, or [1, n] for all heads.
 
-        Arguments as of `score`. The importance of protected entries is not used.
+        Arguments as of `score`. The importance of protected entries is not used. A class whose importance depends on
+        ``k`` by more than the protected numbers overrides `score_basis`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define the importance of entries")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -81,6 +81,10 @@ class Policy:
         of this example. Protected entries have the score +inf.
         """
         raise NotImplementedError(f"{type(self).__name__} does not score entries")
+
+    def score_basis(self, k: int) -> Hashable:
+        """Return what the scores depend on of ``k``: where two are equal, the scores are, and are computed once."""
+        return k
 
     def keep(self, k: int) -> int:
         """Return the number of entries that are kept if ``k`` are allowed."""

@@ -37,6 +37,9 @@ class H2O(Policy):
     def protected(self, k: int) -> int:
         return int(k * self.recent_share)
 
+    def score_basis(self, k: int) -> int:
+        return self.protected(k)
+
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         recent = layer.positions >= length - self.protected(k)
         return layer.attn_sum.masked_fill(recent, torch.inf)

@@ -50,6 +50,9 @@ class LagKV(Scored):
         """Return the number of entries of a partition when ``k`` are kept."""
         return max(1, min(self.lag, (k // 2 - self.sinks(k) + 1) // 2))
 
+    def score_basis(self, k: int) -> int:
+        return k
+
     def in_window(self, k: int) -> int:
         """Return the largest number of last entries that are kept: one partition and the entries after it."""
         return min(max(self.window, 2 * self.partition(k) - 1), k // 2 - self.sinks(k))

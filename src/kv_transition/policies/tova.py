@@ -30,6 +30,9 @@ class TOVA(Policy):
     def protected(self, k: int) -> int:
         return min(1, k // 2)
 
+    def score_basis(self, k: int) -> None:
+        return None
+
     def score(self, layer: LayerCache, index: int, k: int, length: int, seed: int) -> Tensor:
         last = length - 1 + torch.arange(1, device=layer.positions.device)
         queries = layer.recent_queries[..., -1:, :]

@@ -27,7 +27,8 @@ from kv_transition.policies.catalog import create
 from kv_transition.provenance import digest, write_table
 from kv_transition.run import job
 from kv_transition.run.prefill import Reader, by_context, store_of
-from kv_transition.studies.recall.shadow import ORACLE, Oracle, Shadow, as_rows, best, shadow, thinned
+from kv_transition.studies.recall.ranking import Ranking, Scores, as_rows
+from kv_transition.studies.recall.shadow import ORACLE, Oracle, Sets, Shadow, shadow, thinned
 from kv_transition.studies.recall.tables import OBSERVATION_LAYERS, OBSERVATIONS
 from kv_transition.tables import cluster_of
 
@@ -63,8 +64,10 @@ class Trace:
     entropy_gap: list[list[float | None]] = field(default_factory=list)
     entropy_gap_gold: list[list[float | None]] = field(default_factory=list)
     finish_reason: str = "length"
-    layers: dict[Key, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """sums over the steps of recall and gold_mass_kept in each evictable layer, for keys with granularity per_head"""
+    layer_keys: list[Key] = field(default_factory=list)
+    """the keys with granularity per_head"""
+    layer_sums: Tensor = field(default_factory=lambda: torch.zeros(2, 0, 0, dtype=torch.float64))
+    """[2, b, L], sums over the steps of recall and gold_mass_kept of these keys in each evictable layer"""
 
 
 @torch.inference_mode()
@@ -77,8 +80,11 @@ def follow(
     Gold entries are the K entries, of the n before the token, with the highest attention. The end token is not read.
     shadows: must be new. entropy_gap_every: both entropy gaps are measured at every such step; 0: never.
     """
+    prompt = Scores(state)
     for each in shadows:
-        each.begin(state)
+        each.begin(prompt)
+    del prompt  # its scores are not needed any more
+    granularities = {g for each in shadows for g in each.granularities}
     trace = Trace()
     statistics = frozenset({"attn_sum"}).union(*(s.policy.statistics for s in shadows if s.policy.acts_each_step))
     golds: dict[tuple[str, str], Tensor] = {}
@@ -87,16 +93,19 @@ def follow(
         if token in engine.eos:
             trace.finish_reason = "stop"
             break
-        predictions = [each.predict(state) for each in shadows]
+        scores = Scores(state)
+        predictions = [each.predict(scores) for each in shadows]
         attention: list[Tensor] = []
         after = engine.extend(state, [token], statistics, max_tokens - step, attention)
         # the sets do not include the token's own entry
         attention = [row[:, : state.length] for row in attention]
+        needed = {g: Ranking(as_rows(attention, g)) for g in granularities}
+        heads = [len(row) for row in attention]
         for each, sets in zip(shadows, predictions, strict=True):
             if isinstance(each, Oracle):
-                sets |= each.hindsight(attention)
+                sets |= each.hindsight(needed, heads)
         altered = _Altered(engine, state, token, after.logits) if _due(step, entropy_gap_every) else None
-        golds = _compare(trace, shadows, predictions, attention, golds, altered)
+        golds = _compare(trace, shadows, predictions, needed, heads, golds, altered)
         trace.token_id.append(token)
         trace.entropy.append(entropy(state.logits))
         trace.n.append(state.length)
@@ -145,41 +154,46 @@ class _Altered:
 def _compare(
     trace: Trace,
     shadows: Sequence[Shadow],
-    predictions: Sequence[dict[tuple[str, str], Tensor]],
-    attention: list[Tensor],
+    predictions: Sequence[Sets],
+    needed: dict[str, Ranking],
+    heads: list[int],
     before: dict[tuple[str, str], Tensor],
     altered: _Altered | None,
 ) -> dict[tuple[str, str], Tensor]:
-    """Add a step to the trace; return the gold sets of the step by granularity and budget."""
+    """Add a step to the trace; return the gold sets of the step by granularity and budget.
+
+    needed: the ranking by the step's attention at each granularity. before: gold sets of the previous step.
+    """
     golds: dict[tuple[str, str], Tensor] = {}
     new: dict[tuple[str, str], float | None] = {}
     gaps: dict[tuple[str, str], float | None] = {}
-    rows = {g: as_rows(attention, g) for g in {g for sets in predictions for g, _ in sets}}
-    n = attention[0].shape[-1]
+    shares = {g: _shares(ranking.score) for g, ranking in needed.items()}
+    measured: dict[int, tuple[Tensor, Tensor]] = {}
     columns: list[tuple[Key, int, tuple[str, str], Tensor]] = []
     for each, sets in zip(shadows, predictions, strict=True):
-        k = each.budget.kept(n)
         for (granularity, memory), mask in sets.items():
-            at = granularity, str(each.budget)
+            ranking, at = needed[granularity], (granularity, str(each.budget))
+            k = each.budget.kept(ranking.score.shape[-1])
             if at not in golds:
-                golds[at] = best(rows[granularity], k)
+                golds[at] = ranking.best(k)
                 new[at] = _share_new(golds[at], before.get(at), k)
                 gaps[at] = altered.without(golds[at]) if altered else None
+            # one set after the other, so that temporaries stay in the CPU's cache; both memories may have the same set
+            if id(mask) not in measured:
+                measured[id(mask)] = (mask & golds[at]).sum(-1), (mask * shares[granularity]).sum(-1)
             columns.append(((each.name, at[1], granularity, memory), k, at, mask))
 
     recall, mass = torch.empty(2, len(columns), dtype=torch.float64)
-    for granularity, row in rows.items():
+    for granularity in needed:
         chosen = [i for i, (_, _, at, _) in enumerate(columns) if at[0] == granularity]
-        pred = torch.stack([columns[i][3] for i in chosen])
-        gold = torch.stack([golds[columns[i][2]] for i in chosen])
-        sizes = torch.tensor([columns[i][1] for i in chosen], device=row.device)[:, None]
-        hits = (pred & gold).sum(-1).double() / sizes  # [b, R]
-        # the sum may be 0, if all attention is on the token itself
-        share = row / row.sum(-1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
-        masses = (pred * share).sum(-1).double()
-        recall[chosen], mass[chosen] = hits.mean(-1).cpu(), masses.mean(-1).cpu()
+        own = (measured[id(columns[i][3])] for i in chosen)
+        hits, masses = (torch.stack(x).double().cpu() for x in zip(*own, strict=True))
+        hits /= torch.tensor([columns[i][1] for i in chosen])[:, None]  # [b, R]
+        recall[chosen], mass[chosen] = hits.mean(-1), masses.mean(-1)
         if granularity == "per_head":
-            _add_layers(trace, [columns[i][0] for i in chosen], attention, hits.cpu(), masses.cpu())
+            own = torch.stack([_of_layers(x, heads) for x in (hits, masses)])
+            trace.layer_sums = trace.layer_sums + own if trace.layer_keys else own
+            trace.layer_keys = [columns[i][0] for i in chosen]
 
     trace.keys = [key for key, *_ in columns]
     trace.k.append([k for _, k, *_ in columns])
@@ -191,6 +205,12 @@ def _compare(
     return golds
 
 
+def _shares(attention: Tensor) -> Tensor:
+    """Return the share of each entry in the attention on all entries before the token; rows [R, n]."""
+    # the sum may be 0, if all attention is on the token itself
+    return attention / attention.sum(-1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
+
+
 def _share_new(gold: Tensor, before: Tensor | None, k: int) -> float | None:
     """Return the share of the gold entries that were not gold at the previous step."""
     if before is None:
@@ -199,12 +219,9 @@ def _share_new(gold: Tensor, before: Tensor | None, k: int) -> float | None:
     return 1 - float(again.double().mean()) / k
 
 
-def _add_layers(trace: Trace, keys: list[Key], attention: list[Tensor], recall: Tensor, mass: Tensor) -> None:
-    heads = [len(layer) for layer in attention]
-    of_layers = [torch.stack([part.mean(-1) for part in x.split(heads, -1)], -1) for x in (recall, mass)]
-    for key, *own in zip(keys, *of_layers, strict=True):
-        sums = trace.layers.get(key, (0, 0))
-        trace.layers[key] = sums[0] + own[0], sums[1] + own[1]
+def _of_layers(x: Tensor, heads: list[int]) -> Tensor:
+    """Return the mean over the KV heads of each layer, [b, R] -> [b, L]."""
+    return torch.stack([part.mean(-1) for part in x.split(heads, -1)], -1)
 
 
 def shadows_of(spec: dict[str, Any], seed: int) -> list[Shadow]:
@@ -285,7 +302,7 @@ def layers_table(example: dict[str, Any], prompt_kind: str, trace: Trace) -> pa.
     rows = []
     steps = len(trace.n)
     of_example = {name: example[name] for name in ("task", "bin", "example_id")} | {"prompt_kind": prompt_kind}
-    for (policy, budget, _, memory), (recall, mass) in trace.layers.items():
+    for (policy, budget, _, memory), recall, mass in zip(trace.layer_keys, *trace.layer_sums, strict=True):
         of_key = of_example | {"policy": policy, "budget": budget, "memory": memory, "steps": steps}
         for layer, (own_recall, own_mass) in enumerate(zip(recall.tolist(), mass.tolist(), strict=True)):
             rows.append(of_key | {"layer": layer, "recall": own_recall / steps, "gold_mass_kept": own_mass / steps})

@@ -18,6 +18,7 @@ from kv_transition.cache.state import CacheState, Layer, LayerCache, SplitLayer
 from kv_transition.policies._allocation import by_head
 from kv_transition.policies.base import Policy
 from kv_transition.policies.streaming_llm import StreamingLLM
+from kv_transition.studies.recall.ranking import Ranking, Scores, without_lowest
 
 GRANULARITIES = ("global", "per_head")
 MEMORIES = ("ideal", "irreversible")
@@ -33,36 +34,6 @@ Sets = dict[tuple[str, str], Tensor]
 def has_global_score(policy: Policy, kind: str) -> bool:
     """Return whether the policy's scores can be averaged over layers and heads."""
     return policy.by_score and policy.uniform and kind not in _NOT_OF_A_POSITION
-
-
-def as_rows(layers: Sequence[Tensor], granularity: str) -> Tensor:
-    """Return [R, n] from [Hkv, n] of each evictable layer; global: the mean over all layers and KV heads, fp64."""
-    device = layers[0].device
-    rows = torch.cat([layer.to(device) for layer in layers])
-    return rows.mean(0, keepdim=True, dtype=torch.float64) if granularity == "global" else rows
-
-
-def best(score: Tensor, k: int) -> Tensor:
-    """Return the mask of the ``k`` highest of each row [R, n], ties to the lower index, as `policies.base.top` does."""
-    n = score.shape[-1]
-    if k >= n or k <= 0:
-        return torch.full_like(score, k > 0, dtype=torch.bool)
-    least = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    above, equal = score > least, score == least
-    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-
-
-def without_lowest(score: Tensor, held: Tensor) -> Tensor:
-    """Return the mask of the held entries [R, n] without the lowest of each row; the higher index in a tie."""
-    of_held = score.masked_fill(~held, torch.inf)
-    return held.scatter(-1, score.shape[-1] - 1 - of_held.flip(-1).argmin(-1, keepdim=True), False)
-
-
-def ranks(score: Tensor) -> Tensor:
-    """Return the rank of each entry, [R, n] int64: 0 for the highest of a row, ties to the lower index."""
-    order = score.sort(dim=-1, descending=True, stable=True).indices
-    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def held_by(state: CacheState, n: int) -> Tensor:
@@ -102,7 +73,7 @@ def _chosen(layer: LayerCache, mask: Tensor) -> Layer:
 @dataclass
 class Shadow:
     """The shadow of one policy under one budget. Call `begin` at the end of the prompt, and `predict` before each
-    token.
+    token. Both receive the scores of the full state, which all shadows share.
     """
 
     name: str
@@ -112,15 +83,13 @@ class Shadow:
     memories: tuple[str, ...]
     seed: int = 0
 
-    def begin(self, prompt: CacheState) -> None:
-        """Start after the prompt. prompt: its full state. Raises UserError if it lacks a statistic that the policy
-        reads.
-        """
-        for layer in prompt.evictable:
+    def begin(self, prompt: Scores) -> None:
+        """Start after the prompt. Raises UserError if its state lacks a statistic that the policy reads."""
+        for layer in prompt.state.evictable:
             self.policy._require_statistics(layer)
 
-    def predict(self, state: CacheState) -> Sets:
-        """Return the sets held before the next token is read; ``state`` is the full state."""
+    def predict(self, scores: Scores) -> Sets:
+        """Return the sets held before the next token is read. Sets that agree may be the same tensor."""
         raise NotImplementedError
 
     def _k(self, n: int) -> int:
@@ -129,15 +98,9 @@ class Shadow:
     def _budgets(self, k: int, n: int, layers: int) -> list[int]:
         return [self.policy.layer_budget(k, rank, layers, n) for rank in range(layers)]
 
-    def _scores(self, state: CacheState, budgets: Sequence[int]) -> list[Tensor]:
-        """Return the policy's scores of each evictable layer, [Hkv, n]."""
-        numbers = [i for i, layer in enumerate(state.layers) if layer.window is None]
-        scores = []
-        for number, k in zip(numbers, budgets, strict=True):
-            layer = state.layers[number]
-            score = self.policy.score(layer, number, k, state.length, self.seed)
-            scores.append(score.expand(layer.positions.shape))
-        return scores
+    def _rankings(self, scores: Scores, budgets: Sequence[int]) -> dict[str, Ranking]:
+        """Return the ranking by the policy's scores at each granularity."""
+        return {g: scores.ranking(self.policy, budgets, self.seed, g) for g in self.granularities}
 
     def _in_all(self, masks: dict[str, Tensor]) -> Sets:
         """Return the same sets for every memory."""
@@ -152,29 +115,31 @@ class Once(Shadow):
     scores are dropped first. The policy never recalls an entry, so both memories have the same sets.
     """
 
-    _ranks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _places: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def begin(self, prompt: CacheState) -> None:
+    def begin(self, prompt: Scores) -> None:
         super().begin(prompt)
-        self._n, self._layers = prompt.length, len(prompt.evictable)
-        self._heads = [layer.positions.shape[0] for layer in prompt.evictable]
-        scores = self._scores(prompt, self._budgets(self._k(self._n), self._n, self._layers))
-        self._ranks = {g: ranks(as_rows(scores, g)) for g in self.granularities}
+        layers = prompt.state.evictable
+        self._n, self._layers = prompt.state.length, len(layers)
+        self._heads = [layer.positions.shape[0] for layer in layers]
+        rankings = self._rankings(prompt, self._budgets(self._k(self._n), self._n, self._layers))
+        self._places = {g: ranking.places for g, ranking in rankings.items()}
 
-    def predict(self, state: CacheState) -> Sets:
-        k, generated = self._k(state.length), state.length - self._n
-        held = {g: rank < self._limit(k - generated, rank) for g, rank in self._ranks.items()}
+    def predict(self, scores: Scores) -> Sets:
+        length = scores.state.length
+        k, generated = self._k(length), length - self._n
+        held = {g: places < self._limit(k - generated, places) for g, places in self._places.items()}
         return self._in_all({g: _with_generated(mask, k, generated) for g, mask in held.items()})
 
-    def _limit(self, m: int, rank: Tensor) -> int | Tensor:
+    def _limit(self, m: int, places: Tensor) -> int | Tensor:
         """Return how many of the prompt's entries each row keeps when it is ``m`` on average."""
-        if m <= 0 or len(rank) == 1:
+        if m <= 0 or len(places) == 1:
             return m
         budgets = self._budgets(m, self._n, self._layers)
         if len(set(budgets)) == 1:
             return budgets[0]
         each = [k for k, heads in zip(budgets, self._heads, strict=True) for _ in range(heads)]
-        return torch.tensor(each, device=rank.device)[:, None]
+        return torch.tensor(each, device=places.device)[:, None]
 
 
 @dataclass
@@ -186,13 +151,14 @@ class Reduced(Shadow):
 
     _last: tuple[int, Tensor] | None = field(default=None, repr=False)
 
-    def begin(self, prompt: CacheState) -> None:
+    def begin(self, prompt: Scores) -> None:
         super().begin(prompt)
-        self._prompt, self._last = prompt, None
+        self._prompt, self._last = prompt.state, None
 
-    def predict(self, state: CacheState) -> Sets:
-        k, n = self.budget.kept(state.length), self._prompt.length
-        generated = state.length - n
+    def predict(self, scores: Scores) -> Sets:
+        length = scores.state.length
+        k, n = self.budget.kept(length), self._prompt.length
+        generated = length - n
         m = max(k - generated, 0)
         if self._last is None or self._last[0] != m:
             kept = self.policy.compress(self._prompt, m, seed=self.seed) if m else None
@@ -214,63 +180,64 @@ class EachStep(Shadow):
     """
 
     _held: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _k_held: int = 0
+    _k_held: int | None = None
+    """size of the held sets, if it is the same in all layers"""
 
-    def begin(self, prompt: CacheState) -> None:
+    def begin(self, prompt: Scores) -> None:
         super().begin(prompt)
-        self._held, self._k_held = {}, 0
+        self._held, self._k_held = {}, None
 
-    def predict(self, state: CacheState) -> Sets:
-        n, layers = state.length, len(state.evictable)
-        budgets = self._budgets(self._k(n), n, layers)
-        return self._kept(self._scores(state, budgets), budgets)
+    def predict(self, scores: Scores) -> Sets:
+        budgets = self._budgets(self._k(scores.state.length), scores.state.length, len(scores.state.evictable))
+        heads = [len(layer.positions) for layer in scores.state.evictable]
+        return self._kept(self._rankings(scores, budgets), budgets, heads)
 
-    def _kept(self, scores: list[Tensor], budgets: list[int]) -> Sets:
-        """Return the sets by scores [Hkv, n] of each layer."""
+    def _kept(self, rankings: dict[str, Ranking], budgets: list[int], heads: list[int]) -> Sets:
+        """Return the sets by the ranking at each granularity; ``budgets`` and ``heads`` of each layer."""
         sets: Sets = {}
-        for granularity in self.granularities:
-            rows = as_rows(scores, granularity)
+        for granularity, ranking in rankings.items():
             if "ideal" in self.memories:
-                sets[granularity, "ideal"] = self._best(rows, budgets, scores)
+                sets[granularity, "ideal"] = _best(ranking, budgets, heads)
             if "irreversible" in self.memories:
                 held = self._held.get(granularity)
-                kept = self._best(rows, budgets, scores) if held is None else self._cut(rows, held, budgets, scores)
+                kept = _best(ranking, budgets, heads) if held is None else self._cut(ranking, held, budgets, heads)
                 sets[granularity, "irreversible"] = self._held[granularity] = kept
-        self._k_held = budgets[0]
+        self._k_held = budgets[0] if len(set(budgets)) == 1 else None
         return sets
 
-    def _cut(self, rows: Tensor, held: Tensor, budgets: list[int], scores: list[Tensor]) -> Tensor:
+    def _cut(self, ranking: Ranking, held: Tensor, budgets: list[int], heads: list[int]) -> Tensor:
         """Return the mask of the entries that are kept, of the held entries and those added since."""
-        new = rows.shape[-1] - held.shape[-1]
+        new = ranking.score.shape[-1] - held.shape[-1]
         grown = functional.pad(held, (0, new), value=True)
-        k = budgets[0]
-        if k == self._k_held and new == 1 and len(set(budgets)) == 1:
-            return without_lowest(rows, grown)
-        return self._best(rows.masked_fill(~grown, -torch.inf), budgets, scores) & grown
-
-    @staticmethod
-    def _best(rows: Tensor, budgets: list[int], scores: list[Tensor]) -> Tensor:
-        if len(set(budgets)) == 1 or len(rows) == 1:
-            return best(rows, budgets[0])
-        of_layers = rows.split([len(score) for score in scores])
-        return torch.cat([best(own, k) for own, k in zip(of_layers, budgets, strict=True)])
+        if new == 1 and self._k_held is not None and len(set(budgets)) == 1:
+            if budgets[0] == self._k_held + 1:
+                return grown
+            if budgets[0] == self._k_held:
+                return without_lowest(ranking.score, grown)
+        return _best(Ranking(ranking.score.masked_fill(~grown, -torch.inf)), budgets, heads) & grown
 
 
 @dataclass
 class Ends(EachStep):
     """The shadow of StreamingLLM, which holds the first and the newest entries, equal in all heads."""
 
-    def predict(self, state: CacheState) -> Sets:
-        n, layers = state.length, state.evictable
+    def predict(self, scores: Scores) -> Sets:
+        n, layers = scores.state.length, scores.state.evictable
         k, held = self._k(n), self._held.get("row")
-        everything = torch.ones(1, n, dtype=torch.bool, device=layers[0].positions.device)
-        ideal = self._of(everything, k)
-        kept = ideal if held is None else self._of(functional.pad(held, (0, n - held.shape[-1]), value=True), k)
+        there = torch.ones(1, n, dtype=torch.bool, device=layers[0].positions.device)
+        ideal = kept = self._of(there, k)
+        if held is not None:
+            there = functional.pad(held, (0, n - held.shape[-1]), value=True)
+            # all of the ideal set is held unless the number of sinks has changed
+            kept = ideal if bool((ideal <= there).all()) else self._of(there, k)
         self._held["row"] = kept
-        heads = sum(len(layer.positions) for layer in layers)
-        rows = {"global": 1, "per_head": heads}
-        found = {"ideal": ideal, "irreversible": kept}
-        return {(g, m): found[m].expand(rows[g], n) for g in self.granularities for m in self.memories}
+        sets: Sets = {}
+        for granularity in self.granularities:
+            rows = 1 if granularity == "global" else sum(len(layer.positions) for layer in layers)
+            wide = {id(mask): mask.expand(rows, n) for mask in (ideal, kept)}
+            found = {"ideal": wide[id(ideal)], "irreversible": wide[id(kept)]}
+            sets |= {(granularity, memory): found[memory] for memory in self.memories}
+        return sets
 
     def _of(self, there: Tensor, k: int) -> Tensor:
         """Return the mask [1, n] of the entries that are kept, of the available entries ``there``."""
@@ -285,12 +252,22 @@ class Ends(EachStep):
 class Oracle(EachStep):
     """The upper bound, whose scores are the attention of the step itself."""
 
-    def predict(self, state: CacheState) -> Sets:
+    def predict(self, scores: Scores) -> Sets:
         return {}
 
-    def hindsight(self, attention: list[Tensor]) -> Sets:
-        """Return the sets by the ``attention`` [Hkv, n] of the step in each evictable layer."""
-        return self._kept(attention, [self._k(attention[0].shape[-1])] * len(attention))
+    def hindsight(self, needed: dict[str, Ranking], heads: list[int]) -> Sets:
+        """Return the sets by the attention of the step; ``heads`` of each layer."""
+        rankings = {g: needed[g] for g in self.granularities}
+        n = next(iter(rankings.values())).score.shape[-1]
+        return self._kept(rankings, [self._k(n)] * len(heads), heads)
+
+
+def _best(ranking: Ranking, budgets: list[int], heads: list[int]) -> Tensor:
+    """Return the mask of the best entries, as many as the budget of each layer."""
+    if len(set(budgets)) == 1 or len(ranking.score) == 1:
+        return ranking.best(budgets[0])
+    of_layers = ranking.score.split(heads)
+    return torch.cat([Ranking(own).best(k) for own, k in zip(of_layers, budgets, strict=True)])
 
 
 def _with_generated(prompt: Tensor, k: int, generated: int) -> Tensor:
