@@ -4,9 +4,11 @@
 
 Both sides answer the same questions about the same documents with the same models, greedily and with one thread. This
 project's side is the whole workflow: Snakemake, the start of every job, the full cache as reference, statistics and
-report. The side of kvpress is a process per press and ratio with a prefill per example (benchmarks/peers/evaluate.py).
-Cost is the CPU time of all processes, including the workers of this project's jobs. The floor is one process that does
-only the unavoidable work (benchmarks/floor.py); ``spent`` lists the costs of this project by kind.
+report. It runs twice, from the documents on: with answers decoded one at a time, as kvpress decodes them, and with all
+answers of a cell decoded together (``decoding.batch``), which the evaluation of kvpress cannot do. The side of kvpress
+is a process per press and ratio with a prefill per example (benchmarks/peers/evaluate.py). Cost is the CPU time of all
+processes, including the workers of this project's jobs. The floor is one process that does only the unavoidable work,
+in both ways of decoding (benchmarks/floor.py); ``spent`` lists the costs of this project by kind.
 """
 
 from __future__ import annotations
@@ -59,8 +61,23 @@ Answers = dict[tuple[str, str], list[str]]
 """(policy, budget): an answer for each document"""
 
 
-def ours(folder: Path, experiment: Path, data: Path, grid: Grid) -> tuple[Cost, Answers, dict[str, float]]:
+def ours(folder: Path, model: Path, data: Path, grid: Grid, batch: int) -> tuple[Cost, Answers, dict[str, float]]:
+    """Return the cost of the workflow in a new folder, its answers, and its cost by kind."""
     import pyarrow.parquet as pq
+
+    folder.mkdir()
+    experiment = write_experiment(
+        folder,
+        model,
+        data,
+        max_new_tokens=grid.max_new_tokens,
+        n=grid.examples,
+        batch=batch,
+        policies={"full": {}} | POLICIES,
+        budgets=list(grid.budgets),
+    )
+    # once before, so that it does not pay for files that were never read
+    snakemake(folder, experiment, "--dry-run")
 
     cost = snakemake(folder, experiment)
     files = Paths(str(folder / "results"), "bench")
@@ -84,13 +101,15 @@ def spending(logs: Path, cost: Cost) -> dict[str, float]:
     return {name: round(value, 2) for name, value in (spent | {"other": cost.cpu_s - sum(spent.values())}).items()}
 
 
-def floor(folder: Path, model: Path, data: Path, grid: Grid) -> Cost:
+def floor(folder: Path, model: Path, data: Path, grid: Grid, batch: int) -> tuple[Cost, dict[str, float]]:
     """Return the cost of one process that reads each document once and decodes plainly with as many entries as each
-    cell.
+    cell, and its cost by kind.
     """
+    figures = folder / "floor.json"
     options = ["--model", model, "--data", data, "--policies", len(POLICIES), "--max-new-tokens", grid.max_new_tokens]
-    command = [sys.executable, ROOT / "benchmarks" / "floor.py", *options, "--budgets", *grid.budgets]
-    return run(command, folder)
+    options += ["--batch", batch, "--output", figures, "--budgets", *grid.budgets]
+    cost = run([sys.executable, ROOT / "benchmarks" / "floor.py", *options], folder)
+    return cost, json.loads(figures.read_text(encoding="utf-8"))
 
 
 def theirs(folder: Path, model: Path, data: Path, grid: Grid, length: int) -> tuple[Cost, Answers]:
@@ -119,55 +138,58 @@ def agreement(a: Answers, b: Answers) -> dict[str, str]:
 
 
 def compare(grid: Grid, only: str | None, beside: bool) -> list[dict[str, Any]]:
-    """A row for each model and length, or of ``only`` one (``8x512/4096``); ``beside``: kvpress runs as well."""
+    """Return two rows for each model and length, or of ``only`` one (``8x512/4096``): answers one at a time and
+    together.
+
+    beside: kvpress runs as well.
+    """
     rows = []
     for size in grid.sizes:
         for length in grid.lengths:
-            if only not in (None, f"{size.name}/{length}"):
-                continue
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                model = size.save(folder / "model")
-                data = write_documents(folder / "documents.jsonl", length, grid.examples)
-                experiment = write_experiment(
-                    folder,
-                    model,
-                    data,
-                    max_new_tokens=grid.max_new_tokens,
-                    n=grid.examples,
-                    policies={"full": {}} | POLICIES,
-                    budgets=list(grid.budgets),
-                )
-                # both once before, so that neither pays for files that were never read
-                snakemake(folder, experiment, "--dry-run")
-                if beside:
-                    run([PEER, "-c", "import kvpress, pandas"], folder)
-                our_cost, our_answers, spent = ours(folder, experiment, data, grid)
-                least = floor(folder, model, data, grid)
-                peer = {}
-                if beside:
-                    their_cost, their_answers = theirs(folder, model, data, grid, length)
-                    peer = {
-                        "kvpress_cpu_s": round(their_cost.cpu_s, 2),
-                        "ratio": round(their_cost.cpu_s / our_cost.cpu_s, 2),
-                        "kvpress_wall_s": round(their_cost.wall_s, 2),
-                        "same_answers": agreement(our_answers, their_answers),
-                    }
-            rows.append(
-                {
-                    "model": size.name,
-                    "length": length,
-                    "examples": grid.examples,
-                    "cells": len(POLICIES) * len(grid.budgets),
-                    "ours_cpu_s": round(our_cost.cpu_s, 2),
-                    "floor_cpu_s": round(least.cpu_s, 2),
-                    "over_floor": round(our_cost.cpu_s / least.cpu_s, 2),
-                    "spent": spent,
-                    "ours_wall_s": round(our_cost.wall_s, 2),
-                }
-                | peer
-            )
-            print(json.dumps(rows[-1]), flush=True)
+            if only in (None, f"{size.name}/{length}"):
+                with tempfile.TemporaryDirectory() as name:
+                    rows += measured(Path(name), size, length, grid, beside)
+    return rows
+
+
+def measured(folder: Path, size: Size, length: int, grid: Grid, beside: bool) -> list[dict[str, Any]]:
+    """Return the rows of one model and length."""
+    model = size.save(folder / "model")
+    data = write_documents(folder / "documents.jsonl", length, grid.examples)
+    their_cost, their_answers = Cost(0, 0), None
+    if beside:
+        # once before, so that it does not pay for files that were never read
+        run([PEER, "-c", "import kvpress, pandas"], folder)
+        their_cost, their_answers = theirs(folder, model, data, grid, length)
+    rows: list[dict[str, Any]] = []
+    alone: Answers = {}
+    for batch in (1, grid.examples):
+        cost, answers, spent = ours(folder / f"batch{batch}", model, data, grid, batch)
+        least, least_spent = floor(folder, model, data, grid, batch)
+        alone = alone or answers
+        row = {
+            "model": size.name,
+            "length": length,
+            "examples": grid.examples,
+            "cells": len(POLICIES) * len(grid.budgets),
+            "batch": batch,
+            "ours_cpu_s": round(cost.cpu_s, 2),
+            "floor_cpu_s": round(least.cpu_s, 2),
+            "over_floor": round(cost.cpu_s / least.cpu_s, 2),
+            "spent": spent,
+            "floor_spent": least_spent,
+            "ours_wall_s": round(cost.wall_s, 2),
+            "same_as_alone": agreement(answers, alone),
+        }
+        if their_answers is not None:
+            row |= {
+                "kvpress_cpu_s": round(their_cost.cpu_s, 2),
+                "ratio": round(their_cost.cpu_s / cost.cpu_s, 2),
+                "kvpress_wall_s": round(their_cost.wall_s, 2),
+                "same_answers": agreement(answers, their_answers),
+            }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
     return rows
 
 

@@ -82,8 +82,13 @@ def write_documents(path: Path, length: int, n: int, seed: int = 0) -> Path:
     return path
 
 
-def write_experiment(folder: Path, model: Path, data: Path, *, max_new_tokens: int, n: int, **kv: Any) -> Path:
-    """An experiment on the documents, one length bin, as kvpress asks: context, compression, question, answer."""
+def write_experiment(
+    folder: Path, model: Path, data: Path, *, max_new_tokens: int, n: int, batch: int = 1, **kv: Any
+) -> Path:
+    """An experiment on the documents, one length bin, as kvpress asks: context, compression, question, answer.
+
+    batch: answers of a cell that are decoded together.
+    """
     import yaml
 
     prompts = folder / "prompts.json"
@@ -94,7 +99,7 @@ def write_experiment(folder: Path, model: Path, data: Path, *, max_new_tokens: i
         "binning": {"n_bins": 1, "n_per_bin": n},
         "model": {"name": str(model), "device": "cpu", "chat_template": "never", "max_length": 32000},
         "kv": {"modes": ["before_question"]} | kv,
-        "decoding": {"max_tokens": max_new_tokens},
+        "decoding": {"max_tokens": max_new_tokens, "batch": batch},
     }
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
