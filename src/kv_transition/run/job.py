@@ -9,6 +9,7 @@ from typing import Any
 from kv_transition.data import gguf
 from kv_transition.engines.local import LocalEngine
 from kv_transition.provenance import digest
+from kv_transition.run import memory
 from kv_transition.run.command import answer_seed, arguments, bin_metadata, read_bin, run
 
 __all__ = [
@@ -96,4 +97,6 @@ def _load(model: dict[str, Any]) -> LocalEngine:
         chunk_tokens=model["chunk_tokens"],
     )
     engine.load_s = time.perf_counter() - started
+    if engine.device.type == "cpu":
+        memory.keep_freed_memory()
     return engine
