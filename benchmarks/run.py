@@ -69,19 +69,27 @@ def seconds(summary: dict[str, float]) -> str:
 
 def grid_table(figures: dict[str, Any]) -> str:
     costs = ["kvpress, CPU s", "this project, CPU s", "ratio", "floor, CPU s", "over the floor"]
-    head = ["model", "tokens", *costs, "prefills / cells / analysis / other, CPU s", "same answers"]
+    head = ["model", "tokens", "answers", *costs, "prefills / cells / analysis / other, CPU s"]
+    head += ["floor: load / read / decode, CPU s", "same as one at a time", "same as kvpress"]
     rows = []
     for row in figures["rows"]:
-        same = ", ".join(f"{policy} {share}" for policy, share in row["same_answers"].items() if policy != "random")
-        costs = [f"{row[key]:.0f}" for key in ("kvpress_cpu_s", "ours_cpu_s")]
-        costs += [f"{row['ratio']:.2f}"]
-        if "floor_cpu_s" in row:
-            costs += [f"{row['floor_cpu_s']:.0f}", f"{row['over_floor']:.2f}"]
-            costs += [" / ".join(f"{seconds:.0f}" for seconds in row["spent"].values())]
-        else:
-            costs += ["-", "-", "-"]
-        rows.append([row["model"], str(row["length"]), *costs, same])
+        batch = row.get("batch", 1)
+        numbers = [f"{row['kvpress_cpu_s']:.0f}" if "kvpress_cpu_s" in row else "-", f"{row['ours_cpu_s']:.0f}"]
+        numbers += [f"{row['ratio']:.2f}" if "ratio" in row else "-", f"{row['floor_cpu_s']:.0f}"]
+        numbers += [f"{row['over_floor']:.2f}"]
+        kinds = [_kinds(row["spent"]), _kinds(row.get("floor_spent"))]
+        same = ["-" if batch == 1 else _shares(row["same_as_alone"]), _shares(row.get("same_answers"), "random")]
+        together = "one at a time" if batch == 1 else f"{batch} together"
+        rows.append([row["model"], str(row["length"]), together, *numbers, *kinds, *same])
     return table(head, rows)
+
+
+def _kinds(spent: dict[str, float] | None) -> str:
+    return " / ".join(f"{seconds:.0f}" for seconds in spent.values()) if spent else "-"
+
+
+def _shares(same: dict[str, str] | None, left_out: str | None = None) -> str:
+    return ", ".join(f"{policy} {share}" for policy, share in (same or {}).items() if policy != left_out) or "-"
 
 
 def cells_table(figures: dict[str, Any]) -> str:

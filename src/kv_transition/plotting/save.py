@@ -10,6 +10,7 @@ import vl_convert
 from markupsafe import escape
 
 from kv_transition.errors import UserError
+from kv_transition.plotting import bundle
 from kv_transition.plotting.pages import script_json, security_policy
 from kv_transition.plotting.panels import Spec
 from kv_transition.plotting.theme import EMBED, PAGE_STYLE
@@ -59,7 +60,7 @@ def png(drawing: str) -> bytes:
 def scripts() -> str:
     """Return Vega, Vega-Lite, Vega-Embed and ``fitTitle`` as one script for a page that works offline."""
     # an HTML parser ends a script at the first closing tag, even inside a string
-    return vl_convert.javascript_bundle(vl_version=_VEGA_LITE).replace("</script", "<\\/script") + _FIT
+    return bundle.javascript(_VEGA_LITE).replace("</script", "<\\/script") + _FIT
 
 
 def save_html(spec: Spec, path: str | Path) -> None:
