@@ -5,7 +5,10 @@ python benchmarks/findings.py
 
 from __future__ import annotations
 
+import findings_agreement as agreement
 import findings_chat as chat
+import findings_entropy as entropy
+import findings_full_cache as full_cache
 import findings_perplexity as perplexity
 import findings_sections as sections
 import findings_transition as transition
@@ -13,31 +16,36 @@ from document import put
 
 PAGE = sections.ROOT / "docs" / "findings.md"
 STUDIES = {
-    "one_hop": sections.full_cache,
+    "one_hop": full_cache.full_cache,
     "transition": transition.transition,
-    "entropy": sections.entropy,
+    "entropy": entropy.entropy,
+    "entropy_heads": entropy.entropy_heads,
     "recall": perplexity.recall,
     "merging": perplexity.merging,
     "ablation": perplexity.ablation,
     "sinks": perplexity.sinks,
-    "agreement": sections.agreement,
+    "agreement": agreement.agreement,
     "rules": chat.rules,
     "memory": chat.memory,
+    "chat": chat.chat,
 }
 """folder below benchmarks/results/real: its section"""
 NOT_RUN = {
-    "one_hop": "What the model can do with its full cache: `config/experiments/real_one_hop.yaml` and, for the ruler "
-    "tasks, `config/experiments/real_lengths.yaml`.",
-    "transition": "The transition: `make real` for a needle, two lengths and four policies; ten policies, four lengths "
-    "and 60 examples a bin: `config/experiments/real_transition.yaml`.",
+    "one_hop": "What the model can do with its full cache: `config/experiments/real_one_hop.yaml`, for the ruler "
+    "tasks `config/experiments/real_lengths.yaml`, for those of LongBench `config/experiments/real_longbench.yaml`.",
+    "transition": "The transition: `make real` for a needle, two lengths and four policies; ten policies and 60 "
+    "examples a bin: `config/experiments/real_transition.yaml`, at 2,048 tokens "
+    "`config/experiments/real_transition_long.yaml`.",
     "entropy": "Entropy and recall: `config/experiments/real_entropy.yaml`.",
-    "merging": "Merging: `config/experiments/real_merging.yaml`.",
+    "entropy_heads": "Entropy and recall in each head: `config/experiments/real_entropy_heads.yaml`.",
+    "merging": "Merging: `config/experiments/real_merging.yaml` and `config/experiments/real_merging_long.yaml`.",
     "ablation": "Where merging loses: `config/experiments/real_merging_ablation.yaml`.",
     "sinks": "Sinks: `config/experiments/real_sinks.yaml`.",
     "agreement": "Agreement with kvpress: `benchmarks/real_agreement.py`.",
     "recall": "Recall at uncertain moments: `config/experiments/real_recall.yaml`.",
     "rules": "Which rules the model follows with its full cache: `config/experiments/real_rules.yaml`.",
     "memory": "Conversations on a compressed cache: `config/experiments/real_memory.yaml`.",
+    "chat": "MT-bench and MT-Eval on a compressed cache: `config/experiments/real_chat.yaml`.",
 }
 HEAD = """# Findings on a real language model
 

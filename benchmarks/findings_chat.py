@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import findings_figures as figures
+import numpy as np
 import polars as pl
 from document import table
-from findings_sections import IMAGES, Row, ending, interval, kept, picture
+from findings_sections import IMAGES, Row, ending, interval, kept, picture, there
 
 from kv_transition import labels
 from kv_transition.stats import intervals
+from kv_transition.stats.quotients import Quotient, quotient
 
 ENOUGH = 0.8
 """share of the answers that follow a rule; a rule with less says nothing about eviction"""
@@ -45,7 +47,7 @@ def rules() -> list[str]:
         f"n = {conversations} conversations a rule, {turns} turns each; the rule is given in the first turn. `without "
         "the rule`: share of the answers of the other conversations that happen to follow it.",
     ]
-    return lines + ending("rules", "other wordings of the rules, system messages, longer conversations.", "rules")
+    return lines + ending("other wordings of the rules, system messages, longer conversations.", "rules")
 
 
 def memory() -> list[str]:
@@ -79,10 +81,72 @@ def memory() -> list[str]:
         f"n = {n} conversations of {turns['turn'].max()} turns, with rules that the model follows with its full cache; "
         "each turn ends with a compression of the cache. `text_drop` shortens the text instead and reads it again.",
     ]  # fmt: skip
-    return lines + ending(
-        "memory", "longer conversations, other rules and models, MT-bench and MT-Eval, how good the answers are.",
-        "rules",
+    return lines + ending("longer conversations, other rules and models, how good the answers are.", "memory")
+
+
+CHATS = {"chat": "MT-bench", "chat_refinement": "MT-Eval, refinement"}
+"""the kept runs of conversations without rules, and whose they are"""
+
+
+def chat() -> list[str]:
+    """What eviction between turns does to the answers of conversations without rules."""
+    runs = there(*CHATS)
+    rows = [row for name in runs for row in _changes(name)]
+    likely = [r for r in rows if r["measure"] == "answer_nll"]
+    less = [r for r in likely if r["low"] > 0]
+    answer = "No" if likely and len(less) == len(likely) else "Not always" if less else "Undecided"
+    figures.dots(
+        [r | {"what": f"{r['set']}: {r['name']}"} for r in likely], "what", "value", reference=0,
+        title="nats per token more than the full cache's answers, 95 % interval",
+        head=("How unlikely answers become under the full cache", "last turn, SmolLM2-135M-Instruct"),
+        output=IMAGES / "real_chat.svg",
     )  # fmt: skip
+    longest = max(kept(name, "turns")["turn"].max() for name in runs)
+    lines = [
+        "## Are answers of ordinary conversations the same when entries are evicted between turns?",
+        "",
+        f"{answer}: at the last turn the answers are less likely under the full cache than its own answers, the "
+        f"interval of the difference above 0, in {len(less)} of {len(likely)} cases (set, policy, budget).",
+        *picture("real_chat", "nats per token of the answers under the full cache, minus those of its own answers"),
+        table(
+            ["conversations", "n", "policy", "kept", "nats per token, minus the full cache's",
+             "repetition, minus the full cache's"],
+            [[r["set"], str(r["n"]), r["policy"], labels.budget(r["budget"]), _change(r),
+              _change(next(o for o in rows if o["measure"] == "repetition" and o["name"] == r["name"]
+                           and o["set"] == r["set"]))] for r in likely],
+        ),
+        "",
+        f"Last turn of each conversation ({longest} at most), answers of at most 64 tokens, exploratory, intervals "
+        "over conversations, not adjusted. Nats per token: the negative log-likelihood of an answer under the full "
+        "cache after the same conversation. Repetition: share of an answer's 4-grams that it has already said.",
+    ]  # fmt: skip
+    return lines + ending("how good the answers are (no judge was asked); longer answers, other models.", *runs)
+
+
+def _changes(name: str) -> list[Row]:
+    """Return for each policy, budget and measure the mean difference from the full cache at the last turn."""
+    turns = kept(name, "turns")
+    last = turns.filter(pl.col("turn") == pl.col("turn").max().over("conversation_id", "policy", "budget"))
+    rows = []
+    for policy, budget in sorted(last.filter(pl.col("policy") != "full").select("policy", "budget").unique().rows()):
+        own = last.filter(policy=policy, budget=budget)
+        both = own.join(last.filter(policy="full"), on=["conversation_id", "turn"], suffix="_full")
+        for measure in ("answer_nll", "repetition"):
+            pairs = both.drop_nulls([measure, f"{measure}_full"])
+            found = _mean(pairs[measure] - pairs[f"{measure}_full"], pairs["conversation_id"])
+            rows.append({"set": CHATS[name], "policy": policy, "budget": budget, "measure": measure, "n": pairs.height,
+                         "value": found.value, "low": found.low, "high": found.high,
+                         "name": _name({"policy": policy, "budget": budget})})  # fmt: skip
+    return rows
+
+
+def _mean(values: pl.Series, clusters: pl.Series) -> Quotient:
+    ones = np.ones(len(values))
+    return quotient(values.cast(float).to_numpy(), ones, clusters.to_numpy(), 0.95)
+
+
+def _change(row: Row) -> str:
+    return interval(row["value"], row["low"], row["high"], 2)
 
 
 def _name(row: Row) -> str:

@@ -52,14 +52,16 @@ def lines(
 
 def dots(
     rows: Sequence[Row], label: str, value: str, *, title: str, head: tuple[str, str], output: Path,
-    group: str | None = None, reference: float | None = None, log: bool = False,
+    group: str | None = None, groups: Sequence[str] = (), reference: float | None = None, log: bool = False,
 ) -> None:  # fmt: skip
-    """Draw ``value`` with its interval, a row for each ``label`` in the order given; ``group`` colours them."""
+    """Draw ``value`` with its interval, a row for each ``label`` in the order given; ``group`` colours them, in the
+    order of ``groups`` (or of the rows).
+    """
     order = list(dict.fromkeys(row[label] for row in rows))
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     encoding: dict[str, Any] = {"y": alt.Y(f"{label}:N", title=None, sort=order)}
     if group:
-        groups = list(dict.fromkeys(row[group] for row in rows))
+        groups = list(groups) or list(dict.fromkeys(row[group] for row in rows))
         encoding["color"] = alt.Color(f"{group}:N", title=None, scale=alt.Scale(domain=groups, range=list(PALETTE)))
         encoding["yOffset"] = alt.YOffset(f"{group}:N", sort=groups)
     else:

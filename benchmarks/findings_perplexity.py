@@ -5,41 +5,71 @@ from __future__ import annotations
 import findings_figures as figures
 import polars as pl
 from document import table
-from findings_sections import IMAGES, Row, ending, interval, kept, picture
+from findings_sections import IMAGES, Row, ending, interval, kept, picture, there
 
 from kv_transition import labels
 from kv_transition.stats.quotients import quotient
 
+MERGING = {"merging": "contexts of 1,024 and 2,048 tokens", "merging_long": "contexts of 4,096 and 7,000 tokens"}
+"""the kept runs, and what they read"""
+
+SHOWN = ["entropy_merge", "entropy_drop", "merge_bias", "snapkv", "h2o", "streaming_llm", "random"]
+"""policies in the figures; the others are thresholds, whose compression follows from the text"""
+
+EXPECTED = {
+    ("entropy_merge", 0.7): ("EntropyMerged", "26 to 27 at 70 %", 1.04),
+    ("h2o", 0.8): ("H2O", "27 to 29 at 80 %", 1.10),
+    ("streaming_llm", 0.75): ("StreamingLLM", "27 to 30 at 75 %", 1.12),
+}
+"""what the study expects of Llama-2-7B on PG-19, full cache 25 to 26, and the ratio of the middles of these ranges"""
+
 
 def merging() -> list[str]:
     """Merging against dropping."""
-    found = kept("merging", "perplexity").filter(pl.col("bin").is_null())
-    pairs = kept("merging", "perplexity_pairs").filter(pl.col("bin").is_null())
-    rows = found.sort("compression", "policy").to_dicts()
+    runs = there(*MERGING)
+    pairs = pl.concat([kept(name, "perplexity_pairs").filter(pl.col("bin").is_null()) for name in runs])
     worse, better = pairs.filter(pl.col("ratio_low") > 1).height, pairs.filter(pl.col("ratio_high") < 1).height
     adjusted = pairs.filter((pl.col("ratio_low") > 1) & (pl.col("p_holm") < 0.05)).height
     answer = "No" if better == 0 and worse else "Yes" if better and not worse else "Undecided"
-    shown = found.filter(pl.col("policy").is_in(["entropy_merge", "entropy_drop", "merge_bias", "snapkv", "random"]))
-    figures.lines(
-        [r | {"gone": 100 * r["compression"], "low": r["ratio_low"], "high": r["ratio_high"]}
-         for r in shown.sort("policy", "compression").to_dicts()],
-        "gone", "ratio", "policy", titles=("% of the cache's bytes gone", "perplexity over the full cache's"), log=True,
-        head=("What is lost by merging, dropping and others",
-              f"SmolLM2-135M-Instruct, PG-19, n = {rows[0]['n']} windows of {rows[0]['clusters']} books"),
-        output=IMAGES / "real_merging.svg", reference=1,
-    )  # fmt: skip
     lines = [
         "## Does merging keep more than dropping?",
         "",
         f"{answer}: of {pairs.height} comparisons of merging with dropping the same spans, merging is better in "
-        f"{better} and worse in {worse} ({adjusted} after Holm); the other intervals include 1. n = {rows[0]['n']} "
-        f"windows of {rows[0]['clusters']} books, exploratory; contexts of 1,024 and 2,048 tokens, 128 tokens scored "
-        "after each.",
-        *picture("real_merging", "perplexity over the full cache's by compression"),
+        f"{better} and worse in {worse} ({adjusted} after Holm); the other intervals include 1.",
+        *[line for name in runs for line in _compared(name)],
+        "",
+        "By context, at 20 % kept, perplexity over the full cache's:",
+        "",
+        _by_context(runs),
+        "",
+        "The study expects other figures, of Llama-2-7B (full cache 25 to 26); with ours at a similar compression:",
+        "",
+        _expected(runs),
+    ]
+    return lines + ending("other models or texts, more than the ten books at hand.", *runs)
+
+
+def _compared(name: str) -> list[str]:
+    """Return the figure and the tables of one run: what each policy loses, and merging over dropping."""
+    found = kept(name, "perplexity").filter(pl.col("bin").is_null())
+    pairs = kept(name, "perplexity_pairs").filter(pl.col("bin").is_null())
+    rows = found.sort("compression", "policy").to_dicts()
+    shown = found.filter(pl.col("policy").is_in(SHOWN)).sort("policy", "compression").to_dicts()
+    n = f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books"
+    figures.lines(
+        [r | {"gone": 100 * r["compression"], "low": r["ratio_low"], "high": r["ratio_high"]} for r in shown],
+        "gone", "ratio", "policy", titles=("% of the cache's bytes gone", "perplexity over the full cache's"), log=True,
+        head=("What is lost by merging, dropping and others", f"SmolLM2-135M-Instruct, PG-19, {MERGING[name]}, {n}"),
+        output=IMAGES / f"real_{name}.svg", reference=1,
+    )  # fmt: skip
+    return [
+        *picture(f"real_{name}", f"perplexity over the full cache's by compression, {MERGING[name]}"),
         table(
             ["policy", "gone", "perplexity", "over the full cache's"],
             [[r["policy"], f"{100 * r['compression']:.1f} %", f"{r['perplexity']:.2f}", _ratio(r)] for r in rows],
         ),
+        "",
+        f"{n}, exploratory; {MERGING[name]}, 128 tokens scored after each. Merging over dropping:",
         "",
         table(
             ["merging", "gone", "over dropping's perplexity", "p (Holm)"],
@@ -47,12 +77,34 @@ def merging() -> list[str]:
              for r in pairs.sort("policy", "compression").to_dicts()],
         ),
     ]  # fmt: skip
-    return lines + ending(
-        "merging",
-        "other models or texts, contexts beyond 2,048 tokens, h2o, more than the ten books at hand. The weights "
-        "were those of the GGUF file, dequantized to a folder before.",
-        "books",
+
+
+def _by_context(runs: list[str]) -> str:
+    found = pl.concat([kept(name, "perplexity").filter(pl.col("bin").is_not_null(), budget="r0.2") for name in runs])
+    cells = {(r["policy"], r["context_min"]): r for r in found.to_dicts()}
+    contexts = sorted({context for _, context in cells})
+    policies = [name for name in SHOWN if any(policy == name for policy, _ in cells)]
+    return table(
+        ["policy", *(f"{context:,} tokens, n = {cells[_any(cells, context)]['n']}" for context in contexts)],
+        [[p, *(_ratio(cells[p, c]) if (p, c) in cells else "–" for c in contexts)] for p in policies],
     )
+
+
+def _any(cells: dict[tuple[str, int], Row], context: int) -> tuple[str, int]:
+    return next(key for key in cells if key[1] == context)
+
+
+def _expected(runs: list[str]) -> str:
+    rows = []
+    for (policy, gone), (name, said, ratio) in EXPECTED.items():
+        own = [
+            f"{_ratio(r)} at {100 * r['compression']:.0f} % ({MERGING[run_]})"
+            for run_ in runs
+            for r in kept(run_, "perplexity").filter(pl.col("bin").is_null(), policy=policy).to_dicts()
+            if abs(r["compression"] - gone) < 0.06
+        ]
+        rows.append([f"{name} (`{policy}`)", said, f"about {ratio:.2f}", "; ".join(own) or "–"])
+    return table(["strategy", "the study's perplexity", "over its full cache's", "ours, over the full cache's"], rows)
 
 
 def front() -> str:
@@ -128,7 +180,7 @@ def ablation() -> list[str]:
         "the most attention is kept, so that all variants have the same footprint.",
     ]
     not_shown = "longer contexts, other spans and budgets, other models, and variants that are not in the table."
-    return lines + ending("ablation", not_shown, "books")
+    return lines + ending(not_shown, "ablation")
 
 
 def sinks() -> list[str]:
@@ -177,8 +229,8 @@ def sinks() -> list[str]:
         f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books a context, exploratory, intervals not adjusted; 64 "
         "tokens scored one by one, 20 % of the entries held at each step.",
     ]  # fmt: skip
-    not_shown = "one and two sinks, other contexts and budgets, streaming from the first token on, other models."
-    return lines + ending("sinks", not_shown, "books")
+    not_shown = "other budgets, streaming from the first token on, other models."
+    return lines + ending(not_shown, "sinks")
 
 
 def over(windows: pl.DataFrame, policy: str, reference: str) -> tuple[float, float, float]:
@@ -243,7 +295,7 @@ def recall() -> list[str]:
         "1,024 tokens, 64 scored one by one, 20 % of the entries held by h2o.",
     ]  # fmt: skip
     not_shown = "other thresholds of entropy, budgets, inner policies and models; answers to questions."
-    return lines + ending("recall", not_shown, "books")
+    return lines + ending(not_shown, "recall")
 
 
 def _moments(windows: pl.DataFrame) -> float:

@@ -7,14 +7,14 @@ from collections import Counter
 import findings_figures as figures
 import polars as pl
 from document import table
-from findings_sections import IMAGES, Row, ending, interval, kept, picture
+from findings_sections import IMAGES, Row, ending, interval, kept, picture, there
 
 from kv_transition import labels
 
 
 def transition() -> list[str]:
     """Where answers break under eviction, and which policy holds longest."""
-    stats = kept("transition", "bin_stats")
+    stats = _stats()
     score = _of(stats, "score_mean")
     failures = _of(stats, "failure_rate")
     footprint = _of(stats, "footprint")
@@ -71,17 +71,28 @@ def transition() -> list[str]:
         "",
         "By the definition of docs/statistics.md: "
         + ", ".join(f"{count} {outcome}" for outcome, count in _outcomes().most_common())
-        + " (policy, budget and mode over the lengths).",
+        + " (policy, budget and mode over the first two lengths).",
     ]
     return lines + ending(
-        "transition",
-        "other tasks, models and lengths (the bin of 2,048 tokens was not run); with so few lengths a zone is located "
-        "along budgets, not along lengths. Policies are compared at equal budgets; the figures' axis is what they "
-        "really held.",
+        "other tasks, models and lengths; with so few lengths a zone is located along budgets, not along lengths. "
+        "Policies are compared at equal budgets; the figures' axis is what they really held.",
+        *there(*RUNS),
     )
 
 
 Key = tuple[str, str, str, int]
+
+RUNS = ("transition", "transition_long")
+"""kept runs of the same grid, in the order of their lengths"""
+
+
+def _stats() -> pl.DataFrame:
+    """Return the estimates of all runs; the bins of a run follow those of the runs before it."""
+    found: list[pl.DataFrame] = []
+    for name in there(*RUNS):
+        before = sum(part["bin"].n_unique() for part in found)
+        found.append(kept(name, "bin_stats").with_columns(pl.col("bin") + before))
+    return pl.concat(found)
 
 
 def _of(stats: pl.DataFrame, statistic: str) -> dict[Key, Row]:

@@ -27,7 +27,10 @@ WINDOWS = ["corpus", "policy", "budget", "bin", "book_id", "window", "context_to
            "bytes_before", "bytes_after", "kept_mean", "cache_bytes", "full_bytes", *RECALLS]  # fmt: skip
 VERDICTS = ["conversation_id", "turn", "policy", "budget", "check_id", "asks", "standing", "since", "age", "rule",
             "chance", "chat_set"]  # fmt: skip
-OBSERVED = ["example_id", "prompt_kind", "policy", "budget", "granularity", "memory", "step", "entropy", "n", "recall"]
+TURNS = ["chat_set", "conversation_id", "turn", "policy", "budget", "completion_tokens", "entries_after", "repetition",
+         "answer_nll"]  # fmt: skip
+OBSERVED = ["example_id", "prompt_kind", "policy", "budget", "granularity", "memory", "step", "entropy", "n", "recall",
+            "entropy_gap", "entropy_gap_gold"]  # fmt: skip
 PROCESSOR_TIME = re.compile(r": ([\d.]+) s of processor time")
 
 
@@ -73,6 +76,7 @@ def keep(results: Path, name: str) -> None:
         "answers": ([results / "scores.parquet"], SCORES),
         "windows": (sorted(results.glob("perplexity/*/*/*/bin*.parquet")), WINDOWS),
         "verdicts": ([results / "chat_verdicts.parquet"], VERDICTS),
+        "turns": (sorted(results.glob("chat/*/*/*.parquet")), TURNS),
         "observations": (sorted(results.glob("observations/*/bin*.parquet")), OBSERVED),
     }
     for table, (files, columns) in rows.items():

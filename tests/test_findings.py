@@ -20,13 +20,10 @@ ANSWERS = sorted(path.parent.name for path in KEPT.glob("*/answers.parquet"))
 def findings(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import findings
-    import findings_chat
-    import findings_perplexity
-    import findings_sections
-    import findings_transition
 
-    for module in (findings_sections, findings_perplexity, findings_chat, findings_transition):
-        monkeypatch.setattr(module, "IMAGES", tmp_path)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("findings_") and hasattr(module, "IMAGES"):
+            monkeypatch.setattr(module, "IMAGES", tmp_path)
     yield findings
     for name in [name for name in sys.modules if name.startswith("findings")] + ["document"]:
         sys.modules.pop(name, None)
@@ -109,3 +106,35 @@ def test_moments_of_recall_are_counted_in_the_kept_windows():
     assert f"| where entropy is high | {100 * triggers / steps:.0f} % |" in page
     assert windows.filter(policy="recall_always").select((pl.col("triggers") == pl.col("steps")).all()).item()
     assert windows.filter(policy="recall_never")["triggers"].sum() == 0
+
+
+@pytest.mark.parametrize("name", [name for name in ("chat", "chat_refinement") if (KEPT / name).is_dir()])
+def test_changes_of_answers_are_means_of_the_kept_turns(name):
+    """Compare the section with the mean difference from the full cache at each conversation's last turn."""
+    turns = pl.read_parquet(KEPT / name / "turns.parquet").to_dicts()
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    at = {(t["policy"], t["budget"], t["conversation_id"], t["turn"]): t["answer_nll"] for t in turns}
+    last = {c: max(turn for *_, one, turn in at if one == c) for *_, c, _ in at}
+    cells = {(policy, budget) for policy, budget, *_ in at if policy != "full"}
+    assert cells
+    for policy, budget in cells:
+        apart = [at[policy, budget, c, turn] - at["full", "r1", c, turn] for c, turn in last.items()]
+        assert re.search(
+            rf"\| {len(apart)} \| {policy} \| {100 * float(budget[1:]):.0f} % \| {np.mean(apart):.2f} \[", page
+        )
+
+
+@pytest.mark.skipif(not (KEPT / "entropy_heads").is_dir(), reason="no run of real_entropy_heads is kept")
+def test_gaps_are_means_of_the_kept_steps():
+    """Compare the means of the lower and upper third of entropy with a sorted list of the measured steps."""
+    observed = pl.read_parquet(KEPT / "entropy_heads" / "observations.parquet").to_dicts()
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    measured = [row for row in observed if row["entropy_gap"] is not None and row["policy"] != "oracle"]
+    entropies = sorted(row["entropy"] for row in measured)
+    low, high = (entropies[round(share * (len(entropies) - 1))] for share in (1 / 3, 2 / 3))
+    for policy, memory in {(row["policy"], row["memory"]) for row in measured}:
+        own = [r for r in measured if (r["policy"], r["memory"], r["budget"]) == (policy, memory, "r0.2")]
+        thirds = [[r["entropy_gap"] for r in own if r["entropy"] <= low],
+                  [r["entropy_gap"] for r in own if r["entropy"] >= high]]  # fmt: skip
+        line = next(line for line in page.splitlines() if line.startswith(f"| {policy} | {memory} | "))
+        assert re.search(r"\| {:.2f} \[.*\| {:.2f} \[".format(*map(np.mean, thirds)), line)
