@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +84,39 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
 
 @cache
 def _parsed(file: Path) -> tuple[str, tuple[str, ...]]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    """Return the digest of a module's code and the modules that it imports, remembered by the content of the file.
+
+    Parsing all modules takes half a second at each start of Snakemake, so the result is kept beside the compiled
+    module.
+    """
+    content = file.read_bytes()
+    key = hashlib.sha256(_own_code() + content).hexdigest()
+    kept = Path(cache_from_source(str(file))).with_suffix(".code.json")
+    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known["key"] == key:
+            return known["code"], tuple(known["imports"])
+    tree = ast.parse(content)
     imports = tuple(_imports(tree))
-    return hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest(), imports
+    code = hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()
+    _keep(kept, {"key": key, "code": code, "imports": imports})
+    return code, imports
+
+
+@cache
+def _own_code() -> bytes:
+    return Path(__file__).read_bytes()
+
+
+def _keep(path: Path, value: Any) -> None:
+    """Write a value that can be computed again; nothing is written where Python writes no compiled modules either."""
+    if sys.dont_write_bytecode:
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+        temporary.replace(path)
 
 
 def is_neutral(module: str) -> bool:

@@ -1,5 +1,7 @@
 # The experiment, its paths and its grid, as the rules use them.
+import atexit
 import gc
+import inspect
 import json
 import os
 import shlex
@@ -20,9 +22,10 @@ from kv_transition.report.section import template_folders
 from kv_transition.worker import runs
 from kv_transition.provenance import code_hash, content_digest, digest, read_metadata
 
-# A plan of 10,000 jobs creates millions of objects that are kept. With the default threshold, garbage collection takes
-# a large part of the planning time.
-gc.set_threshold(100_000)
+# A plan of 10,000 jobs creates a million objects that are kept until the end, so a search for garbage takes time and
+# finds none. The search is done again from the first job on, without the objects of the plan.
+gc.set_threshold(2_000_000)
+atexit.register(gc.freeze)  # otherwise Python searches all of them when it ends
 
 
 def experiment():
@@ -57,9 +60,10 @@ if workflow.is_main_process and not workflow.dryrun:
     locks.enter(FILES.root)
 
 
-# The command line has looked already.
 onstart:
-    if not os.environ.get(preflight.CHECKED):
+    gc.freeze()
+    gc.set_threshold(10_000)
+    if not os.environ.get(preflight.CHECKED):  # the command line has looked already
         refusing(preflight.check, SETTINGS)
 
 
@@ -133,6 +137,12 @@ def figures(names):
     """Return the outputs of a plotting job, each figure as SVG (shown in Snakemake's report) and as PNG."""
     svg = {f"{name}_svg": in_report(name, "svg") for name in names}
     return svg | {f"{name}_png": FILES.plot(name, "png") for name in names}
+
+
+def for_each_cell(function):
+    """Return the function with its signature stored: Snakemake asks for it several times for each job."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 def as_json(value):

@@ -34,7 +34,7 @@ rule cell:
         PIECES.cell("{task}", "{mode}", "{policy}", "{budget}", "{bin}"),
     log:
         PIECES.log("cell", "{task}", "{mode}", "{policy}-{budget}", "bin{bin}"),
-    priority: lambda wildcards: int(wildcards.bin)
+    priority: longest_first
     conda:
         "../../envs/inference.yaml"
     threads: 4 if ON_GPU else 1
@@ -42,7 +42,7 @@ rule cell:
         **GPU,
         endpoint=int(REMOTE),
     params:
-        spec=lambda wildcards: cell_json(wildcards.mode, wildcards.policy, wildcards.budget),
+        spec=spec_of_cell,
     shell:
         (
             "python -m kv_transition.studies.grid.remote"
@@ -60,11 +60,12 @@ localrules:
 
 # The hash that each cell's rows must have. The folder .snakemake, which records what is stale, can be lost. The name of
 # this file changes with the grid, so scoring still runs again and compares the hashes.
+DIGESTS = {key: digest(cell_spec(*key)) for key in grid_specs.cells(SETTINGS)}
 GRID = {
-    files.cell(task, *key, bin): digest(cell_spec(*key))
+    files.cell(task, *key, bin): expected
     for files in ([FILES.shard(number) for number in range(len(SHARDS))] if ADAPTIVE else [FILES])
     for task in TASKS
-    for key in grid_specs.cells(SETTINGS)
+    for key, expected in DIGESTS.items()
     for bin in BINS
 }
 

@@ -32,3 +32,13 @@ def cell_spec(mode, policy, budget):
 @cache
 def cell_json(mode, policy, budget):
     return as_json(cell_spec(mode, policy, budget))
+
+
+@for_each_cell
+def spec_of_cell(wildcards):
+    return cell_json(wildcards.mode, wildcards.policy, wildcards.budget)
+
+
+@for_each_cell
+def longest_first(wildcards):
+    return int(wildcards.bin)
