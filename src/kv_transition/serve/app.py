@@ -16,15 +16,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
 from kv_transition import __version__
-from kv_transition.serve.asked import Asked, asked
+from kv_transition.serve.asked import asked
 from kv_transition.serve.bodies import JsonRoute
 from kv_transition.serve.forms import ChatForm, CompletionForm, Form, Result, event
 from kv_transition.serve.gate import Gate
 from kv_transition.serve.model import Reply, Served
-from kv_transition.serve.prompts import Prompt, prompt_of
-from kv_transition.serve.refusals import ErrorBody, RefusalError, install, refusal_of
-from kv_transition.serve.schema import Chat, ChatRequest, Completion, CompletionRequest, Health, Model, Models
+from kv_transition.serve.prompts import prompt_of
+from kv_transition.serve.refusal import RefusalError
+from kv_transition.serve.refusals import ErrorBody, install, refusal_of
+from kv_transition.serve.schema import KV, Chat, ChatRequest, Completion, CompletionRequest, Health, Model, Models
 from kv_transition.serve.transcript import Transcript
+from kv_transition.serve.work import Asked, Prompt
 from kv_transition.serve.worker import Job, Worker
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -154,7 +156,7 @@ async def _respond(
             transcript.hear(answer.tokens)
         if stream and (piece := transcript.rest()):
             job.tell(piece)
-        return Result(transcript.text, answer.finish_reason, len(prompt), reply.there, served.kv(reply))
+        return Result(transcript.text, answer.finish_reason, len(prompt), reply.there, _kv(served, reply))
 
     job = Job(begin, end)
     worker.submit(job)
@@ -176,6 +178,34 @@ async def _respond(
     finally:
         if not handed_over:
             worker.withdraw(job)
+
+
+def _kv(served: Served, reply: Reply) -> KV:
+    """Return the facts about the cache of a finished answer."""
+    asked, got = reply.asked, reply.going.answer
+    return KV(
+        policy=asked.kind,
+        hyper_parameters=asked.hyper_parameters,
+        budget=str(asked.setting.budget),
+        mode=asked.setting.mode,
+        seed=asked.seed,
+        budget_entries=got.budget_entries,
+        protected=asked.setting.policy.protected(got.budget_entries),
+        kept_final=got.kept[-1],
+        kept_mean=sum(got.kept) / len(got.kept),
+        cache_bytes=got.cache_bytes,
+        total_bytes=got.total_bytes,
+        full_bytes=got.full_bytes,
+        reused=reply.there > 0,
+        prefill_s=got.prefill_s,
+        compress_s=got.compress_s,
+        ttft_s=got.prefill_s + got.compress_s + got.first_token_s,
+        decode_s=got.decode_s,
+        batch_size=got.batch_size,
+        peak_mem_mb=served.engine.peak_memory_mb(),
+        token_ids=got.tokens,
+        record=got.record,
+    )
 
 
 async def _next(job: Job[Reply], request: Request) -> Any:

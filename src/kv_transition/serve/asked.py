@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -15,8 +14,9 @@ from kv_transition.errors import UserError
 from kv_transition.policies import catalog
 from kv_transition.policies.base import Policy
 from kv_transition.run.decode import Setting
-from kv_transition.serve.refusals import RefusalError
+from kv_transition.serve.refusal import RefusalError
 from kv_transition.serve.schema import Request, Tokens
+from kv_transition.serve.work import Asked
 
 # Fields that would change the answer or its form, with the values that have no effect and are therefore accepted.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -42,23 +42,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "modalities": (["text"],),
 }
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The checked options of a request: how the cache is compressed and how the answer is decoded."""
-
-    kind: str
-    hyper_parameters: dict[str, Any]
-    setting: Setting
-    seed: int
-    pace: tuple[int, int] | None
-    stops: tuple[str, ...]
-    wanted_tokens: int | None
-
-    @property
-    def is_press(self) -> bool:
-        return catalog.is_press(self.kind)
 
 
 def asked(request: Request, files: Sequence[str] = ()) -> Asked:

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from kv_transition.serve.refusals import RefusalError
+from kv_transition.serve.refusal import RefusalError
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 

@@ -11,7 +11,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kv_transition.serve.refusals import RefusalError
+from kv_transition.serve.refusal import RefusalError
+from kv_transition.serve.refusals import response_of
 
 _OPEN = ("/health",)
 
@@ -42,7 +43,7 @@ class Gate:
             refusal = None if scope["path"] in _OPEN else self._refusal(headers)
             if refusal is None and _says_too_much(headers, self._max_body):
                 refusal = too_large(self._max_body)
-            app = self._app if refusal is None else refusal.response
+            app = self._app if refusal is None else response_of(refusal)
             await app(scope, body.receive, body.send)
         finally:
             self._under_way -= 1

@@ -13,11 +13,9 @@ from kv_transition.cache.state import CacheState
 from kv_transition.engines.local import LocalEngine
 from kv_transition.run.decode import Answer, begin
 from kv_transition.run.together import Going, read_all
-from kv_transition.serve.asked import Asked
 from kv_transition.serve.prefills import Prefills
-from kv_transition.serve.prompts import Prompt
-from kv_transition.serve.refusals import RefusalError
-from kv_transition.serve.schema import KV
+from kv_transition.serve.refusal import RefusalError
+from kv_transition.serve.work import Asked, Prompt
 
 Listener = Callable[[Sequence[int]], bool]
 
@@ -109,31 +107,4 @@ class Served:
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             f"{what} does not fit into the memory of this machine",
             code="out_of_memory",
-        )
-
-    def kv(self, reply: Reply) -> KV:
-        """Return the facts about the cache of a finished answer."""
-        asked, got = reply.asked, reply.going.answer
-        return KV(
-            policy=asked.kind,
-            hyper_parameters=asked.hyper_parameters,
-            budget=str(asked.setting.budget),
-            mode=asked.setting.mode,
-            seed=asked.seed,
-            budget_entries=got.budget_entries,
-            protected=asked.setting.policy.protected(got.budget_entries),
-            kept_final=got.kept[-1],
-            kept_mean=sum(got.kept) / len(got.kept),
-            cache_bytes=got.cache_bytes,
-            total_bytes=got.total_bytes,
-            full_bytes=got.full_bytes,
-            reused=reply.there > 0,
-            prefill_s=got.prefill_s,
-            compress_s=got.compress_s,
-            ttft_s=got.prefill_s + got.compress_s + got.first_token_s,
-            decode_s=got.decode_s,
-            batch_size=got.batch_size,
-            peak_mem_mb=self.engine.peak_memory_mb(),
-            token_ids=got.tokens,
-            record=got.record,
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from kv_transition.data.tokens import TEMPLATE_DATE
 from kv_transition.engines.local import LocalEngine
-from kv_transition.serve.refusals import RefusalError
+from kv_transition.serve.refusal import RefusalError
 from kv_transition.serve.schema import ChatRequest, CompletionRequest, InMessage
+from kv_transition.serve.work import Prompt
 
 _CERTAINLY = 4
 """A text with at most this many characters per allowed token is tokenized at once, without counting first"""
@@ -23,19 +23,6 @@ _SEAM = 16
 
 # Marks the end of the context while a chat template is rendered: private-use characters, which no text should contain.
 _BOUNDARY = "\ue000\ue0fe\ue000"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Context and question, each tokenized separately. If the request gives no end of the context, the question is the
-    last token.
-    """
-
-    context: list[int]
-    question: list[int]
-
-    def __len__(self) -> int:
-        return len(self.context) + len(self.question)
 
 
 def prompt_of(engine: LocalEngine, request: ChatRequest | CompletionRequest, max_length: int) -> Prompt:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from kv_transition.errors import UserError
+from kv_transition.serve.refusal import RefusalError
 
 _log = logging.getLogger("uvicorn.error")
 
@@ -29,28 +30,6 @@ class ErrorBody(BaseModel):
     error: Error
 
 
-class RefusalError(Exception):
-    """A refused request. param: the field that is wrong. code: an identifier for programs."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
-    ):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
-        if status == HTTPStatus.UNAUTHORIZED:
-            self.headers["WWW-Authenticate"] = "Bearer"
-
-    @property
-    def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-        return ErrorBody(error=Error(message=str(self), type=kind, param=self.param, code=self.code)).model_dump()
-
-    @property
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
-
-
 def refusal_of(error: Exception) -> RefusalError:
     """Return the error response for an exception; the traceback of a bug goes to the log, not to the client."""
     if isinstance(error, RefusalError):
@@ -63,6 +42,10 @@ def refusal_of(error: Exception) -> RefusalError:
     )
 
 
+def response_of(refusal: RefusalError) -> JSONResponse:
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
 def install(app: FastAPI) -> None:
     """Make an app return every error as an ErrorBody."""
 
@@ -70,11 +53,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     @app.exception_handler(Exception)
     def _(request: Request, error: Exception) -> JSONResponse:
-        return refusal_of(error).response
+        return response_of(refusal_of(error))
 
     @app.exception_handler(RequestValidationError)
     def _(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _first(error).response
+        return response_of(_first(error))
 
     @app.exception_handler(HTTPException)
     def _(request: Request, error: HTTPException) -> JSONResponse:

@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any, Generic, Protocol, TypeVar
 
 from kv_transition.engines.reading import INTERRUPTED
-from kv_transition.serve.refusals import RefusalError
+from kv_transition.serve.refusal import RefusalError
 
 _LONGEST_WAIT_S = 60
 
