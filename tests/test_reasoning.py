@@ -113,7 +113,7 @@ def test_kvzip_evicts_of_what_is_generated_too(mode):
     prefill = model.prefill(tokens(PROMPT - 4, seed=0), question, policy.statistics)
     one = Answer(0, 24)
     state = begin(model, prefill, question, setting, one)
-    (state,) = decode(model, [state], setting, [one])
+    ((_, state),) = decode(model, [state], setting, [one])
     held = {place for layer in positions_of(state) for head in layer for place in head}
     assert max(one.kept) <= 12 + 4
     assert any(4 <= place < PROMPT - 4 for place in held)  # entries of the context other than sinks
@@ -136,7 +136,7 @@ def test_a_held_cache_takes_no_storage_for_what_it_will_never_hold(kind, options
     setting = with_pace(Setting(policy, Budget.parse("t12"), "after_prompt"), {"compress_every": every})
     prefill = model.prefill(tokens(PROMPT - 4), tokens(4, seed=9), policy.statistics)
     one = Answer(0, 4000, listener=lambda said: len(said) == STEPS)
-    (state,) = decode(model, [begin(model, prefill, tokens(4, seed=9), setting, one)], setting, [one])
+    ((_, state),) = decode(model, [begin(model, prefill, tokens(4, seed=9), setting, one)], setting, [one])
     for layer in state.layers:
         for part in layer.parts:
             heads, n, d = part.keys.shape

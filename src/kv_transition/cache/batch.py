@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kv_transition.cache.quantize import Packed
+from kv_transition.cache.room import Room
 from kv_transition.cache.state import CacheState, Layer, LayerCache
 
 
@@ -19,27 +20,41 @@ def stack(states: Sequence[CacheState], statistics: frozenset[str]) -> CacheStat
     Sequences with fewer entries than the longest are padded in front. Padding has position -1 and bias -inf, so that it
     receives no attention. Policies that act at each step get no padded batch.
     """
-    layers = tuple(_stack_layers(layers, statistics) for layers in zip(*(s.layers for s in states), strict=True))
+    return gather(list(states), statistics, 0)
+
+
+def gather(states: list[CacheState], statistics: frozenset[str], room: int) -> CacheState:
+    """Return the batch of `stack`, and empty the list ``states``.
+
+    Each layer of the single sequences is given up when the batch has it, so that the memory of both is that of one, and
+    one more layer. room: number of entries for which the batch has free space.
+    """
     device = states[0].logits.device
+    length = torch.tensor([s.length for s in states], device=device).view(-1, 1, 1)
+    logits = torch.stack([s.logits.to(device) for s in states])
+    shifts = [s.shift for s in states]
+    waiting = [list(reversed(s.layers)) for s in states]
+    states.clear()
+    layers = []
+    while waiting[0]:
+        layers.append(_with_room(_stack_layers([own.pop() for own in waiting], statistics), room))
     return CacheState(
-        layers=layers,
-        length=torch.tensor([s.length for s in states], device=device).view(-1, 1, 1),
-        logits=torch.stack([s.logits.to(device) for s in states]),
-        shift=torch.tensor([s.shift for s in states], device=device).view(-1, 1, 1)
-        if any(s.shift for s in states)
-        else 0,
+        layers=tuple(layers),
+        length=length,
+        logits=logits,
+        shift=torch.tensor(shifts, device=device).view(-1, 1, 1) if any(shifts) else 0,
     )
 
 
-def take(state: CacheState, rows: Sequence[int]) -> CacheState:
-    """Return the sequences ``rows`` of a batch."""
+def take(state: CacheState, rows: Sequence[int], room: int = 0) -> CacheState:
+    """Return the sequences ``rows`` of a batch, with free space for ``room`` more entries."""
     index = torch.tensor(rows)
 
     def chosen(tensor: Tensor) -> Tensor:
         return tensor.index_select(0, index.to(tensor.device))
 
     return CacheState(
-        layers=tuple(_map(layer, chosen) for layer in state.layers),
+        layers=tuple(_with_room(_map(layer, chosen), room) for layer in state.layers),
         length=chosen(state.length),
         logits=chosen(state.logits),
         shift=chosen(state.shift) if isinstance(state.shift, Tensor) else state.shift,
@@ -118,6 +133,17 @@ def _stack(layers: Sequence[LayerCache], statistics: frozenset[str]) -> LayerCac
         room=None,
         **changed,
     )
+
+
+def _with_room(layer: Layer, room: int) -> Layer:
+    """Return the layer in storage with free space for ``room`` entries; quantized entries have no such storage."""
+
+    def roomy(part: LayerCache) -> LayerCache:
+        if not room or isinstance(part.keys, Packed):
+            return part
+        return replace(part, **Room.of(part.keys, part.values, room).placed())
+
+    return layer.with_parts([roomy(part) for part in layer.parts])
 
 
 def _map(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:

@@ -59,7 +59,7 @@ class Room:
         self.keys[..., self.used : end, :] = keys
         self.values[..., self.used : end, :] = values
         self.used = end
-        return self._placed()
+        return self.placed()
 
     def drop(self, gone: Tensor) -> Placed:
         """Return the views and the storage without the entry ``gone`` [..., Hkv, 1] of each head, in the same order.
@@ -77,7 +77,7 @@ class Room:
                 places = torch.arange(last, device=gone.device)
                 before = self._rows(storage, self.start + places + (places >= gone))
             storage[..., moved.start : moved.start + last, :] = before
-        return moved._placed()
+        return moved.placed()
 
     @staticmethod
     def _rows(storage: Tensor, places: Tensor) -> Tensor:
@@ -86,6 +86,7 @@ class Room:
         flat = (heads * storage.shape[-2] + places).flatten()
         return storage.view(-1, storage.shape[-1]).index_select(0, flat).view(*places.shape, -1)
 
-    def _placed(self) -> Placed:
+    def placed(self) -> Placed:
+        """Return the views of the entries, and the storage."""
         seen = slice(self.start, self.used)
         return {"keys": self.keys[..., seen, :], "values": self.values[..., seen, :], "room": self}

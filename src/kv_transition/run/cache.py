@@ -92,7 +92,7 @@ def continue_from(
     answer = Answer(seed, max_new_tokens, budget_entries=cache.k)
     room = setting.room(max_new_tokens)
     state = setting.hold(engine.extend(cache.state, tokens, setting.while_decoding, room), cache.k)
-    (state,) = decode(engine, [state], setting, [answer])
+    ((_, state),) = decode(engine, [state], setting, [answer])
     answer.cache_bytes, answer.total_bytes = state.nbytes, state.total_nbytes
     return engine.tokenizer.decode(answer.tokens, skip_special_tokens=True), answer
 

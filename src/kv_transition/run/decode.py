@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kv_transition.budget import Budget
-from kv_transition.cache.batch import row, stack, take
+from kv_transition.cache.batch import gather, row, stack, take
 from kv_transition.cache.state import CacheState
 from kv_transition.cache.store import Prefill
 from kv_transition.engines.compiled import CompiledDecoder, decoder_of
@@ -215,7 +215,7 @@ class Stacked:
     def __init__(
         self,
         engine: LocalEngine,
-        states: Sequence[CacheState],
+        states: list[CacheState],
         setting: Setting,
         k: int,
         room: int,
@@ -224,9 +224,10 @@ class Stacked:
     ):
         self._engine, self._setting, self._k, self._room = engine, setting, k, room
         self._watcher = watcher
-        self._batch = stack(states, setting.while_decoding)
-        self._padding = [self._batch.entries - own.entries for own in states]
         self.live = list(range(len(states)))
+        entries = [own.entries for own in states]
+        self._batch = gather(states, setting.while_decoding, room)
+        self._padding = [self._batch.entries - own for own in entries]
         self._unrepeated = list(unrepeated)
 
     @property
@@ -241,7 +242,7 @@ class Stacked:
 
     def read(self, said: Mapping[int, int]) -> None:
         if len(said) < len(self.live):
-            self._batch = take(self._batch, [self.live.index(number) for number in said])
+            self._batch = take(self._batch, [self.live.index(number) for number in said], self._room)
             self.live = list(said)
         before = self._watcher.before_attention(self._batch.logits) if self._watcher else None
         tokens = [[token] for token in said.values()]
@@ -263,12 +264,15 @@ class Stacked:
 
 
 def decode(
-    engine: LocalEngine, states: Sequence[CacheState], setting: Setting, answers: Sequence[Answer]
-) -> list[CacheState]:
-    """Decode each sequence until the model stops or ``max_new_tokens`` is reached; return the final caches.
+    engine: LocalEngine, states: list[CacheState], setting: Setting, answers: Sequence[Answer]
+) -> Iterator[tuple[int, CacheState]]:
+    """Decode each sequence until the model stops or ``max_new_tokens`` is reached; yield the number and the final cache
+    of each as it ends.
 
     All sequences are decoded as one batch. Under a policy that acts at each step all must hold the same number of
-    entries. Raises ValueError for a batch under a policy that cannot be batched.
+    entries. The list ``states`` is emptied, because the batch replaces them; a final cache is a view of the batch, and
+    whoever keeps it keeps the memory of the whole batch. Raises ValueError for a batch under a policy that cannot be
+    batched.
     """
     if setting.evicts and setting.policy.one_at_a_time and len(answers) > 1:
         raise ValueError(f"{type(setting.policy).__name__} decodes one answer at a time")
@@ -276,7 +280,6 @@ def decode(
     watcher = setting.watch(answers[0])
     batch = _loaded(engine, states, setting, answers, watcher)
     started = engine.clock()
-    finished: dict[int, CacheState] = {}
     while True:
         chosen = engine.next_tokens(batch.logits, setting.temperature, [generators[i] for i in batch.live])
         said = {}
@@ -284,19 +287,20 @@ def decode(
             if answers[i].takes(token, batch.entries(i), engine.eos):
                 said[i] = token
             else:
-                finished[i] = batch.state(i)
                 answers[i].decode_s = engine.clock() - started
+                final = batch.state(i)
+                if watcher and i == 0:
+                    answers[0].record |= watcher.record(final)
+                yield i, final
+                del final
         if not said:
             break
         batch.read(said)
-    if watcher:
-        answers[0].record |= watcher.record(finished[0])
-    return [finished[i] for i in range(len(answers))]
 
 
 def _loaded(
     engine: LocalEngine,
-    states: Sequence[CacheState],
+    states: list[CacheState],
     setting: Setting,
     answers: Sequence[Answer],
     watcher: Watcher | None,
@@ -308,6 +312,7 @@ def _loaded(
         reason = "the policy acts each step" if held else decoder.refusal(states)
         if reason is None:
             decoder.load(states, room)
+            states.clear()
             return decoder
         # Python's filter shows the warning only once
         warnings.warn(f"decoding.compile: {reason}, so answers are decoded without a compiled graph", stacklevel=2)
@@ -317,12 +322,15 @@ def _loaded(
 
 
 def finish(
-    engine: LocalEngine, states: Sequence[CacheState], setting: Setting, answers: Sequence[Answer]
+    engine: LocalEngine, states: list[CacheState], setting: Setting, answers: Sequence[Answer]
 ) -> Sequence[Answer]:
-    """Decode the answers that `begin` started (several as a batch) and record the sizes of their caches."""
-    for answer, state in zip(answers, decode(engine, states, setting, answers), strict=True):
-        answer.batch_size = len(answers)
-        answer.ends(state)
+    """Decode the answers that `begin` started (several as a batch) and record the sizes of their caches; the list
+    ``states`` is emptied.
+    """
+    for number, state in decode(engine, states, setting, answers):
+        answers[number].batch_size = len(answers)
+        answers[number].ends(state)
+        del state  # a view would keep the whole batch
     return answers
 
 
