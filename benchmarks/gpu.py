@@ -13,6 +13,7 @@ In eight minutes on an H200, most important first:
 - limit: the longest prompt that fits 40 GB beside the weights.
 - kernels: column sums and entropies of one layer beside its attention and beside the card's matrix product.
 - studies: an observed step, scored tokens, FlashAttention 2 and nf4 where they are installed.
+- serve: answers a second through the scheduler of `kv_transition serve`, one request at a time and 8 at once.
 
 Each part has a share of the time. What there is no time, memory or package for is said in its place. Each figure is
 written as it is got, to ``benchmarks/results/{date}-{gpu}.json``; ``--skip-done`` measures what the file lacks.
@@ -41,7 +42,7 @@ from kv_transition.provenance import git_commit, package_versions, write_json
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
-WHAT = ("what", "n", "batch", "budget", "loop", "read")
+WHAT = ("what", "n", "at_once", "batch", "budget", "loop", "read")
 """keys that say which figure it is: the first columns"""
 
 

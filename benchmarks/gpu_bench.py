@@ -40,6 +40,12 @@ class Sizes:
     limits: tuple[int, ...] = (32768, 65536, 131072)
     kernels: tuple[int, ...] = (4096, 16384)
     """tokens of a layer whose statistics are computed by themselves"""
+    served: int = 4096
+    """tokens of a prompt that is served"""
+    answer: int = 64
+    """tokens of its answer"""
+    alone: int = 2
+    """answers that are measured one at a time"""
     backend: str = "inductor"
     dtype: torch.dtype = torch.bfloat16
 
@@ -74,6 +80,8 @@ TINY = Sizes(
     budgets=(1.0, 0.2),
     limits=(128, 256, 512),
     kernels=(128,),
+    served=64,
+    answer=4,
     backend="eager",
     dtype=torch.float32,
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from gpu_bench import Bench
+from gpu_serve import serve
 
 from kv_transition.attention.statistics import attention_statistics, choose
 from kv_transition.cache.batch import stack
@@ -351,10 +352,11 @@ def nf4(bench: Bench) -> dict[str, Any]:
 
 PARTS: dict[str, tuple[Callable[[Bench], None], int]] = {
     "tests": (tests, 60),
-    "prefill": (prefill, 140),
-    "decode": (decode, 130),
-    "limit": (limit, 50),
-    "kernels": (kernels, 30),
-    "studies": (studies, 70),
+    "prefill": (prefill, 130),
+    "decode": (decode, 120),
+    "limit": (limit, 45),
+    "kernels": (kernels, 25),
+    "studies": (studies, 60),
+    "serve": (serve, 40),
 }
 """each part with its seconds: eight minutes in all; what one leaves is the next one's"""
