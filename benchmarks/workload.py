@@ -141,9 +141,12 @@ def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> Cost:
 
 
 def snakemake(folder: Path, experiment: Path, *options: str) -> Cost:
-    """The whole pipeline of an experiment, one job at a time, with ``folder`` as working directory."""
+    """The whole pipeline of an experiment, one job at a time, with ``folder`` as working directory.
+
+    The user's cache folder is empty at first, so that the cost includes what this project keeps there for later runs.
+    """
     command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--configfile", experiment]
-    return run([*command, "--cores", "1", "--quiet", "all", *options], folder)
+    return run([*command, "--cores", "1", "--quiet", "all", *options], folder, XDG_CACHE_HOME=str(folder / "cache"))
 
 
 def write_figures(doc: str, measure: Callable[[bool], Any]) -> None:
