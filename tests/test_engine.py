@@ -14,7 +14,8 @@ from kv_transition.engines.loading import refuse_unsupported
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
 from kv_transition.policies.catalog import create, hyper_parameters, kinds
-from kv_transition.run.decode import Answer, Setting, answer, answer_all
+from kv_transition.run.decode import Answer, Setting, answer, answer_all, let_in, let_in_all
+from kv_transition.run.decode import start as start_answer
 
 KINDS = [kind for kind in kinds() if kind != "full"]
 DROPPING = [kind for kind in KINDS if kind not in ("entropy_merge", "quantized")]
@@ -265,6 +266,24 @@ def test_a_batch_answers_as_one_by_one(kind, budget, lengths, mode):
         assert a.batch_size == len(lengths)
         for name in ("tokens", "finish_reason", "kept", "cache_bytes", "full_bytes", "budget_entries"):
             assert getattr(a, name) == pytest.approx(getattr(b, name)), name
+
+
+@pytest.mark.parametrize(("lengths", "passes"), [([70, 81, 70], 1), ([70, 81, 12], 3)])
+def test_questions_on_caches_of_one_size_are_read_in_one_pass(lengths, passes):
+    model, setting = engine("qwen2"), Setting(policy("tova"), Budget.parse("t17"), "before_question")
+    prefills = [model.prefill(tokens(n, seed=n), [], setting.policy.statistics) for n in lengths]
+    states = [start_answer(model, prefill, tokens(6), setting, Answer(0, 4)) for prefill in prefills]
+    answers = [Answer(0, 4, budget_entries=17) for _ in lengths]
+    widths = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _m, _a, named: widths.append(len(named["input_ids"])), with_kwargs=True
+    )
+    together = let_in_all(model, states, [tokens(6, seed=n) for n in lengths], setting, answers)
+    hook.remove()
+    assert (len(widths), sum(widths)) == (passes, 3)
+    for n, state, read in zip(lengths, states, together, strict=True):
+        alone = let_in(model, state, tokens(6, seed=n), setting, Answer(0, 4, budget_entries=17))
+        assert same(read, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

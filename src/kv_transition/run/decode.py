@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kv_transition.budget import Budget
 from kv_transition.cache.batch import gather, row, stack, take
-from kv_transition.cache.state import CacheState
+from kv_transition.cache.state import MOMENTS, CacheState
 from kv_transition.cache.store import Prefill
 from kv_transition.engines.compiled import CompiledDecoder, decoder_of
 from kv_transition.engines.local import LocalEngine
@@ -161,6 +161,25 @@ def compress(
     return Compressed(left, k, state.nbytes / state.length, seconds, record)
 
 
+def start(
+    engine: LocalEngine,
+    prefill: Prefill,
+    question_ids: Sequence[int],
+    setting: Setting,
+    answer: Answer,
+    left: Compressed | None = None,
+) -> CacheState:
+    """Compress to the budget and return the compressed state. left: that state, if it was computed before."""
+    before_question = setting.mode == "before_question"
+    answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
+    state = prefill.context if before_question else prefill.prompt
+    answer.course = Course(state.length, len(question_ids) if before_question else 0, answer.steps)
+    left = left or compress(engine, state, setting, answer.seed, answer.course)
+    answer.budget_entries, answer.token_bytes, answer.compress_s = left.budget_entries, left.token_bytes, left.seconds
+    answer.record = dict(left.record)
+    return left.state
+
+
 def begin(
     engine: LocalEngine,
     prefill: Prefill,
@@ -173,15 +192,8 @@ def begin(
 
     left: the compressed prefill, if it was computed before.
     """
-    before_question = setting.mode == "before_question"
-    answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
-    state = prefill.context if before_question else prefill.prompt
-    answer.course = Course(state.length, len(question_ids) if before_question else 0, answer.steps)
-    left = left or compress(engine, state, setting, answer.seed, answer.course)
-    compressed = left.state
-    answer.budget_entries, answer.token_bytes, answer.compress_s = left.budget_entries, left.token_bytes, left.seconds
-    answer.record = dict(left.record)
-    if before_question:
+    compressed = start(engine, prefill, question_ids, setting, answer, left)
+    if setting.mode == "before_question":
         return let_in(engine, compressed, question_ids, setting, answer)
     if setting.first_token == "full":
         return compressed
@@ -207,6 +219,30 @@ def let_in(
     state = setting.hold(state, answer.budget_entries)
     answer.first_token_s = engine.clock() - started
     return state
+
+
+def let_in_all(
+    engine: LocalEngine,
+    states: list[CacheState],
+    questions: Sequence[Sequence[int]],
+    setting: Setting,
+    answers: Sequence[Answer],
+) -> list[CacheState]:
+    """Return the states after each question is read on top of its compressed cache; the list ``states`` is emptied.
+
+    Questions of one length on caches of one size are read in one pass, whose seconds count for each of their answers.
+    """
+    sizes = {(len(q), *(layer.n for layer in state.layers)) for q, state in zip(questions, states, strict=True)}
+    alone = setting.while_decoding & (MOMENTS | {"reconstruction"})  # statistics of single sequences
+    if len(states) == 1 or len(sizes) > 1 or alone:
+        return [let_in(engine, states.pop(0), q, setting, a) for q, a in zip(questions, answers, strict=True)]
+    started = engine.clock()
+    room = setting.room(max(answer.max_new_tokens for answer in answers))
+    batch = gather(states, setting.while_decoding, len(questions[0]) + room)
+    batch = setting.hold(engine.extend(batch, questions, setting.while_decoding, room), answers[0].budget_entries)
+    for answer in answers:
+        answer.first_token_s = engine.clock() - started
+    return [row(batch, number) for number in range(len(answers))]
 
 
 class Stacked:
@@ -343,7 +379,10 @@ def answer_all(
 ) -> Sequence[Answer]:
     """Compute ``answers``, one for each prompt, and return them."""
     triples = zip(prefills, questions, answers, strict=True)
-    states = [begin(engine, prefill, question, setting, answer) for prefill, question, answer in triples]
+    begun = start if setting.mode == "before_question" else begin
+    states = [begun(engine, prefill, question, setting, answer) for prefill, question, answer in triples]
+    if setting.mode == "before_question":
+        states = let_in_all(engine, states, questions, setting, answers)
     return finish(engine, states, setting, answers)
 
 

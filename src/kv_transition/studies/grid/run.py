@@ -24,7 +24,7 @@ from kv_transition.policies.catalog import create, is_press
 from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.run import job
 from kv_transition.run.contexts import Contexts
-from kv_transition.run.decode import Answer, Setting, begin, finish
+from kv_transition.run.decode import Answer, Setting, begin, finish, let_in_all, start
 from kv_transition.run.matched import Course, Match, settled
 from kv_transition.run.paced import Paced, over_time, with_pace
 from kv_transition.run.prefill import key_of, store_of
@@ -175,6 +175,7 @@ def _answered_at(
         for seed, (example, repeat) in zip(seeds, units, strict=True)
     ]
     states, load_s = [], []
+    before_question = setting.mode == "before_question"
     for (example, _), answer in zip(units, answers, strict=True):
         if is_press(spec["kind"]):
             context, question = example["context_ids"], example["question_ids"]
@@ -183,8 +184,12 @@ def _answered_at(
         else:
             prefill, seconds = contexts.prefill(example, setting.policy.statistics)
             left = contexts.compressed(example, prefill, setting)
-            states.append(begin(engine, prefill, example["question_ids"], setting, answer, left))
+            begun = start if before_question else begin
+            states.append(begun(engine, prefill, example["question_ids"], setting, answer, left))
             load_s.append(seconds)
+            del prefill  # only compressed caches are held for a batch
+    if before_question and not is_press(spec["kind"]):
+        states = let_in_all(engine, states, [example["question_ids"] for example, _ in units], setting, answers)
     finish(engine, states, setting, answers)
     peak = engine.peak_memory_mb()
     return [_row(engine, setting, *pair, peak) for pair in zip(answers, load_s, strict=True)]
