@@ -278,7 +278,7 @@ def test_questions_on_caches_of_one_size_are_read_in_one_pass(lengths, passes):
     hook = model.model.register_forward_pre_hook(
         lambda _m, _a, named: widths.append(len(named["input_ids"])), with_kwargs=True
     )
-    together = let_in_all(model, states, [tokens(6, seed=n) for n in lengths], setting, answers)
+    together = let_in_all(model, list(states), [tokens(6, seed=n) for n in lengths], setting, answers)
     hook.remove()
     assert (len(widths), sum(widths)) == (passes, 3)
     for n, state, read in zip(lengths, states, together, strict=True):
