@@ -360,14 +360,17 @@ def test_layers_with_a_sliding_window_are_in_no_set():
 scores = st.lists(st.lists(st.integers(-3, 3), min_size=9, max_size=9), min_size=1, max_size=4)
 
 
-@given(scores, st.integers(0, 9))
-def test_best_keeps_what_the_policies_own_choice_keeps(rows, k):
-    """Check that a ranking selects the same entries as the policies' own `top`."""
+@given(scores, st.lists(st.integers(0, 9), min_size=1, max_size=3), st.booleans())
+def test_best_keeps_what_the_policies_own_choice_keeps(rows, sizes, several):
+    """Check that a ranking selects the same entries as the policies' own `top`, for one size after the other."""
     score = torch.tensor(rows, dtype=torch.float32)
-    expected = torch.zeros_like(score, dtype=torch.bool)
-    if k:
-        expected.scatter_(-1, top(score, k), True)
-    assert torch.equal(Ranking(score).best(k), expected)
+    ranking = Ranking(score, several)
+    for k in sizes:
+        expected = torch.zeros_like(score, dtype=torch.bool)
+        if k:
+            expected.scatter_(-1, top(score, k), True)
+        assert torch.equal(ranking.best(k), expected)
+        assert torch.equal(ranking.places < k, expected)
 
 
 @given(scores, st.integers(1, 9))

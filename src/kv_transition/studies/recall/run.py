@@ -170,18 +170,19 @@ def _compare(
     shares = {g: _shares(ranking.score) for g, ranking in needed.items()}
     measured: dict[int, tuple[Tensor, Tensor]] = {}
     columns: list[tuple[Key, int, tuple[str, str], Tensor]] = []
+    n = next(iter(needed.values())).score.shape[-1]
     for each, sets in zip(shadows, predictions, strict=True):
+        k, budget = each.budget.kept(n), str(each.budget)
         for (granularity, memory), mask in sets.items():
-            ranking, at = needed[granularity], (granularity, str(each.budget))
-            k = each.budget.kept(ranking.score.shape[-1])
+            at = granularity, budget
             if at not in golds:
-                golds[at] = ranking.best(k)
+                golds[at] = needed[granularity].best(k)
                 new[at] = _share_new(golds[at], before.get(at), k)
                 gaps[at] = altered.without(golds[at]) if altered else None
-            # one set after the other, so that temporaries stay in the CPU's cache; both memories may have the same set
+            # both memories may have the same set
             if id(mask) not in measured:
-                measured[id(mask)] = (mask & golds[at]).sum(-1), (mask * shares[granularity]).sum(-1)
-            columns.append(((each.name, at[1], granularity, memory), k, at, mask))
+                measured[id(mask)] = _overlap(mask, golds[at]), _sum_of(shares[granularity], mask)
+            columns.append(((each.name, budget, granularity, memory), k, at, mask))
 
     recall, mass = torch.empty(2, len(columns), dtype=torch.float64)
     for granularity in needed:
@@ -203,6 +204,17 @@ def _compare(
     trace.entropy_gap_gold.append([gaps[at] for _, _, at, _ in columns])
     trace.entropy_gap.append([altered.divergence(mask) if altered else None for *_, mask in columns])
     return golds
+
+
+def _overlap(mask: Tensor, other: Tensor) -> Tensor:
+    """Return the number of common entries of each row of two masks [R, n]."""
+    return (mask & other).sum(-1, dtype=torch.int32)
+
+
+def _sum_of(shares: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum of the shares of the entries of each row of a mask [R, n]."""
+    # torch uses vector instructions of a CPU to convert uint8, but not to convert bool
+    return (shares * mask.view(torch.uint8)).sum(-1)
 
 
 def _shares(attention: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from kv_transition.cache.state import CacheState, Layer, LayerCache, SplitLayer
 from kv_transition.policies._allocation import by_head
 from kv_transition.policies.base import Policy
 from kv_transition.policies.streaming_llm import StreamingLLM
-from kv_transition.studies.recall.ranking import Ranking, Scores, without_lowest
+from kv_transition.studies.recall.ranking import Ranking, Scores, mask_of, without_lowest
 
 GRANULARITIES = ("global", "per_head")
 MEMORIES = ("ideal", "irreversible")
@@ -128,7 +128,7 @@ class Once(Shadow):
     def predict(self, scores: Scores) -> Sets:
         length = scores.state.length
         k, generated = self._k(length), length - self._n
-        held = {g: places < self._limit(k - generated, places) for g, places in self._places.items()}
+        held = {g: mask_of(torch.lt, places, self._limit(k - generated, places)) for g, places in self._places.items()}
         return self._in_all({g: _with_generated(mask, k, generated) for g, mask in held.items()})
 
     def _limit(self, m: int, places: Tensor) -> int | Tensor:
@@ -139,7 +139,7 @@ class Once(Shadow):
         if len(set(budgets)) == 1:
             return budgets[0]
         each = [k for k, heads in zip(budgets, self._heads, strict=True) for _ in range(heads)]
-        return torch.tensor(each, device=places.device)[:, None]
+        return torch.tensor(each, dtype=places.dtype, device=places.device)[:, None]
 
 
 @dataclass
@@ -229,7 +229,7 @@ class Ends(EachStep):
         if held is not None:
             there = functional.pad(held, (0, n - held.shape[-1]), value=True)
             # all of the ideal set is held unless the number of sinks has changed
-            kept = ideal if bool((ideal <= there).all()) else self._of(there, k)
+            kept = ideal if torch.equal(ideal & there, ideal) else self._of(there, k)
         self._held["row"] = kept
         sets: Sets = {}
         for granularity in self.granularities:
@@ -241,11 +241,11 @@ class Ends(EachStep):
 
     def _of(self, there: Tensor, k: int) -> Tensor:
         """Return the mask [1, n] of the entries that are kept, of the available entries ``there``."""
-        first = torch.zeros_like(there)
-        first[:, : self.policy.protected(k)] = there[:, : self.policy.protected(k)]
-        others = there & ~first
-        newer = others.flip(-1).cumsum(-1).flip(-1)
-        return first | (others & (newer <= k - first.sum(-1, keepdim=True)))
+        kept = there.clone()
+        sinks = self.policy.protected(k)
+        others = there[0, sinks:].nonzero()[:, 0]
+        kept[0, sinks + others[: max(len(others) - k + int(there[0, :sinks].sum()), 0)]] = False
+        return kept
 
 
 @dataclass
