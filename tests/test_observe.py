@@ -300,6 +300,14 @@ def test_every_set_has_the_size_of_the_budget():
     assert all(0 <= value <= 1 for row in trace.gold_new[1:] for value in row)
 
 
+def test_a_policy_without_the_asked_granularity_adds_no_set():
+    """Check that the steps are recorded although TOVA has no global sets."""
+    trace, recorded = followed(engine("qwen2"), PROMPT, spec_of("tova", granularities=["global"]), steps=3)
+    assert trace.n == [N, N + 1, N + 2]
+    assert trace.recall == [[], [], []]
+    assert recorded == [({}, {})] * 3
+
+
 def test_a_policy_that_acts_once_holds_the_newest_of_what_it_generated():
     """Check that the newest K tokens remain, and no prompt token, if more tokens were generated than the budget
     holds."""

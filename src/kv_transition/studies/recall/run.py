@@ -105,10 +105,10 @@ def follow(
             if isinstance(each, Oracle):
                 sets |= each.hindsight(needed, heads)
         altered = _Altered(engine, state, token, after.logits) if _due(step, entropy_gap_every) else None
-        golds = _compare(trace, shadows, predictions, needed, heads, golds, altered)
         trace.token_id.append(token)
         trace.entropy.append(entropy(state.logits))
         trace.n.append(state.length)
+        golds = _compare(trace, shadows, predictions, needed, heads, golds, altered)
         state = after
     return trace
 
@@ -160,7 +160,7 @@ def _compare(
     before: dict[tuple[str, str], Tensor],
     altered: _Altered | None,
 ) -> dict[tuple[str, str], Tensor]:
-    """Add a step to the trace; return the gold sets of the step by granularity and budget.
+    """Add the sets of the last step to the trace; return its gold sets by granularity and budget.
 
     needed: the ranking by the step's attention at each granularity. before: gold sets of the previous step.
     """
@@ -170,9 +170,8 @@ def _compare(
     shares = {g: _shares(ranking.score) for g, ranking in needed.items()}
     measured: dict[int, tuple[Tensor, Tensor]] = {}
     columns: list[tuple[Key, int, tuple[str, str], Tensor]] = []
-    n = next(iter(needed.values())).score.shape[-1]
     for each, sets in zip(shadows, predictions, strict=True):
-        k, budget = each.budget.kept(n), str(each.budget)
+        k, budget = each.budget.kept(trace.n[-1]), str(each.budget)
         for (granularity, memory), mask in sets.items():
             at = granularity, budget
             if at not in golds:
