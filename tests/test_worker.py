@@ -244,7 +244,7 @@ def test_nobody_else_can_enter_the_folder(machine):
 def test_a_folder_that_others_can_enter_or_have_laid_there_is_not_used(tmp_path, monkeypatch):
     parent = Path(tempfile.mkdtemp(dir="/tmp"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(parent))
-    monkeypatch.setattr(tempfile, "tempdir", str(parent))
+    monkeypatch.setenv("TMPDIR", str(parent))
     folder = parent / f"kvt-{os.getuid()}"
     folder.mkdir(mode=0o755)
     assert place_of("a").folder != folder

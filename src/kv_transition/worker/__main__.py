@@ -5,7 +5,6 @@ python -m kv_transition.worker MODULE ARGUMENTS
 
 from __future__ import annotations
 
-import runpy
 import sys
 
 from kv_transition.errors import UserError
@@ -24,6 +23,8 @@ def main() -> None:
         sys.exit(2)
     if status is not None:
         sys.exit(status)
+    import runpy
+
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

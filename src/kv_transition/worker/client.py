@@ -6,18 +6,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 from kv_transition.errors import UserError
 from kv_transition.worker import frames, runs
 from kv_transition.worker.key import PACKAGE, Worker, of_imports
-from kv_transition.worker.perform import perform
 from kv_transition.worker.place import Place, place_of
 
 VARIABLE = "KVT_WORKER"
@@ -43,7 +40,11 @@ def call(function: str, arguments: dict[str, Any], imports: Sequence[str]) -> in
     """
     job = {"call": function, "arguments": arguments}
     status = carry_out(job, of_imports(imports))
-    return perform(job) if status is None else status
+    if status is not None:
+        return status
+    from kv_transition.worker.perform import perform
+
+    return perform(job)
 
 
 def workers_wanted() -> bool:
@@ -160,6 +161,8 @@ def _connected(place: Place) -> socket.socket:
 
 def _start(place: Place, worker: Worker) -> None:
     """Start the worker's process with a socket that already listens, so that clients can connect at once."""
+    import subprocess
+
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(place.socket))
         os.chmod(place.socket, 0o600)
@@ -168,7 +171,7 @@ def _start(place: Place, worker: Worker) -> None:
         command = [sys.executable, "-m", "kv_transition.worker.server", str(listener.fileno()), str(place.folder)]
         with place.log.open("wb") as log:
             subprocess.Popen(
-                [*command, json.dumps(asdict(worker))],
+                [*command, json.dumps(worker._asdict())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

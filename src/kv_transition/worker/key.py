@@ -7,9 +7,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -24,8 +23,7 @@ _READ_AT_IMPORT = (
 _SUBMISSION = ("SLURM_JOB_ID", "SLURM_STEP_GPUS", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "_CONDOR_SLOT")
 
 
-@dataclass(frozen=True)
-class Worker:
+class Worker(NamedTuple):
     """The content of a worker; ``name`` is unique among the workers of this user on this machine."""
 
     name: str

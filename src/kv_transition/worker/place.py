@@ -5,18 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _LONGEST = 100
 """largest number of bytes of a socket's path; systems allow at most 103 to 107"""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The files of one worker."""
 
     folder: Path
@@ -50,7 +48,7 @@ class Place:
 
 def place_of(name: str) -> Place | None:
     """Return the place of the worker with this name; None if no folder is private enough or its path is too long."""
-    for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
+    for parent in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp"):
         if not parent:
             continue
         folder = Path(parent) / f"kvt-{os.getuid()}"

@@ -12,7 +12,6 @@ from typing import Any
 
 from kv_transition.errors import UserError
 from kv_transition.worker import client
-from kv_transition.worker.perform import perform
 
 IMPORTS = ("kv_transition.outputs.build", "kv_transition.outputs.exports")
 """modules that a worker imports once for all calls; they import most of the libraries that the analysis needs"""
@@ -35,6 +34,8 @@ def carry_out(
     with _errors_to(log):
         try:
             if function.partition(":")[0] in _LIGHT:
+                from kv_transition.worker.perform import perform
+
                 status = perform({"call": _CALL, "arguments": arguments})
             else:
                 status = client.call(_CALL, arguments, IMPORTS)

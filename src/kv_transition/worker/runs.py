@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
+import socket
 from pathlib import Path
 
 VARIABLE = "KVT_RUN"
@@ -18,14 +18,14 @@ def current() -> str:
 
 def own() -> str:
     """Return the identity of this process, as ``host:pid:start``."""
-    return f"{platform.node()}:{os.getpid()}:{_started(os.getpid())}"
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def is_alive(run: str) -> bool:
     """Return whether the process of a run still exists; a run on another machine counts as ended."""
     host, _, process = run.partition(":")
     pid, _, start = process.partition(":")
-    if host != platform.node() or not pid.isdecimal():
+    if host != socket.gethostname() or not pid.isdecimal():
         return False
     return _started(int(pid)) == start and _exists(int(pid))
 
