@@ -65,19 +65,28 @@ class Room:
         """Return the views and the storage without the entry ``gone`` [..., Hkv, 1] of each head, in the same order.
 
         The entries before it move up by one place, and the storage begins one place later. Only entries before the last
-        one of ``gone`` are moved: the sinks of a stream, or the heavy hitters of H2O, whose newer half is protected.
+        one of ``gone`` are moved: the sinks of a stream, or the heavy hitters of H2O, whose newer half is protected. In a
+        batch whose heads agree (TOVA), each sequence moves only its own.
         """
         moved = replace(self, start=self.start + 1)
         # reading the values from a GPU would wait for it
         first, last = (0, moved.used - self.start - 1) if gone.is_cuda else map(int, torch.aminmax(gone))
+        alike = first < last and not gone.is_cuda and gone.dim() == 3 and bool((gone == gone[:, :1]).all())
         for storage in (self.keys, self.values):
             if first == last:
-                before = storage[..., self.start : self.start + last, :].clone()
+                moved._shift(storage, last)
+            elif alike:  # the heads of each sequence agree
+                for own, n in zip(storage, gone[:, 0, 0].tolist(), strict=True):
+                    moved._shift(own, n)
             else:
                 places = torch.arange(last, device=gone.device)
                 before = self._rows(storage, self.start + places + (places >= gone))
-            storage[..., moved.start : moved.start + last, :] = before
+                storage[..., moved.start : moved.start + last, :] = before
         return moved.placed()
+
+    def _shift(self, storage: Tensor, n: int) -> None:
+        """Move the ``n`` entries before the start's place up by one place."""
+        storage[..., self.start : self.start + n, :] = storage[..., self.start - 1 : self.start - 1 + n, :].clone()
 
     @staticmethod
     def _rows(storage: Tensor, places: Tensor) -> Tensor:
