@@ -65,8 +65,8 @@ class Room:
         """Return the views and the storage without the entry ``gone`` [..., Hkv, 1] of each head, in the same order.
 
         The entries before it move up by one place, and the storage begins one place later. Only entries before the last
-        one of ``gone`` are moved: the sinks of a stream, or the heavy hitters of H2O, whose newer half is protected. In a
-        batch whose heads agree (TOVA), each sequence moves only its own.
+        one of ``gone`` are moved: the sinks of a stream, or the heavy hitters of H2O, whose newer half is protected. If
+        the heads of a batch agree (TOVA), each sequence moves only its own.
         """
         moved = replace(self, start=self.start + 1)
         # reading the values from a GPU would wait for it
