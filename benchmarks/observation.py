@@ -76,7 +76,7 @@ def measure(length: int, steps: int, device: str, repeats: int) -> dict[str, Any
     follow(engine, state, shadows("global"), 2)  # what a first call loads is no part of it
     plain, beginning, observed, own = [], {}, {}, {}
     for _ in range(repeats):
-        plain.append(clocked(lambda: decode(engine, [state], full, [Answer(0, steps)])))
+        plain.append(clocked(lambda: [*decode(engine, [state], full, [Answer(0, steps)])]))
         for granularity in GRANULARITIES:
             followed = shadows(granularity)
             seconds = clocked(lambda followed=followed: follow(engine, state, followed, steps))
