@@ -46,7 +46,8 @@ def tail(checkout: Path, folder: Path) -> tuple[Cost, Cost]:
     """Return the cost of the analysis in a copy of a folder, and of a run with nothing to do."""
     with tempfile.TemporaryDirectory() as name:
         copy, cache = Path(name) / "run", Path(name) / "cache"
-        shutil.copytree(folder, copy, symlinks=True)
+        # stored prefills are large, and the analysis does not read them
+        shutil.copytree(folder, copy, symlinks=True, ignore=shutil.ignore_patterns("*.safetensors"))
         costs = [snakemake(checkout, copy, XDG_CACHE_HOME=str(cache)) for _ in range(2)]
     return costs[0], costs[1]
 
