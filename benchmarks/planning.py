@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 from document import put, table
-from run import conditions, conditions_line
+from run import conditions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cluster.md"
@@ -281,7 +281,12 @@ def render(figures: dict[str, Any]) -> None:
         "logs",
         "records",
     ]
-    put(PAGE, "planning", f"{table(heads, rows)}\n\n{conditions_line(figures['conditions'])}")
+    facts = figures["conditions"]
+    line = (
+        f"CPU seconds, medians of {figures['times']} processes. Measured on {facts['date']}, {facts['host']}, Python "
+        f"{facts['python']}, Snakemake {figures['snakemake']}, commit {facts['git_commit']}."
+    )
+    put(PAGE, "planning", f"{table(heads, rows)}\n\n{line}")
 
 
 def main() -> None:
