@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import altair as alt
+import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -62,6 +64,18 @@ def test_drawing_twice_gives_the_same_bytes(tmp_path, tables):
         assert (tmp_path / f"a.{ext}").read_bytes() == (tmp_path / f"b.{ext}").read_bytes()
     page = (tmp_path / "a.html").read_text()
     assert not re.search(r"<(script|link)[^>]+(src|href)=", page), "the page must work offline"
+
+
+def test_figures_are_valid_vega_lite(tables):
+    """Check whole figures against the schema of Vega-Lite, because Altair does not check the parts that it makes."""
+    results = read_results(*tables)
+    drawn = [plots.along_length(results, name) for name in plots.FIGURES]
+    drawn += [plots.failure_stack(results), plots.interactive(results), entries.entries_figure(results)]
+    drawn += [draw(results) for draw in (tradeoff.front_figure, tradeoff.difference_figure)]
+    drawn += [draw(results) for draw in (tradeoff.front_explorer, tradeoff.difference_explorer)]
+    schema = jsonschema.Draft7Validator(alt.load_schema())
+    assert [spec["title"]["text"] for spec in drawn if not schema.is_valid({**spec, "datasets": {}})] == []
+    assert not schema.is_valid({**drawn[0], "datasets": {}, "vconcat": [{"layer": [{"mark": "no such mark"}]}]})
 
 
 def test_failures_add_up_to_the_rate_in_the_table(tables):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from altair.utils import schemapi
+
 from kv_transition import parsing
 from kv_transition.labels import percent
 from kv_transition.outputs import experiment
@@ -71,6 +73,7 @@ def _relative(path: Path, base: Path) -> str:
     return resolved.relative_to(base).as_posix() if resolved.is_relative_to(base) else resolved.as_posix()
 
 
+@schemapi.debug_mode(False)  # Altair does not validate the parts of charts; the tests validate whole charts
 def report_context(source: Source, title: str | None, missing: Mapping[str, str]) -> dict[str, Any]:
     """Return everything that the templates show, except the figures."""
     results, settings = source.results, source.experiment

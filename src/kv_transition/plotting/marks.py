@@ -16,6 +16,8 @@ from kv_transition.plotting.theme import NEUTRAL
 LINE, REFERENCE, RULE, BAND = 1.9, 1.6, 1.3, 0.16
 POINT = {"filled": True, "opacity": 1, "stroke": "white", "strokeWidth": 0.6}
 DASHED = [5, 3]
+# Channels, not texts: Altair reads its whole schema to make a channel of a text.
+HIGH_X, HIGH_Y = alt.X2("high:Q"), alt.Y2("high:Q")
 Channel = TypeVar("Channel", alt.X, alt.Y)
 
 
@@ -57,7 +59,7 @@ def curves(
     """
     color, shape = scales
     ends, whole = data.chart(bounded(rows)), data.chart(rows)
-    between: dict[str, Any] = {"x": x, "y": _low(y), "y2": "high:Q", "color": color}
+    between: dict[str, Any] = {"x": x, "y": _low(y), "y2": HIGH_Y, "color": color}
     how = {"interpolate": interpolate} if interpolate else {}
     points: dict[str, Any] = {"x": x, "y": y, "color": color, "shape": shape}
     layers = []
@@ -84,7 +86,7 @@ def points(
     color, shape = scales
     ends = data.chart(bounded(rows)).mark_rule(strokeWidth=RULE, opacity=0.55)
     return [
-        ends.encode(x=x, y=_low(y), y2="high:Q", color=color),
+        ends.encode(x=x, y=_low(y), y2=HIGH_Y, color=color),
         data.chart(rows).mark_point(size=95, **POINT).encode(x=x, y=y, color=color, shape=shape, tooltip=list(tip)),
     ]
 
@@ -106,7 +108,7 @@ def reference(
     line = data.chart(rows).mark_line(strokeDash=DASHED, strokeWidth=REFERENCE, color=NEUTRAL, **how)
     channels: dict[str, Any] = {"x": x, "y": y} | ({"color": color} if color else {})
     return [
-        data.chart(bounded(rows)).mark_area(color=NEUTRAL, opacity=BAND, **how).encode(x=x, y=_low(y), y2="high:Q"),
+        data.chart(bounded(rows)).mark_area(color=NEUTRAL, opacity=BAND, **how).encode(x=x, y=_low(y), y2=HIGH_Y),
         line.encode(**channels, **({"tooltip": list(tip)} if tip else {})),
     ]
 
@@ -136,6 +138,6 @@ def forest(
     zero["shorthand"] = "at:Q"
     return [
         data.chart([{"at": at}], filtered=False).mark_rule(color=NEUTRAL, strokeDash=[4, 3]).encode(x=zero),
-        data.chart(bounded(rows)).mark_rule(strokeWidth=1.6, opacity=0.8).encode(x=_low(x), x2="high:Q", **place),
+        data.chart(bounded(rows)).mark_rule(strokeWidth=1.6, opacity=0.8).encode(x=_low(x), x2=HIGH_X, **place),
         data.chart(rows).mark_point(size=72, **POINT).encode(x=x, shape=shape, tooltip=list(tip), **place),
     ]

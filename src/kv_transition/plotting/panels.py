@@ -78,7 +78,7 @@ def figure(panels: Sequence[Spec], columns: int, data: Datasets, title: str, *su
 def note(text: str, title: str, *subtitle: str) -> Spec:
     """Return a figure without a drawing that states the reason."""
     data = Datasets()
-    mark = data.chart([{"text": text}]).mark_text(fontSize=13, color=MUTED).encode(text="text:N")
+    mark = data.chart([{"text": text}]).mark_text(fontSize=13, color=MUTED).encode(text=alt.Text("text:N"))
     return compose({**inner(mark), "width": 680, "height": 60}, data, title, ". ".join((*subtitle, text)))
 
 

@@ -120,7 +120,7 @@ def _panel(
     layers = [
         *marks.reference(data, full, x, y, scales[0]),
         data.chart(zone).mark_line(strokeWidth=13, opacity=0.22, strokeCap="round", strokeJoin="round")
-        .encode(**at, detail="policy:N"),
+        .encode(**at, detail=alt.Detail("policy:N")),
         *marks.curves(data, own, x, y, scales, tip=tip),
         data.chart(collapse).mark_text(**COLLAPSE).encode(**at),
     ]  # fmt: skip
@@ -272,12 +272,12 @@ def failure_stack(results: Results) -> Spec:
             )
         )
         base = data.chart([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in whole])
-        rules = base.mark_rule(color=theme.INK, strokeWidth=1).encode(y=y, x=alt.X("ci_low:Q"), x2="ci_high:Q")
+        rules = base.mark_rule(color=theme.INK, strokeWidth=1).encode(y=y, x=alt.X("ci_low:Q"), x2=alt.X2("ci_high:Q"))
         text = base.mark_text(align="left", dx=6, fontSize=10, color=theme.INK)
         numbers = data.chart(_numbers(own, whole, shown, end * _NUMBER_PX / _STACK_PX)).mark_text(fontSize=9, dy=0.5)
         ink = alt.Color("ink:N", scale=None)
-        layers = (bars, rules, text.encode(y=y, x="ci_high:Q", text="text:N"),
-                  numbers.encode(y=y, x="at:Q", text="number:N", color=ink))  # fmt: skip
+        layers = (bars, rules, text.encode(y=y, x=alt.X("ci_high:Q"), text=alt.Text("text:N")),
+                  numbers.encode(y=y, x=alt.X("at:Q"), text=alt.Text("number:N"), color=ink))  # fmt: skip
         drawn.append(panels.panel(layers, _STACK_PX, {"step": 19}, panels.title(_head(results, task, mode))))
     return panels.figure(drawn, 2, data, title, share)
 
@@ -354,7 +354,7 @@ def interactive(results: Results) -> Spec:
     band = alt.condition(lit, alt.value(0.22), alt.value(0.03))
     layers = [
         of(zones, band).mark_line(strokeWidth=14, strokeCap="round").encode(y=y),
-        base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q")),
         base.mark_line(strokeWidth=2).encode(y=y),
         base.mark_point(filled=True, size=90).encode(y=y, shape=shape, tooltip=tip),
         full.mark_point(filled=True, size=40, shape="circle").encode(y=y, tooltip=tip),

@@ -71,7 +71,7 @@ def _layers(rows: list[Row], names: list[str], budgets: list[str], data: Dataset
     tip = panels.tooltip({"policy": "policy", "kept": "kept", "interval": "score [interval]", "n": "documents"})
     ends = data.chart(marks.bounded(full)).mark_rect(color=theme.NEUTRAL, opacity=marks.BAND)
     return [
-        ends.encode(y=alt.Y("low:Q"), y2="high:Q"),
+        ends.encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q")),
         marks.level(data, full, y),
         *(layer.encode(xOffset=apart) for layer in marks.points(data, own, x, y, theme.policy_scales(names), tip)),
     ]

@@ -85,7 +85,7 @@ def _bin_layers(table: pl.DataFrame, rows: list[Row], data: Datasets) -> list[al
         data.chart(_chance(rows)).mark_rule(strokeDash=[2, 4], strokeWidth=1.2, opacity=0.8)
         .encode(y=alt.Y("chance:Q", scale=y_scale), color=scales[0]),
         data.chart(_CRITERIA, filtered=False).mark_rule(strokeWidth=1.4, color=theme.INK)
-        .encode(x=x, x2="x2:Q", y=alt.Y("y:Q", scale=y_scale)),
+        .encode(x=x, x2=alt.X2("x2:Q"), y=alt.Y("y:Q", scale=y_scale)),
         *marks.curves(data, rows, x, y, scales, tip=panels.tooltip(fields)),
     ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import altair as alt
 import polars as pl
 
 from kv_transition.plotting import panels, save, theme
-from kv_transition.provenance import read_metadata, write_json, write_text
+from kv_transition.provenance import read_metadata, write_text
 from kv_transition.stats import frames
 
 _PREFERRED = {"policy": ("h2o_heavy", "h2o"), "memory": ("ideal",), "granularity": ("global",)}
@@ -57,10 +58,12 @@ def write_logs(observations: Sequence[str], folder: str) -> None:
         own = metadata | {"budget": float(budget[1:])}
         rows = logs.with_columns(pl.col(_column(budget)).alias("recall")).to_dicts()
         name = f"{task}_budget_{budget[1:]}"
-        lines = [json.dumps({"metadata": own}), *(json.dumps(row) for row in rows)]
-        write_text(out / f"{name}_{moment}.jsonl", "\n".join(lines) + "\n")
-        write_json(out / name / "logs.json", {"metadata": own, "steps": rows})
-        _draw(rows, own, out / name / "plots" / "entropy_recall")
+        head, lines = json.dumps(own), [json.dumps(row) for row in rows]
+        write_text(out / f"{name}_{moment}.jsonl", "\n".join([f'{{"metadata": {head}}}', *lines]) + "\n")
+        listed = ",\n".join(lines)
+        write_text(out / name / "logs.json", f'{{"metadata": {head},\n"steps": [\n{listed}\n]}}\n')
+        plots = {f"entropy_recall_{ext}": str(out / name / "plots" / f"entropy_recall.{ext}") for ext in ("svg", "png")}
+        save.save_figures({"entropy_recall": partial(_figure, rows, own)}, plots)
 
 
 def _column(budget: str) -> str:
@@ -79,24 +82,21 @@ def _in_columns(steps: pl.DataFrame, budgets: Sequence[str]) -> pl.DataFrame:
     return logs
 
 
-def _draw(rows: list[dict[str, Any]], metadata: dict[str, Any], path: Path) -> None:
-    """Draw every step as a point with the least-squares line, and the chance level."""
+def _figure(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> panels.Spec:
+    """Return the figure of every step as a point with the least-squares line, and the chance level."""
     data = panels.Datasets()
     points = data.chart([{"entropy": row["entropy"], "recall": row["recall"]} for row in rows])
     chance = data.chart([{"recall": metadata["budget"]}])
     at = {"x": alt.X("entropy:Q", title="token entropy (nats)"), "y": alt.Y("recall:Q", title="recall")}
     layers = [
-        chance.mark_rule(strokeDash=[4, 4], color=theme.NEUTRAL).encode(y="recall:Q"),
+        chance.mark_rule(strokeDash=[4, 4], color=theme.NEUTRAL).encode(y=alt.Y("recall:Q")),
         points.mark_circle(size=14, opacity=0.35, color=theme.PALETTE[0]).encode(**at),
         points.transform_regression("entropy", "recall").mark_line(color=theme.PALETTE[1]).encode(**at),
     ]
     budget, policy = metadata["budget"], metadata.get("policy")
-    spec = panels.compose(
+    return panels.compose(
         {"layer": [panels.inner(layer) for layer in layers], "width": 460, "height": 300},
         data,
         f"Entropy and recall, budget {budget:g}",
         f"{policy}, {len(rows)} steps; dashed: chance",
     )
-    drawing = save.svg(spec)
-    for ext in ("svg", "png"):
-        save.save_drawing(drawing, path.with_suffix(f".{ext}"), ext)
