@@ -104,10 +104,11 @@ def test_each_bootstrap_sample_is_the_statistic_of_the_examples_drawn():
     for sample in weights.astype(int):
         index = np.concatenate([np.tile(np.flatnonzero(steps.example == e), k) for e, k in enumerate(sample)])
         drawn.append((steps.entropy[index], steps.recall[index]))
-    slope = moments2(steps.entropy, steps.recall, steps.example, weights).slope(0.95)
+    (moments,) = moments2(steps.entropy, [steps.recall], steps.example, weights)
+    slope = moments.slope(0.95)
     np.testing.assert_allclose(slope.draws, [stats.linregress(h, r).slope for h, r in drawn])
     event = steps.recall < 0.5
-    spearman, auroc = rank_statistics(steps.entropy, steps.recall, event, steps.example, weights, 0.95)
+    ((spearman, auroc),) = rank_statistics(steps.entropy, [steps.recall], [event], steps.example, weights, 0.95)
     np.testing.assert_allclose(spearman.draws, [stats.spearmanr(h, r).statistic for h, r in drawn])
     pairs = [np.subtract.outer(h[r < 0.5], h[r >= 0.5]) for h, r in drawn]
     np.testing.assert_allclose(auroc.draws, [((d > 0) + 0.5 * (d == 0)).mean() for d in pairs])
@@ -131,8 +132,8 @@ def test_the_interval_of_a_slope_agrees_with_cluster_robust_regression():
 def test_correlations_do_not_depend_on_units(scale, shift, seed):
     steps = made("weak", n=6, steps=6, seed=seed)
     weights = resample_weights(6, 40, 0)
-    one = moments2(steps.entropy, steps.recall, steps.example, weights).correlation(0.95)
-    two = moments2(steps.entropy * scale + shift, steps.recall, steps.example, weights).correlation(0.95)
+    units = (steps.entropy, steps.entropy * scale + shift)
+    one, two = (moments2(x, [steps.recall], steps.example, weights)[0].correlation(0.95) for x in units)
     np.testing.assert_allclose((one.value, one.low, one.high), (two.value, two.low, two.high), atol=1e-7)
     assert -1 <= one.low <= one.value <= one.high <= 1
 

@@ -11,11 +11,11 @@ from the effective number of examples that determine the estimate, which is smal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from kv_transition.stats.clusters import divide, resample_sums
 
@@ -112,9 +112,9 @@ def summarised(
     if len(others) < (len(draws) - 1) / 2:
         return replace(bare, method=METHOD + RARE)
     error = float(others.std()) * np.sqrt(by.inflation)
-    half = stats.t.ppf((1 + confidence) / 2, by.degrees) * error
+    half = special.stdtrit(by.degrees, (1 + confidence) / 2) * error
     away = abs(centre - float(forward(null)))
-    p = 2 * stats.t.sf(away / error, by.degrees) if error > 0 else float(away == 0)
+    p = 2 * special.stdtr(by.degrees, -away / error) if error > 0 else float(away == 0)
     return replace(bare, low=float(back(centre - half)), high=float(back(centre + half)), p=float(p))
 
 
@@ -145,10 +145,16 @@ class Moments2:
 
 
 def moments2(
-    x: np.ndarray, y: np.ndarray, example: np.ndarray, weights: np.ndarray, controls: np.ndarray | None = None
-) -> Moments2:
-    """Return the second moments of x and y [steps] around their regressions on ``controls [steps, k]`` (None: on a
+    x: np.ndarray,
+    ys: Sequence[np.ndarray],
+    example: np.ndarray,
+    weights: np.ndarray,
+    controls: np.ndarray | None = None,
+) -> list[Moments2]:
+    """Return the second moments of x and each y [steps] around their regressions on ``controls [steps, k]`` (None: on a
     constant).
+
+    Whatever does not depend on y is computed once.
     """
     steps, examples = len(x), weights.shape[1]
     basis = np.ones((steps, 1)) if controls is None else np.column_stack([np.ones(steps), orthonormal(controls)])
@@ -156,22 +162,21 @@ def moments2(
     if basis.shape[1] > 1:
         means = _by_example(basis[:, 1:], example, examples) / np.bincount(example, minlength=examples)[:, None]
         spent = int(np.linalg.matrix_rank(means - means.mean(axis=0), tol=1e-8 * np.sqrt(examples)))
-    both = np.column_stack([x, y])
-    return _moments2(both, _size(both), basis, example, weights, spent)
+    columns = np.column_stack([x, *ys])
+    return _moments2(columns, _size(columns), basis, example, weights, spent)
 
 
 def moments2_within(
-    x: np.ndarray, y: np.ndarray, part: np.ndarray, example: np.ndarray, weights: np.ndarray
-) -> Moments2:
-    """Return the second moments of x and y around the means of each ``part`` [steps] of an example.
+    x: np.ndarray, ys: Sequence[np.ndarray], part: np.ndarray, example: np.ndarray, weights: np.ndarray
+) -> list[Moments2]:
+    """Return the second moments of x and each y around the means of each ``part`` [steps] of an example.
 
     Differences between the parts have no effect.
     """
     parts = int(part.max()) + 1
-    both = np.column_stack([x, y])
-    means = _by_example(both, part, parts) / np.bincount(part, minlength=parts)[:, None]
-    inside = both - means[part]
-    return _moments2(inside, _size(both), np.empty((len(x), 0)), example, weights, 0)
+    columns = np.column_stack([x, *ys])
+    means = _by_example(columns, part, parts) / np.bincount(part, minlength=parts)[:, None]
+    return _moments2(columns - means[part], _size(columns), np.empty((len(x), 0)), example, weights, 0)
 
 
 def _by_example(columns: np.ndarray, example: np.ndarray, examples: int) -> np.ndarray:
@@ -187,25 +192,36 @@ def _size(columns: np.ndarray) -> np.ndarray:
 
 
 def _moments2(
-    both: np.ndarray, size: np.ndarray, basis: np.ndarray, example: np.ndarray, weights: np.ndarray, spent: int
-) -> Moments2:
+    columns: np.ndarray, size: np.ndarray, basis: np.ndarray, example: np.ndarray, weights: np.ndarray, spent: int
+) -> list[Moments2]:
+    """Return the moments of the first column with each of the other columns [steps, 1 + ys] around ``basis``."""
     k = basis.shape[1]
     if k:
         # Take residuals of the whole sample first: they are small numbers, so the fits of the bootstrap are precise.
-        both = both - basis @ np.linalg.lstsq(basis, both, rcond=None)[0]
-    varies = (both**2).mean(axis=0) > NOTHING * size**2
-    both = np.where(varies, both, 0.0)
-    columns = np.column_stack([both, basis])
+        columns = columns - basis @ np.linalg.lstsq(basis, columns, rcond=None)[0]
+    varies = (columns**2).mean(axis=0) > NOTHING * size**2
+    columns = np.where(varies, columns, 0.0)
     starts = np.flatnonzero(np.diff(example, prepend=-1))
-    products = np.stack([part.T @ part for part in np.split(columns, starts[1:])])
-    sums = (weights @ products.reshape(len(starts), -1)).reshape(-1, k + 2, k + 2)
-    left = sums[:, :2, :2]
+
+    def resampled(products: np.ndarray) -> np.ndarray:
+        """Return the sums [samples + 1, ...] over each bootstrap sample of sums over examples [examples, ...]."""
+        return (weights @ products.reshape(len(starts), -1)).reshape(len(weights), *products.shape[1:])
+
+    with_x, squares = (np.add.reduceat(part * columns, starts) for part in (columns[:, :1], columns))
+    xy, yy = resampled(with_x), resampled(squares)
     if k:
+        inner, cross = (
+            resampled(np.stack([np.add.reduceat(basis * column[:, None], starts) for column in of.T], axis=2))
+            for of in (basis, columns)
+        )
         # A bootstrap sample may lack a kind of prompt; its column is then 0, and a small ridge term makes its effect 0.
-        inner = sums[:, 2:, 2:] + 1e-9 * len(both) * np.eye(k)
-        left = left - sums[:, :2, 2:] @ np.linalg.solve(inner, sums[:, 2:, :2])
-    by = Carriers(len(starts), kish(products[:, 0, 0]), spent)
-    return Moments2(left[:, 0, 0], left[:, 0, 1], left[:, 1, 1], by, (bool(varies[0]), bool(varies[1])))
+        fitted = np.linalg.solve(inner + 1e-9 * len(columns) * np.eye(k), cross)
+        xy -= np.einsum("ski,skj->sj", cross[:, :, :1], fitted)
+        yy -= np.einsum("skj,skj->sj", cross, fitted)
+    by = Carriers(len(starts), kish(with_x[:, 0]), spent)
+    xx, *xy = np.ascontiguousarray(xy.T)
+    pairs = zip(xy, np.ascontiguousarray(yy.T)[1:], varies[1:], strict=True)
+    return [Moments2(xx, own, squared, by, (bool(varies[0]), bool(moves))) for own, squared, moves in pairs]
 
 
 def orthonormal(controls: np.ndarray) -> np.ndarray:
@@ -241,64 +257,84 @@ def ranks_within(values: np.ndarray, example: np.ndarray) -> np.ndarray:
 
 
 def rank_statistics(
-    x: np.ndarray, y: np.ndarray, event: np.ndarray, example: np.ndarray, weights: np.ndarray, confidence: float
-) -> tuple[Estimate, Estimate]:
-    """Return Spearman's correlation of x and y, and the AUROC of x for ``event`` [steps] bool; each sample is ranked
-    again.
+    x: np.ndarray,
+    ys: Sequence[np.ndarray],
+    events: Sequence[np.ndarray],
+    example: np.ndarray,
+    weights: np.ndarray,
+    confidence: float,
+) -> list[tuple[Estimate, Estimate]]:
+    """Return for each y Spearman's correlation of x and y, and the AUROC of x for its event [steps] bool.
+
+    Each bootstrap sample is ranked again; the ranks of x are the same for every y.
     """
     if np.ptp(x) == 0:
-        return missing(NO_ENTROPY), missing(NO_ENTROPY)
-    of_x, of_y = (Ranks(values, example, weights.shape[1]) for values in (x, y))
-    spearman, auroc = np.empty((2, len(weights)))
+        return [(missing(NO_ENTROPY), missing(NO_ENTROPY))] * len(ys)
+    examples = weights.shape[1]
+    of_x, *of_ys = (Ranks(values, example, examples) for values in (x, *ys))
+    happened = np.array(events, dtype=float)  # [ys, steps]
+    spearman, auroc = np.empty((2, len(ys), len(weights)))
     block = max(1, BLOCK // len(x))
     for start in range(0, len(weights), block):
-        w, part = weights[start : start + block], slice(start, start + block)
-        each = w[:, example]
-        rank_x, rank_y = of_x.of(w), of_y.of(w)
-        weighted = each * rank_x
-        squares = _row_sums(weighted, rank_x) * _row_sums(each * rank_y, rank_y)
-        spearman[part] = divide(_row_sums(weighted, rank_y), np.sqrt(squares))
+        part = slice(start, start + block)
+        w = weights[part].T  # [examples, samples]
+        each = w[example]
+        rank_x, xx = of_x.of(w)
+        weighted = each * rank_x[of_x.group]
+        for i, of_y in enumerate(of_ys):
+            rank_y, yy = of_y.of(w)
+            spearman[i, part] = divide(_column_sums(weighted, rank_y[of_y.group]), np.sqrt(xx * yy))
         # Mann and Whitney: the mean rank of the steps with the event gives how often they lie above the other steps.
-        events, all_steps = each @ event, each.sum(axis=1)
-        auroc[part] = 0.5 + divide(weighted @ event, events * (all_steps - events))
-    examples = weights.shape[1]
-    carried = np.bincount(example, weights=of_x.of(weights[:1])[0] ** 2, minlength=examples)
+        count = happened @ each
+        auroc[:, part] = 0.5 + divide(happened @ weighted, count * (each.sum(axis=0) - count))
+    carried = np.bincount(example, weights=of_x.of(np.ones((examples, 1)))[0][of_x.group, 0] ** 2, minlength=examples)
     by = Carriers(examples, kish(carried))
-    found = missing(NO_RECALL) if np.ptp(y) == 0 else summarised(np.clip(spearman, -1, 1), by, confidence, FISHER)
+    return [
+        (
+            missing(NO_RECALL) if np.ptp(y) == 0 else summarised(np.clip(rho, -1, 1), by, confidence, FISHER),
+            _auroc(draws, event, example, examples, confidence),
+        )
+        for y, event, rho, draws in zip(ys, events, spearman, auroc, strict=True)
+    ]
+
+
+def _auroc(draws: np.ndarray, event: np.ndarray, example: np.ndarray, examples: int, confidence: float) -> Estimate:
     if event.all() or not event.any():
-        return found, missing(f"recall is {'always' if event.all() else 'never'} below one half")
+        return missing(f"recall is {'always' if event.all() else 'never'} below one half")
     sides = [np.bincount(example[side], minlength=examples) for side in (event, ~event)]
     by = Carriers(examples, min(kish(side) for side in sides))
-    return found, summarised(auroc, by, confidence, LOGIT, null=0.5)
+    return summarised(draws, by, confidence, LOGIT, null=0.5)
 
 
-def _row_sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the sums over steps of products [samples, steps]; exact in any order, because ranks are halves of
+def _column_sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the sums over rows of products [rows, samples]; exact in any order, because ranks are halves of
     integers.
     """
-    return np.einsum("ij,ij->i", a, b)
+    return np.einsum("ij,ij->j", a, b)
 
 
 class Ranks:
-    """Midranks of values [steps] in any bootstrap sample of their examples.
+    """Midranks of values [steps] in any bootstrap sample of their examples, for each group of equal values.
 
-    The rank of a step is the number of steps with smaller values plus half the number of steps with equal values. For
-    each example this number is fixed, so the ranks of a sample are a product with the number of times that each example
-    is drawn. All values are halves of integers and therefore exact.
+    ``group`` [steps]: codes of the distinct values in increasing order. The rank of a step is the number of steps with
+    smaller values plus half the number of steps with equal values. All ranks are halves of integers and therefore
+    exact.
     """
 
     def __init__(self, values: np.ndarray, example: np.ndarray, examples: int):
-        _, group = np.unique(values, return_inverse=True)
-        of_group = np.zeros((int(group.max()) + 1, examples))
-        np.add.at(of_group, (group, example), 1.0)
-        middle = np.cumsum(of_group, axis=0) - of_group / 2
-        self._below = middle[group] - of_group.sum(axis=0) / 2
+        _, self.group = np.unique(values, return_inverse=True)
+        self._sizes = np.zeros((int(self.group.max()) + 1, examples))
+        np.add.at(self._sizes, (self.group, example), 1.0)
 
-    def of(self, weights: np.ndarray) -> np.ndarray:
-        """Return the midranks minus their mean, [samples, steps], when each step occurs as often as its example is
-        drawn.
+    def of(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the midranks minus their mean [groups, samples], and the sums [samples] of their squares over steps.
+
+        weights [examples, samples]: how often each example is drawn.
         """
-        return weights @ self._below.T
+        sizes = self._sizes @ weights
+        ranks = np.cumsum(sizes, axis=0)
+        ranks -= ranks[-1] / 2 + sizes / 2
+        return ranks, _column_sums(sizes * ranks, ranks)
 
 
 def kish(carried: np.ndarray) -> float:

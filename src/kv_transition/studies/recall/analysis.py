@@ -8,6 +8,7 @@ context, so intervals resample whole contexts (docs/entropy_recall.md).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,13 +66,31 @@ class Cell:
 
 def analyse(steps: Steps, statistics: Statistics) -> Cell:
     """Return all estimates of one cell's steps."""
-    confidence = statistics.confidence
+    return _analyse(steps, _estimates([steps], statistics)[0], statistics.confidence)
+
+
+def analyse_all(cells: Sequence[Steps], statistics: Statistics) -> list[Cell]:
+    """Return all estimates of each cell. Cells that differ in recall only share what depends on entropy only."""
+    alike: dict[str, list[int]] = {}
+    for i, steps in enumerate(cells):
+        alike.setdefault(_apart_from_recall(steps), []).append(i)
+    found = {
+        i: estimates
+        for own in alike.values()
+        for i, estimates in zip(own, _estimates([cells[i] for i in own], statistics), strict=True)
+    }
+    return [_analyse(steps, found[i], statistics.confidence) for i, steps in enumerate(cells)]
+
+
+def _apart_from_recall(steps: Steps) -> str:
+    """Return a digest of everything but the recall that the estimates depend on."""
+    columns = (steps.entropy, steps.step, steps.length, steps.example, steps.cluster, steps.kind)
+    values = b"".join(column.tobytes() for column in columns)
+    return f"{len(steps)}-{len(steps.kinds)}-{hashlib.sha256(values).hexdigest()}"
+
+
+def _analyse(steps: Steps, estimates: dict[str, Estimate], confidence: float) -> Cell:
     bins, mean_rows = _means(steps, confidence)
-    if len(steps):
-        estimates = _estimates(steps, statistics)
-    else:
-        names = ("pearson", "spearman", "auroc", "partial", "trend", "slope")
-        estimates = dict.fromkeys(names, missing(NO_STEPS))
     low, high = bins["low"], bins["high"]
     raw = judge(estimates["trend"], low, high)
     after = controlled(raw, estimates["pearson"], estimates["partial"], low, high, _varying(steps))
@@ -136,34 +155,45 @@ def _controls(steps: Steps) -> dict[str, np.ndarray]:
     return found | {"": np.column_stack(list(found.values()))}
 
 
-def _estimates(steps: Steps, statistics: Statistics) -> dict[str, Estimate]:
-    confidence, cluster, recall = statistics.confidence, steps.cluster, steps.recall
-    weights = resample_weights(steps.clusters, statistics.resamples, statistics.seed)
+def _estimates(cells: Sequence[Steps], statistics: Statistics) -> list[dict[str, Estimate]]:
+    """Return the estimates of cells that differ in recall only."""
+    steps, recalls, confidence = cells[0], [cell.recall for cell in cells], statistics.confidence
+    if not len(steps):
+        names = ("pearson", "spearman", "auroc", "partial", "trend", "slope")
+        return [dict.fromkeys(names, missing(NO_STEPS))] * len(cells)
+    cluster, weights = steps.cluster, resample_weights(steps.clusters, statistics.resamples, statistics.seed)
+    found: dict[str, Sequence[Estimate]] = {}  # one for each cell
 
-    def both(x: np.ndarray, y: np.ndarray = recall, controls: np.ndarray | None = None) -> Moments2:
-        return moments2(x, y, cluster, weights, controls)
+    def both(x: np.ndarray, ys: Sequence[np.ndarray] = recalls, controls: np.ndarray | None = None) -> list[Moments2]:
+        return moments2(x, ys, cluster, weights, controls)
+
+    def correlations(moments: Sequence[Moments2]) -> list[Estimate]:
+        return [of.correlation(confidence) for of in moments]
 
     plain = both(steps.entropy)
-    spearman, auroc = rank_statistics(steps.entropy, recall, recall < FAILED_BELOW, cluster, weights, confidence)
-    found = {"pearson": plain.correlation(confidence), "spearman": spearman}
+    failed = [recall < FAILED_BELOW for recall in recalls]
+    ranked = rank_statistics(steps.entropy, recalls, failed, cluster, weights, confidence)
+    found["pearson"], found["spearman"] = correlations(plain), [spearman for spearman, _ in ranked]
     within = steps.example, cluster, weights
-    found["pearson_within"] = moments2_within(steps.entropy, recall, *within).correlation(confidence)
-    ranks = (ranks_within(values, steps.example) for values in (steps.entropy, recall))
-    found["spearman_within"] = moments2_within(*ranks, *within).correlation(confidence)
+    found["pearson_within"] = correlations(moments2_within(steps.entropy, recalls, *within))
+    of_entropy, *of_recalls = (ranks_within(values, steps.example) for values in (steps.entropy, *recalls))
+    found["spearman_within"] = correlations(moments2_within(of_entropy, of_recalls, *within))
     for name, controls in _controls(steps).items():
         label = f"partial_{name}".rstrip("_")
-        found[label] = both(steps.entropy, controls=controls).correlation(confidence)
-    found["trend"] = both(steps.level.astype(float)).slope(confidence)
-    if found["trend"].method == NO_ENTROPY:
-        found["trend"] = missing(f"all steps have {LEVELS[steps.level[0]]} entropy")
-    found["slope"] = plain.slope(confidence)
-    found["auroc"] = auroc
+        found[label] = correlations(both(steps.entropy, controls=controls))
+    found["trend"] = [
+        missing(f"all steps have {LEVELS[steps.level[0]]} entropy") if trend.method == NO_ENTROPY else trend
+        for trend in (of.slope(confidence) for of in both(steps.level.astype(float)))
+    ]
+    found["slope"] = [of.slope(confidence) for of in plain]
+    found["auroc"] = [auroc for _, auroc in ranked]
     for name, confounder in (("step", steps.step), ("length", steps.length)):
-        for outcome, values in (("entropy", steps.entropy), ("recall", recall)):
-            one = both(confounder, values).correlation(confidence)
-            same = one.method == NO_ENTROPY
-            found[f"{outcome}_on_{name}"] = missing(f"the {name} does not vary") if same else one
-    return found
+        entropy, *of_recalls = (
+            missing(f"the {name} does not vary") if one.method == NO_ENTROPY else one
+            for one in correlations(both(confounder, [steps.entropy, *recalls]))
+        )
+        found[f"entropy_on_{name}"], found[f"recall_on_{name}"] = [entropy] * len(cells), of_recalls
+    return [dict(zip(found, own, strict=True)) for own in zip(*found.values(), strict=True)]
 
 
 def _kinds(steps: Steps, confidence: float) -> list[Row]:
@@ -217,9 +247,9 @@ def entropy_recall(observations: Sequence[str], statistics: Statistics) -> pa.Ta
     """
     rows: list[Row] = []
     curves: dict[tuple[str, ...], dict[str, Cell]] = {}
-    for key, steps in cells(read_observations(observations)):
-        cell = analyse(steps, statistics)
-        own = [*cell.rows, *_kinds(steps, statistics.confidence)]
+    keys, observed = zip(*cells(read_observations(observations)), strict=True)
+    for key, cell in zip(keys, analyse_all(observed, statistics), strict=True):
+        own = [*cell.rows, *_kinds(cell.steps, statistics.confidence)]
         family = "/".join((key["task"], key["granularity"], key["memory"], "trend"))
         for row in own:
             tested = row["statistic"] == "trend" and row.get("p_value") is not None
