@@ -138,7 +138,8 @@ rule aggregate:
 rule transition:
     input:
         scores=rules.score.output[0],
-        needs=rules.aggregate.output.bin_stats,
+        comparisons=rules.aggregate.output.comparisons,
+        noninferiority=rules.aggregate.output.noninferiority,
     output:
         transition=report(FILES.table("transition"), caption="../report/transition.rst", category="Tables"),
         budget_transition=report(

@@ -79,7 +79,10 @@ def write_partial(settings: Settings) -> Path:
         table["scores"], table["bin_stats"], table["comparisons"], statistics, pairs_path=extra["pairs"],
         noninferiority_path=extra["noninferiority"], smallest_budgets_path=extra["smallest_budgets"],
     )  # fmt: skip
-    write_transition(table["scores"], table["transition"], statistics, extra["budget_transition"])
+    write_transition(
+        table["scores"], table["transition"], statistics, extra["budget_transition"], table["comparisons"],
+        extra["noninferiority"],
+    )  # fmt: skip
     plots = {f"{name}_svg": str(folder / f"plots/{name}.svg") for name in FIGURE_NAMES}
     write_plots(*table.values(), plots)
     resolved = Path(files.file("config.yaml"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from statsmodels.stats.proportion import proportion_confint
 
 from kv_transition.stats.clusters import Moments, divide, moments, number, sums
@@ -127,10 +127,10 @@ def bounded_mean_from_moments(of: Moments, coin: np.ndarray, confidence: float) 
     """
     phi, degrees = relative_variance(of, coin)
     alpha = 1 - confidence
-    z = stats.norm.ppf(1 - alpha / 2)
+    z = special.ndtri(1 - alpha / 2)
     measured = np.asarray(of.n) > 0
     distinct, inverse = np.unique(np.where(measured, degrees, 1), return_inverse=True)
-    t = stats.t.ppf(1 - alpha / 2, distinct)[inverse].reshape(measured.shape)
+    t = special.stdtrit(distinct, 1 - alpha / 2)[inverse].reshape(measured.shape)
     effective = divide(of.n, phi) * np.where(coin & of.single, 1, (z / t) ** 2)
     mean = of.mean
     lo, hi = proportion_confint(
@@ -201,7 +201,7 @@ def mean(values: np.ndarray, confidence: float, clusters: np.ndarray | None = No
     middle = of.mean
     around = moments(values - middle[:, None], clusters).squares
     variance = divide(around * count, np.square(of.n, dtype=float) * (count - 1))
-    half = stats.t.ppf((1 + confidence) / 2, np.maximum(count - 1, 1)) * np.sqrt(variance)
+    half = special.stdtrit(np.maximum(count - 1, 1), (1 + confidence) / 2) * np.sqrt(variance)
     half = np.where(count > 1, half, np.nan)
     return Interval(middle, middle - half, middle + half, of.n, _named(STUDENT, of), count)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from kv_transition.stats.clusters import divide, moments, sums
 from kv_transition.stats.intervals import CLUSTERED, Interval
@@ -59,7 +59,7 @@ class Paired:
 
     def interval(self, confidence: float | np.ndarray) -> Interval:
         """Return the interval of each cell; ``confidence`` may differ between the cells [cells]."""
-        t = stats.t.ppf((1 + np.asarray(confidence)) / 2, self.degrees)
+        t = special.stdtrit(self.degrees, (1 + np.asarray(confidence)) / 2)
         low = np.maximum(self.lost[0] - t * self.lost[1], self.ends[0])
         high = np.minimum(self.gained[0] + t * self.gained[1], self.ends[1])
         low, high = np.fmin(low, self.estimate), np.fmax(high, self.estimate)
@@ -86,7 +86,7 @@ class Paired:
     def _p(self, mean: np.ndarray, error: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             t = np.where(error > 0, mean / error, np.where(mean == 0, 0, np.sign(mean) * np.inf))
-        return np.where(self.n > 0, stats.t.sf(t, self.degrees), np.nan)
+        return np.where(self.n > 0, special.stdtr(self.degrees, -t), np.nan)
 
 
 def difference(values: np.ndarray, clusters: np.ndarray | None = None, ends: tuple[float, float] = (-1, 1)) -> Paired:
@@ -135,7 +135,7 @@ _SIZES = np.unique(np.geomspace(2, 100_000, 800).astype(int))
 
 @lru_cache(maxsize=4096)
 def _quantiles(level: float) -> np.ndarray:
-    return stats.t.isf(level, _SIZES)
+    return -special.stdtrit(_SIZES, level)
 
 
 def examples(mean: float, sd: float, against: float, level: float, power: float = POWER) -> int | None:
@@ -149,7 +149,7 @@ def examples(mean: float, sd: float, against: float, level: float, power: float 
     n = _SIZES
     squares = n * sd**2 + n / (n + 1) * (mean - against) ** 2
     error = np.sqrt(squares / (n * (n + 1)))
-    reached = (n * mean + against) / (n + 1) - _quantiles(level) * error > stats.norm.ppf(power) * sd / np.sqrt(n)
+    reached = (n * mean + against) / (n + 1) - _quantiles(level) * error > special.ndtri(power) * sd / np.sqrt(n)
     return int(n[reached.argmax()]) if reached.any() else None
 
 
@@ -167,7 +167,7 @@ def ratio(
     y = sums(np.where(missing, np.nan, denominator), clusters)[1]
     n, present = count.sum(axis=1).astype(int), (count > 0).sum(axis=1)
     estimate, size = divide(x.sum(axis=1), y.sum(axis=1)), mean_size(count)
-    t2 = stats.t.ppf((1 + confidence) / 2, np.maximum(present, 1)) ** 2
+    t2 = special.stdtrit(np.maximum(present, 1), (1 + confidence) / 2) ** 2
     low = _bounds(count, x, y, size, (0 * size, size), present, t2)[0]
     high = _bounds(count, x, y, size, (size, 0 * size), present, t2)[1]
     known = np.isfinite(estimate)

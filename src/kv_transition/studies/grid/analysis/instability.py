@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from kv_transition import labels
 from kv_transition.stats import intervals
@@ -99,21 +99,56 @@ _COLUMNS = (
 )
 
 
-def resampled(points: Sequence[Point], samples: int, seed: int) -> list[np.ndarray]:
-    """Return the column sums of every point ``[samples + 1, columns]``, those of the sample itself first.
+@dataclass(frozen=True)
+class Resampled:
+    """A point in the sample and in its bootstrap samples, the sample first: arrays [samples + 1].
+
+    ``low``, ``high``: interval of the mean. ``p``: one-sided p-values [samples + 1, 2] of more failures and of more
+    variance over repeats than with the full cache, NaN without repeats. ``spread``, ``full_spread``: variance divided
+    by the largest that the mean allows. ``graded``: whether the sample has scores other than 0 and 1. ``clusters``:
+    effective number.
+    """
+
+    n: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    full_mean: np.ndarray
+    p: np.ndarray
+    spread: np.ndarray
+    full_spread: np.ndarray
+    graded: bool
+    clusters: float
+
+
+def resampled(points: Sequence[Point], samples: int, seed: int, confidence: float) -> list[Resampled]:
+    """Return every point in the sample and in bootstrap samples.
 
     Clusters are drawn with replacement within each bin. Points of one bin with the same number of clusters share their
     draws, so that policies and budgets stay paired and the draws are made only once.
     """
-    out: list[np.ndarray | None] = [None] * len(points)
+    out: list[Resampled | None] = [None] * len(points)
     together: dict[tuple[int, int], list[int]] = {}
     for i, point in enumerate(points):
         together.setdefault((point.bin, point.count), []).append(i)
     for (bin, _), members in together.items():
         stacked = resample_sums(np.hstack([points[i].sums for i in members]), samples, seed + bin)
         for i, part in zip(members, np.split(stacked, len(members), axis=1), strict=True):
-            out[i] = part
+            out[i] = _resampled(dict(zip(_COLUMNS, np.ascontiguousarray(part.T), strict=True)), confidence)
     return out
+
+
+def _resampled(column: dict[str, np.ndarray], confidence: float) -> Resampled:
+    """Return a point from its column sums [samples + 1]."""
+    of = Moments(*(column[name] for name in ("n", "total", "squares", "cross", "sizes")))
+    low, high = intervals.bounded_mean_from_moments(of, column["graded"] == 0, confidence)
+    p = np.full((len(of.n), 2), np.nan)
+    p[:, 0] = sign_test_p(column["failed_more"], column["failed_less"])
+    if column["repeated"][0] > 0:
+        p[:, 1] = sign_test_p(column["varied_more"], column["varied_less"])
+    spread = _phi(of.total, column["score2"], of.n)
+    full_spread = np.nan_to_num(_phi(column["full"], column["full2"], of.n))
+    graded, clusters = bool(column["graded"][0] > 0), float(of.effective[0])
+    return Resampled(of.n, low, high, column["full"] / of.n, p, spread, full_spread, graded, clusters)
 
 
 @dataclass(frozen=True)
@@ -130,35 +165,23 @@ class Evidence:
         return self.high < COLLAPSED * self.full_mean
 
 
-def evidence(sums: Sequence[np.ndarray], confidence: float, one_full: bool) -> tuple[Evidence, Evidence]:
+def evidence(points: Sequence[Resampled], one_full: bool) -> tuple[Evidence, Evidence]:
     """Return the evidence of the sample and of its bootstrap samples, from `resampled`.
 
     ``one_full``: all points share the full cache's examples (budgets within a bin), so these count only once.
     """
-    column = {name: np.stack([s[:, i] for s in sums], axis=1) for i, name in enumerate(_COLUMNS)}
-    of = Moments(*(column[name] for name in ("n", "total", "squares", "cross", "sizes")))
-    coin = column["graded"] == 0
-    low, high = intervals.bounded_mean_from_moments(of, coin, confidence)
-    full_mean = column["full"] / of.n
-    p = np.full((*of.n.shape, len(CRITERIA)), np.nan)
-    p[..., 0] = sign_test_p(column["failed_more"], column["failed_less"])
-    repeated = column["repeated"][0] > 0
-    p[:, repeated, 1] = sign_test_p(column["varied_more"], column["varied_less"])[:, repeated]
-
+    names = ("n", "low", "high", "full_mean", "spread", "full_spread")
+    n, low, high, full_mean, spread, full_spread = (
+        np.stack([getattr(of, name) for of in points], axis=1) for name in names
+    )
+    p = np.full((*n.shape, len(CRITERIA)), np.nan)
+    p[..., :2] = np.stack([of.p for of in points], axis=1)
     informative = (full_mean[0] >= INFORMATIVE[0]) & (full_mean[0] <= INFORMATIVE[1])
-    if informative.any() and not coin[0].all():
-        full_phi = np.nan_to_num(_phi(column["full"], column["full2"], of.n))
-        weight = np.where(informative, of.n, 0) / (informative.sum() if one_full else 1)
-        clusters = np.array([_clusters(s) for s in sums])
-        p[..., 2] = _dispersion_p(
-            _phi(of.total, column["score2"], of.n), (full_phi * weight).sum(axis=1), weight.sum(axis=1), clusters
-        )
+    if informative.any() and any(of.graded for of in points):
+        weight = np.where(informative, n, 0) / (informative.sum() if one_full else 1)
+        clusters = np.array([of.clusters for of in points])
+        p[..., 2] = _dispersion_p(spread, (full_spread * weight).sum(axis=1), weight.sum(axis=1), clusters)
     return Evidence(low[0], high[0], full_mean[0], p[0]), Evidence(low[1:], high[1:], full_mean[1:], p[1:])
-
-
-def _clusters(sums: np.ndarray) -> float:
-    n, sizes = sums[0, _COLUMNS.index("n")], sums[0, _COLUMNS.index("sizes")]
-    return n**2 / sizes
 
 
 def sign_test_p(more: np.ndarray, less: np.ndarray) -> np.ndarray:
@@ -185,7 +208,7 @@ def _dispersion_p(phi: np.ndarray, full_spread: np.ndarray, full_n: np.ndarray, 
     excess = np.log(np.where(phi > 0, phi, np.nan)) - np.log(reference)[:, None]
     error = np.array([np.nanstd(point) if np.isfinite(point).sum() > 1 else np.nan for point in excess[1:].T])
     z = np.divide(excess, error, out=np.full(excess.shape, np.nan), where=error > 1e-9)
-    return stats.t.sf(z, np.maximum(clusters - 1, 1))
+    return special.stdtr(np.maximum(clusters - 1, 1), -z)
 
 
 def unstable(p: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from kv_transition.stats.intervals import finite
 from kv_transition.studies.grid.analysis import instability, scale, zscore
 from kv_transition.studies.grid.analysis import outcomes as verdict
 from kv_transition.studies.grid.analysis.comparisons import comparisons
-from kv_transition.studies.grid.analysis.instability import CRITERIA, Evidence, Point
+from kv_transition.studies.grid.analysis.instability import CRITERIA, Evidence, Point, Resampled
 from kv_transition.studies.grid.analysis.noninferiority import noninferiority
 from kv_transition.studies.grid.analysis.outcomes import BUDGET, LENGTH, OPEN, Axis, Finding, Verdict
 from kv_transition.studies.grid.tables import BUDGET_TRANSITION, TRANSITION
@@ -40,6 +40,7 @@ METHOD = (
     "onset: exact sign tests of failures and of variance over repeats against the full cache, and a bootstrap z test "
     "of dispersion, Holm over {points} and criteria; collapse: upper bound of the mean below half of the full cache's"
 )
+_VALUES = ("score", "failed", "score_full", "failed_full", "score_var", "score_var_full")
 NOTHING = "open, because no example has a score both with this policy and with the full cache"
 
 
@@ -48,18 +49,18 @@ def detect(
     name: str,
     statistics: Statistics,
     axis: Axis = LENGTH,
-    sums: Sequence[np.ndarray] | None = None,
+    resampled: Sequence[Resampled] | None = None,
     note: str = "",
 ) -> Verdict:
     """Return the transition along the points in order; ``name`` begins the sentences, ``note`` ends them.
 
-    ``sums``: result of `instability.resampled`, if the caller has it already.
+    ``resampled``: result of `instability.resampled`, if the caller has it already.
     """
     if not points:
         return Verdict(OPEN, f"{name}: {NOTHING}{note}.", f"{name}: {NOTHING}{note}.")
-    if sums is None:
-        sums = instability.resampled(points, max(statistics.resamples, 1), statistics.seed)
-    seen, again = instability.evidence(sums, statistics.confidence, one_full=axis is BUDGET)
+    if resampled is None:
+        resampled = _resampled(points, statistics)
+    seen, again = instability.evidence(resampled, one_full=axis is BUDGET)
     unstable, p_holm = (found[0] for found in instability.unstable(seen.p[None], statistics.confidence))
     onset, collapse = (int(found[0]) for found in first(unstable[None], seen.collapsed[None]))
     onsets, collapses = first(instability.unstable(again.p, statistics.confidence)[0], again.collapsed)
@@ -92,6 +93,10 @@ def detect(
     if collapse >= 0:
         found.collapse, found.collapse_probability = collapse, at_collapse[collapse]
     return found
+
+
+def _resampled(points: Sequence[Point], statistics: Statistics) -> list[Resampled]:
+    return instability.resampled(points, max(statistics.resamples, 1), statistics.seed, statistics.confidence)
 
 
 def first(unstable: np.ndarray, collapsed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,16 +137,21 @@ def budget_transitions(scores: pa.Table, statistics: Statistics) -> pa.Table:
     return tables_of(scores, statistics)[1]
 
 
-def tables_of(scores: pa.Table, statistics: Statistics) -> tuple[pa.Table, pa.Table]:
-    """Return `transitions` and `budget_transitions`, from the same bootstrap samples."""
+def tables_of(
+    scores: pa.Table, statistics: Statistics, compared: pa.Table | None = None, kept: pa.Table | None = None
+) -> tuple[pa.Table, pa.Table]:
+    """Return `transitions` and `budget_transitions`, from the same bootstrap samples.
+
+    compared, kept: tables.COMPARISONS and tables.NONINFERIORITY of these scores, if the caller has them already.
+    """
     joined, ranges = _joined(scores)
-    compared, kept = (of(scores, statistics).to_pylist() for of in (comparisons, noninferiority))
-    evidence = scale.shown(compared, kept, statistics.alpha)
+    compared = comparisons(scores, statistics) if compared is None else compared
+    kept = noninferiority(scores, statistics) if kept is None else kept
+    evidence = scale.shown(compared.to_pylist(), kept.to_pylist(), statistics.alpha)
     along_length, along_budget = [], []
     for (task, mode), part in joined.group_by("task", "mode", maintain_order=True):
         keyed = _points(part, {b: tokens for (t, b), tokens in ranges.items() if t == task})
-        sums = instability.resampled(list(keyed.values()), max(statistics.resamples, 1), statistics.seed)
-        resampled = dict(zip(keyed, sums, strict=True))
+        resampled = dict(zip(keyed, _resampled(list(keyed.values()), statistics), strict=True))
         combinations = part.select("policy", "budget", "bin").unique(maintain_order=True).rows()
         bins = sorted(b for t, b in ranges if t == task)
         for policy, budget in dict.fromkeys(c[:2] for c in combinations):
@@ -177,6 +187,7 @@ def _joined(scores: pa.Table) -> tuple[pl.DataFrame, dict[tuple[str, int], tuple
 def _points(part: pl.DataFrame, ranges: Mapping[int, tuple[int, int]]) -> dict[tuple[str, str, int], Point]:
     """Return the points of one task and mode, by policy, budget and bin."""
     both = part.filter(pl.col("score").is_not_null() & pl.col("score_full").is_not_null())
+    both = both.with_columns(pl.col(_VALUES).cast(pl.Float64).fill_null(np.nan))
     return {
         (policy, budget, b): _point(b, ranges[b], budget, cell)
         for (policy, budget, b), cell in both.group_by("policy", "budget", "bin", maintain_order=True)
@@ -184,18 +195,14 @@ def _points(part: pl.DataFrame, ranges: Mapping[int, tuple[int, int]]) -> dict[t
 
 
 def _point(number: int, tokens: tuple[int, int], budget: str, cell: pl.DataFrame) -> Point:
-    def column(name: str) -> np.ndarray:
-        return cell[name].cast(pl.Float64).fill_null(np.nan).to_numpy()
-
-    names = ("score", "failed", "score_full", "failed_full", "score_var", "score_var_full")
     clusters = cell["cluster"].rank("dense").to_numpy()
-    return Point(int(number), tokens, *(column(name) for name in names), budget=budget, clusters=clusters)
+    return Point(int(number), tokens, *(cell[name].to_numpy() for name in _VALUES), budget=budget, clusters=clusters)
 
 
 def _rows(
     keys: Sequence[tuple[str, str, int]],
     keyed: Mapping[tuple[str, str, int], Point],
-    resampled: Mapping[tuple[str, str, int], np.ndarray],
+    resampled: Mapping[tuple[str, str, int], Resampled],
     name: str,
     axis: Axis,
     statistics: Statistics,
@@ -252,11 +259,19 @@ def _missing(
 
 
 def write_transition(
-    scores_path: str, transition_path: str, statistics: Mapping[str, Any], budget_transition_path: str | None = None
+    scores_path: str,
+    transition_path: str,
+    statistics: Mapping[str, Any],
+    budget_transition_path: str | None = None,
+    comparisons_path: str | None = None,
+    noninferiority_path: str | None = None,
 ) -> None:
-    """Write transition.parquet and, if a path is given, budget_transition.parquet (the `transition` rule)."""
+    """Write transition.parquet and, if a path is given, budget_transition.parquet (the `transition` rule).
 
-    along_length, along_budget = tables_of(parsing.read_parquet(scores_path), Statistics(**statistics))
+    The tables of `write_aggregates` are read where their paths are given, and otherwise computed.
+    """
+    given = (path and parsing.read_parquet(path) for path in (comparisons_path, noninferiority_path))
+    along_length, along_budget = tables_of(parsing.read_parquet(scores_path), Statistics(**statistics), *given)
     fields = inherited(scores_path) | {"statistics": dict(statistics)}
     write_table(transition_path, along_length, fields)
     if budget_transition_path:
