@@ -62,9 +62,10 @@ def transition() -> list[str]:
         "## Where does the answer break, and which policy holds longest?",
         "",
         f"Of {len(cells)} cells (policy, budget, mode, length) {len(below)} are below the full cache's score, their "
-        f"intervals apart. {_leaders(cells, score, tokens)} Failures (answers that are broken, empty or an abstention) "
-        f"{order} on this task: they are above the full cache's, intervals apart, in {len(broken)} cells, in "
-        f"{len(early)} of these while the mean is not below.",
+        f"intervals apart. The others are: {_held([key for key in cells if key not in below], tokens)}. "
+        f"{_leaders(cells, score)} Failures (answers that are broken, empty or an abstention) {order} "
+        f"on this task: they are above the full cache's, intervals apart, in {len(broken)} cells, in {len(early)} of "
+        "these while the mean is not below.",
         "",
         *pictures[:-1],
         *tables,
@@ -113,22 +114,34 @@ def _cell(row: Row | None) -> str:
     return "–" if row is None else interval(row["estimate"], row["ci_low"], row["ci_high"], 2)
 
 
-def _leaders(cells: list[Key], score: dict[Key, Row], tokens: dict[int, int]) -> str:
+def _leaders(cells: list[Key], score: dict[Key, Row]) -> str:
     """Return which policies are best, where their interval is above that of every other."""
-    found = []
-    settings = sorted({(k[0], k[2], k[3]) for k in cells}, key=lambda k: (k[0], k[2], labels.budget_order(k[1])))
+    found: Counter[tuple[str, str]] = Counter()
+    settings = {(mode, budget, bin_) for mode, _, budget, bin_ in cells}
     for mode, budget, bin_ in settings:
         rows = sorted(
             (score[key] for key in cells if (key[0], key[2], key[3]) == (mode, budget, bin_)),
             key=lambda row: -row["estimate"],
         )
         if len(rows) > 1 and rows[0]["ci_low"] > max(row["ci_high"] for row in rows[1:]):
-            where = f"{labels.mode(mode)} at {labels.budget(budget)} and {tokens[bin_]:,} tokens"
-            found.append(f"{rows[0]['policy']} {where}")
+            found[rows[0]["policy"], mode] += 1
     if not found:
         return f"In none of {len(settings)} settings (mode, budget, length) is one policy's interval above all others'."
+    each = ", ".join(f"{policy} {labels.mode(mode)} in {n}" for (policy, mode), n in found.most_common())
     return (
-        f"One policy's interval is above all others' in {len(found)} of {len(settings)} settings: {'; '.join(found)}."
+        f"One policy's interval is above all others' in {found.total()} of {len(settings)} settings (mode, budget, "
+        f"length): {each}."
+    )
+
+
+def _held(cells: list[Key], tokens: dict[int, int]) -> str:
+    """Return the cells, those of one policy, mode and budget together."""
+    lengths: dict[tuple[str, str, str], list[int]] = {}
+    for mode, policy, budget, bin_ in sorted(cells, key=lambda k: (k[0], k[1], labels.budget_order(k[2]), k[3])):
+        lengths.setdefault((policy, mode, budget), []).append(tokens[bin_])
+    return "; ".join(
+        f"{policy} {labels.mode(mode)} at {labels.budget(budget)} ({', '.join(f'{n:,}' for n in where)} tokens)"
+        for (policy, mode, budget), where in lengths.items()
     )
 
 
