@@ -135,13 +135,13 @@ def _leaders(cells: list[Key], score: dict[Key, Row]) -> str:
 
 
 def _held(cells: list[Key], tokens: dict[int, int]) -> str:
-    """Return the cells, those of one policy, mode and budget together."""
-    lengths: dict[tuple[str, str, str], list[int]] = {}
-    for mode, policy, budget, bin_ in sorted(cells, key=lambda k: (k[0], k[1], labels.budget_order(k[2]), k[3])):
-        lengths.setdefault((policy, mode, budget), []).append(tokens[bin_])
+    """Return the policies of the cells by mode, length and budget."""
+    policies: dict[tuple[str, int, str], list[str]] = {}
+    for mode, policy, budget, bin_ in sorted(cells, key=lambda k: (k[0], k[3], labels.budget_order(k[2]), k[1])):
+        policies.setdefault((mode, bin_, budget), []).append(policy)
     return "; ".join(
-        f"{policy} {labels.mode(mode)} at {labels.budget(budget)} ({', '.join(f'{n:,}' for n in where)} tokens)"
-        for (policy, mode, budget), where in lengths.items()
+        f"{labels.mode(mode)}, {tokens[bin_]:,} tokens, {labels.budget(budget)} kept: {', '.join(names)}"
+        for (mode, bin_, budget), names in policies.items()
     )
 
 
