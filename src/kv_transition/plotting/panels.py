@@ -95,7 +95,10 @@ def explorer(
     height: of the plot, without title and legend, which take more lines on a narrow page. parameters: further
     parameters that the layers use. The legend has as many columns as fit.
     """
-    content = inner(alt.layer(*layers).add_params(*parameters, *data.filters))
+    content: Spec = {"layer": [inner(layer) for layer in layers]}
+    if chosen := [parameter.param.to_dict() for parameter in (*parameters, *data.filters)]:
+        content["layer"][0]["name"] = "first"  # a selection belongs to one of the layers, and acts on all
+        content["params"] = [parameter | {"views": ["first"]} for parameter in chosen]
     size = {"width": "container", "height": height, "autosize": {"type": "fit-x", "contains": "padding"}}
     legend = CONFIG["legend"] | {"labelLimit": 260, "columns": {"expr": _columns(content["layer"])}}
     fitting = {"config": CONFIG | {"legend": legend}}
