@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -28,7 +30,9 @@ from kv_transition.run.decode import Setting
 from kv_transition.run.decode import answer as answer_plainly
 from kv_transition.studies.recall import run as observe
 from kv_transition.studies.recall import specs as recall_specs
+from kv_transition.studies.recall.analysis import write_entropy_recall
 from kv_transition.studies.recall.checks import check, write_checks
+from kv_transition.studies.recall.plots import write_entropy_recall_plots
 from kv_transition.studies.recall.ranking import Ranking, without_lowest
 from kv_transition.studies.recall.shadow import GRANULARITIES, MEMORIES, thinned
 from kv_transition.studies.recall.step_logs import write_logs
@@ -546,6 +550,19 @@ def test_logs_have_the_studys_names_and_fields(files, tmp_path):
     assert (out / "t_budget_0.5" / "plots" / "entropy_recall.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_each_task_gets_the_logs_of_its_own_observations(files, tmp_path):
+    write_entropy_recall(files, str(tmp_path / "table.parquet"), {"resamples": 50})
+    steps = {}
+    for task, path in zip("xy", files, strict=True):
+        (tmp_path / task).mkdir()
+        steps[task] = str(shutil.copy(path, tmp_path / task / "bin0.parquet"))
+    folders = [str(tmp_path / task / "logs") for task in steps]
+    write_entropy_recall_plots(str(tmp_path / "table.parquet"), list(steps.values()), 0.95, {}, folders)
+    for folder, example in zip(folders, "ab", strict=True):
+        (log,) = Path(folder).glob("*_budget_0.1/logs.json")
+        assert {step["example_id"] for step in json.loads(log.read_text())["steps"]} == {example}
+
+
 # settings
 
 
@@ -621,7 +638,7 @@ def test_a_change_of_what_is_observed_runs_observations_only(tmp_path):
     project.configure(small)
     project.run()
     assert pl.read_parquet(project.results / "observations/reader_qa/checks.parquet").height
-    own = {"observe": 2, "observation_checks": 1, "observation_logs": 1}
+    own = {"observe": 2, "observation_checks": 1, "entropy_recall_plots": 1}
     for change in ({"budgets": [0.2, 0.5]}, {"policies": ["h2o", "snap", "oracle"]}):
         project.configure(small | {"observe": small["observe"] | change})
         planned = project.planned()

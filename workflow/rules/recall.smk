@@ -42,22 +42,6 @@ rule observation_checks:
         "../../scripts/call.py"
 
 
-# The layout of the original study: {task}_budget_{ratio}_{timestamp}.jsonl and {task}_budget_{ratio}/logs.json with plots.
-rule observation_logs:
-    input:
-        observations=[FILES.observations("{task}", bin) for bin in BINS],
-    output:
-        folder=directory(FILES.observation_logs("{task}")),
-    log:
-        FILES.log("observation_logs", "{task}"),
-    conda:
-        "../../envs/analysis.yaml"
-    params:
-        **calling("kv_transition.studies.recall.step_logs:write_logs"),
-    script:
-        "../../scripts/call.py"
-
-
 rule entropy_recall:
     input:
         observations=OBSERVATIONS,
@@ -74,12 +58,15 @@ rule entropy_recall:
         "../../scripts/call.py"
 
 
+# Figures, and the layout of the original study: {task}_budget_{ratio}_{timestamp}.jsonl, and {task}_budget_{ratio}/ with
+# logs.json and plots. One job draws everything, because drawing takes half a second to start.
 rule entropy_recall_plots:
     input:
         table=rules.entropy_recall.output[0],
         observations=OBSERVATIONS,
     output:
         **figures(("entropy_bins", "entropy_scatter")),
+        logs=[directory(FILES.observation_logs(task)) for task in TASKS],
     log:
         FILES.log("entropy_recall_plots"),
     conda:
@@ -92,6 +79,6 @@ rule entropy_recall_plots:
 
 
 TARGETS += [OBSERVATIONS, rules.entropy_recall.output, rules.entropy_recall_plots.output]
-TARGETS += [path for task in TASKS for path in (FILES.observation_checks(task), FILES.observation_logs(task))]
+TARGETS += [FILES.observation_checks(task) for task in TASKS]
 TABLES["entropy_recall"] = FILES.table("entropy_recall")
 BEFORE_REPORT += rules.entropy_recall_plots.output

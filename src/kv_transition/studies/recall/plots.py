@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -15,6 +16,7 @@ from kv_transition.stats.examples import FULL, example_values, is_full
 from kv_transition.stats.frames import read_table
 from kv_transition.studies.recall import moments as recall_moments
 from kv_transition.studies.recall.observations import LEVELS, read_observations
+from kv_transition.studies.recall.step_logs import write_logs
 from kv_transition.studies.recall.verdict import FAILS, HOLDS
 
 KEY = ["task", "policy", "granularity", "memory"]
@@ -237,11 +239,11 @@ def _moments_layers(rows: list[Row], full: list[Row], names: list[str], title: s
 
 
 def write_entropy_recall_plots(
-    table: str, observations: Sequence[str], confidence: float, outputs: Mapping[str, str]
+    table: str, observations: Sequence[str], confidence: float, outputs: Mapping[str, str], logs: Sequence[str] = ()
 ) -> None:
-    """Write the figures. Raises UserError for an output of another name.
+    """Write the figures, and the logs of each task. Raises UserError for an output of another name.
 
-    outputs: path by ``{entropy_bins|entropy_scatter}_{svg|png}``.
+    outputs: path by ``{entropy_bins|entropy_scatter}_{svg|png}``. logs: folders beside the observations of their task.
     """
     found = read_table(table)
     figures = {
@@ -249,6 +251,8 @@ def write_entropy_recall_plots(
         "entropy_scatter": lambda: scatter_figure(found, read_observations(observations), confidence),
     }
     save.save_figures(figures, outputs)
+    for folder in logs:
+        write_logs([path for path in observations if Path(path).parent == Path(folder).parent], folder)
 
 
 def write_moments_plots(
