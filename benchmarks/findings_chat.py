@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import findings_figures as figures
-import numpy as np
 import polars as pl
 from document import table
-from findings_sections import IMAGES, Row, ending, interval, kept, picture, there
+from findings_sections import IMAGES, Row, ending, interval, kept, mean, picture, there
 
 from kv_transition import labels
 from kv_transition.stats import intervals
-from kv_transition.stats.quotients import Quotient, quotient
 
 ENOUGH = 0.8
 """share of the answers that follow a rule; a rule with less says nothing about eviction"""
@@ -133,16 +131,11 @@ def _changes(name: str) -> list[Row]:
         both = own.join(last.filter(policy="full"), on=["conversation_id", "turn"], suffix="_full")
         for measure in ("answer_nll", "repetition"):
             pairs = both.drop_nulls([measure, f"{measure}_full"])
-            found = _mean(pairs[measure] - pairs[f"{measure}_full"], pairs["conversation_id"])
+            found = mean(pairs[measure] - pairs[f"{measure}_full"], pairs["conversation_id"])
             rows.append({"set": CHATS[name], "policy": policy, "budget": budget, "measure": measure, "n": pairs.height,
                          "value": found.value, "low": found.low, "high": found.high,
                          "name": _name({"policy": policy, "budget": budget})})  # fmt: skip
     return rows
-
-
-def _mean(values: pl.Series, clusters: pl.Series) -> Quotient:
-    ones = np.ones(len(values))
-    return quotient(values.cast(float).to_numpy(), ones, clusters.to_numpy(), 0.95)
 
 
 def _change(row: Row) -> str:

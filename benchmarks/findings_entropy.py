@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import findings_figures as figures
-import numpy as np
 import polars as pl
 from document import table
-from findings_sections import IMAGES, Row, ending, interval, kept, picture
-
-from kv_transition.stats.quotients import Quotient, quotient
+from findings_sections import IMAGES, Row, ending, interval, kept, mean, picture
 
 TEXTS = {"one_hop": "HotpotQA, one hop", "musique": "MuSiQue, cut down", "pg19": "PG-19"}
 """names of tasks that a reader knows"""
@@ -121,18 +118,14 @@ def _gaps(observed: pl.DataFrame) -> list[Row]:
     low, high = (measured["entropy"].quantile(share) for share in (1 / 3, 2 / 3))
     rows = []
     for (policy, memory, budget), own in sorted(measured.group_by("policy", "memory", "budget")):
-        overall = _mean(own)
+        overall = mean(own["entropy_gap"], own["example_id"])
+        thirds = own.filter(pl.col("entropy") <= low), own.filter(pl.col("entropy") >= high)
         rows.append({
             "policy": policy, "memory": memory, "budget": budget, "held": 100 * float(str(budget)[1:]),
             "value": overall.value, "low": overall.low, "high": overall.high,
-            "thirds": [_mean(own.filter(pl.col("entropy") <= low)), _mean(own.filter(pl.col("entropy") >= high))],
+            "thirds": [mean(third["entropy_gap"], third["example_id"]) for third in thirds],
         })  # fmt: skip
     return rows
-
-
-def _mean(steps: pl.DataFrame) -> Quotient:
-    """Return the mean entropy gap and its interval over texts."""
-    return quotient(steps["entropy_gap"].to_numpy(), np.ones(steps.height), steps["example_id"].to_numpy(), 0.95)
 
 
 def _gap_cells(gaps: Sequence[Row], key: tuple[str, str, str]) -> list[str]:

@@ -10,7 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+
+from kv_transition.stats.quotients import Quotient, quotient
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "real"
@@ -62,6 +65,11 @@ def ending(not_shown: str, *names: str) -> list[str]:
             f"torch {versions['torch']}, transformers {versions['transformers']}.",
         ]
     return lines
+
+
+def mean(values: pl.Series, clusters: pl.Series) -> Quotient:
+    """Return the mean of the values and its 95 % interval over clusters."""
+    return quotient(values.cast(float).to_numpy(), np.ones(len(values)), clusters.to_numpy(), 0.95)
 
 
 def there(*names: str) -> list[str]:

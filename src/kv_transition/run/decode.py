@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,46 +161,52 @@ def compress(
     return Compressed(left, k, state.nbytes / state.length, seconds, record)
 
 
-def start(
-    engine: LocalEngine,
-    prefill: Prefill,
-    question_ids: Sequence[int],
-    setting: Setting,
-    answer: Answer,
-    left: Compressed | None = None,
-) -> CacheState:
-    """Compress to the budget and return the compressed state. left: that state, if it was computed before."""
-    before_question = setting.mode == "before_question"
-    answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
-    state = prefill.context if before_question else prefill.prompt
-    answer.course = Course(state.length, len(question_ids) if before_question else 0, answer.steps)
-    left = left or compress(engine, state, setting, answer.seed, answer.course)
-    answer.budget_entries, answer.token_bytes, answer.compress_s = left.budget_entries, left.token_bytes, left.seconds
-    answer.record = dict(left.record)
-    return left.state
-
-
 def begin(
-    engine: LocalEngine,
-    prefill: Prefill,
-    question_ids: Sequence[int],
-    setting: Setting,
-    answer: Answer,
+    engine: LocalEngine, prefill: Prefill, question_ids: Sequence[int], setting: Setting, answer: Answer,
     left: Compressed | None = None,
-) -> CacheState:
+) -> CacheState:  # fmt: skip
     """Compress to the budget and read the question; return the state that the first token is drawn from.
 
     left: the compressed prefill, if it was computed before.
     """
-    compressed = start(engine, prefill, question_ids, setting, answer, left)
-    if setting.mode == "before_question":
-        return let_in(engine, compressed, question_ids, setting, answer)
-    if setting.first_token == "full":
-        return compressed
-    # No answer token may come from the full cache, so the last prompt token is read again, as the first step.
-    watcher = setting.watch(answer)
-    before = watcher.before_attention(prefill.prompt.logits) if watcher else None
-    return let_in(engine, compressed.without_last(), question_ids[-1:], setting, answer, before)
+    (state,) = begin_all(engine, [(prefill, left)], [question_ids], setting, [answer])
+    return state
+
+
+def begin_all(
+    engine: LocalEngine, prefills: Iterable[tuple[Prefill, Compressed | None]], questions: Sequence[Sequence[int]],
+    setting: Setting, answers: Sequence[Answer],
+) -> list[CacheState]:  # fmt: skip
+    """Return the states of several answers as `begin` does, with questions that are read together where they can be.
+
+    prefills: each with its compressed state, if there is one. They are taken one by one, so that only one is held.
+    """
+    before_question = setting.mode == "before_question"
+    states = []
+    for (prefill, left), question, answer in zip(prefills, questions, answers, strict=True):
+        state = start(engine, prefill, question, setting, answer, left)
+        if not before_question and setting.first_token != "full":
+            # No answer token may come from the full cache, so the last prompt token is read again, as the first step.
+            watcher = setting.watch(answer)
+            before = watcher.before_attention(prefill.prompt.logits) if watcher else None
+            state = let_in(engine, state.without_last(), question[-1:], setting, answer, before)
+        states.append(state)
+    return let_in_all(engine, states, questions, setting, answers) if before_question else states
+
+
+def start(
+    engine: LocalEngine, prefill: Prefill, question: Sequence[int], setting: Setting, answer: Answer,
+    left: Compressed | None = None,
+) -> CacheState:  # fmt: skip
+    """Compress to the budget and return the compressed state. left: that state, if it was computed before."""
+    before_question = setting.mode == "before_question"
+    answer.prefill_s = prefill.context_s if before_question else prefill.prompt_s
+    state = prefill.context if before_question else prefill.prompt
+    answer.course = Course(state.length, len(question) if before_question else 0, answer.steps)
+    left = left or compress(engine, state, setting, answer.seed, answer.course)
+    answer.budget_entries, answer.token_bytes, answer.compress_s = left.budget_entries, left.token_bytes, left.seconds
+    answer.record = dict(left.record)
+    return left.state
 
 
 def let_in(
@@ -378,11 +384,7 @@ def answer_all(
     answers: Sequence[Answer],
 ) -> Sequence[Answer]:
     """Compute ``answers``, one for each prompt, and return them."""
-    triples = zip(prefills, questions, answers, strict=True)
-    begun = start if setting.mode == "before_question" else begin
-    states = [begun(engine, prefill, question, setting, answer) for prefill, question, answer in triples]
-    if setting.mode == "before_question":
-        states = let_in_all(engine, states, questions, setting, answers)
+    states = begin_all(engine, ((prefill, None) for prefill in prefills), questions, setting, answers)
     return finish(engine, states, setting, answers)
 
 

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from kv_transition.budget import Budget
+from kv_transition.cache.store import Prefill
 from kv_transition.engines.local import LocalEngine
 from kv_transition.policies.base import Policy
 from kv_transition.policies.catalog import create, is_press
 from kv_transition.provenance import digest, rows_to_table, write_table
 from kv_transition.run import job
 from kv_transition.run.contexts import Contexts
-from kv_transition.run.decode import Answer, Setting, begin, finish, let_in_all, start
+from kv_transition.run.decode import Answer, Compressed, Setting, begin_all, finish
 from kv_transition.run.matched import Course, Match, settled
 from kv_transition.run.paced import Paced, over_time, with_pace
 from kv_transition.run.prefill import key_of, store_of
@@ -174,22 +175,23 @@ def _answered_at(
         Answer(seed, example["max_new_tokens"], paced.get((example["example_id"], repeat)), steps=steps)
         for seed, (example, repeat) in zip(seeds, units, strict=True)
     ]
-    states, load_s = [], []
-    before_question = setting.mode == "before_question"
-    for (example, _), answer in zip(units, answers, strict=True):
-        if is_press(spec["kind"]):
-            context, question = example["context_ids"], example["question_ids"]
-            states.append(_presses().begin(engine, context, question, setting, answer))
-            load_s.append(0.0)
-        else:
+    load_s: list[float] = []
+
+    def prefills() -> Iterator[tuple[Prefill, Compressed | None]]:
+        for example, _ in units:
             prefill, seconds = contexts.prefill(example, setting.policy.statistics)
-            left = contexts.compressed(example, prefill, setting)
-            begun = start if before_question else begin
-            states.append(begun(engine, prefill, example["question_ids"], setting, answer, left))
             load_s.append(seconds)
-            del prefill  # only compressed caches are held for a batch
-    if before_question and not is_press(spec["kind"]):
-        states = let_in_all(engine, states, [example["question_ids"] for example, _ in units], setting, answers)
+            yield prefill, contexts.compressed(example, prefill, setting)
+
+    if is_press(spec["kind"]):
+        states = [
+            _presses().begin(engine, example["context_ids"], example["question_ids"], setting, answer)
+            for (example, _), answer in zip(units, answers, strict=True)
+        ]
+        load_s = [0.0] * len(units)
+    else:
+        questions = [example["question_ids"] for example, _ in units]
+        states = begin_all(engine, prefills(), questions, setting, answers)
     finish(engine, states, setting, answers)
     peak = engine.peak_memory_mb()
     return [_row(engine, setting, *pair, peak) for pair in zip(answers, load_s, strict=True)]
