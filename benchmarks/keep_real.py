@@ -1,7 +1,7 @@
 """Copy the small tables of a finished experiment into the repository, so that docs/findings.md can be written from
 them.
 
-    python benchmarks/keep_real.py RESULTS/EXPERIMENT [NAME]
+    python benchmarks/keep_real.py RESULTS/EXPERIMENT[/partial] [NAME]
 
 Copies the tables of estimates with their metadata to benchmarks/results/real/NAME (default: the experiment's name), and
 the columns of single answers and windows from which the estimates are computed. run.json has the commit, the versions
@@ -61,8 +61,9 @@ def with_recalls(table: pa.Table) -> pa.Table:
 
 
 def processor_seconds(results: Path) -> float:
-    """Return the sum of the seconds in the jobs' logs."""
-    logs = sorted(results.joinpath("logs").rglob("*.log"))
+    """Return the sum of the seconds in the jobs' logs; those of a partial report are in the folder above it."""
+    whole = results.parent if results.name == "partial" else results
+    logs = sorted(whole.joinpath("logs").rglob("*.log"))
     return sum(float(s) for log in logs for s in PROCESSOR_TIME.findall(log.read_text(encoding="utf-8")))
 
 
