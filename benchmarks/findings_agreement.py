@@ -11,6 +11,7 @@ from findings_sections import KEPT
 def agreement() -> list[str]:
     """Answers of kvpress and of this project."""
     facts = json.loads((KEPT / "agreement" / "agreement.json").read_text(encoding="utf-8"))
+    versions = facts["package_versions"]
     rows, apart = [], []
     for policy, found in facts["policies"].items():
         equal = sum(one["equal"] for one in found)
@@ -36,8 +37,10 @@ def agreement() -> list[str]:
         "",
         f"Where they differ: {'; '.join(apart) or 'nowhere'}.",
         "",
-        "What it does not show: more prompts, other tasks and budgets.",
+        "What it does not show: other tasks and budgets.",
         "",
-        "Command: `make bench-peers`, then `python benchmarks/real_agreement.py "
-        "results/real_small/data/niah_single/bin0.parquet --n 2`.",
+        f"Command: `make bench-peers`, then `python benchmarks/real_agreement.py PROMPTS --n {n}`, where PROMPTS is a "
+        f"file of prepared prompts, here that of {facts['prompts']} at 1,024 tokens of "
+        "`config/experiments/real_lengths.yaml`. "
+        f"Commit {facts['git_commit'][:12]}, torch {versions['torch']}, transformers {versions['transformers']}.",
     ]

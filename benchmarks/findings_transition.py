@@ -62,12 +62,16 @@ def transition() -> list[str]:
         "## Where does the answer break, and which policy holds longest?",
         "",
         f"Of {len(cells)} cells (policy, budget, mode, length) {len(below)} are below the full cache's score, their "
-        f"intervals apart. The others are: {_held([key for key in cells if key not in below], tokens)}. "
-        f"{_leaders(cells, score)} Failures (answers that are broken, empty or an abstention) {order} "
-        f"on this task: they are above the full cache's, intervals apart, in {len(broken)} cells, in {len(early)} of "
-        "these while the mean is not below.",
+        f"intervals apart. {_leaders(cells, score)}",
+        "",
+        f"Failures (answers that are broken, empty or an abstention) {order} on this task: they are above the full "
+        f"cache's, intervals apart, in {len(broken)} cells, in {len(early)} of these while the mean is not below.",
         "",
         *pictures[:-1],
+        "",
+        f"The {len(cells) - len(below)} cells whose interval is not below the full cache's:",
+        "",
+        _held([key for key in cells if key not in below], tokens),
         *tables,
         "",
         "By the definition of docs/statistics.md: "
@@ -135,14 +139,15 @@ def _leaders(cells: list[Key], score: dict[Key, Row]) -> str:
 
 
 def _held(cells: list[Key], tokens: dict[int, int]) -> str:
-    """Return the policies of the cells by mode, length and budget."""
+    """Return a table of the policies of the cells by mode, length and budget."""
     policies: dict[tuple[str, int, str], list[str]] = {}
     for mode, policy, budget, bin_ in sorted(cells, key=lambda k: (k[0], k[3], labels.budget_order(k[2]), k[1])):
         policies.setdefault((mode, bin_, budget), []).append(policy)
-    return "; ".join(
-        f"{labels.mode(mode)}, {tokens[bin_]:,} tokens, {labels.budget(budget)} kept: {', '.join(names)}"
+    rows = [
+        [labels.mode(mode), f"{tokens[bin_]:,}", labels.budget(budget), ", ".join(names)]
         for (mode, bin_, budget), names in policies.items()
-    )
+    ]
+    return table(["compressed", "tokens", "kept", "policies"], rows)
 
 
 def _outcomes() -> Counter[str]:
