@@ -5,7 +5,8 @@ them.
 
 Copies the tables of estimates with their metadata to benchmarks/results/real/NAME (default: the experiment's name), and
 the columns of single answers and windows from which the estimates are computed. run.json has the commit, the versions
-and weights, and the processor time in the jobs' logs.
+and weights, and the processor time in the jobs' logs. A partial report has no such facts, so the experiment's own
+config.yaml must exist (`snakemake RESULTS/EXPERIMENT/config.yaml`).
 """
 
 from __future__ import annotations
@@ -61,9 +62,8 @@ def with_recalls(table: pa.Table) -> pa.Table:
 
 
 def processor_seconds(results: Path) -> float:
-    """Return the sum of the seconds in the jobs' logs; those of a partial report are in the folder above it."""
-    whole = results.parent if results.name == "partial" else results
-    logs = sorted(whole.joinpath("logs").rglob("*.log"))
+    """Return the sum of the seconds in the jobs' logs."""
+    logs = sorted(results.joinpath("logs").rglob("*.log"))
     return sum(float(s) for log in logs for s in PROCESSOR_TIME.findall(log.read_text(encoding="utf-8")))
 
 
@@ -84,10 +84,11 @@ def keep(results: Path, name: str) -> None:
         files = [file for file in files if file.is_file() and not file.name.endswith(".layers.parquet")]
         if files:
             pq.write_table(placeless(reduced(files, columns)), folder / f"{table}.parquet", compression="zstd")
-    resolved = yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8"))
+    whole = results.parent if results.name == "partial" else results
+    resolved = yaml.safe_load((whole / "config.yaml").read_text(encoding="utf-8"))
     facts = resolved.pop("provenance") | {
         "experiment": resolved["experiment"],
-        "processor_s": round(processor_seconds(results)),
+        "processor_s": round(processor_seconds(whole)),
     }
     (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py [--quick] [--output FILE.json]
 
-*Grids* are run to their last cell by the workflow, one job at a time: once with cell jobs, which share a warm worker, and
-once with cells that ask a server; cost is that of all processes, the start of worker or server included. *The full
+*Grids* are run to their last cell by the workflow, one job at a time: once with cell jobs, which share a warm worker,
+and once with cells that ask a server; cost is that of all processes, the start of worker or server included. *The full
 cache* is what all three can do: each document is read and answered by the engine's cells, by our server and by
 transformers' own. Every process has one thread, float32, greedy decoding.
 """
