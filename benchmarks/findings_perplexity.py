@@ -160,15 +160,20 @@ def ablation() -> list[str]:
         head=("Where merging loses", f"what is averaged; n = {n} windows of {books} books"),
         output=IMAGES / "real_ablation.svg",
     )  # fmt: skip
-    worse = [f"{r['variant']} ({r['kept']})" for r in rows if r["low"] > 1]
-    better = [f"{r['variant']} ({r['kept']})" for r in rows if r["high"] < 1]
-    open_ = [f"{r['variant']} ({r['kept']})" for r in rows if r["low"] <= 1 <= r["high"]]
+    several = len({r["kept"] for r in rows}) > 1
+    named = [(f"{r['variant']} ({r['kept']})" if several else r["variant"], r["low"], r["high"]) for r in rows]
+    worse = [name for name, low, _ in named if low > 1]
+    better = [name for name, _, high in named if high < 1]
+    open_ = [name for name, low, high in named if low <= 1 <= high]
     lines = [
         "## Where does merging lose?",
         "",
-        "Averaging is worse than dropping (the interval of the ratio is above 1) for these variants: "
-        f"{'; '.join(worse) or 'none'}. It is better for: {'; '.join(better) or 'none'}. Undecided: "
-        f"{'; '.join(open_) or 'none'}.",
+        f"In {len(worse)} of {len(rows)} variants averaging is worse than dropping (the interval of the ratio is above "
+        f"1), in {len(better)} it is better.",
+        "",
+        f"- Worse: {'; '.join(worse) or 'none'}.",
+        f"- Better: {'; '.join(better) or 'none'}.",
+        f"- Undecided: {'; '.join(open_) or 'none'}.",
         *picture("real_ablation", "perplexity of variants of merging over dropping's"),
         table(
             ["what is averaged", "kept", "over dropping's perplexity"],
