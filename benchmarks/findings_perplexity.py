@@ -207,21 +207,19 @@ def sinks() -> list[str]:
         head=("Sinks", f"20 % held, each step; n = {rows[0]['n']} windows of {rows[0]['clusters']} books a context"),
         output=IMAGES / "real_sinks.svg",
     )  # fmt: skip
-    answers, said = set(), []
+    answers, said = set(), {}
     for bin_, context in contexts.items():
         others = {p: found for (b, p), found in against.items() if b == bin_ and p.startswith("sinks")}
         more = [policy for policy, (_, low, _) in others.items() if low > 1]
         less = [policy for policy, (_, _, high) in others.items() if high < 1]
         answers.add("Yes" if "sinks_0" in more else "No" if "sinks_0" in less else "Undecided")
-        said.append(
-            f"after {context} tokens perplexity is higher with {', '.join(more) or 'no other number'} and lower with "
-            f"{', '.join(less) or 'no other number'}"
-        )
+        found = f"perplexity is higher with {', '.join(more) or 'no other number'} and lower with "
+        said.setdefault(found + (", ".join(less) or "no other number"), []).append(context)
+    after = "; ".join(f"after {' and '.join(at)} tokens {found}" for found, at in said.items())
     lines = [
         "## Do sinks matter?",
         "",
-        f"{answers.pop() if len(answers) == 1 else 'It depends on the context'}: compared with four sinks, "
-        f"{'; '.join(said)} "
+        f"{answers.pop() if len(answers) == 1 else 'It depends on the context'}: compared with four sinks, {after} "
         "(the interval of the ratio excludes 1).",
         *picture("real_sinks", "perplexity over the full cache's by the number of sinks"),
         table(
