@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 
 from document import table
-from findings_sections import KEPT
+from findings_sections import KEPT, computed_by
 
 
 def agreement() -> list[str]:
     """Answers of kvpress and of this project."""
     facts = json.loads((KEPT / "agreement" / "agreement.json").read_text(encoding="utf-8"))
-    versions = facts["package_versions"]
     rows, apart = [], []
     for policy, found in facts["policies"].items():
         equal = sum(one["equal"] for one in found)
@@ -40,7 +39,6 @@ def agreement() -> list[str]:
         "What it does not show: other tasks and budgets.",
         "",
         f"Command: `make bench-peers`, then `python benchmarks/real_agreement.py PROMPTS --n {n}`, where PROMPTS is a "
-        f"file of prepared prompts, here that of {facts['prompts']} at 1,024 tokens of "
-        "`config/experiments/real_lengths.yaml`. "
-        f"Commit {facts['git_commit'][:12]}, torch {versions['torch']}, transformers {versions['transformers']}.",
+        "file of prepared prompts (RESULTS/EXPERIMENT/data/TASK/bin1.parquet), here of "
+        f"`config/experiments/real_lengths.yaml`. {computed_by(facts)}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import findings_figures as figures
@@ -99,17 +100,18 @@ def _counted(row: Row | None) -> str:
     return f"{interval(row['estimate'], row['ci_low'], row['ci_high'], 2)}, n = {row['n']}"
 
 
-def _where(scores: Scores, holds: Callable[[Row], bool]) -> dict[str, list[str]]:
-    """Return the tasks and lengths at which it holds; no length if it holds at all of a task's."""
+def _where(scores: Scores, holds: Callable[[Row], bool]) -> dict[str, str]:
+    """Return the tasks of which it holds at some length, and at which."""
     found: dict[str, list[str]] = {}
     for (task, where), row in scores.items():
         if holds(row):
             found.setdefault(task, []).append(where)
-    return {task: [] if len(at) == sum(of == task for of, _ in scores) else at for task, at in found.items()}
+    run = Counter(task for task, _ in scores)
+    return {task: "every length" if len(at) == run[task] else "; ".join(at) for task, at in found.items()}
 
 
-def _listed(found: dict[str, list[str]]) -> str:
-    return _names([f"{task} ({'; '.join(at)})" if at else f"{task} (every length)" for task, at in found.items()])
+def _listed(found: dict[str, str]) -> str:
+    return _names([f"{task} ({at})" for task, at in found.items()])
 
 
 def _names(names: Sequence[str]) -> str:

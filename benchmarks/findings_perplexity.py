@@ -213,9 +213,9 @@ def sinks() -> list[str]:
         more = [policy for policy, (_, low, _) in others.items() if low > 1]
         less = [policy for policy, (_, _, high) in others.items() if high < 1]
         answers.add("Yes" if "sinks_0" in more else "No" if "sinks_0" in less else "Undecided")
-        found = f"perplexity is higher with {', '.join(more) or 'no other number'} and lower with "
-        said.setdefault(found + (", ".join(less) or "no other number"), []).append(context)
-    after = "; ".join(f"after {' and '.join(at)} tokens {found}" for found, at in said.items())
+        higher, lower = (", ".join(policies) or "no other number" for policies in (more, less))
+        said.setdefault(f"perplexity is higher with {higher} and lower with {lower}", []).append(context)
+    after = "; ".join(f"after {' and '.join(at)} tokens {sentence}" for sentence, at in said.items())
     lines = [
         "## Do sinks matter?",
         "",

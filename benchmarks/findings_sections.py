@@ -57,14 +57,19 @@ def ending(not_shown: str, *names: str) -> list[str]:
     for name in names:
         facts = run(name)
         assignment = f" --config set='{SETS[name]}'" if name in SETS else ""
-        versions = facts["package_versions"]
         lines += [
             "",
             f"Command: `snakemake --cores 1 --configfile config/experiments/{facts['experiment']}.yaml{assignment}`; "
-            f"{facts['processor_s'] / 60:.0f} minutes of processor time. Commit {facts['git_commit'][:12]}, "
-            f"torch {versions['torch']}, transformers {versions['transformers']}.",
+            f"{facts['processor_s'] / 60:.0f} minutes of processor time. {computed_by(facts)}",
         ]
     return lines
+
+
+def computed_by(facts: Row) -> str:
+    """Return the commit and the versions of a run."""
+    versions = facts["package_versions"]
+    commit = facts["git_commit"][:12]
+    return f"Commit {commit}, torch {versions['torch']}, transformers {versions['transformers']}."
 
 
 def mean(values: pl.Series, clusters: pl.Series) -> Quotient:
