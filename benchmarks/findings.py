@@ -18,6 +18,7 @@ PAGE = sections.ROOT / "docs" / "findings.md"
 STUDIES = {
     "one_hop": full_cache.full_cache,
     "transition": transition.transition,
+    "transition_tasks": transition.transition_tasks,
     "entropy": entropy.entropy,
     "entropy_heads": entropy.entropy_heads,
     "recall": perplexity.recall,
@@ -36,6 +37,7 @@ NOT_RUN = {
     "transition": "The transition: `make real` for a needle, two lengths and four policies; ten policies and 60 "
     "examples a bin: `config/experiments/real_transition.yaml`, at 2,048 tokens "
     "`config/experiments/real_transition_long.yaml`.",
+    "transition_tasks": "The transition on other tasks: `config/experiments/real_transition_tasks.yaml`.",
     "entropy": "Entropy and recall: `config/experiments/real_entropy.yaml`.",
     "entropy_heads": "Entropy and recall in each head: `config/experiments/real_entropy_heads.yaml`.",
     "merging": "Merging: `config/experiments/real_merging.yaml` and `config/experiments/real_merging_long.yaml`.",

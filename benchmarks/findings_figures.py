@@ -16,25 +16,32 @@ Row = dict[str, Any]
 WIDTH, HEIGHT = 520, 300
 
 
-def _saved(layers: Sequence[alt.Chart], title: str, subtitle: str, output: Path, size: tuple[int, int]) -> None:
-    chart = alt.layer(*layers).properties(
-        width=size[0], height=size[1], title=alt.TitleParams(title, subtitle=subtitle, anchor="start")
-    )
+def _saved(
+    chart: alt.LayerChart | alt.FacetChart, title: str, subtitle: str, output: Path, size: tuple[int, int] | None = None
+) -> None:
+    """Write the figure. size: width and height in pixels, None if its panels have their own."""
+    chart = chart.properties(title=alt.TitleParams(title, subtitle=subtitle, anchor="start"))
+    if size is not None:
+        chart = chart.properties(width=size[0], height=size[1])
     write_text(output, svg({**chart.to_dict(), "config": CONFIG}))
 
 
 def lines(
     rows: Sequence[Row], x: str, y: str, group: str, *, titles: tuple[str, str], head: tuple[str, str], output: Path,
-    reference: float | None = None, log: bool = False,
+    reference: float | None = None, log: bool = False, panel: str | None = None, panels: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Draw ``y`` over ``x`` with its interval, a line for each ``group``; rows have ``low`` and ``high``."""
+    """Draw ``y`` over ``x`` with its interval, a line for each ``group``; rows have ``low`` and ``high``.
+
+    panel: what each panel of several is for, in the order of ``panels``.
+    """
     names = list(dict.fromkeys(row[group] for row in rows))
     colours, shapes = ([of[i % len(of)] for i in range(len(names))] for of in (PALETTE, SHAPES))
     colour = alt.Color(f"{group}:N", title=None, scale=alt.Scale(domain=names, range=colours))
     shape = alt.Shape(f"{group}:N", title=None, scale=alt.Scale(domain=names, range=shapes))
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     whole = alt.Axis(tickMinStep=1) if all(isinstance(row[x], int) for row in rows) else alt.Undefined
-    base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
+    data = alt.Data(values=[dict(row) for row in rows])
+    base = alt.Chart(data).encode(
         x=alt.X(f"{x}:Q", title=titles[0], scale=alt.Scale(zero=False, padding=25), axis=whole), color=colour
     )
     layers = [
@@ -47,7 +54,11 @@ def lines(
     if reference is not None:
         layers.insert(0, alt.Chart(alt.Data(values=[{"at": reference}])).mark_rule(color=NEUTRAL, strokeDash=[4, 3])
                       .encode(y="at:Q"))  # fmt: skip
-    _saved(layers, *head, output, (WIDTH, HEIGHT))
+    if panel is None:
+        _saved(alt.layer(*layers), *head, output, (WIDTH, HEIGHT))
+        return
+    each = alt.layer(*layers, data=data).properties(width=WIDTH // 2, height=HEIGHT // 2 + 30)
+    _saved(each.facet(alt.Facet(f"{panel}:N", title=None, sort=list(panels)), columns=2), *head, output)
 
 
 def dots(
@@ -75,4 +86,4 @@ def dots(
         layers.insert(0, alt.Chart(alt.Data(values=[{"at": reference}])).mark_rule(color=INK, strokeDash=[4, 3])
                       .encode(x="at:Q"))  # fmt: skip
     per_row = 24 if group is None else 12 + 11 * len(groups)
-    _saved(layers, *head, output, (WIDTH, per_row * len(order) + 10))
+    _saved(alt.layer(*layers), *head, output, (WIDTH, per_row * len(order) + 10))

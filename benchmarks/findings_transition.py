@@ -1,8 +1,9 @@
-"""The section of docs/findings.md on the grid: a needle under ten policies, by budget, length and mode."""
+"""The sections of docs/findings.md on the grid: ten policies by budget and mode, on a needle by length, and by task."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import findings_figures as figures
 import polars as pl
@@ -11,68 +12,61 @@ from findings_sections import IMAGES, Row, ending, interval, kept, picture, ther
 
 from kv_transition import labels
 
+RUNS = ("transition", "transition_long")
+"""kept runs of the same grid on the needle, in the order of their lengths"""
+
+TASKS = "transition_tasks"
+"""the kept run of the grid on other tasks"""
+
+Key = tuple[str, str, str, str]
+"""mode, policy, budget and place (a length or a task)"""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The estimates of a grid by cell; budgets that keep everything have none."""
+
+    unit: str
+    """what a place is: length, task"""
+    places: list[str]
+    score: dict[Key, Row]
+    failures: dict[Key, Row]
+    footprint: dict[Key, Row]
+
+    @property
+    def cells(self) -> list[Key]:
+        return [key for key in self.score if key[1] != "full" and key[2] != "r1"]
+
+    @property
+    def modes(self) -> list[str]:
+        return sorted({mode for mode, *_ in self.cells})
+
+    @property
+    def n(self) -> int:
+        return min(row["n"] for row in self.score.values())
+
+    def at(self, mode: str, place: str) -> list[Key]:
+        return [key for key in self.cells if (key[0], key[3]) == (mode, place)]
+
+    def full(self, key: Key) -> Key:
+        return (key[0], "full", "r1", key[3])
+
+    def below(self, key: Key) -> bool:
+        """Return whether the score's interval lies below the full cache's."""
+        return self.score[key]["ci_high"] < self.score[self.full(key)]["ci_low"]
+
+    def broken(self, key: Key) -> bool:
+        """Return whether the interval of the failure rate lies above the full cache's."""
+        return self.failures[key]["ci_low"] > self.failures[self.full(key)]["ci_high"]
+
 
 def transition() -> list[str]:
     """Where answers break under eviction, and which policy holds longest."""
-    stats = _stats()
-    score = _of(stats, "score_mean")
-    failures = _of(stats, "failure_rate")
-    footprint = _of(stats, "footprint")
-    cells = [key for key in score if key[1] != "full" and key[2] != "r1"]
-    n = min(row["n"] for row in score.values())
-    settings = sorted({(mode, bin_) for mode, _, _, bin_ in cells})
-    tokens = {bin_: score[key]["token_max"] for key in score for bin_ in [key[3]]}
-    for mode, bin_ in settings:
-        rows = [
-            score[key] | {"kept": 100 * footprint[key]["estimate"], "policy": key[1]}
-            for key in sorted(cells) if (key[0], key[3]) == (mode, bin_)
-        ]  # fmt: skip
-        best = {p: max(r["estimate"] for r in rows if r["policy"] == p) for p in {r["policy"] for r in rows}}
-        figures.lines(
-            [r | {"low": r["ci_low"], "high": r["ci_high"]}
-             for r in sorted(rows, key=lambda r, best=best: (-best[r["policy"]], r["policy"]))],
-            "kept", "estimate", "policy", titles=("% of the full cache's bytes, mean over the answer", "mean score"),
-            head=(f"A needle, compressed {labels.mode(mode)}: {tokens[bin_]:,} tokens",
-                  f"SmolLM2-135M-Instruct, niah_single, n = {n} a point, 95 % intervals"),
-            output=IMAGES / f"{_image(mode, bin_)}.svg",
-        )  # fmt: skip
-    pictures = []
-    for mode, bin_ in settings:
-        pictures += picture(_image(mode, bin_), f"score by share kept, {labels.mode(mode)}, {tokens[bin_]} tokens")[1:]
-    below = [key for key in cells if score[key]["ci_high"] < score[_full(key)]["ci_low"]]
-    broken = [key for key in cells if failures[key]["ci_low"] > failures[_full(key)]["ci_high"]]
-    early = [key for key in broken if key not in below]
-    tables = []
-    for mode, bin_ in settings:
-        own = [key for key in cells if (key[0], key[3]) == (mode, bin_)]
-        budgets = sorted({key[2] for key in own}, key=labels.budget_order)
-        policies = sorted({key[1] for key in own})
-        full = score[mode, "full", "r1", bin_]
-        tables += [
-            "",
-            f"Mean score, compressed {labels.mode(mode)}, {tokens[bin_]:,} tokens, n = {n}; full cache {_cell(full)}:",
-            "",
-            table(
-                ["policy", *(f"{labels.budget(b)} kept" for b in budgets)],
-                [[p, *(_cell(score.get((mode, p, b, bin_))) for b in budgets)] for p in policies],
-            ),
-        ]
-    order = "rise before the mean falls" if early else "do not rise before the mean falls"
+    grid = _needle()
     lines = [
         "## Where does the answer break, and which policy holds longest?",
         "",
-        f"Of {len(cells)} cells (policy, budget, mode, length) {len(below)} are below the full cache's score, their "
-        f"intervals apart. {_leaders(cells, score)}",
-        "",
-        f"Failures (answers that are broken, empty or an abstention) {order} on this task: they are above the full "
-        f"cache's, intervals apart, in {len(broken)} cells, in {len(early)} of these while the mean is not below.",
-        "",
-        *pictures[:-1],
-        "",
-        f"The {len(cells) - len(below)} cells whose interval is not below the full cache's:",
-        "",
-        _held([key for key in cells if key not in below], tokens),
-        *tables,
+        *_body(grid, "real_transition", "niah_single"),
         "",
         "By the definition of docs/statistics.md: "
         + ", ".join(f"{count} {outcome}" for outcome, count in _outcomes().most_common())
@@ -85,69 +79,153 @@ def transition() -> list[str]:
     )
 
 
-Key = tuple[str, str, str, int]
-
-RUNS = ("transition", "transition_long")
-"""kept runs of the same grid, in the order of their lengths"""
-
-
-def _stats() -> pl.DataFrame:
-    """Return the estimates of all runs; the bins of a run follow those of the runs before it."""
-    found: list[pl.DataFrame] = []
-    for name in there(*RUNS):
-        before = sum(part["bin"].n_unique() for part in found)
-        found.append(kept(name, "bin_stats").with_columns(pl.col("bin") + before))
-    return pl.concat(found)
-
-
-def _of(stats: pl.DataFrame, statistic: str) -> dict[Key, Row]:
-    """Return the rows of a statistic by mode, policy, budget and bin; budgets that keep everything are left out."""
-    rows = stats.filter(statistic=statistic).to_dicts()
-    return {(r["mode"], r["policy"], r["budget"], r["bin"]): r for r in rows}
+def transition_tasks() -> list[str]:
+    """Whether the same holds on other tasks."""
+    stats = kept(TASKS, "bin_stats")
+    tasks = {task: task for task in stats["task"].unique().sort().to_list()}
+    grid = _grid(stats, "task", tasks, "task")
+    longest = max(row["token_max"] for row in grid.score.values())
+    lines = [
+        "## Is it the same on other tasks?",
+        "",
+        _same_leaders(_needle(), grid),
+        "",
+        *_body(grid, "real_tasks", f"up to {longest} tokens"),
+    ]
+    return lines + ending("longer prompts of these tasks, fixed budgets in tokens, other models.", TASKS)
 
 
-def _full(key: Key) -> Key:
-    return (key[0], "full", "r1", key[3])
+def _needle() -> Grid:
+    stats = pl.concat([kept(name, "bin_stats") for name in there(*RUNS)])
+    lengths = {n: f"{n:,} tokens" for n in stats["token_max"].unique().sort()}
+    return _grid(stats, "length", lengths, "token_max")
 
 
-def _image(mode: str, bin_: int) -> str:
-    return f"real_transition_{mode}_{bin_}"
+def _grid(stats: pl.DataFrame, unit: str, names: dict[int, str] | dict[str, str], column: str) -> Grid:
+    """Return the grid whose places are the values of a column, in the order of ``names``."""
+    by_statistic = {
+        statistic: {
+            (r["mode"], r["policy"], r["budget"], names[r[column]]): r
+            for r in stats.filter(statistic=statistic).to_dicts()
+        }
+        for statistic in ("score_mean", "failure_rate", "footprint")
+    }
+    return Grid(unit, list(names.values()), *by_statistic.values())
+
+
+def _body(grid: Grid, image: str, subtitle: str) -> list[str]:
+    """Return the answer, the figures and the tables of a grid."""
+    cells, below = grid.cells, [key for key in grid.cells if grid.below(key)]
+    broken = [key for key in cells if grid.broken(key)]
+    early = [key for key in broken if key not in below]
+    order = "rise before the mean falls" if early else "do not rise before the mean falls"
+    held = [key for key in cells if key not in below]
+    pictures, tables = [], []
+    for mode in grid.modes:
+        pictures += _picture(grid, mode, image, subtitle)
+        for place in grid.places:
+            tables += _table(grid, mode, place)
+    return [
+        f"Of {len(cells)} cells (policy, budget, mode, {grid.unit}) {len(below)} are below the full cache's score, "
+        f"their intervals apart. {_leaders(grid)}",
+        "",
+        f"Failures (answers that are broken, empty or an abstention) {order}: they are above the full cache's, "
+        f"intervals apart, in {len(broken)} cells, in {len(early)} of these while the mean is not below.",
+        *pictures,
+        "",
+        f"The {len(held)} cells whose interval is not below the full cache's:",
+        "",
+        _held(grid, held),
+        *tables,
+    ]
+
+
+def _picture(grid: Grid, mode: str, image: str, subtitle: str) -> list[str]:
+    """Draw score over what is kept, a panel for each place, and return the line that shows it."""
+    rows = [
+        {"kept": 100 * grid.footprint[key]["estimate"], "score": row["estimate"], "low": row["ci_low"],
+         "high": row["ci_high"], "policy": key[1], "place": key[3]}
+        for key in grid.cells if key[0] == mode for row in [grid.score[key]]
+    ]  # fmt: skip
+    best = {policy: max(r["score"] for r in rows if r["policy"] == policy) for policy in {r["policy"] for r in rows}}
+    rows.sort(key=lambda r: (-best[r["policy"]], r["policy"], grid.places.index(r["place"])))
+    figures.lines(
+        rows, "kept", "score", "policy", titles=("% of the full cache's bytes, mean over the answer", "mean score"),
+        head=(f"Scores, compressed {labels.mode(mode)}",
+              f"SmolLM2-135M-Instruct, {subtitle}, n = {grid.n} a point, 95 % intervals"),
+        output=IMAGES / f"{image}_{mode}.svg", panel="place", panels=grid.places,
+    )  # fmt: skip
+    return picture(f"{image}_{mode}", f"score by share kept, {labels.mode(mode)}, by {grid.unit}")[:-1]
+
+
+def _table(grid: Grid, mode: str, place: str) -> list[str]:
+    own = grid.at(mode, place)
+    budgets = sorted({key[2] for key in own}, key=labels.budget_order)
+    full = grid.score[mode, "full", "r1", place]
+    return [
+        "",
+        f"Mean score, compressed {labels.mode(mode)}, {place}, n = {grid.n}; full cache {_cell(full)}:",
+        "",
+        table(
+            ["policy", *(f"{labels.budget(b)} kept" for b in budgets)],
+            [[p, *(_cell(grid.score.get((mode, p, b, place))) for b in budgets)] for p in sorted({k[1] for k in own})],
+        ),
+    ]
 
 
 def _cell(row: Row | None) -> str:
     return "–" if row is None else interval(row["estimate"], row["ci_low"], row["ci_high"], 2)
 
 
-def _leaders(cells: list[Key], score: dict[Key, Row]) -> str:
+def _first(grid: Grid) -> dict[tuple[str, str, str], str]:
+    """Return by mode, budget and place the policy whose interval is above that of every other; none: no entry."""
+    found = {}
+    for mode, budget, place in {(mode, budget, place) for mode, _, budget, place in grid.cells}:
+        own = {key[1]: grid.score[key] for key in grid.at(mode, place) if key[2] == budget}
+        ranked = sorted(own, key=lambda policy, own=own: -own[policy]["estimate"])
+        if len(ranked) > 1 and own[ranked[0]]["ci_low"] > max(own[policy]["ci_high"] for policy in ranked[1:]):
+            found[mode, budget, place] = ranked[0]
+    return found
+
+
+def _leaders(grid: Grid) -> str:
     """Return which policies are best, where their interval is above that of every other."""
-    found: Counter[tuple[str, str]] = Counter()
-    settings = {(mode, budget, bin_) for mode, _, budget, bin_ in cells}
-    for mode, budget, bin_ in settings:
-        rows = sorted(
-            (score[key] for key in cells if (key[0], key[2], key[3]) == (mode, budget, bin_)),
-            key=lambda row: -row["estimate"],
-        )
-        if len(rows) > 1 and rows[0]["ci_low"] > max(row["ci_high"] for row in rows[1:]):
-            found[rows[0]["policy"], mode] += 1
+    settings = {(mode, budget, place) for mode, _, budget, place in grid.cells}
+    found = Counter((policy, mode) for (mode, *_), policy in _first(grid).items())
+    what = f"(mode, budget, {grid.unit})"
     if not found:
-        return f"In none of {len(settings)} settings (mode, budget, length) is one policy's interval above all others'."
+        return f"In none of {len(settings)} settings {what} is one policy's interval above all others'."
     each = ", ".join(f"{policy} {labels.mode(mode)} in {n}" for (policy, mode), n in found.most_common())
+    return f"One policy's interval is above all others' in {found.total()} of {len(settings)} settings {what}: {each}."
+
+
+def _same_leaders(needle: Grid, tasks: Grid) -> str:
+    """Return whether the policies that lead on the tasks are those that lead on the needle in the same mode."""
+    known = {(mode, policy) for (mode, *_), policy in _first(needle).items()}
+    leading = Counter((mode, policy) for (mode, *_), policy in _first(tasks).items())
+    if not leading:
+        return "Undecided: in no setting is one policy's interval above all others'."
+    same = sum(count for pair, count in leading.items() if pair in known)
+    answer = "Yes" if same == leading.total() else "No" if same == 0 else "In part"
     return (
-        f"One policy's interval is above all others' in {found.total()} of {len(settings)} settings (mode, budget, "
-        f"length): {each}."
+        f"{answer}: where one policy's interval is above all others', it is one that leads on the needle in the same "
+        f"mode in {same} of {leading.total()} settings."
     )
 
 
-def _held(cells: list[Key], tokens: dict[int, int]) -> str:
-    """Return a table of the policies of the cells by mode, length and budget."""
-    policies: dict[tuple[str, int, str], list[str]] = {}
-    for mode, policy, budget, bin_ in sorted(cells, key=lambda k: (k[0], k[3], labels.budget_order(k[2]), k[1])):
-        policies.setdefault((mode, bin_, budget), []).append(policy)
+def _held(grid: Grid, cells: list[Key]) -> str:
+    """Return a table of the policies of the cells by mode, place and budget."""
+    policies: dict[tuple[str, str, str], list[str]] = {}
+    order = {place: i for i, place in enumerate(grid.places)}
+    for mode, policy, budget, place in sorted(
+        cells, key=lambda k: (k[0], order[k[3]], labels.budget_order(k[2]), k[1])
+    ):
+        policies.setdefault((mode, place, budget), []).append(policy)
     rows = [
-        [labels.mode(mode), f"{tokens[bin_]:,}", labels.budget(budget), ", ".join(names)]
-        for (mode, bin_, budget), names in policies.items()
+        [labels.mode(mode), place, labels.budget(budget), ", ".join(names)]
+        for (mode, place, budget), names in policies.items()
     ]
-    return table(["compressed", "tokens", "kept", "policies"], rows)
+    return table(["compressed", grid.unit, "kept", "policies"], rows)
 
 
 def _outcomes() -> Counter[str]:

@@ -3,8 +3,8 @@
     python benchmarks/real_books.py OUT --pg19 BOOKS --narrativeqa narrativeqa.jsonl.gz
 
 Writes one .txt.gz a book to the folder OUT: the files of the folder BOOKS as they are, and each text of Project
-Gutenberg that a record of narrativeqa has as its context. (Its other texts are screenplays.) Records about the same book
-give one file, which is named after the first of them.
+Gutenberg that a record of narrativeqa has as its context. (Its other texts are screenplays.) Records about the same
+book give one file, which is named after the first of them.
 """
 
 from __future__ import annotations
