@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from models import FAMILIES, engine, random_model, reference, sliding_model, tok
 
 from kv_transition.budget import Budget
 from kv_transition.cache.state import EVERY, WINDOW, same
+from kv_transition.engines.last_token import mlp_of_last_token
 from kv_transition.engines.loading import refuse_unsupported
 from kv_transition.engines.local import LocalEngine
 from kv_transition.errors import UserError
@@ -43,6 +47,36 @@ def test_state_holds_what_attention_written_out_has(family):
         torch.testing.assert_close(layer.values, values, rtol=0, atol=1e-5)
         torch.testing.assert_close(layer.recent_queries, queries[:, -WINDOW:], rtol=0, atol=1e-5)
         assert layer.positions.tolist() == [list(range(90))] * keys.shape[0]
+
+
+def rows_through_the_mlps(model: LocalEngine, read: Callable[[], object]) -> list[int]:
+    """Return the number of tokens that each layer's MLP computes while ``read`` runs."""
+    counted: list[int] = []
+    mlps = [layer.mlp for layer in model.model.get_decoder().layers]
+    hooks = [mlp.down_proj.register_forward_hook(lambda _, inputs, __: counted.append(inputs[0].shape[1]))
+             for mlp in mlps]  # fmt: skip
+    read()
+    for hook in hooks:
+        hook.remove()
+    return counted
+
+
+def test_the_last_layer_computes_only_tokens_whose_logits_are_needed():
+    model, ids = engine("llama"), tokens(30)
+    layers = len(model.windows)
+    assert rows_through_the_mlps(model, lambda: model.extend(None, ids)) == [30] * (layers - 1) + [1]
+    assert rows_through_the_mlps(model, lambda: model.logits(None, ids)) == [30] * layers
+
+
+def test_a_pass_of_another_thread_is_not_cut_to_its_last_token():
+    model, ids = engine("llama"), tokens(30)
+    _, alone = model.logits(None, ids)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(model.logits(None, ids)[1]))
+    with mlp_of_last_token(model.model, 7):
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], alone)
 
 
 @settings(max_examples=15, deadline=None)

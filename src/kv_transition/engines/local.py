@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from kv_transition.attention import statistics as attention_statistics
 from kv_transition.cache.state import EVERY, MOMENTS, STATISTICS, CacheState
 from kv_transition.cache.store import Prefill
 from kv_transition.engines import attend, loading
+from kv_transition.engines.last_token import mlp_of_last_token
 from kv_transition.engines.projection import output_projections
 from kv_transition.engines.reading import BeforeAttention, Reading
 from kv_transition.engines.reconstruct import reconstructed
@@ -234,14 +236,17 @@ class LocalEngine:
         before_attention: BeforeAttention | None,
         logits_to_keep: int,
     ) -> tuple[CacheState, Tensor]:
-        reading = self._reading(state, ids.shape[1], statistics, room, seen, before_attention)
-        logits = self._logits(ids, reading, logits_to_keep)
+        q = ids.shape[1]
+        last_only = logits_to_keep == 1 < q
+        reading = self._reading(state, q, statistics, room, seen, before_attention, last_only)
+        with mlp_of_last_token(self.model, q) if last_only else nullcontext():
+            logits = self._logits(ids, reading, logits_to_keep)
         last = logits[:, -1]
         # the state must not keep all logits of the forward pass alive
         last = last.clone() if logits_to_keep > 1 else last
         after = CacheState(
             layers=tuple(reading.read),
-            length=state.length + ids.shape[1],
+            length=state.length + q,
             logits=last if isinstance(state.length, Tensor) else last[0],
             shift=state.shift,
         )
@@ -292,6 +297,7 @@ class LocalEngine:
         room: int,
         seen: list[Tensor] | None,
         before_attention: BeforeAttention | None,
+        last_only: bool = False,
     ) -> Reading:
         return Reading(
             state,
@@ -305,6 +311,7 @@ class LocalEngine:
             seen=seen,
             before_attention=before_attention,
             projections=self.projections if "output_norm" in statistics else None,
+            last_only=last_only,
         )
 
     def _logits(self, ids: Tensor, reading: Reading | Readings, logits_to_keep: int) -> Tensor:

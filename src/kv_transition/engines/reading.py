@@ -60,12 +60,14 @@ class Reading:
         seen: list[Tensor] | None = None,
         before_attention: BeforeAttention | None = None,
         projections: list[Tensor] | None = None,
+        last_only: bool = False,
     ):
         """Set up the reading of ``q`` tokens.
 
         room: number of entries to leave space for. rotaries, windows: of each layer. implementations: of output and
         statistics. seen: receives each evictable layer's column sums, if ``attn_sum`` is maintained. projections:
-        output projection of each layer by query head, if ``output_norm`` is maintained.
+        output projection of each layer by query head, if ``output_norm`` is maintained. last_only: of the last layer's
+        output, only the last token's is needed.
         """
         self.state = state
         self.statistics = statistics
@@ -75,6 +77,7 @@ class Reading:
         self.seen = seen
         self.before_attention = before_attention
         self.projections = projections
+        self.last_only = last_only
         self.interrupted = INTERRUPTED.get()
         self.read: list[Layer] = []
         steps = torch.arange(q, device=device)
@@ -107,13 +110,15 @@ class Reading:
             queries, keys, values = queries[0], keys[0], values[0]
         old = self.state.layers[layer] if self.state.layers else self._empty(layer, queries, keys, scale)
         group = queries.shape[-3] // keys.shape[-3]
+        # the last layer's output is the same for every token if only the last token's is needed
+        asked = slice(-1, None) if self.last_only and layer == len(self.windows) - 1 else slice(None)
         outputs, parts, first = [], [], 0
         for part in old.parts:
             heads = part.positions.shape[-2]
             kv, own = slice(first, first + heads), slice(first * group, (first + heads) * group)
             projection = None if self.projections is None else self.projections[layer][own]
             output, grown = self._attend_part(
-                part, queries[..., own, :, :], keys[..., kv, :, :], values[..., kv, :, :], batched, projection
+                part, queries[..., own, :, :], keys[..., kv, :, :], values[..., kv, :, :], asked, batched, projection
             )
             outputs.append(output)
             parts.append(grown)
@@ -122,7 +127,14 @@ class Reading:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _attend_part(
-        self, old: LayerCache, queries: Tensor, keys: Tensor, values: Tensor, batched: bool, projection: Tensor | None
+        self,
+        old: LayerCache,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        asked: slice,
+        batched: bool,
+        projection: Tensor | None,
     ) -> tuple[Tensor, LayerCache]:
         if self.before_attention is not None and old.window is None:
             old = self.before_attention(old, queries, keys)
@@ -132,15 +144,16 @@ class Reading:
         angles = self.turned.to(device, torch.float32).expand(at) if self.shifted else None
         new = old.append(keys, values, positions, angles, self.room)
         k, v = (t.dense() if isinstance(t, Packed) else t for t in (new.keys, new.values))
+        needed = queries[..., asked, :]
         output = attend(
-            queries if batched else queries[None],
+            needed if batched else needed[None],
             k if batched else k[None],
             v if batched else v[None],
             new.scale,
             window=new.window,
             bias=None if new.bias is None else new.bias if batched else new.bias[None],
             implementation=self.output_by,
-        )
+        ).expand(-1, -1, queries.shape[-2], -1)
         if new.window is not None:
             # keep one entry more than the next token sees, so that the last token can be removed again
             return output, replace(new.cut(max(0, new.n - new.window), new.n), room=None)

@@ -1,0 +1,37 @@
+"""Compute only what is read from a model's last layer: the output of the last token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def mlp_of_last_token(model: torch.nn.Module, q: int) -> Iterator[None]:
+    """Let the MLP of a model's last layer read only the last of ``q`` tokens, and return its output ``q`` times.
+
+    What follows the MLP treats tokens one by one, so that the last token's logits are right and those of the others are
+    not. Passes of other threads through the model are unchanged, and so is a model whose last layer has no module
+    ``mlp``.
+    """
+    own = threading.get_ident()
+
+    def last(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden, *others = inputs
+        return (hidden[:, -1:], *others) if threading.get_ident() == own else None
+
+    def repeated(_: torch.nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output.repeat(1, q, 1) if threading.get_ident() == own else None
+
+    mlp = getattr(model.get_decoder().layers[-1], "mlp", None)
+    hooks = [] if mlp is None else [mlp.register_forward_pre_hook(last), mlp.register_forward_hook(repeated)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
