@@ -18,7 +18,7 @@ ENOUGH = 0.5
 
 def full_cache() -> list[str]:
     """What the model can do before anything is evicted."""
-    own = _scores(_nearest, *there("lengths", "one_hop", "transition", "transition_long"))
+    own = _scores(_nearest, *there("lengths", "one_hop", "transition", "transition_long", "transition_tasks"))
     given = _scores(_span, *there("longbench"))
     tables = _matrix("real_full_cache", "this project's tasks", own)
     if given:

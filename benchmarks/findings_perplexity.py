@@ -46,7 +46,7 @@ def merging() -> list[str]:
         "",
         _expected(runs),
     ]
-    return lines + ending("other models or texts, more than the ten books at hand.", *runs)
+    return lines + ending("other models; texts other than books.", *runs)
 
 
 def _compared(name: str) -> list[str]:
@@ -55,11 +55,11 @@ def _compared(name: str) -> list[str]:
     pairs = kept(name, "perplexity_pairs").filter(pl.col("bin").is_null())
     rows = found.sort("compression", "policy").to_dicts()
     shown = found.filter(pl.col("policy").is_in(SHOWN)).sort("policy", "compression").to_dicts()
-    n = f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books"
+    n = counted(name)
     figures.lines(
         [r | {"gone": 100 * r["compression"], "low": r["ratio_low"], "high": r["ratio_high"]} for r in shown],
         "gone", "ratio", "policy", titles=("% of the cache's bytes gone", "perplexity over the full cache's"), log=True,
-        head=("What is lost by merging, dropping and others", f"SmolLM2-135M-Instruct, PG-19, {MERGING[name]}, {n}"),
+        head=("What is lost by merging, dropping and others", f"SmolLM2-135M-Instruct, {MERGING[name]}, {n}"),
         output=IMAGES / f"real_{name}.svg", reference=1,
     )  # fmt: skip
     return [
@@ -77,6 +77,15 @@ def _compared(name: str) -> list[str]:
              for r in pairs.sort("policy", "compression").to_dicts()],
         ),
     ]  # fmt: skip
+
+
+def counted(name: str) -> str:
+    """Return the number of windows of each policy and of their books, by where the books come from."""
+    windows = kept(name, "windows").filter(policy="full")
+    books = windows["book_id"].unique()
+    others = books.str.starts_with("narrativeqa").sum()
+    sources = f" ({len(books) - others} of PG-19, {others} of LongBench's narrativeqa)" if others else " of PG-19"
+    return f"n = {windows.height} windows of {len(books)} books{sources}"
 
 
 def _by_context(runs: list[str]) -> str:
@@ -112,13 +121,13 @@ def front() -> str:
     found = kept("merging", "perplexity").filter(pl.col("bin").is_null(), pl.col("budget") != "r1")
     cells = {(r["policy"], r["budget"]): r for r in found.to_dicts()}
     budgets = sorted({budget for _, budget in cells}, key=labels.budget_order)
-    shown = ["snapkv", "entropy_drop", "entropy_merge", "random"]
-    first = cells[shown[0], budgets[0]]
+    shown = [name for name in ("snapkv", "entropy_drop", "entropy_merge", "h2o", "streaming_llm", "random")
+             if (name, budgets[0]) in cells]  # fmt: skip
     lines = [
         "![Perplexity over the full cache's by the share of the cache that is gone](docs/images/real_merging.svg)",
         "",
-        "*SmolLM2-135M-Instruct, a language model of 135M parameters, on PG-19: perplexity over the full cache's, 95 % "
-        f"intervals, n = {first['n']} windows of {first['clusters']} books, exploratory "
+        "*SmolLM2-135M-Instruct, a language model of 135M parameters, on books: perplexity over the full cache's, 95 % "
+        f"intervals, {counted('merging')}, exploratory "
         "([findings](docs/findings.md)).*",
         "",
         table(
@@ -154,10 +163,9 @@ def ablation() -> list[str]:
         ratio, low, high = over(own, cell["policy"], "entropy_drop")
         kept_label = f"{labels.budget(cell['budget'])} kept"
         rows.append({"variant": VARIANTS[cell["policy"]], "kept": kept_label, "ratio": ratio, "low": low, "high": high})
-    n, books = windows.filter(policy="full").height, windows["book_id"].n_unique()
     figures.dots(
         rows, "variant", "ratio", group="kept", title="perplexity over dropping's, 95 % interval", reference=1,
-        head=("Where merging loses", f"what is averaged; n = {n} windows of {books} books"),
+        head=("Where merging loses", f"what is averaged; {counted('ablation')}"),
         output=IMAGES / "real_ablation.svg",
     )  # fmt: skip
     several = len({r["kept"] for r in rows}) > 1
@@ -180,7 +188,7 @@ def ablation() -> list[str]:
             [[r["variant"], r["kept"], interval(r["ratio"], r["low"], r["high"])] for r in rows],
         ),
         "",
-        f"n = {n} windows of {books} books, exploratory, intervals not adjusted; context of 1,024 tokens, 128 "
+        f"{counted('ablation')}, exploratory, intervals not adjusted; context of 1,024 tokens, 128 "
         "scored. Where a variant does not average (keys, values, or the other layers), the span's entry with "
         "the most attention is kept, so that all variants have the same footprint.",
     ]
@@ -200,11 +208,12 @@ def sinks() -> list[str]:
         if r["policy"] not in ("full", "sinks_4")
     }
     contexts = {r["bin"]: f"{r['context_min']:,}" for r in rows}
+    counts = _by_bin(rows)
     figures.dots(
         [r | {"what": f"{r['policy']}, {contexts[r['bin']]} tokens", "low": r["ratio_low"], "high": r["ratio_high"]}
          for r in rows if r["policy"] != "full"],
         "what", "ratio", title="perplexity over the full cache's, 95 % interval", log=True, reference=1,
-        head=("Sinks", f"20 % held, each step; n = {rows[0]['n']} windows of {rows[0]['clusters']} books a context"),
+        head=("Sinks", f"20 % held, each step; {counts}"),
         output=IMAGES / "real_sinks.svg",
     )  # fmt: skip
     answers, said = set(), {}
@@ -229,11 +238,20 @@ def sinks() -> list[str]:
              for r in rows],
         ),
         "",
-        f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books a context, exploratory, intervals not adjusted; 64 "
+        f"{counts}, exploratory, intervals not adjusted; 64 "
         "tokens scored one by one, 20 % of the entries held at each step.",
     ]  # fmt: skip
     not_shown = "other budgets, streaming from the first token on, other models."
     return lines + ending(not_shown, "sinks")
+
+
+def _by_bin(rows: list[Row]) -> str:
+    """Return the numbers of windows and books of each context, once if they are all the same."""
+    found = {r["bin"]: f"{r['n']} windows of {r['clusters']} books" for r in rows}
+    if len(set(found.values())) == 1:
+        return f"n = {found[rows[0]['bin']]} a context"
+    at = {r["bin"]: f"{r['context_min']:,} tokens" for r in rows}
+    return "n = " + ", ".join(f"{count} (after {at[bin_]})" for bin_, count in found.items())
 
 
 def over(windows: pl.DataFrame, policy: str, reference: str) -> tuple[float, float, float]:
