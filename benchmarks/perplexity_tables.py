@@ -37,7 +37,7 @@ from kv_transition.stats.quotients import quotient
 from kv_transition.studies.perplexity import run, windows
 from kv_transition.studies.perplexity import specs as perplexity_specs
 from kv_transition.studies.perplexity.analysis import merge_against_drop, perplexity, read_windows
-from kv_transition.tables import PERPLEXITY
+from kv_transition.studies.perplexity.tables import PERPLEXITY
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HARDWARE = "2 CPU cores, one thread"
