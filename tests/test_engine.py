@@ -73,7 +73,7 @@ def test_a_pass_of_another_thread_is_not_cut_to_its_last_token():
     _, alone = model.logits(None, ids)
     found = []
     thread = threading.Thread(target=lambda: found.append(model.logits(None, ids)[1]))
-    with mlp_of_last_token(model.model, 7):
+    with mlp_of_last_token(model.model, 7, last_only=True):
         thread.start()
         thread.join()
     assert torch.equal(found[0], alone)

@@ -12,13 +12,18 @@ from torch import Tensor
 
 
 @contextmanager
-def mlp_of_last_token(model: torch.nn.Module, q: int) -> Iterator[None]:
+def mlp_of_last_token(model: torch.nn.Module, q: int, last_only: bool) -> Iterator[None]:
     """Let the MLP of a model's last layer read only the last of ``q`` tokens, and return its output ``q`` times.
 
     What follows the MLP treats tokens one by one, so that the last token's logits are right and those of the others are
-    not. Passes of other threads through the model are unchanged, and so is a model whose last layer has no module
-    ``mlp``.
+    not. Passes of other threads through the model are unchanged, and so is a model without ``layers``, or whose last
+    layer has no module ``mlp``. last_only: false changes nothing.
     """
+    layers = getattr(model.get_decoder(), "layers", None) if last_only else None
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    if mlp is None:
+        yield
+        return
     own = threading.get_ident()
 
     def last(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -28,8 +33,7 @@ def mlp_of_last_token(model: torch.nn.Module, q: int) -> Iterator[None]:
     def repeated(_: torch.nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return output.repeat(1, q, 1) if threading.get_ident() == own else None
 
-    mlp = getattr(model.get_decoder().layers[-1], "mlp", None)
-    hooks = [] if mlp is None else [mlp.register_forward_pre_hook(last), mlp.register_forward_hook(repeated)]
+    hooks = [mlp.register_forward_pre_hook(last), mlp.register_forward_hook(repeated)]
     try:
         yield
     finally:

@@ -67,6 +67,10 @@ def load_model(
         ) from error
     # for a folder with contradictory files, transformers may raise any exception
     except Exception as error:
+        if error.args == (ATTENTION,):  # a table of the model's own attention classes
+            raise UserError(
+                f"model.name: {name!r} is a model whose attention cannot be replaced; choose another model"
+            ) from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"model.name: {name!r} cannot be loaded ({reason}); give a model folder or a hub id") from error
 

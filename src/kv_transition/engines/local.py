@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -95,8 +94,9 @@ class LocalEngine:
         )
         from kv_transition.data.tokens import load_tokenizer
 
-        tokenizer = load_tokenizer(name, revision)
-        return cls(model, tokenizer, attention=attention, statistics=statistics, chunk_tokens=chunk_tokens)
+        return cls(
+            model, load_tokenizer(name, revision), attention=attention, statistics=statistics, chunk_tokens=chunk_tokens
+        )
 
     @property
     def layer_devices(self) -> list[str]:
@@ -236,17 +236,15 @@ class LocalEngine:
         before_attention: BeforeAttention | None,
         logits_to_keep: int,
     ) -> tuple[CacheState, Tensor]:
-        q = ids.shape[1]
-        last_only = logits_to_keep == 1 < q
-        reading = self._reading(state, q, statistics, room, seen, before_attention, last_only)
-        with mlp_of_last_token(self.model, q) if last_only else nullcontext():
+        last_only = logits_to_keep == 1 < ids.shape[1]
+        reading = self._reading(state, ids.shape[1], statistics, room, seen, before_attention, last_only)
+        with mlp_of_last_token(self.model, ids.shape[1], last_only):
             logits = self._logits(ids, reading, logits_to_keep)
-        last = logits[:, -1]
-        # the state must not keep all logits of the forward pass alive
-        last = last.clone() if logits_to_keep > 1 else last
+        # a copy, because the state must not keep all logits of the forward pass alive
+        last = logits[:, -1].clone() if logits_to_keep > 1 else logits[:, -1]
         after = CacheState(
             layers=tuple(reading.read),
-            length=state.length + q,
+            length=state.length + ids.shape[1],
             logits=last if isinstance(state.length, Tensor) else last[0],
             shift=state.shift,
         )

@@ -247,7 +247,7 @@ def attention_function(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    reading: Reading,
+    reading: Reading | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -261,6 +261,7 @@ def attention_function(
     extra = {
         "learned attention sinks": s_aux is not None,
         "a bias of positions": position_bias is not None,
+        "an attention mask of its own": attention_mask is not None,
         "keys and values of different sizes": key.shape[-1] != value.shape[-1],
     }
     if found := [name for name, there in extra.items() if there]:
@@ -271,6 +272,11 @@ def attention_function(
         raise UserError(
             f"model.name: {type(module).__name__} caps its attention logits, which the attention statistics do not "
             "support; choose a model without a soft cap"
+        )
+    if reading is None:
+        raise UserError(
+            f"model.name: {type(module).__name__} does not pass on what transformers' attention interface needs; "
+            "choose another model"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return reading.attend(module.layer_idx, query, key, value, scale).transpose(1, 2), None

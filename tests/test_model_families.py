@@ -1,0 +1,79 @@
+"""Compare what the engine reads with the eager attention of many kinds of models, and check that others are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from kv_transition.engines import loading
+from kv_transition.engines.local import LocalEngine
+from kv_transition.engines.reading import ATTENTION, attention_function
+from kv_transition.errors import UserError
+
+VOCABULARY, PROMPT = 97, 50
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+DENSE = ["apertus", "arcee", "bitnet", "cohere", "ernie4_5", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "granite",
+         "helium", "llama", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
+         "starcoder2"]  # fmt: skip
+OF_EXPERTS = ["ernie4_5_moe", "glm4_moe", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"]
+REFUSED = {
+    "doge": "an attention mask of its own",
+    "falcon": "attention cannot be replaced",
+    "stablelm": "does not pass on",
+}
+
+
+def model_of(family: str) -> PreTrainedModel:
+    """Return a random model of the family with eager attention, in which each layer changes the logits."""
+    shape = SHAPE | (EXPERTS if family in OF_EXPERTS else {})
+    if family == "falcon":  # computes the size of its heads
+        del shape["head_dim"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**shape), attn_implementation="eager").eval()
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.2)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", DENSE + OF_EXPERTS)
+def test_a_prompt_read_in_pieces_has_the_logits_of_one_eager_pass(family):
+    model = model_of(family)
+    ids = torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = model(torch.tensor([ids])).logits[0].float()
+    AttentionInterface.register(ATTENTION, attention_function)
+    model.set_attn_implementation(ATTENTION)
+    engine = LocalEngine(model)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    state = None
+    for start, stop in ((0, 30), (30, 31), (31, PROMPT)):
+        state = engine.extend(state, ids[start:stop])
+        torch.testing.assert_close(state.logits, expected[stop - 1], **close)
+    torch.testing.assert_close(engine.logits(None, ids)[1], expected, **close)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_model_that_would_answer_wrongly_is_refused(family, tmp_path):
+    model_of(family).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^model.name: .*{REFUSED[family]}.*choose") as refusal:
+        LocalEngine(loading.load_model(str(tmp_path))).extend(None, [3, 4, 5])
+    assert "\n" not in str(refusal.value)
