@@ -94,9 +94,8 @@ class LocalEngine:
         )
         from kv_transition.data.tokens import load_tokenizer
 
-        return cls(
-            model, load_tokenizer(name, revision), attention=attention, statistics=statistics, chunk_tokens=chunk_tokens
-        )
+        tokenizer = load_tokenizer(name, revision)
+        return cls(model, tokenizer, attention=attention, statistics=statistics, chunk_tokens=chunk_tokens)
 
     @property
     def layer_devices(self) -> list[str]:
@@ -236,9 +235,9 @@ class LocalEngine:
         before_attention: BeforeAttention | None,
         logits_to_keep: int,
     ) -> tuple[CacheState, Tensor]:
-        last_only = logits_to_keep == 1 < ids.shape[1]
-        reading = self._reading(state, ids.shape[1], statistics, room, seen, before_attention, last_only)
-        with mlp_of_last_token(self.model, ids.shape[1], last_only):
+        reading = self._reading(state, ids.shape[1], statistics, room, seen, before_attention)
+        reading.last_only = logits_to_keep == 1 < ids.shape[1]
+        with mlp_of_last_token(self.model, ids.shape[1], reading.last_only):
             logits = self._logits(ids, reading, logits_to_keep)
         # a copy, because the state must not keep all logits of the forward pass alive
         last = logits[:, -1].clone() if logits_to_keep > 1 else logits[:, -1]
@@ -295,7 +294,6 @@ class LocalEngine:
         room: int,
         seen: list[Tensor] | None,
         before_attention: BeforeAttention | None,
-        last_only: bool = False,
     ) -> Reading:
         return Reading(
             state,
@@ -309,7 +307,6 @@ class LocalEngine:
             seen=seen,
             before_attention=before_attention,
             projections=self.projections if "output_norm" in statistics else None,
-            last_only=last_only,
         )
 
     def _logits(self, ids: Tensor, reading: Reading | Readings, logits_to_keep: int) -> Tensor:

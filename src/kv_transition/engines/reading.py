@@ -45,6 +45,8 @@ class Reading:
     """
 
     is_compileable = False
+    last_only = False
+    """whether of the last layer's output only the last token's is needed"""
 
     def __init__(
         self,
@@ -60,14 +62,12 @@ class Reading:
         seen: list[Tensor] | None = None,
         before_attention: BeforeAttention | None = None,
         projections: list[Tensor] | None = None,
-        last_only: bool = False,
     ):
         """Set up the reading of ``q`` tokens.
 
         room: number of entries to leave space for. rotaries, windows: of each layer. implementations: of output and
         statistics. seen: receives each evictable layer's column sums, if ``attn_sum`` is maintained. projections:
-        output projection of each layer by query head, if ``output_norm`` is maintained. last_only: of the last layer's
-        output, only the last token's is needed.
+        output projection of each layer by query head, if ``output_norm`` is maintained.
         """
         self.state = state
         self.statistics = statistics
@@ -77,7 +77,6 @@ class Reading:
         self.seen = seen
         self.before_attention = before_attention
         self.projections = projections
-        self.last_only = last_only
         self.interrupted = INTERRUPTED.get()
         self.read: list[Layer] = []
         steps = torch.arange(q, device=device)
