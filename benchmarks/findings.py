@@ -88,3 +88,4 @@ if __name__ == "__main__":
         if (sections.KEPT / name).is_dir():
             put(sections.ROOT / path, place, excerpt(name))
     put(sections.ROOT / "README.md", "real", perplexity.front())
+    put(sections.ROOT / "docs" / "index.md", "real", perplexity.first_picture(""))

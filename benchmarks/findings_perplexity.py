@@ -13,8 +13,9 @@ from kv_transition.stats.quotients import quotient
 MERGING = {"merging": "contexts of 1,024 and 2,048 tokens", "merging_long": "contexts of 4,096 and 7,000 tokens"}
 """the kept runs, and what they read"""
 
-SHOWN = ["entropy_merge", "entropy_drop", "merge_bias", "snapkv", "h2o", "streaming_llm", "random"]
-"""policies in the figures; the others are thresholds, whose compression follows from the text"""
+SHOWN = ["entropy_merge", "entropy_drop", "merge_bias", "snapkv", "h2o", "streaming_llm"]
+"""policies in the figures; left out are thresholds, whose compression follows from the text, and random, which loses
+so much more that the others could not be told apart"""
 
 EXPECTED = {
     ("entropy_merge", 0.7): ("EntropyMerged", "26 to 27 at 70 %", 1.04),
@@ -69,7 +70,7 @@ def _compared(name: str) -> list[str]:
             [[r["policy"], f"{100 * r['compression']:.1f} %", f"{r['perplexity']:.2f}", _ratio(r)] for r in rows],
         ),
         "",
-        f"{n}, exploratory; {MERGING[name]}, 128 tokens scored after each. Merging over dropping:",
+        f"{n}; {MERGING[name]}, 128 tokens scored after each. Merging over dropping:",
         "",
         table(
             ["merging", "gone", "over dropping's perplexity", "p (Holm)"],
@@ -80,19 +81,22 @@ def _compared(name: str) -> list[str]:
 
 
 def counted(name: str) -> str:
-    """Return the number of windows of each policy and of their books, by where the books come from."""
+    """Return the number of windows of each policy and of their books, by where the books come from, and whether they
+    are too few for more than an exploration.
+    """
     windows = kept(name, "windows").filter(policy="full")
     books = windows["book_id"].unique()
     others = books.str.starts_with("narrativeqa").sum()
     sources = f" ({len(books) - others} of PG-19, {others} of LongBench's narrativeqa)" if others else " of PG-19"
-    return f"n = {windows.height} windows of {len(books)} books{sources}"
+    few = ", exploratory" if kept(name, "perplexity")["exploratory"].any() else ""
+    return f"n = {windows.height} windows of {len(books)} books{sources}{few}"
 
 
 def _by_context(runs: list[str]) -> str:
     found = pl.concat([kept(name, "perplexity").filter(pl.col("bin").is_not_null(), budget="r0.2") for name in runs])
     cells = {(r["policy"], r["context_min"]): r for r in found.to_dicts()}
     contexts = sorted({context for _, context in cells})
-    policies = [name for name in SHOWN if any(policy == name for policy, _ in cells)]
+    policies = [name for name in [*SHOWN, "random"] if any(policy == name for policy, _ in cells)]
     return table(
         ["policy", *(f"{context:,} tokens, n = {cells[_any(cells, context)]['n']}" for context in contexts)],
         [[p, *(_ratio(cells[p, c]) if (p, c) in cells else "–" for c in contexts)] for p in policies],
@@ -123,19 +127,20 @@ def front() -> str:
     budgets = sorted({budget for _, budget in cells}, key=labels.budget_order)
     shown = [name for name in ("snapkv", "entropy_drop", "entropy_merge", "h2o", "streaming_llm", "random")
              if (name, budgets[0]) in cells]  # fmt: skip
-    lines = [
-        "![Perplexity over the full cache's by the share of the cache that is gone](docs/images/real_merging.svg)",
-        "",
+    policies = table(
+        ["policy", *(f"{labels.budget(b)} kept" for b in budgets)],
+        [[f"`{policy}`", *(_ratio(cells[policy, b]) for b in budgets)] for policy in shown],
+    )
+    return f"{first_picture('docs/')}\n\n{policies}"
+
+
+def first_picture(docs: str) -> str:
+    """Return the picture of what is lost on a language model, and its caption. docs: the path to the folder docs."""
+    return (
+        f"![Perplexity over the full cache's by the share of the cache that is gone]({docs}images/real_merging.svg)\n\n"
         "*SmolLM2-135M-Instruct, a language model of 135M parameters, on books: perplexity over the full cache's, 95 % "
-        f"intervals, {counted('merging')}, exploratory "
-        "([findings](docs/findings.md)).*",
-        "",
-        table(
-            ["policy", *(f"{labels.budget(b)} kept" for b in budgets)],
-            [[f"`{policy}`", *(_ratio(cells[policy, b]) for b in budgets)] for policy in shown],
-        ),
-    ]
-    return "\n".join(lines)
+        f"intervals, {counted('merging')} ([findings]({docs}findings.md)).*"
+    )
 
 
 def _ratio(row: Row) -> str:
@@ -188,7 +193,7 @@ def ablation() -> list[str]:
             [[r["variant"], r["kept"], interval(r["ratio"], r["low"], r["high"])] for r in rows],
         ),
         "",
-        f"{counted('ablation')}, exploratory, intervals not adjusted; context of 1,024 tokens, 128 "
+        f"{counted('ablation')}; intervals not adjusted; context of 1,024 tokens, 128 "
         "scored. Where a variant does not average (keys, values, or the other layers), the span's entry with "
         "the most attention is kept, so that all variants have the same footprint.",
     ]
@@ -238,7 +243,7 @@ def sinks() -> list[str]:
              for r in rows],
         ),
         "",
-        f"{counts}, exploratory, intervals not adjusted; 64 "
+        f"{counts}; intervals not adjusted; 64 "
         "tokens scored one by one, 20 % of the entries held at each step.",
     ]  # fmt: skip
     not_shown = "other budgets, streaming from the first token on, other models."
@@ -247,7 +252,10 @@ def sinks() -> list[str]:
 
 def _by_bin(rows: list[Row]) -> str:
     """Return the numbers of windows and books of each context, once if they are all the same."""
-    found = {r["bin"]: f"{r['n']} windows of {r['clusters']} books" for r in rows}
+    found = {
+        r["bin"]: f"{r['n']} windows of {r['clusters']} books" + (" (exploratory)" if r["exploratory"] else "")
+        for r in rows
+    }
     if len(set(found.values())) == 1:
         return f"n = {found[rows[0]['bin']]} a context"
     at = {r["bin"]: f"{r['context_min']:,} tokens" for r in rows}
@@ -287,7 +295,7 @@ def recall() -> list[str]:
          for r in rows],
         "moments", "ratio", title="perplexity over the full cache's, 95 % interval", reference=1,
         head=("Recalling evicted entries at chosen moments",
-              f"h2o at 20 %; n = {rows[0]['n']} windows of {rows[0]['clusters']} books"),
+              f"h2o at 20 %; {counted('recall')}"),
         output=IMAGES / "real_recall.svg",
     )  # fmt: skip
     chance = [against[name] for name in ("recall_random", "recall_periodic")]
@@ -312,7 +320,7 @@ def recall() -> list[str]:
             ],
         ),
         "",
-        f"n = {rows[0]['n']} windows of {rows[0]['clusters']} books, exploratory, intervals not adjusted; context of "
+        f"{counted('recall')}; intervals not adjusted; context of "
         "1,024 tokens, 64 scored one by one, 20 % of the entries held by h2o.",
     ]  # fmt: skip
     not_shown = "other thresholds of entropy, budgets, inner policies and models; answers to questions."

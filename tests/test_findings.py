@@ -39,6 +39,7 @@ def test_other_pages_quote_the_sections(findings):
         assert f"<!-- {place} -->" in text
         assert not (KEPT / name).is_dir() or findings.excerpt(name) in text
     assert findings.perplexity.front() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert findings.perplexity.first_picture("") in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
 
 
 def test_every_picture_is_there():
