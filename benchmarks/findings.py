@@ -53,8 +53,9 @@ HEAD = """# Findings on a real language model
 
 SmolLM2-135M-Instruct, Q4_1 weights computed in float32. One model of 135M parameters: what holds here need not hold for
 larger ones. Brackets are 95 % intervals. Written by `python benchmarks/findings.py` from benchmarks/results/real;
-`benchmarks/keep_real.py` puts the tables of a run there. Each experiment file says which cut of the study it is, and
-how the whole of it is run."""
+`benchmarks/keep_real.py` puts the tables of a run there. [Policies](policies.md) describes the policies,
+[statistics](statistics.md) the intervals, the outcomes of a transition and Holm's adjustment; the first lines of an
+experiment file describe its run and its data."""
 
 
 EXCERPTS = {

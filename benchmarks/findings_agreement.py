@@ -36,7 +36,8 @@ def agreement() -> list[str]:
         "",
         f"Where they differ: {'; '.join(apart) or 'nowhere'}.",
         "",
-        "What it does not show: other tasks and budgets.",
+        "Entries are counted over layers, KV heads and prompts (about 1,054 tokens each). What it does not show: other "
+        "tasks, lengths and budgets, after the prompt, other models.",
         "",
         f"Command: `make bench-peers`, then `python benchmarks/real_agreement.py PROMPTS --n {n}`, where PROMPTS is a "
         "file of prepared prompts (RESULTS/EXPERIMENT/data/TASK/bin1.parquet), here of "

@@ -33,9 +33,9 @@ def rules() -> list[str]:
     lines = [
         "## Which instructions does the model follow at all?",
         "",
-        f"With its full cache its answers follow {', '.join(good) or 'no rule'} in {ENOUGH:.0%} of the cases or more, "
-        f"of {len(rows)} rules that were tried. What eviction does to a rule can be seen only where the full cache "
-        "follows it.",
+        f"With its full cache its answers follow {', '.join(good) or 'no rule'} in {ENOUGH:.0%} of the cases or more "
+        f"(the mean, which is the study's condition), of {len(rows)} rules that were tried. What eviction does to a "
+        "rule can be seen only where the full cache follows it.",
         "",
         table(
             ["rule", "what it asks", "answers that follow it", "without the rule"],
@@ -63,7 +63,8 @@ def memory() -> list[str]:
     )  # fmt: skip
     below = [_name(r) for r in apart.values() if r["ci_high"] < 0]
     unclear = [_name(r) for r in apart.values() if r["ci_low"] <= 0 <= r["ci_high"]]
-    answer = "No" if apart and len(below) == len(apart) else "Undecided" if not below else "Not always"
+    answer = "Less often" if apart and len(below) == len(apart) else "Undecided" if not below else "Not always"
+    asked = kept("memory", "verdicts")["conversation_id"].str.extract(r"(\d+)$").n_unique()
     lines = [
         "## Does the model follow its instruction when its memory fails?",
         "",
@@ -79,7 +80,12 @@ def memory() -> list[str]:
         f"n = {n} conversations of {turns['turn'].max()} turns, with rules that the model follows with its full cache; "
         "each turn ends with a compression of the cache. `text_drop` shortens the text instead and reads it again.",
     ]  # fmt: skip
-    return lines + ending("longer conversations, other rules and models, how good the answers are.", "memory")
+    return lines + ending(
+        "longer conversations, other kinds of rules (these ask for a language) and models, how good the answers are. "
+        f"The conversations count as independent, but have {asked} sets of questions, each with every rule, and the "
+        "rules were chosen with some of them (section above).",
+        "memory",
+    )
 
 
 CHATS = {"chat": "MT-bench", "chat_refinement": "MT-Eval, refinement"}
@@ -116,7 +122,8 @@ def chat() -> list[str]:
         "",
         f"Last turn of each conversation ({longest} at most), answers of at most 64 tokens, exploratory, intervals "
         "over conversations, not adjusted. Nats per token: the negative log-likelihood of an answer under the full "
-        "cache after the same conversation. Repetition: share of an answer's 4-grams that it has already said.",
+        "cache after the same conversation; its own answers are chosen to be likely, so that a difference above 0 "
+        "means other answers, not worse ones. Repetition: share of an answer's 4-grams that it has already said.",
     ]  # fmt: skip
     return lines + ending("how good the answers are (no judge was asked); longer answers, other models.", *runs)
 

@@ -42,8 +42,8 @@ def entropy() -> list[str]:
     answer = (
         "No" if refused == verdicts["count"].sum() else "Yes" if confirmed == verdicts["count"].sum() else "In part"
     )
-    if not confirmed and answer == "In part":
-        answer = "Not shown"
+    if not confirmed:
+        answer = "Not as the study expects" if answer == "No" else "Not shown"
     lines = [
         "## Does entropy tell that a needed entry is missing?",
         "",
@@ -64,7 +64,10 @@ def entropy() -> list[str]:
         + ". The question and the continuation of a text belong to one text; global sets, ideal memory "
         "(docs/observation.md).",
     ]  # fmt: skip
-    return lines + ending("longer texts; and with so few texts anything that is called undecided.", "entropy")
+    return lines + ending(
+        "longer texts; other models. Passages of PG-19 are of ten books, and two of one book count as independent.",
+        "entropy",
+    )
 
 
 def entropy_heads() -> list[str]:
@@ -86,7 +89,9 @@ def entropy_heads() -> list[str]:
     )  # fmt: skip
     counts = ", ".join(f"{row['count']} {row['outcome']}" for row in verdicts.to_dicts())
     confirmed = verdicts.filter(outcome="confirmed")["count"].sum()
-    answer = "No" if not confirmed else "Yes" if confirmed == verdicts["count"].sum() else "In part"
+    answer = (
+        "Not as the study expects" if not confirmed else "Yes" if confirmed == verdicts["count"].sum() else "In part"
+    )
     return [
         "## And in each head, or when nothing comes back?",
         "",
@@ -106,7 +111,11 @@ def entropy_heads() -> list[str]:
         "step: KL divergence of the prediction with the held entries only from that with all (docs/observation.md). "
         "Low and high entropy: the lower and upper third of the measured steps. `irreversible`: an evicted entry never "
         "returns.",
-        *ending("questions, global sets (above), longer texts; other models.", "entropy_heads"),
+        *ending(
+            "questions, global sets (above), longer texts; other models. Passages are of ten books, and two of one "
+            "book count as independent.",
+            "entropy_heads",
+        ),
     ]  # fmt: skip
 
 

@@ -70,7 +70,10 @@ def _compared(name: str) -> list[str]:
             [[r["policy"], f"{100 * r['compression']:.1f} %", f"{r['perplexity']:.2f}", _ratio(r)] for r in rows],
         ),
         "",
-        f"{n}; {MERGING[name]}, 128 tokens scored after each. Merging over dropping:",
+        f"{n}; {MERGING[name]}, 128 tokens scored after each. `h2o` and `streaming_llm` hold the budget at each step; "
+        "the others are compressed once, and the scored tokens added. `entropy_merge` replaces each span by a mean, "
+        "`merge_bias` also adds log m, `entropy_drop` keeps one entry of the same spans; `threshold`: all spans whose "
+        "normalized entropy is at least that ([policies](policies.md)). Merging over dropping:",
         "",
         table(
             ["merging", "gone", "over dropping's perplexity", "p (Holm)"],
@@ -160,14 +163,13 @@ VARIANTS = {
 
 def ablation() -> list[str]:
     """Where merging loses."""
-    windows = kept("ablation", "windows")
-    there = windows.filter(pl.col("policy").is_in(list(VARIANTS))).select("policy", "budget").unique().to_dicts()
-    rows = []
-    for cell in sorted(there, key=lambda c: (-float(c["budget"][1:]), list(VARIANTS).index(c["policy"]))):
-        own = windows.filter(budget=cell["budget"])
-        ratio, low, high = over(own, cell["policy"], "entropy_drop")
-        kept_label = f"{labels.budget(cell['budget'])} kept"
-        rows.append({"variant": VARIANTS[cell["policy"]], "kept": kept_label, "ratio": ratio, "low": low, "high": high})
+    pairs = kept("ablation", "perplexity_pairs").filter(pl.col("bin").is_null(), pl.col("policy").is_in(list(VARIANTS)))
+    rows = [
+        {"variant": VARIANTS[pair["policy"]], "kept": f"{labels.budget(pair['budget'])} kept", "ratio": pair["ratio"],
+         "low": pair["ratio_low"], "high": pair["ratio_high"], "p": pair["p_holm"]}
+        for pair in sorted(pairs.to_dicts(), key=lambda r: (-float(r["budget"][1:]), list(VARIANTS).index(r["policy"])))
+    ]  # fmt: skip
+    adjusted = sum(row["low"] > 1 and row["p"] < 0.05 for row in rows)
     figures.dots(
         rows, "variant", "ratio", group="kept", title="perplexity over dropping's, 95 % interval", reference=1,
         head=("Where merging loses", f"what is averaged; {counted('ablation')}"),
@@ -182,15 +184,18 @@ def ablation() -> list[str]:
         "## Where does merging lose?",
         "",
         f"In {len(worse)} of {len(rows)} variants averaging is worse than dropping (the interval of the ratio is above "
-        f"1), in {len(better)} it is better.",
+        f"1; {adjusted} after Holm), in {len(better)} it is better.",
         "",
         f"- Worse: {'; '.join(worse) or 'none'}.",
         f"- Better: {'; '.join(better) or 'none'}.",
         f"- Undecided: {'; '.join(open_) or 'none'}.",
         *picture("real_ablation", "perplexity of variants of merging over dropping's"),
         table(
-            ["what is averaged", "kept", "over dropping's perplexity"],
-            [[r["variant"], r["kept"], interval(r["ratio"], r["low"], r["high"])] for r in rows],
+            ["what is averaged", "kept", "over dropping's perplexity", "p (Holm)"],
+            [
+                [r["variant"], r["kept"], interval(r["ratio"], r["low"], r["high"]), labels.p_value(r["p"])]
+                for r in rows
+            ],
         ),
         "",
         f"{counted('ablation')}; intervals not adjusted; context of 1,024 tokens, 128 "
@@ -227,14 +232,16 @@ def sinks() -> list[str]:
         more = [policy for policy, (_, low, _) in others.items() if low > 1]
         less = [policy for policy, (_, _, high) in others.items() if high < 1]
         answers.add("Yes" if "sinks_0" in more else "No" if "sinks_0" in less else "Undecided")
-        higher, lower = (", ".join(policies) or "no other number" for policies in (more, less))
-        said.setdefault(f"perplexity is higher with {higher} and lower with {lower}", []).append(context)
-    after = "; ".join(f"after {' and '.join(at)} tokens {sentence}" for sentence, at in said.items())
+        same = [policy for policy in others if policy not in more + less]
+        parts = [f"{what} {_numbers(policies)}" for what, policies in
+                 (("higher with", more), ("lower with", less), ("undecided with", same)) if policies]  # fmt: skip
+        said.setdefault(", ".join(parts), []).append(context)
+    after = "; ".join(f"after {' and '.join(at)} tokens it is {parts}" for parts, at in said.items())
     lines = [
         "## Do sinks matter?",
         "",
-        f"{answers.pop() if len(answers) == 1 else 'It depends on the context'}: compared with four sinks, {after} "
-        "(the interval of the ratio excludes 1).",
+        f"{answers.pop() if len(answers) == 1 else 'It depends on the context'}. Perplexity compared with four sinks: "
+        f"{after} sinks (higher or lower: the interval of the ratio excludes 1).",
         *picture("real_sinks", "perplexity over the full cache's by the number of sinks"),
         table(
             ["context", "policy", "perplexity", "over the full cache's", "over four sinks'", "entries held, mean"],
@@ -248,6 +255,12 @@ def sinks() -> list[str]:
     ]  # fmt: skip
     not_shown = "other budgets, streaming from the first token on, other models."
     return lines + ending(not_shown, "sinks")
+
+
+def _numbers(policies: list[str]) -> str:
+    """Return the numbers of sinks of policies such as ``sinks_2``."""
+    numbers = [policy.removeprefix("sinks_") for policy in policies]
+    return " and ".join([", ".join(numbers[:-1]), numbers[-1]] if len(numbers) > 1 else numbers)
 
 
 def _by_bin(rows: list[Row]) -> str:

@@ -52,7 +52,10 @@ def interval(value: float, low: float | None, high: float | None, digits: int = 
 
 
 def ending(not_shown: str, *names: str) -> list[str]:
-    """What the study does not show and, for each of its runs, the command, what it took and its commit."""
+    """What the study does not show and, for each of its runs, the command, what it took and its commit.
+
+    A run is partial if its tables were made before all jobs of its experiment had run.
+    """
     lines = ["", f"What it does not show: {not_shown}"]
     for name in names:
         facts = run(name)
@@ -60,7 +63,8 @@ def ending(not_shown: str, *names: str) -> list[str]:
         lines += [
             "",
             f"Command: `snakemake --cores 1 --configfile config/experiments/{facts['experiment']}.yaml{assignment}`; "
-            f"{facts['processor_s'] / 60:.0f} minutes of processor time. {computed_by(facts)}",
+            f"{facts['processor_s'] / 60:.0f} minutes of processor time{', a part of its jobs' * facts['partial']}. "
+            f"{computed_by(facts)}",
         ]
     return lines
 
@@ -68,8 +72,7 @@ def ending(not_shown: str, *names: str) -> list[str]:
 def computed_by(facts: Row) -> str:
     """Return the commit and the versions of a run."""
     versions = facts["package_versions"]
-    commit = facts["git_commit"][:12]
-    return f"Commit {commit}, torch {versions['torch']}, transformers {versions['transformers']}."
+    return f"Commit {facts['git_commit']}, torch {versions['torch']}, transformers {versions['transformers']}."
 
 
 def mean(values: pl.Series, clusters: pl.Series) -> Quotient:

@@ -24,7 +24,7 @@ Key = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class Grid:
-    """The estimates of a grid by cell; budgets that keep everything have none."""
+    """The estimates of a grid by cell."""
 
     unit: str
     """what a place is: length, task"""
@@ -35,7 +35,8 @@ class Grid:
 
     @property
     def cells(self) -> list[Key]:
-        return [key for key in self.score if key[1] != "full" and key[2] != "r1"]
+        """Return the cells in which something was evicted."""
+        return [key for key in self.score if key[1] != "full" and self.footprint[key]["estimate"] < 1]
 
     @property
     def modes(self) -> list[str]:
@@ -66,15 +67,16 @@ def transition() -> list[str]:
     lines = [
         "## Where does the answer break, and which policy holds longest?",
         "",
-        *_body(grid, "real_transition", "niah_single"),
+        *_body(grid, _answers(*RUNS), "real_transition", "niah_single"),
         "",
         "By the definition of docs/statistics.md: "
         + ", ".join(f"{count} {outcome}" for outcome, count in _outcomes().most_common())
         + " (policy, budget and mode over the first two lengths).",
     ]
     return lines + ending(
-        "other tasks, models and lengths; with so few lengths a zone is located along budgets, not along lengths. "
-        "Policies are compared at equal budgets; the figures' axis is what they really held.",
+        "longer answers than 24 tokens; other tasks, models and lengths; with so few lengths a zone is located along "
+        "budgets, not along lengths. Policies are compared at equal budgets; the figures' axis is what they really "
+        "held.",
         *there(*RUNS),
     )
 
@@ -90,7 +92,7 @@ def transition_tasks() -> list[str]:
         "",
         _same_leaders(_needle(), grid),
         "",
-        *_body(grid, "real_tasks", f"up to {longest} tokens"),
+        *_body(grid, _answers(TASKS), "real_tasks", f"up to {longest} tokens"),
     ]
     return lines + ending("longer prompts of these tasks, fixed budgets in tokens, other models.", TASKS)
 
@@ -113,8 +115,8 @@ def _grid(stats: pl.DataFrame, unit: str, names: dict[int, str] | dict[str, str]
     return Grid(unit, list(names.values()), *by_statistic.values())
 
 
-def _body(grid: Grid, image: str, subtitle: str) -> list[str]:
-    """Return the answer, the figures and the tables of a grid."""
+def _body(grid: Grid, answers: pl.DataFrame, image: str, subtitle: str) -> list[str]:
+    """Return the answer, the figures and the tables of a grid. answers: single answers with their kind of failure."""
     cells, below = grid.cells, [key for key in grid.cells if grid.below(key)]
     broken = [key for key in cells if grid.broken(key)]
     early = [key for key in broken if key not in below]
@@ -129,11 +131,13 @@ def _body(grid: Grid, image: str, subtitle: str) -> list[str]:
         f"Of {len(cells)} cells (policy, budget, mode, {grid.unit}) {len(below)} are below the full cache's score, "
         f"their intervals apart. {_leaders(grid)}",
         "",
-        f"Failures (answers that are broken, empty or an abstention) {order}: they are above the full cache's, "
-        f"intervals apart, in {len(broken)} cells, in {len(early)} of these while the mean is not below.",
+        f"Failures {order}: their rate is above the full cache's, intervals apart, in {len(broken)} cells, in "
+        f"{len(early)} of these while the mean is not below. A failure is a wrong answer of a certain kind "
+        f"(docs/scoring.md), here {_kinds(answers)}; hence each failure also lowers the score.",
         *pictures,
         "",
-        f"The {len(held)} cells whose interval is not below the full cache's:",
+        f"The {len(held)} cells whose interval is not below the full cache's (a cell in which a budget of tokens "
+        "evicts nothing is not counted, and has a dash below):",
         "",
         _held(grid, held),
         *tables,
@@ -211,6 +215,16 @@ def _same_leaders(needle: Grid, tasks: Grid) -> str:
         f"{answer}: where one policy's interval is above all others', it is one that leads on the needle in the same "
         f"mode in {same} of {leading.total()} settings."
     )
+
+
+def _answers(*names: str) -> pl.DataFrame:
+    return pl.concat([kept(name, "answers") for name in there(*names)])
+
+
+def _kinds(answers: pl.DataFrame) -> str:
+    """Return the kinds of failure by their number."""
+    counts = answers["failure"].drop_nulls().value_counts().sort("count", descending=True).rows()
+    return ", ".join(f"{kind} ({count:,})" for kind, count in counts)
 
 
 def _held(grid: Grid, cells: list[Key]) -> str:

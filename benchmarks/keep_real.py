@@ -5,8 +5,9 @@ them.
 
 Copies the tables of estimates with their metadata to benchmarks/results/real/NAME (default: the experiment's name), and
 the columns of single answers and windows from which the estimates are computed. run.json has the commit, the versions
-and weights, and the processor time in the jobs' logs. A partial report has no such facts, so the experiment's own
-config.yaml must exist (`snakemake RESULTS/EXPERIMENT/config.yaml`).
+and weights, the processor time in the jobs' logs, and whether the tables are those of a partial report, made before all
+jobs had run. A partial report has no such facts, so the experiment's own config.yaml must exist
+(`snakemake RESULTS/EXPERIMENT/config.yaml`).
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def keep(results: Path, name: str) -> None:
     facts = resolved.pop("provenance") | {
         "experiment": resolved["experiment"],
         "processor_s": round(processor_seconds(whole)),
+        "partial": whole != results,
     }
     (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

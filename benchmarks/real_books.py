@@ -2,7 +2,7 @@
 
     python benchmarks/real_books.py OUT --pg19 BOOKS --narrativeqa narrativeqa.jsonl.gz
 
-Writes one .txt.gz a book to the folder OUT: the files of the folder BOOKS as they are, and each text of Project
+Writes one text file a book to the folder OUT: the files of the folder BOOKS as they are, and each text of Project
 Gutenberg that a record of narrativeqa has as its context. (Its other texts are screenplays.) Records about the same
 book give one file, which is named after the first of them.
 """
@@ -35,15 +35,15 @@ def novels(records: Path) -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--pg19", type=Path, required=True, help="folder of .txt.gz files")
+    parser.add_argument("--pg19", type=Path, required=True, help="folder of .txt or .txt.gz files")
     parser.add_argument("--narrativeqa", type=Path, required=True, help="LongBench's narrativeqa, .jsonl.gz")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
-    for book in sorted(given.pg19.glob("*.txt.gz")):
+    for book in sorted([*given.pg19.glob("*.txt"), *given.pg19.glob("*.txt.gz")]):
         shutil.copyfile(book, given.output / book.name)
     for name, text in novels(given.narrativeqa):
         (given.output / f"{name}.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-    print(f"{len(list(given.output.glob('*.txt.gz')))} books")
+    print(f"{len(list(given.output.glob('*.txt*')))} books")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @contextmanager
@@ -27,14 +26,21 @@ def mlp_of_last_token(model: torch.nn.Module, q: int, last_only: bool) -> Iterat
     own = threading.get_ident()
 
     def last(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != own:
+            return None
         hidden, *others = inputs
-        return (hidden[:, -1:], *others) if threading.get_ident() == own else None
+        return (hidden[:, -1:], *others)
 
-    def repeated(_: torch.nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return output.repeat(1, q, 1) if threading.get_ident() == own else None
+    def repeated(_: torch.nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if threading.get_ident() != own:
+            return None
+        if isinstance(output, tuple):  # with the choice of experts, which nothing reads
+            return (output[0].repeat(1, q, 1), *output[1:])
+        return output.repeat(1, q, 1)
 
-    hooks = [mlp.register_forward_pre_hook(last), mlp.register_forward_hook(repeated)]
+    hooks = []
     try:
+        hooks += [mlp.register_forward_pre_hook(last), mlp.register_forward_hook(repeated)]
         yield
     finally:
         for hook in hooks:

@@ -30,7 +30,8 @@ def treat_tokens_alone(model: nn.Module) -> None:
     in fp32, single tokens use products that give each row the same bits whatever the other rows are. If a trial shows
     that oneDNN's products over weights packed for eight rows do so, these are used; they need the memory of the weights
     a second time. Otherwise each row is multiplied separately, one block of weights at a time, which all rows read from
-    the core's cache. On other devices and for several tokens of one sequence nothing changes.
+    the core's cache. On other devices nothing changes, and for several tokens of one sequence only the last layer's
+    MLP does, which computes the last of them.
     """
     tried: dict[torch.Size, int | None] = {}
     for module in model.modules():
