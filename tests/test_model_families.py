@@ -7,7 +7,9 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from kv_transition.cache.batch import stack
 from kv_transition.engines import loading
+from kv_transition.engines.last_token import mlp_of_last_token
 from kv_transition.engines.local import LocalEngine
 from kv_transition.engines.reading import ATTENTION, attention_function
 from kv_transition.errors import UserError
@@ -55,20 +57,55 @@ def model_of(family: str) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("family", DENSE + OF_EXPERTS)
-def test_a_prompt_read_in_pieces_has_the_logits_of_one_eager_pass(family):
-    model = model_of(family)
-    ids = torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
-    expected = model(torch.tensor([ids])).logits[0].float()
+def prompt(seed: int) -> list[int]:
+    return torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def engine_of(model: PreTrainedModel) -> LocalEngine:
     AttentionInterface.register(ATTENTION, attention_function)
     model.set_attn_implementation(ATTENTION)
-    engine = LocalEngine(model)
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    state = None
+    return LocalEngine(model)
+
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("family", DENSE + OF_EXPERTS)
+def test_a_prompt_read_in_pieces_has_the_logits_of_one_eager_pass(family):
+    model, ids = model_of(family), prompt(1)
+    expected = model(torch.tensor([ids])).logits[0].float()
+    engine, state = engine_of(model), None
     for start, stop in ((0, 30), (30, 31), (31, PROMPT)):
         state = engine.extend(state, ids[start:stop])
-        torch.testing.assert_close(state.logits, expected[stop - 1], **close)
-    torch.testing.assert_close(engine.logits(None, ids)[1], expected, **close)
+        torch.testing.assert_close(state.logits, expected[stop - 1], **CLOSE)
+    torch.testing.assert_close(engine.logits(None, ids)[1], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2_moe", "granitemoe"])
+def test_a_batch_of_prompts_has_the_logits_of_one_eager_pass(family):
+    model, ids = model_of(family), [prompt(1), prompt(2)]
+    expected = model(torch.tensor(ids)).logits[:, -1].float()
+    engine, none = engine_of(model), frozenset()
+    begun = stack([engine.extend(None, own[:30], none) for own in ids], none)
+    state = engine.extend(begun, [own[30:] for own in ids], none)
+    torch.testing.assert_close(state.logits, expected, **CLOSE)
+
+
+class _Experts(torch.nn.Module):
+    """An MLP that also returns which expert it chose, as some models have it."""
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 2 * hidden, hidden.argmax(-1)
+
+
+def test_an_mlp_that_returns_its_choice_of_experts_computes_the_last_token():
+    model = model_of("llama")
+    model.get_decoder().layers[-1].mlp = _Experts()
+    hidden = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    with mlp_of_last_token(model, 5, last_only=True):
+        output, chosen = model.get_decoder().layers[-1].mlp(hidden)
+    assert torch.equal(output, 2 * hidden[:, -1:].expand(-1, 5, -1))
+    assert chosen.shape == (1, 1)
 
 
 @pytest.mark.parametrize("family", REFUSED)
