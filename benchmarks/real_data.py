@@ -10,7 +10,8 @@ Writes to the folder OUT:
 - ``musique.jsonl``, with ``--musique``: questions of MuSiQue (LongBench's file), cut down in the same way.
 - ``pg19.jsonl``, with ``--pg19``: passages of books, to be continued. They have no answer to score.
 - ``rules.json``: conversations whose first turn sets one rule; every later turn asks for something simple.
-- ``memory.json``: the same with the rules that the model follows with its full cache.
+- ``memory.json``: the same with the rules that the model follows with its full cache, and other questions: each
+  conversation has a draw of its own.
 
 All are drawn with a fixed seed, so that the same arguments give the same files.
 """
@@ -159,12 +160,15 @@ def pg19(folder: Path, length: int, n: int, count: Callable[[str], int]) -> Iter
         yield {"id": str(number), "question": "Continue this text.", "context": text, "answers": ["-"]}
 
 
-def rules(names: Iterable[str], n: int, turns: int) -> Iterator[Row]:
-    """Yield ``n`` conversations of so many turns for each of the rules ``names``."""
+def rules(names: Iterable[str], n: int, turns: int, seed: str) -> Iterator[Row]:
+    """Yield ``n`` conversations of so many turns for each of the rules ``names``.
+
+    seed: of the questions, with ``{rule}`` and ``{number}`` for those of the conversation.
+    """
     for name in names:
         sentence, check = RULES[name]
         for number in range(n):
-            asked = random.Random(f"rules-{number}").sample(QUESTIONS, turns)
+            asked = random.Random(seed.format(rule=name, number=number)).sample(QUESTIONS, turns)
             said = [f"{sentence} {asked[0]}", *asked[1:]]
             yield {
                 "id": f"{name}-{number}",
@@ -202,8 +206,9 @@ def main() -> None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in records]
         (given.output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(lines)} records")
-    for name, of in {"rules": RULES, "memory": FOLLOWED}.items():
-        conversations = list(rules(of, given.n, given.turns))
+    # all rules are compared on the same questions; afterwards each conversation is a draw of its own
+    for name, of, seed in (("rules", RULES, "rules-{number}"), ("memory", FOLLOWED, "memory-{rule}-{number}")):
+        conversations = list(rules(of, given.n, given.turns, seed))
         (given.output / f"{name}.json").write_text(json.dumps(conversations, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {len(conversations)} conversations")
 
