@@ -94,7 +94,7 @@ def transition_tasks() -> list[str]:
         "",
         *_body(grid, _answers(TASKS), "real_tasks", f"up to {longest} tokens"),
     ]
-    return lines + ending("longer prompts of these tasks, fixed budgets in tokens, other models.", TASKS)
+    return lines + ending("other tasks, longer prompts, fixed budgets in tokens, other models.", TASKS)
 
 
 def _needle() -> Grid:
