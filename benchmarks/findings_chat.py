@@ -106,6 +106,7 @@ def chat() -> list[str]:
         output=IMAGES / "real_chat.svg",
     )  # fmt: skip
     longest = max(kept(name, "turns")["turn"].max() for name in runs)
+    tokens = ", ".join(f"{kept(name, 'turns')['completion_tokens'].max()} ({CHATS[name]})" for name in runs)
     lines = [
         "## Are answers of ordinary conversations the same when entries are evicted between turns?",
         "",
@@ -120,10 +121,11 @@ def chat() -> list[str]:
                            and o["set"] == r["set"]))] for r in likely],
         ),
         "",
-        f"Last turn of each conversation ({longest} at most), answers of at most 64 tokens, exploratory, intervals "
-        "over conversations, not adjusted. Nats per token: the negative log-likelihood of an answer under the full "
-        "cache after the same conversation; its own answers are chosen to be likely, so that a difference above 0 "
-        "means other answers, not worse ones. Repetition: share of an answer's 4-grams that it has already said.",
+        f"Last turn of each conversation ({longest} at most), longest answer in tokens {tokens}; exploratory, "
+        "intervals over conversations, not adjusted. Nats per token: the negative log-likelihood of an answer under "
+        "the full cache after the same conversation; its own answers are chosen to be likely, so that a difference "
+        "above 0 means other answers, not worse ones. Repetition: share of an answer's 4-grams that it has already "
+        "said.",
     ]  # fmt: skip
     return lines + ending("how good the answers are (no judge was asked); longer answers, other models.", *runs)
 

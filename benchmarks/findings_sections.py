@@ -32,8 +32,12 @@ SETS = {
     "rules": CONVERSATIONS,
     "memory": CONVERSATIONS,
     "chat": CONVERSATIONS,
+    "chat_refinement": "experiment=real_chat_refinement chat.source=mt_eval chat.max_turns=4 chat.n=16 "
+    f"chat.max_tokens=48 {CONVERSATIONS}",
 }
-"""what a kept run's command sets: the place of the data"""
+"""what a kept run's command sets: the place of the data, and what its experiment file does not say"""
+FILES = {"chat_refinement": "real_chat"}
+"""experiment file of a kept run that has another name than its experiment"""
 Row = dict[str, Any]
 
 
@@ -59,10 +63,11 @@ def ending(not_shown: str, *names: str) -> list[str]:
     lines = ["", f"What it does not show: {not_shown}"]
     for name in names:
         facts = run(name)
+        file = FILES.get(name, facts["experiment"])
         assignment = f" --config set='{SETS[name]}'" if name in SETS else ""
         lines += [
             "",
-            f"Command: `snakemake --cores 1 --configfile config/experiments/{facts['experiment']}.yaml{assignment}`; "
+            f"Command: `snakemake --cores 1 --configfile config/experiments/{file}.yaml{assignment}`; "
             f"{facts['processor_s'] / 60:.0f} minutes of processor time{', a part of its jobs' * facts['partial']}. "
             f"{computed_by(facts)}",
         ]

@@ -184,7 +184,8 @@ def _cell(row: Row | None) -> str:
 def _first(grid: Grid) -> dict[tuple[str, str, str], str]:
     """Return by mode, budget and place the policy whose interval is above that of every other; none: no entry."""
     found = {}
-    for mode, budget, place in {(mode, budget, place) for mode, _, budget, place in grid.cells}:
+    # in one order, because policies with as many settings are named in it
+    for mode, budget, place in sorted({(mode, budget, place) for mode, _, budget, place in grid.cells}):
         own = {key[1]: grid.score[key] for key in grid.at(mode, place) if key[2] == budget}
         ranked = sorted(own, key=lambda policy, own=own: -own[policy]["estimate"])
         if len(ranked) > 1 and own[ranked[0]]["ci_low"] > max(own[policy]["ci_high"] for policy in ranked[1:]):

@@ -42,6 +42,13 @@ def test_other_pages_quote_the_sections(findings):
     assert findings.perplexity.first_picture("") in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
 
 
+def test_every_experiment_file_of_a_command_is_there():
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    files = re.findall(r"--configfile (\S+?\.yaml)", page)
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
+
+
 def test_every_picture_is_there():
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     pictures = re.findall(r"\]\((images/[^)]+)\)", page)
