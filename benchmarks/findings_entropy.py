@@ -20,7 +20,11 @@ def entropy() -> list[str]:
         key: {row["statistic"]: row for row in rows.to_dicts()}
         for key, rows in found.group_by("task", "policy", "budget")
     }
-    verdicts = found.filter(statistic="verdict_controlled")["outcome"].value_counts().sort("count", descending=True)
+    verdicts = (
+        found.filter(statistic="verdict_controlled")["outcome"]
+        .value_counts()
+        .sort(-pl.col("count").cast(pl.Int64), "outcome")
+    )
     counted = found.filter(statistic="pearson").group_by("task").agg(pl.col("n", "steps").max()).sort("task").to_dicts()
     texts, steps = (sum(row[name] for row in counted) for name in ("n", "steps"))
     keys = sorted(key for key in cells if key[2] == "r0.2")
@@ -77,7 +81,11 @@ def entropy_heads() -> list[str]:
         key: {row["statistic"]: row for row in rows.to_dicts()}
         for key, rows in found.group_by("policy", "budget", "memory")
     }
-    verdicts = found.filter(statistic="verdict_controlled")["outcome"].value_counts().sort("count", descending=True)
+    verdicts = (
+        found.filter(statistic="verdict_controlled")["outcome"]
+        .value_counts()
+        .sort(-pl.col("count").cast(pl.Int64), "outcome")
+    )
     counted = found.filter(statistic="pearson")
     texts, steps = counted["n"].max(), counted["steps"].max()
     keys = sorted(key for key in cells if key[1] == "r0.2")
