@@ -91,7 +91,8 @@ def entropy_heads() -> list[str]:
     keys = sorted(key for key in cells if key[1] == "r0.2")
     gaps = _gaps(kept("entropy_heads", "observations").filter(granularity="per_head"))
     figures.lines(
-        [row | {"cell": f"{row['policy']}, {row['memory']}"} for row in gaps], "held", "value", "cell",
+        [{name: row[name] for name in ("held", "value", "low", "high")}
+         | {"cell": f"{row['policy']}, {row['memory']}"} for row in gaps], "held", "value", "cell",
         titles=("% of the entries held", "entropy gap in nats, mean over steps"), output=IMAGES / "real_gap.svg",
         head=("How far a step's prediction moves without the evicted entries", f"per head, n = {texts} texts"),
     )  # fmt: skip
