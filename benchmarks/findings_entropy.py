@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import findings_figures as figures
@@ -20,11 +21,7 @@ def entropy() -> list[str]:
         key: {row["statistic"]: row for row in rows.to_dicts()}
         for key, rows in found.group_by("task", "policy", "budget")
     }
-    verdicts = (
-        found.filter(statistic="verdict_controlled")["outcome"]
-        .value_counts()
-        .sort(-pl.col("count").cast(pl.Int64), "outcome")
-    )
+    verdicts = Counter(found.filter(statistic="verdict_controlled")["outcome"])
     counted = found.filter(statistic="pearson").group_by("task").agg(pl.col("n", "steps").max()).sort("task").to_dicts()
     texts, steps = (sum(row[name] for row in counted) for name in ("n", "steps"))
     keys = sorted(key for key in cells if key[2] == "r0.2")
@@ -40,14 +37,12 @@ def entropy() -> list[str]:
         output=IMAGES / "real_entropy.svg", reference=0.2,
     )  # fmt: skip
     down = [key for key in keys if (t := cells[key].get("trend")) and t["ci_high"] is not None and t["ci_high"] < 0]
-    counts = ", ".join(f"{row['count']} {row['outcome']}" for row in verdicts.to_dicts())
-    confirmed = verdicts.filter(outcome="confirmed")["count"].sum()
-    refused = verdicts.filter(outcome="not confirmed")["count"].sum()
-    answer = (
-        "No" if refused == verdicts["count"].sum() else "Yes" if confirmed == verdicts["count"].sum() else "In part"
-    )
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in verdicts.most_common())
+    confirmed, total = verdicts["confirmed"], verdicts.total()
     if not confirmed:
-        answer = "Not as the study expects" if answer == "No" else "Not shown"
+        answer = "Not as the study expects" if verdicts["not confirmed"] == total else "Not shown"
+    else:
+        answer = "Yes" if confirmed == total else "In part"
     lines = [
         "## Does entropy tell that a needed entry is missing?",
         "",
@@ -81,11 +76,7 @@ def entropy_heads() -> list[str]:
         key: {row["statistic"]: row for row in rows.to_dicts()}
         for key, rows in found.group_by("policy", "budget", "memory")
     }
-    verdicts = (
-        found.filter(statistic="verdict_controlled")["outcome"]
-        .value_counts()
-        .sort(-pl.col("count").cast(pl.Int64), "outcome")
-    )
+    verdicts = Counter(found.filter(statistic="verdict_controlled")["outcome"])
     counted = found.filter(statistic="pearson")
     texts, steps = counted["n"].max(), counted["steps"].max()
     keys = sorted(key for key in cells if key[1] == "r0.2")
@@ -96,11 +87,9 @@ def entropy_heads() -> list[str]:
         titles=("% of the entries held", "entropy gap in nats, mean over steps"), output=IMAGES / "real_gap.svg",
         head=("How far a step's prediction moves without the evicted entries", f"per head, n = {texts} texts"),
     )  # fmt: skip
-    counts = ", ".join(f"{row['count']} {row['outcome']}" for row in verdicts.to_dicts())
-    confirmed = verdicts.filter(outcome="confirmed")["count"].sum()
-    answer = (
-        "Not as the study expects" if not confirmed else "Yes" if confirmed == verdicts["count"].sum() else "In part"
-    )
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in verdicts.most_common())
+    confirmed, total = verdicts["confirmed"], verdicts.total()
+    answer = "Not as the study expects" if not confirmed else "Yes" if confirmed == total else "In part"
     return [
         "## And in each head, or when nothing comes back?",
         "",

@@ -224,8 +224,8 @@ def _answers(*names: str) -> pl.DataFrame:
 
 def _kinds(answers: pl.DataFrame) -> str:
     """Return the kinds of failure by their number."""
-    counts = answers["failure"].drop_nulls().value_counts().sort(-pl.col("count").cast(pl.Int64), "failure").rows()
-    return ", ".join(f"{kind} ({count:,})" for kind, count in counts)
+    counts = Counter(answers["failure"].drop_nulls())
+    return ", ".join(f"{kind} ({count:,})" for kind, count in counts.most_common())
 
 
 def _held(grid: Grid, cells: list[Key]) -> str:

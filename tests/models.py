@@ -24,7 +24,7 @@ from kv_transition.engines.reading import ATTENTION, attention_function
 FAMILIES = ["qwen2", "llama", "mistral"]
 VOCABULARY = 97
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,7 +38,7 @@ _SHAPE = {
 def random_model(family: str, **changes) -> torch.nn.Module:
     """Return a seeded model whose attention is peaked, so that the choice of evicted entries changes the result."""
     torch.manual_seed(7)
-    shape = _SHAPE | changes
+    shape = SHAPE | changes
     config, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -67,7 +67,7 @@ def sliding_model() -> tuple[LocalEngine, torch.nn.Module]:
     without."""
     AttentionInterface.register(ATTENTION, attention_function)
     config = Gemma3TextConfig(
-        **_SHAPE | {"num_hidden_layers": 6, "head_dim": 8, "sliding_window": 16},
+        **SHAPE | {"num_hidden_layers": 6, "head_dim": 8, "sliding_window": 16},
     )
     twins = []
     for implementation in (ATTENTION, "eager"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import SHAPE, tokens
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -14,19 +15,8 @@ from kv_transition.engines.local import LocalEngine
 from kv_transition.engines.reading import ATTENTION, attention_function
 from kv_transition.errors import UserError
 
-VOCABULARY, PROMPT = 97, 50
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+PROMPT = 50
+SPECIAL = {"head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -47,7 +37,7 @@ REFUSED = {
 
 def model_of(family: str) -> PreTrainedModel:
     """Return a random model of the family with eager attention, in which each layer changes the logits."""
-    shape = SHAPE | (EXPERTS if family in OF_EXPERTS else {})
+    shape = SHAPE | SPECIAL | (EXPERTS if family in OF_EXPERTS else {})
     if family == "falcon":  # computes the size of its heads
         del shape["head_dim"]
     torch.manual_seed(0)
@@ -55,10 +45,6 @@ def model_of(family: str) -> PreTrainedModel:
     for weight in model.parameters():
         weight.data.normal_(0, 0.2)
     return model.requires_grad_(False)
-
-
-def prompt(seed: int) -> list[int]:
-    return torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def engine_of(model: PreTrainedModel) -> LocalEngine:
@@ -72,7 +58,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 @pytest.mark.parametrize("family", DENSE + OF_EXPERTS)
 def test_a_prompt_read_in_pieces_has_the_logits_of_one_eager_pass(family):
-    model, ids = model_of(family), prompt(1)
+    model, ids = model_of(family), tokens(PROMPT)
     expected = model(torch.tensor([ids])).logits[0].float()
     engine, state = engine_of(model), None
     for start, stop in ((0, 30), (30, 31), (31, PROMPT)):
@@ -83,7 +69,7 @@ def test_a_prompt_read_in_pieces_has_the_logits_of_one_eager_pass(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2_moe", "granitemoe"])
 def test_a_batch_of_prompts_has_the_logits_of_one_eager_pass(family):
-    model, ids = model_of(family), [prompt(1), prompt(2)]
+    model, ids = model_of(family), [tokens(PROMPT, seed) for seed in (1, 2)]
     expected = model(torch.tensor(ids)).logits[:, -1].float()
     engine, none = engine_of(model), frozenset()
     begun = stack([engine.extend(None, own[:30], none) for own in ids], none)
