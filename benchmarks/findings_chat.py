@@ -6,6 +6,7 @@ import findings_figures as figures
 import polars as pl
 from document import table
 from findings_sections import IMAGES, Row, ending, interval, kept, mean, picture, there
+from real_data import QUESTIONS
 
 from kv_transition import labels
 from kv_transition.stats import intervals
@@ -64,7 +65,6 @@ def memory() -> list[str]:
     below = [_name(r) for r in apart.values() if r["ci_high"] < 0]
     unclear = [_name(r) for r in apart.values() if r["ci_low"] <= 0 <= r["ci_high"]]
     answer = "Less often" if apart and len(below) == len(apart) else "Undecided" if not below else "Not always"
-    asked = kept("memory", "verdicts")["conversation_id"].str.extract(r"(\d+)$").n_unique()
     lines = [
         "## Does the model follow its instruction when its memory fails?",
         "",
@@ -82,8 +82,8 @@ def memory() -> list[str]:
     ]  # fmt: skip
     return lines + ending(
         "longer conversations, other kinds of rules (these ask for a language) and models, how good the answers are. "
-        f"The conversations count as independent, but have {asked} sets of questions, each with every rule, and the "
-        "rules were chosen with some of them (section above).",
+        f"The conversations count as independent, but each has its own selection of the same {len(QUESTIONS)} questions; "
+        "the rules were chosen with other selections of these (section above).",
         "memory",
     )
 
