@@ -82,8 +82,8 @@ def memory() -> list[str]:
     ]  # fmt: skip
     return lines + ending(
         "longer conversations, other kinds of rules (these ask for a language) and models, how good the answers are. "
-        f"The conversations count as independent, but each has its own selection of the same {len(QUESTIONS)} questions; "
-        "the rules were chosen with other selections of these (section above).",
+        f"The conversations count as independent, but each has its own selection of the same {len(QUESTIONS)} "
+        "questions; the rules were chosen with other selections of these (section above).",
         "memory",
     )
 

@@ -207,9 +207,10 @@ def ablation() -> list[str]:
 
 def sinks() -> list[str]:
     """Attention sinks and H2O, at each context."""
-    windows = kept("sinks", "windows")
+    runs = there("sinks", "sinks_long")
+    windows, perplexity = (pl.concat([_by_run(name, what) for name in runs]) for what in ("windows", "perplexity"))
     order = {name: i for i, name in enumerate(("full", "sinks_0", "sinks_1", "sinks_2", "sinks_4", "sinks_8", "h2o"))}
-    rows = kept("sinks", "perplexity").filter(pl.col("bin").is_not_null()).to_dicts()
+    rows = perplexity.filter(pl.col("bin").is_not_null()).to_dicts()
     rows.sort(key=lambda r: (r["bin"], order[r["policy"]]))
     against = {
         (r["bin"], r["policy"]): over(windows.filter(bin=r["bin"]), r["policy"], "sinks_4")
@@ -253,7 +254,12 @@ def sinks() -> list[str]:
         "tokens scored one by one, 20 % of the entries held at each step.",
     ]  # fmt: skip
     not_shown = "other budgets, streaming from the first token on, other models."
-    return lines + ending(not_shown, "sinks")
+    return lines + ending(not_shown, *runs)
+
+
+def _by_run(name: str, what: str) -> pl.DataFrame:
+    """Return a table of a kept run with bins that no other run has."""
+    return kept(name, what).with_columns(bin=name + pl.col("bin").cast(str))
 
 
 def _numbers(policies: list[str]) -> str:

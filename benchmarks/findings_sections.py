@@ -29,6 +29,7 @@ SETS = {
     "merging_long": BOOKS,
     "ablation": BOOKS,
     "sinks": BOOKS,
+    "sinks_long": f"experiment=real_sinks_long perplexity.context_tokens=[4096,7000] {BOOKS}",
     "rules": CONVERSATIONS,
     "memory": CONVERSATIONS,
     "chat": CONVERSATIONS,
@@ -36,7 +37,7 @@ SETS = {
     f"chat.max_tokens=48 {CONVERSATIONS}",
 }
 """what a kept run's command sets: the place of the data, and what its experiment file does not say"""
-FILES = {"chat_refinement": "real_chat"}
+FILES = {"chat_refinement": "real_chat", "sinks_long": "real_sinks"}
 """experiment file of a kept run that has another name than its experiment"""
 Row = dict[str, Any]
 

@@ -184,12 +184,26 @@ def test_auto_raises_any_other_error(store, prefill, monkeypatch):
         replace(store, mode="auto").save("abc", prefill)
 
 
-def test_auto_leaves_a_tenth_of_the_disk_free(store, prefill, monkeypatch):
-    auto = replace(store, mode="auto")
+def disk_of(total, free):
+    """Return a stand-in for `shutil.disk_usage`."""
     usage = type(shutil.disk_usage("/"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(total=1000_000, used=890_000, free=105_000))
+    return lambda _: usage(total=total, used=total - free, free=free)
+
+
+def test_auto_leaves_a_tenth_of_a_small_disk_free(store, prefill, monkeypatch, capsys):
+    auto = replace(store, mode="auto")
+    monkeypatch.setattr(shutil, "disk_usage", disk_of(total=1000_000, free=105_000))
     assert not auto.save("large", random_prefill(["plain"], 200))
     assert auto.save("small", random_prefill(["plain"], 5, statistics=frozenset()))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "free some disk space or set prefill.store to always" in said
+
+
+@pytest.mark.parametrize(("free_gb", "stored"), [(50, True), (11, True), (9, False)])
+def test_auto_leaves_ten_gigabytes_of_a_large_disk_free(store, prefill, monkeypatch, free_gb, stored):
+    monkeypatch.setattr(shutil, "disk_usage", disk_of(total=10 * 10**12, free=free_gb * 10**9))
+    assert replace(store, mode="auto").save("abc", prefill) is stored
 
 
 # time saved

@@ -27,6 +27,8 @@ PREFILL = "kv_transition prefill 1"
 """kind of a file that contains a prefill; the number is the version of the format"""
 
 _ADVICE = "delete it, so that it is computed again"
+_SPARE_GB = 10.0
+"""GB of a large disk that mode ``auto`` leaves free; of a small disk a tenth"""
 _SHARED = {"keys": -2, "values": -2, "positions": -1, "query_entropy": -1, "output_norm": -1, "reconstruction": -1}
 """fields that the context's entries share with the same entries of the prompt: the dimension of the entries"""
 
@@ -58,8 +60,8 @@ class PrefillStore:
     deleted. On a local disk, a job that is reading a deleted prefill can finish reading it.
 
     mode: ``always`` stores; ``never`` neither stores nor reads; ``auto`` stores while loading a prefill takes less time
-    than reading the prompt again and a tenth of the disk stays free. facts: facts that a stored prefill must have, such
-    as model, tokenizer and dtype.
+    than reading the prompt again and a tenth of the disk, at most 10 GB, stays free. facts: facts that a stored prefill
+    must have, such as model, tokenizer and dtype.
     """
 
     root: Path
@@ -146,8 +148,15 @@ class PrefillStore:
         """Return whether loading ``size`` bytes takes less than the ``seconds`` it saves, and the disk has space."""
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         disk = shutil.disk_usage(existing)
+        spare = min(disk.total / 10, _SPARE_GB * 1e9)
+        if disk.free - size < spare:
+            _say_once(
+                f"prefill.store: less than {spare / 1e9:.1f} GB of the disk would stay free; not every prompt is "
+                "stored, and each cell prefills the others again; free some disk space or set prefill.store to always"
+            )
+            return False
         speed = self._measured().get("bytes_per_second")
-        return disk.free - size > disk.total / 10 and (speed is None or size / speed < seconds)
+        return speed is None or size / speed < seconds
 
     def _make_room(self, size: int, path: Path) -> bool:
         """Delete the least recently used prefills until ``size`` more bytes fit; return whether they fit.

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read(engine: LocalEngine, store: PrefillStore, examples: Sequence[dict[str, Any]]) -> None:
-    """Read and store prompts until the store is full."""
+    """Read and store prompts until the store takes no more."""
     import torch
 
     for number, example in enumerate(examples, 1):
@@ -150,7 +150,7 @@ def read(engine: LocalEngine, store: PrefillStore, examples: Sequence[dict[str, 
             print(f"{example['example_id']}: out of memory; the cells will record it", file=sys.stderr)
             continue
         if example["prompt_sha256"] not in store:
-            print("the store is full; the cells will read the other prompts themselves", file=sys.stderr)
+            print("the store takes no more prompts; the cells will read the others themselves", file=sys.stderr)
             return
         print(f"read {number} of {len(examples)} prompts ({example['prompt_len']} tokens)", file=sys.stderr)
 
