@@ -250,7 +250,7 @@ def sinks() -> list[str]:
              for r in rows],
         ),
         "",
-        f"{counts}; intervals not adjusted; 64 "
+        f"{counts}; intervals not adjusted; {' or '.join(map(str, windows['n_tokens'].unique().sort()))} "
         "tokens scored one by one, 20 % of the entries held at each step.",
     ]  # fmt: skip
     not_shown = "other budgets, streaming from the first token on, other models."

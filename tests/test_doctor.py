@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -162,11 +163,24 @@ def test_a_data_set_of_the_hub_is_asked_for(parsed, server, monkeypatch):
     assert server.seen[0][0].startswith("/api/datasets/someone/LongBench")
 
 
-@pytest.mark.parametrize(("free", "state"), [(1_000, "fail"), (200_000, "warn"), (10**12, "ok")])
-def test_disk_is_held_against_the_estimate(free, state, parsed, monkeypatch):
+@pytest.mark.parametrize(
+    ("free", "store", "state"),
+    [
+        (1_000, "auto", "fail"),
+        (200_000, "auto", "warn"),
+        (200_000, "always", "warn"),
+        (9 * 10**9, "auto", "warn"),  # auto leaves 10 GB of a large disk free
+        (9 * 10**9, "always", "ok"),
+        (9 * 10**9, "never", "ok"),
+        (140_000, "never", "warn"),
+        (10**12, "auto", "ok"),
+    ],
+)
+def test_disk_is_held_against_the_estimate(free, store, state, parsed, monkeypatch):
     # eight cells and two indices take about 130 kB, six prefills of 128 or 256 tokens about 2 MB
-    monkeypatch.setattr(table, "disk_free", lambda settings: free)
-    assert found(parsed(), "disk").state == state
+    usage = type(shutil.disk_usage("/"))(total=10**13, used=10**13 - free, free=free)
+    monkeypatch.setattr(table, "disk", lambda settings: usage)
+    assert found(parsed(prefill={"store": store}), "disk").state == state
 
 
 def test_an_endpoint_takes_the_place_of_model_and_gpu_and_its_key_is_never_shown(parsed, server, monkeypatch):

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from kv_transition.cache import file
+from kv_transition.cache.disk import spare_bytes
 from kv_transition.cache.state import EVERY, CacheState
 from kv_transition.errors import UserError
 from kv_transition.provenance import write_json
@@ -27,8 +28,6 @@ PREFILL = "kv_transition prefill 1"
 """kind of a file that contains a prefill; the number is the version of the format"""
 
 _ADVICE = "delete it, so that it is computed again"
-_SPARE_GB = 10.0
-"""GB of a large disk that mode ``auto`` leaves free; of a small disk a tenth"""
 _SHARED = {"keys": -2, "values": -2, "positions": -1, "query_entropy": -1, "output_norm": -1, "reconstruction": -1}
 """fields that the context's entries share with the same entries of the prompt: the dimension of the entries"""
 
@@ -148,7 +147,7 @@ class PrefillStore:
         """Return whether loading ``size`` bytes takes less than the ``seconds`` it saves, and the disk has space."""
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         disk = shutil.disk_usage(existing)
-        spare = min(disk.total / 10, _SPARE_GB * 1e9)
+        spare = spare_bytes(disk.total)
         if disk.free - size < spare:
             _say_once(
                 f"prefill.store: less than {spare / 1e9:.1f} GB of the disk would stay free; not every prompt is "
