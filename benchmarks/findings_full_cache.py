@@ -47,7 +47,7 @@ def full_cache() -> list[str]:
     ]  # fmt: skip
     return lines + ending(
         "with so few examples, any difference that the intervals do not show; cells without a number, which were not "
-        "run (of this project's tasks most that are below the line at 2,048 tokens were not run at 4,096); lengths "
+        "run (of this project's tasks most that are below the line at a length were not run at longer ones); lengths "
         "beyond 8,000 tokens (the model has 8,192 positions).",
         *there("lengths", "longbench", "one_hop", "transition", "transition_long", "transition_tasks"),
     )

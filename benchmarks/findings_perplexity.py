@@ -223,7 +223,7 @@ def sinks() -> list[str]:
         [r | {"what": f"{r['policy']}, {contexts[r['bin']]} tokens", "low": r["ratio_low"], "high": r["ratio_high"]}
          for r in rows if r["policy"] != "full"],
         "what", "ratio", title="perplexity over the full cache's, 95 % interval", log=True, reference=1,
-        head=("Sinks", f"20 % held, each step; {counts}"),
+        head=("Sinks", f"SmolLM2-135M-Instruct, 20 % held at each step; {_books(rows)} a context"),
         output=IMAGES / "real_sinks.svg",
     )  # fmt: skip
     answers, said = set(), {}
@@ -236,7 +236,7 @@ def sinks() -> list[str]:
         parts = [f"{what} {_numbers(policies)}" for what, policies in
                  (("higher with", more), ("lower with", less), ("undecided with", same)) if policies]  # fmt: skip
         said.setdefault(", ".join(parts), []).append(context)
-    after = "; ".join(f"after {' and '.join(at)} tokens it is {parts}" for parts, at in said.items())
+    after = "; ".join(f"after {_listed(at)} tokens it is {parts}" for parts, at in said.items())
     lines = [
         "## Do sinks matter?",
         "",
@@ -251,7 +251,9 @@ def sinks() -> list[str]:
         ),
         "",
         f"{counts}; intervals not adjusted; {' or '.join(map(str, windows['n_tokens'].unique().sort()))} "
-        "tokens scored one by one, 20 % of the entries held at each step.",
+        "tokens scored one by one, 20 % of the entries held at each step."
+        + (" The longer contexts were loaded from prefills that real_merging_long.yaml had stored, so their processor "
+           "time has no prefill." if "sinks_long" in runs else ""),
     ]  # fmt: skip
     not_shown = "other budgets, streaming from the first token on, other models."
     return lines + ending(not_shown, *runs)
@@ -264,20 +266,30 @@ def _by_run(name: str, what: str) -> pl.DataFrame:
 
 def _numbers(policies: list[str]) -> str:
     """Return the numbers of sinks of policies such as ``sinks_2``."""
-    numbers = [policy.removeprefix("sinks_") for policy in policies]
-    return " and ".join([", ".join(numbers[:-1]), numbers[-1]] if len(numbers) > 1 else numbers)
+    return _listed([policy.removeprefix("sinks_") for policy in policies])
+
+
+def _listed(items: list[str]) -> str:
+    """Return items as ``a, b and c``."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
 def _by_bin(rows: list[Row]) -> str:
-    """Return the numbers of windows and books of each context, once if they are all the same."""
-    found = {
-        r["bin"]: f"{r['n']} windows of {r['clusters']} books" + (" (exploratory)" if r["exploratory"] else "")
-        for r in rows
-    }
-    if len(set(found.values())) == 1:
-        return f"n = {found[rows[0]['bin']]} a context"
-    at = {r["bin"]: f"{r['context_min']:,} tokens" for r in rows}
-    return "n = " + ", ".join(f"{count} (after {at[bin_]})" for bin_, count in found.items())
+    """Return the numbers of windows and books of each context, once for contexts that have the same."""
+    found: dict[str, list[str]] = {}
+    for bin_, context in {r["bin"]: f"{r['context_min']:,}" for r in rows}.items():
+        row = next(r for r in rows if r["bin"] == bin_)
+        count = f"{row['n']} windows of {row['clusters']} books" + (", exploratory" if row["exploratory"] else "")
+        found.setdefault(count, []).append(context)
+    if len(found) == 1:
+        return f"n = {next(iter(found))} a context"
+    return "n = " + ", ".join(f"{count} (after {_listed(contexts)} tokens each)" for count, contexts in found.items())
+
+
+def _books(rows: list[Row]) -> str:
+    """Return the number of books, or from how many to how many."""
+    least, most = min(r["clusters"] for r in rows), max(r["clusters"] for r in rows)
+    return f"n = {most} books" if least == most else f"n = {least} to {most} books"
 
 
 def over(windows: pl.DataFrame, policy: str, reference: str) -> tuple[float, float, float]:

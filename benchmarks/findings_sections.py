@@ -29,7 +29,7 @@ SETS = {
     "merging_long": BOOKS,
     "ablation": BOOKS,
     "sinks": BOOKS,
-    "sinks_long": f"experiment=real_sinks_long perplexity.context_tokens=[4096,7000] {BOOKS}",
+    "sinks_long": f"experiment=real_sinks_long perplexity.context_tokens=[4096,7000] perplexity.stride=128 {BOOKS}",
     "rules": CONVERSATIONS,
     "memory": CONVERSATIONS,
     "chat": CONVERSATIONS,
