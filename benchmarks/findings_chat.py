@@ -5,7 +5,7 @@ from __future__ import annotations
 import findings_figures as figures
 import polars as pl
 from document import table
-from findings_sections import IMAGES, Row, ending, interval, kept, mean, picture, there
+from findings_sections import IMAGES, Row, ending, interval, kept, listed, mean, picture, there
 from real_data import QUESTIONS
 
 from kv_transition import labels
@@ -54,6 +54,8 @@ def memory() -> list[str]:
     found = kept("memory", "retention").filter(by="rule")
     last = found.filter(statistic="last_turn").sort("budget", "estimate", descending=True).to_dicts()
     apart = {(r["policy"], r["budget"]): r for r in found.filter(statistic="last_turn_difference").to_dicts()}
+    sizes = kept("memory", "retention").filter(pl.col("turn") == pl.col("turn").max(), statistic="entries_before")
+    entries = {(r["policy"], r["budget"]): r["estimate"] for r in sizes.to_dicts()}
     turns = found.filter(pl.col("turn").is_not_null(), statistic="retention").sort("policy", "budget", "turn")
     n = last[0]["n"]
     figures.lines(
@@ -72,20 +74,36 @@ def memory() -> list[str]:
         f"difference below 0, under {', '.join(below) or 'no policy'}; undecided: {', '.join(unclear) or 'none'}.",
         *picture("real_memory", "share of the answers that follow the first turn's rule, by turn"),
         table(
-            ["policy", "kept", "answers of the last turn that follow the rule", "minus the full cache's", "p (Holm)"],
-            [[r["policy"], labels.budget(r["budget"]), _cell(r), *_difference(apart.get((r["policy"], r["budget"])))]
-             for r in last],
+            ["policy", "kept", "entries before the last compression", "answers of the last turn that follow the rule",
+             "minus the full cache's", "p (Holm)"],
+            [[r["policy"], _kept(r["budget"]), f"{entries[r['policy'], r['budget']]:.0f}", _cell(r),
+              *_difference(apart.get((r["policy"], r["budget"])))] for r in last],
         ),
         "",
         f"n = {n} conversations of {turns['turn'].max()} turns, with rules that the model follows with its full cache; "
-        "each turn ends with a compression of the cache. `text_drop` shortens the text instead and reads it again.",
+        "each turn ends with a compression of the cache; `streaming_llm` also evicts at each decode step. `text_drop` "
+        "shortens the text instead and reads it again ([conversations](conversations.md) has the order in which it "
+        f"removes words). Last answers that follow the rule under {_name(apart['streaming_llm', 'r0.5'])}, by rule: "
+        f"{listed(_by_rule('streaming_llm', 'r0.5'))}.",
     ]  # fmt: skip
     return lines + ending(
-        "longer conversations, other kinds of rules (these ask for a language) and models, how good the answers are. "
-        f"The conversations count as independent, but each has its own selection of the same {len(QUESTIONS)} "
-        "questions; the rules were chosen with other selections of these (section above).",
+        "whether the model remembers the rule or continues the language of its last answer; longer conversations, "
+        "other kinds of rules (these ask for a language) and models, how good the answers are. The conversations count "
+        f"as independent, although all draw their questions from the same {len(QUESTIONS)}; the rules were chosen with "
+        "other selections of these (section above).",
         "memory",
     )
+
+
+def _kept(budget: str) -> str:
+    return "100 %" if budget == labels.OWN else labels.budget(budget)
+
+
+def _by_rule(policy: str, budget: str) -> list[str]:
+    """Return for each rule how many of the last answers follow it."""
+    verdicts = kept("memory", "verdicts").filter(pl.col("turn") == pl.col("turn").max(), policy=policy, budget=budget)
+    counts = verdicts.group_by("check_id").agg(pl.col("rule").sum(), pl.len()).sort("check_id")
+    return [f"{rule} {follow} of {n}" for rule, follow, n in counts.iter_rows()]
 
 
 CHATS = {"chat": "MT-bench", "chat_refinement": "MT-Eval, refinement"}

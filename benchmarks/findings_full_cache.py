@@ -41,14 +41,13 @@ def full_cache() -> list[str]:
         "`one_hop`: questions of HotpotQA with the one paragraph that holds the answer among distractors (F1); "
         "`key_value`: copying a number from a list (F1). `niah_*` and the others of the first table are this project's "
         "ruler tasks; lengths are those of the text, to which the question and the chat template add about 30 tokens. "
-        "Scores with n = 60 are of the grid below."
+        "Scores with n = 60 are of the grids below, whose tasks were chosen by their scores at n = 10."
         + (" The second table has a part of LongBench's records, hence not LongBench's score; prompts beyond 8,000 "
            "tokens lose their middle, as in LongBench." if given else ""),
     ]  # fmt: skip
     return lines + ending(
         "with so few examples, any difference that the intervals do not show; cells without a number, which were not "
-        "run (of this project's tasks most that are below the line at a length were not run at longer ones); lengths "
-        "beyond 8,000 tokens (the model has 8,192 positions).",
+        "run; lengths beyond those of the tables (the model has 8,192 positions).",
         *there("lengths", "longbench", "one_hop", "transition", "transition_long", "transition_tasks"),
     )
 

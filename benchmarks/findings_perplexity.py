@@ -5,7 +5,7 @@ from __future__ import annotations
 import findings_figures as figures
 import polars as pl
 from document import table
-from findings_sections import IMAGES, Row, ending, interval, kept, picture, there
+from findings_sections import IMAGES, Row, ending, interval, kept, listed, picture, there
 
 from kv_transition import labels
 from kv_transition.stats.quotients import quotient
@@ -226,22 +226,27 @@ def sinks() -> list[str]:
         head=("Sinks", f"SmolLM2-135M-Instruct, 20 % held at each step; {_books(rows)} a context"),
         output=IMAGES / "real_sinks.svg",
     )  # fmt: skip
-    answers, said = set(), {}
+    answers, said, unclear = set(), {}, []
     for bin_, context in contexts.items():
         others = {p: found for (b, p), found in against.items() if b == bin_ and p.startswith("sinks")}
         more = [policy for policy, (_, low, _) in others.items() if low > 1]
         less = [policy for policy, (_, _, high) in others.items() if high < 1]
         answers.add("Yes" if "sinks_0" in more else "No" if "sinks_0" in less else "Undecided")
         same = [policy for policy in others if policy not in more + less]
+        unclear += [end for policy in same for end in others[policy][1:]]
         parts = [f"{what} {_numbers(policies)}" for what, policies in
                  (("higher with", more), ("lower with", less), ("undecided with", same)) if policies]  # fmt: skip
         said.setdefault(", ".join(parts), []).append(context)
-    after = "; ".join(f"after {_listed(at)} tokens it is {parts}" for parts, at in said.items())
+    scored: dict[int, list[str]] = {}
+    for context, n in sorted(set(windows.select("context_tokens", "n_tokens").rows())):
+        scored.setdefault(n, []).append(f"{context:,}")
+    after = "; ".join(f"after {listed(at)} tokens it is {parts}" for parts, at in said.items())
     lines = [
         "## Do sinks matter?",
         "",
         f"{answers.pop() if len(answers) == 1 else 'It depends on the context'}. Perplexity compared with four sinks: "
-        f"{after} sinks (higher or lower: the interval of the ratio excludes 1).",
+        f"{after} sinks (higher or lower: the interval of the ratio excludes 1)."
+        + (f" The undecided intervals lie within {min(unclear):.3f} and {max(unclear):.3f}." if unclear else ""),
         *picture("real_sinks", "perplexity over the full cache's by the number of sinks"),
         table(
             ["context", "policy", "perplexity", "over the full cache's", "over four sinks'", "entries held, mean"],
@@ -250,8 +255,10 @@ def sinks() -> list[str]:
              for r in rows],
         ),
         "",
-        f"{counts}; intervals not adjusted; {' or '.join(map(str, windows['n_tokens'].unique().sort()))} "
-        "tokens scored one by one, 20 % of the entries held at each step."
+        f"{counts}; intervals not adjusted; tokens scored one by one: "
+        + "; ".join(f"{n} after {listed(contexts)}" for n, contexts in scored.items())
+        + "; 20 % of the context's entries held at each step. The section on merging scores 128 tokens after every "
+        "context, so h2o and four sinks have other ratios there."
         + (" The longer contexts were loaded from prefills that real_merging_long.yaml had stored, so their processor "
            "time has no prefill." if "sinks_long" in runs else ""),
     ]  # fmt: skip
@@ -266,12 +273,7 @@ def _by_run(name: str, what: str) -> pl.DataFrame:
 
 def _numbers(policies: list[str]) -> str:
     """Return the numbers of sinks of policies such as ``sinks_2``."""
-    return _listed([policy.removeprefix("sinks_") for policy in policies])
-
-
-def _listed(items: list[str]) -> str:
-    """Return items as ``a, b and c``."""
-    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+    return listed([policy.removeprefix("sinks_") for policy in policies])
 
 
 def _by_bin(rows: list[Row]) -> str:
@@ -279,11 +281,13 @@ def _by_bin(rows: list[Row]) -> str:
     found: dict[str, list[str]] = {}
     for bin_, context in {r["bin"]: f"{r['context_min']:,}" for r in rows}.items():
         row = next(r for r in rows if r["bin"] == bin_)
-        count = f"{row['n']} windows of {row['clusters']} books" + (", exploratory" if row["exploratory"] else "")
+        count = f"{row['n']} windows of {row['clusters']} books" + (
+            " (fewer than 20: exploratory)" if row["exploratory"] else ""
+        )
         found.setdefault(count, []).append(context)
     if len(found) == 1:
         return f"n = {next(iter(found))} a context"
-    return "n = " + ", ".join(f"{count} (after {_listed(contexts)} tokens each)" for count, contexts in found.items())
+    return "n: " + "; ".join(f"after {listed(at)} tokens each {count}" for count, at in found.items())
 
 
 def _books(rows: list[Row]) -> str:

@@ -91,5 +91,10 @@ def there(*names: str) -> list[str]:
     return [name for name in names if (KEPT / name).is_dir()]
 
 
+def listed(items: list[str]) -> str:
+    """Return items as ``a, b and c``."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
 def picture(name: str, text: str) -> list[str]:
     return ["", f"![{text}](images/{name}.svg)", ""]

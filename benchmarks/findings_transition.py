@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import findings_figures as figures
 import polars as pl
 from document import table
-from findings_sections import IMAGES, Row, ending, interval, kept, picture, there
+from findings_sections import IMAGES, Row, ending, interval, kept, listed, picture, there
 
 from kv_transition import labels
 
@@ -90,7 +90,7 @@ def transition_tasks() -> list[str]:
     lines = [
         "## Is it the same on other tasks?",
         "",
-        _same_leaders(_needle(), grid),
+        _other_tasks(_needle(), grid),
         "",
         *_body(grid, _answers(TASKS), "real_tasks", f"up to {longest} tokens"),
     ]
@@ -132,8 +132,7 @@ def _body(grid: Grid, answers: pl.DataFrame, image: str, subtitle: str) -> list[
         f"their intervals apart. {_leaders(grid)}",
         "",
         f"Failures {order}: their rate is above the full cache's, intervals apart, in {len(broken)} cells, in "
-        f"{len(early)} of these while the mean is not below. A failure is a wrong answer of a certain kind "
-        f"(docs/scoring.md), here {_kinds(answers)}; hence each failure also lowers the score.",
+        f"{len(early)} of these while the mean is not below. {_failures(answers)}",
         *pictures,
         "",
         f"The {len(held)} cells whose interval is not below the full cache's (a cell in which a budget of tokens "
@@ -204,28 +203,45 @@ def _leaders(grid: Grid) -> str:
     return f"One policy's interval is above all others' in {found.total()} of {len(settings)} settings {what}: {each}."
 
 
-def _same_leaders(needle: Grid, tasks: Grid) -> str:
-    """Return whether the policies that lead on the tasks are those that lead on the needle in the same mode."""
-    known = {(mode, policy) for (mode, *_), policy in _first(needle).items()}
-    leading = Counter((mode, policy) for (mode, *_), policy in _first(tasks).items())
-    if not leading:
-        return "Undecided: in no setting is one policy's interval above all others'."
-    same = sum(count for pair, count in leading.items() if pair in known)
-    answer = "Yes" if same == leading.total() else "No" if same == 0 else "In part"
+def _other_tasks(needle: Grid, tasks: Grid) -> str:
+    """Return on which tasks some policy holds, and on which tasks the needle's leaders are behind another policy."""
+    held = {key[3] for key in tasks.cells if not tasks.below(key)}
+    holding, never = ([task for task in tasks.places if (task in held) is there_is] for there_is in (True, False))
+    parts = [f"on {listed(never)} no policy holds at any budget"] if never else []
+    parts += [f"on {listed(holding)} some do"] if holding else []
+    answer = "No" if never else "Yes"
+    behind = []
+    for mode in tasks.modes:
+        leaders = Counter(policy for (own, *_), policy in _first(needle).items() if own == mode).most_common(1)
+        for leader, _ in leaders:
+            places = [place for place in tasks.places if _is_behind(tasks, (mode, leader, "r0.5", place))]
+            behind.append(f"{leader} ({labels.mode(mode)}) on {listed(places) or 'none'}")
     return (
-        f"{answer}: where one policy's interval is above all others', it is one that leads on the needle in the same "
-        f"mode in {same} of {leading.total()} settings."
+        f"{answer}: {'; '.join(parts)}. The policies that lead on the needle, over all its lengths and budgets, are "
+        f"below another one at 50 %, their intervals apart: {'; '.join(behind)}."
     )
+
+
+def _is_behind(grid: Grid, cell: Key) -> bool:
+    """Return whether another policy's interval lies above that of a cell, at the same budget."""
+    mode, _, budget, place = cell
+    others = [key for key in grid.at(mode, place) if key[2] == budget]
+    return max(grid.score[key]["ci_low"] for key in others) > grid.score[cell]["ci_high"]
 
 
 def _answers(*names: str) -> pl.DataFrame:
     return pl.concat([kept(name, "answers") for name in there(*names)])
 
 
-def _kinds(answers: pl.DataFrame) -> str:
-    """Return the kinds of failure by their number."""
-    counts = Counter(answers["failure"].drop_nulls())
-    return ", ".join(f"{kind} ({count:,})" for kind, count in counts.most_common())
+def _failures(answers: pl.DataFrame) -> str:
+    """Return the kinds of failure by their number, and how many failed answers are not wrong."""
+    failed = answers.filter(~pl.col("alias"), pl.col("failure").is_not_null())
+    kinds = ", ".join(f"{kind} ({count:,})" for kind, count in Counter(failed["failure"]).most_common())
+    right = failed.filter(pl.col("score") > 0).height
+    return (
+        f"A failure is an answer of a certain kind (docs/scoring.md), here {kinds}. Of these {failed.height:,} answers "
+        f"{right:,} score above 0: nearly every failure is also a wrong answer, so failures can hardly rise first here."
+    )
 
 
 def _held(grid: Grid, cells: list[Key]) -> str:
