@@ -12,13 +12,16 @@ from findings_sections import IMAGES, Row, ending, interval, kept, picture, ther
 LENGTHS = (512, 1024, 2048, 4096, 7800)
 """lengths of the prompts in tokens; a prompt is a little longer, or shorter"""
 
+OWN = ("lengths", "lengths_longest", "one_hop", "transition", "transition_long", "transition_tasks")
+"""kept runs on this project's tasks; the longest prompts were read at a later commit than the others"""
+
 ENOUGH = 0.5
 """mean score of a task that can show what eviction costs"""
 
 
 def full_cache() -> list[str]:
     """What the model can do before anything is evicted."""
-    own = _scores(_nearest, *there("lengths", "one_hop", "transition", "transition_long", "transition_tasks"))
+    own = _scores(_nearest, *there(*OWN))
     given = _scores(_span, *there("longbench"))
     tables = _matrix("real_full_cache", "this project's tasks", own)
     if given:
@@ -48,7 +51,7 @@ def full_cache() -> list[str]:
     return lines + ending(
         "with so few examples, any difference that the intervals do not show; cells without a number, which were not "
         "run; lengths beyond those of the tables (the model has 8,192 positions).",
-        *there("lengths", "longbench", "one_hop", "transition", "transition_long", "transition_tasks"),
+        *there(OWN[0], OWN[1], "longbench", *OWN[2:]),
     )
 
 
