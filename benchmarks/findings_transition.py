@@ -95,8 +95,8 @@ def transition_tasks() -> list[str]:
         *_body(grid, _answers(TASKS), "real_tasks", f"up to {longest} tokens"),
     ]
     return lines + ending(
-        "other tasks, longer prompts, fixed budgets in tokens, other models. Answers have at most 64 tokens here, 24 on "
-        "the needle.",
+        "other tasks, longer prompts, fixed budgets in tokens, other models. Answers have at most 64 tokens here, on "
+        "the needle 24.",
         TASKS,
     )
 
