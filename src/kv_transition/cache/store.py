@@ -150,7 +150,7 @@ class PrefillStore:
         spare = spare_bytes(disk.total)
         if disk.free - size < spare:
             _say_once(
-                f"prefill.store: less than {spare / 1e9:.1f} GB of the disk would stay free; not every prompt is "
+                f"prefill.store: less than {spare / 1e6:,.0f} MB of the disk would stay free; not every prompt is "
                 "stored, and each cell prefills the others again; free some disk space or set prefill.store to always"
             )
             return False
