@@ -12,8 +12,8 @@ from findings_sections import IMAGES, Row, ending, interval, kept, picture, ther
 LENGTHS = (512, 1024, 2048, 4096, 7800)
 """lengths of the prompts in tokens; a prompt is a little longer, or shorter"""
 
-OWN = ("lengths", "lengths_longest", "one_hop", "transition", "transition_long", "transition_tasks")
-"""kept runs on this project's tasks; the longest prompts were read at a later commit than the others"""
+OWN = ("lengths", "lengths_later", "one_hop", "transition", "transition_long", "transition_tasks")
+"""kept runs on this project's tasks; lengths_later has cells of the experiment of lengths that ran at a later commit"""
 
 ENOUGH = 0.5
 """mean score of a task that can show what eviction costs"""
