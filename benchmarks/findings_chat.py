@@ -51,10 +51,11 @@ def rules() -> list[str]:
 
 def memory() -> list[str]:
     """Whether answers follow the first turn's rule when the cache is evicted between turns."""
-    found = kept("memory", "retention").filter(by="rule")
+    retention = kept("memory", "retention")
+    found = retention.filter(by="rule")
     last = found.filter(statistic="last_turn").sort("budget", "estimate", descending=True).to_dicts()
     apart = {(r["policy"], r["budget"]): r for r in found.filter(statistic="last_turn_difference").to_dicts()}
-    sizes = kept("memory", "retention").filter(pl.col("turn") == pl.col("turn").max(), statistic="entries_before")
+    sizes = retention.filter(pl.col("turn") == pl.col("turn").max(), statistic="entries_before")
     entries = {(r["policy"], r["budget"]): r["estimate"] for r in sizes.to_dicts()}
     turns = found.filter(pl.col("turn").is_not_null(), statistic="retention").sort("policy", "budget", "turn")
     n = last[0]["n"]

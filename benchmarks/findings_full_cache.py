@@ -51,7 +51,7 @@ def full_cache() -> list[str]:
     return lines + ending(
         "with so few examples, any difference that the intervals do not show; cells without a number, which were not "
         "run; lengths beyond those of the tables (the model has 8,192 positions).",
-        *there(OWN[0], OWN[1], "longbench", *OWN[2:]),
+        *there(*OWN, "longbench"),
     )
 
 

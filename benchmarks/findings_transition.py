@@ -210,7 +210,8 @@ def _leaders(grid: Grid) -> str:
 def _other_tasks(needle: Grid, tasks: Grid) -> str:
     """Return on which tasks some policy holds, and on which tasks the needle's leaders are behind another policy."""
     held = {key[3] for key in tasks.cells if not tasks.below(key)}
-    holding, never = ([task for task in tasks.places if (task in held) is there_is] for there_is in (True, False))
+    holding = [task for task in tasks.places if task in held]
+    never = [task for task in tasks.places if task not in held]
     parts = [f"on {listed(never)} no policy holds at any budget"] if never else []
     parts += [f"on {listed(holding)} some do"] if holding else []
     answer = "No" if never else "Yes"

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from kv_transition import cli, doctor
 from kv_transition import settings as settings_module
-from kv_transition.plan import table
 from kv_transition.plan.model_size import ModelSize
 
 REVISION = "0" * 40
@@ -179,7 +178,7 @@ def test_a_data_set_of_the_hub_is_asked_for(parsed, server, monkeypatch):
 def test_disk_is_held_against_the_estimate(free, store, state, parsed, monkeypatch):
     # eight cells and two indices take about 130 kB, six prefills of 128 or 256 tokens about 2 MB
     usage = type(shutil.disk_usage("/"))(total=10**13, used=10**13 - free, free=free)
-    monkeypatch.setattr(table, "disk", lambda settings: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert found(parsed(prefill={"store": store}), "disk").state == state
 
 

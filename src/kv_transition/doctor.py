@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kv_transition import preflight
-from kv_transition.cache.disk import spare_bytes
+from kv_transition.cache import disk
 from kv_transition.data import gguf, model_files
 from kv_transition.data.model_files import cached_file
 from kv_transition.errors import UserError
@@ -320,8 +320,8 @@ def _slurm() -> Finding:
 def _disk(settings: Settings, size: ModelSize | None) -> Finding:
     made = work.work(settings)
     answers = sum(item.bytes(item.left) for item in made.items)
-    disk = table.disk(settings)
-    free = disk.free
+    on = disk.usage(settings.output.dir)
+    free = on.free
     store = 0 if size is None or settings.prefill.store == "never" else made.store_bytes(size)
     store = min(store, int(settings.prefill.max_gb * 1e9))
     found = f"{table.size(free)} free; answers {table.size(answers)}, prefills up to {table.size(store)}"
@@ -331,7 +331,7 @@ def _disk(settings: Settings, size: ModelSize | None) -> Finding:
         return Finding("disk", "fail", f"{writable} cannot be written to", "give another output.dir")
     if answers > free:
         return Finding("disk", "fail", found, "free disk space, or give another output.dir")
-    spare = spare_bytes(disk.total) if store and settings.prefill.store == "auto" else 0
+    spare = disk.spare_bytes(on.total) if store and settings.prefill.store == "auto" else 0
     if answers + store > min(0.9 * free, free - spare):
         advice = "free disk space, or lower prefill.max_gb; prefills that are not stored are computed again"
         return Finding("disk", "warn", found, advice)

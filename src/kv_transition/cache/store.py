@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kv_transition.cache import file
-from kv_transition.cache.disk import spare_bytes
+from kv_transition.cache import disk, file
 from kv_transition.cache.state import EVERY, CacheState
 from kv_transition.errors import UserError
 from kv_transition.provenance import write_json
@@ -145,10 +143,9 @@ class PrefillStore:
 
     def _worth_it(self, size: int, seconds: float) -> bool:
         """Return whether loading ``size`` bytes takes less than the ``seconds`` it saves, and the disk has space."""
-        existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
-        disk = shutil.disk_usage(existing)
-        spare = spare_bytes(disk.total)
-        if disk.free - size < spare:
+        on = disk.usage(self.root)
+        spare = disk.spare_bytes(on.total)
+        if on.free - size < spare:
             _say_once(
                 f"prefill.store: less than {spare / 1e6:,.0f} MB of the disk would stay free; not every prompt is "
                 "stored, and each cell prefills the others again; free some disk space or set prefill.store to always"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from kv_transition.cache import disk
 from kv_transition.settings import Settings
 
 
@@ -25,12 +24,6 @@ def duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-def disk(settings: Settings) -> Any:
-    """Return the bytes of the disk for results, as `shutil.disk_usage` does: total, used, free."""
-    folder = Path(settings.output.dir).absolute()
-    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists()))
 
 
 def show(settings: Settings, plan: dict[str, Any], console: Console) -> None:
@@ -62,7 +55,7 @@ def lines(settings: Settings, plan: dict[str, Any]) -> list[str]:
     else:
         kind = "GPU-hours" if plan["device"] == "gpu" else "core hours"
         said.append(f"Time left: {plan['hours_left']:.2f} {kind} ({plan['speed']}).")
-    free = size(disk(settings).free)
+    free = size(disk.usage(settings.output.dir).free)
     if settings.tasks and plan["device"] != "endpoint":
         said.append(_store(settings, plan["store_bytes"]))
     said.append(f"Disk: {size(plan['bytes_left'])} of answers are still to be written; {free} are free.")
